@@ -1,0 +1,1 @@
+"""The balance conditions that finetuning minimises. `balance` is the maths in plain torch; its README derives it."""

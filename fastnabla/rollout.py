@@ -1,0 +1,56 @@
+"""Sampling trajectories, ``x' = a x + b o + σ ε``, into the buffer."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastnabla.buffer import TrajectoryBuffer
+from fastnabla.objective.balance import guide
+from fastnabla.policy import Policy
+from fastnabla.seeding import TrajectoryNoise
+from fastnabla.transition import TransitionTable
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    table: TransitionTable,
+    prompt: Tensor,
+    seeds: list[int],
+    sample_shape: tuple[int, ...],
+    *,
+    batch: int | None = None,
+    buffer: TrajectoryBuffer | None = None,
+    slots: Tensor | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Finished latents x_T `[N, C, H, W]`, float32, of one trajectory a prompt.
+
+    Args:
+        policy: whose outputs are followed.
+        table: the sampler.
+        prompt: prompt numbers `[N]`.
+        seeds: N seeds; they fix x_0 and all noise, whatever `batch` is.
+        sample_shape: (C, H, W) of the latents.
+        batch: trajectories sampled together; None for all.
+        buffer, slots: where to store the drawn steps, and the slots `[N]` reserved for them.
+        on_step: called with the number of trajectories advanced, after each step.
+    """
+    device = policy.conditions.device
+    finished = []
+    for part in torch.arange(len(prompt)).split(batch or len(prompt)):
+        rows = prompt[part].to(device)
+        noise = TrajectoryNoise([seeds[i] for i in part.tolist()], sample_shape, device)
+        x = noise.draw()
+        for step in range(len(table)):
+            row = table.rows(torch.full((len(part),), step, device=device), x)
+            o = guide(policy(x, row.timestep, rows), policy.guidance_scale)
+            x_next = row.a * x + row.b * o + row.sigma * noise.draw()
+            if buffer is not None:
+                buffer.append(slots[part], step, x, o, x_next)
+            x = x_next
+            if on_step:
+                on_step(len(part))
+        finished.append(x)
+    return torch.cat(finished)

@@ -1,0 +1,99 @@
+"""The testbed's Stable-Diffusion-shaped pipeline: small networks of the same classes as the real one's."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from fastnabla.testbed.silhouettes import ANIMALS, IMAGE_SIZE, PHRASINGS, caption
+
+PROMPT_TOKENS = 16
+TEXT_WIDTH = 64
+LATENT_SIZE = IMAGE_SIZE // 4
+
+
+def pipeline_folder() -> Path:
+    """The shipped, trained pipeline, as `StableDiffusionPipeline.from_pretrained` takes it."""
+    return Path(str(files("fastnabla.testbed") / "data/pipeline"))
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-pair merges were trained on the testbed's captions; bytes spell all else."""
+    alphabet = ByteLevel.alphabet()
+    bpe = Tokenizer(BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = Whitespace()
+    bpe.train_from_iterator(
+        [caption(animal, phrasing) for animal in ANIMALS for phrasing in range(len(PHRASINGS))],
+        BpeTrainer(initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False),
+    )
+    learned = json.loads(bpe.to_str())["model"]
+    special = ("<|startoftext|>", "<|endoftext|>")
+    tokens = dict.fromkeys([*sorted(alphabet), *sorted(c + "</w>" for c in alphabet), *learned["vocab"], *special])
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(pair) for pair in learned["merges"]],
+        model_max_length=PROMPT_TOKENS,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A one-layer CLIP text model; it is trained together with the UNet."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=PROMPT_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_vae() -> AutoencoderKL:
+    """32x32 images to 8x8x4 latents."""
+    return AutoencoderKL(
+        block_out_channels=(24, 48, 48),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """2.5 million parameters, cross-attention at 8x8 and 4x4."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        block_out_channels=(64, 88),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion 1.5's noise schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )

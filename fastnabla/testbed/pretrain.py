@@ -1,0 +1,231 @@
+"""Train the testbed from scratch: `python -m fastnabla.testbed.pretrain`.
+
+Three stages, each resumable at any instant from its last checkpoint:
+
+1. the VAE, on freshly tinted silhouettes (L1 + a small KL term);
+2. two classifiers on disjoint splits, one for rewards and one for evaluation, on images as the
+   pipeline makes them: tinted, reconstructed, and decoded from noised latents;
+3. the UNet and the CLIP text model together, on the frozen VAE's latents: noise prediction with
+   10% of the captions dropped, and an exponential moving average, which is what ships.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import tyro
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fastnabla.testbed import pipeline as build
+from fastnabla.testbed.classifier import AnimalClassifier
+from fastnabla.testbed.silhouettes import ANIMALS, PHRASINGS, caption, load_masks, tint
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class PretrainConfig:
+    """Train the testbed's VAE, classifiers, UNet and text model. About an hour and a half on two CPU cores."""
+
+    output: Path = Path("runs/testbed")
+    """Folder for the result and for the checkpoints that an interrupted run goes on from."""
+    vae_steps: int = 2000
+    """Optimizer steps of the VAE, 48 images each."""
+    classifier_steps: int = 2500
+    """Optimizer steps of each classifier, 128 images each."""
+    unet_steps: int = 9000
+    """Optimizer steps of the UNet and text model, 64 latents each."""
+    seed: int = 0
+    """Seed of every random draw; the draws of a step depend on it and the step alone."""
+    checkpoint_every: int = 250
+    """Optimizer steps between checkpoints."""
+
+
+def seeded(*key: int) -> torch.Generator:
+    """A generator that depends on the numbers of `key` alone."""
+    seed = 0
+    for part in key:
+        seed = (seed * 1_000_003 + part) % (2**63)
+    return torch.Generator().manual_seed(seed)
+
+
+def batches(split: str, size: int, seed: int, first: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tinted images and labels for the steps `first` to `steps` - 1."""
+    masks, labels = load_masks(split)
+    for step in range(first, steps):
+        generator = seeded(seed, step)
+        rows = torch.randint(0, len(masks), (size,), generator=generator)
+        yield tint(masks[rows], generator), labels[rows]
+
+
+def run_stage(
+    name: str,
+    config: PretrainConfig,
+    module: nn.Module,
+    steps: int,
+    learning_rate: float,
+    loss_of_step: Callable[[int], Tensor],
+    ema: AveragedModel | None = None,
+) -> None:
+    """Minimise `loss_of_step(step)` over the parameters of `module`, resuming from the stage's checkpoint."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    state = {"module": module, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
+    path = config.output / f"{name}.checkpoint"
+    first = 0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        first = saved.pop("step")
+        for key, part in state.items():
+            part.load_state_dict(saved[key])
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(name, total=steps, completed=first)
+        average = None
+        for step in range(first, steps):
+            loss = loss_of_step(step)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if ema:
+                ema.update_parameters(module)
+            average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+            progress.update(task, advance=1, description=f"{name}  loss {average:.4f}")
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
+                print(f"{name} step {step + 1} loss {average:.4f}", flush=True)
+                partial = path.with_suffix(".partial")
+                torch.save({"step": step + 1} | {key: part.state_dict() for key, part in state.items()}, partial)
+                partial.rename(path)
+
+
+def train_vae(config: PretrainConfig) -> AutoencoderKL:
+    torch.manual_seed(config.seed)
+    vae = build.build_vae().to(memory_format=torch.channels_last)
+    masks, _ = load_masks("generator")
+
+    def loss_of_step(step: int) -> Tensor:
+        generator = seeded(config.seed, 1, step)
+        images = tint(masks[torch.randint(0, len(masks), (48,), generator=generator)], generator) * 2 - 1
+        posterior = vae.encode(images).latent_dist
+        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        return F.l1_loss(vae.decode(latents).sample, images) + 1e-5 * posterior.kl().mean()
+
+    run_stage("vae", config, vae, config.vae_steps, 2e-3, loss_of_step)
+    vae.requires_grad_(False).eval()
+    masks, _ = load_masks("test")
+    images = tint(masks, seeded(config.seed, 2)) * 2 - 1
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(100)])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    error = torch.cat([vae.decode(part).sample for part in latents.split(100)]).sub(images).abs().mean() / 2
+    print(f"VAE: mean absolute error {error:.4f} on the test split, in [0, 1]; latent std {latents.std():.3f}")
+    return vae
+
+
+@torch.no_grad()
+def latent_bank(vae: AutoencoderKL, split: str, copies: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Scaled latents of every silhouette of `split`, tinted `copies` times over, and their labels."""
+    masks, labels = load_masks(split)
+    generator = seeded(seed, 3)
+    latents = []
+    for _ in range(copies):
+        for part in masks.split(100):
+            posterior = vae.encode(tint(part, generator) * 2 - 1).latent_dist
+            latents.append(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator))
+    return torch.cat(latents) * vae.config.scaling_factor, labels.repeat(copies)
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images `[N, 3, 32, 32]` in [0, 1]."""
+    parts = (latents / vae.config.scaling_factor).split(100)
+    return torch.cat([(vae.decode(part).sample / 2 + 0.5).clamp(0, 1) for part in parts])
+
+
+def train_classifier(config: PretrainConfig, vae: AutoencoderKL, role: str) -> AnimalClassifier:
+    torch.manual_seed(config.seed + (role == "evaluation"))
+    classifier = AnimalClassifier().to(memory_format=torch.channels_last)
+    masks, labels = load_masks(role)
+    latents, bank_labels = latent_bank(vae, role, 3, config.seed)
+    noise = torch.rand(len(latents), 1, 1, 1, generator=seeded(config.seed, 4)) * 0.6
+    noisy = latents + noise * torch.randn(latents.shape, generator=seeded(config.seed, 5))
+    bank = decode(vae, noisy)
+
+    def loss_of_step(step: int) -> Tensor:
+        generator = seeded(config.seed, 6, step)
+        fresh = torch.randint(0, len(masks), (48,), generator=generator)
+        banked = torch.randint(0, len(bank), (80,), generator=generator)
+        images = torch.cat([tint(masks[fresh], generator), bank[banked]])
+        images = (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+        target = torch.cat([labels[fresh], bank_labels[banked]])
+        return F.cross_entropy(classifier(images), target, label_smoothing=0.05)
+
+    run_stage(f"classifier_{role}", config, classifier, config.classifier_steps, 4e-3, loss_of_step)
+    classifier.requires_grad_(False).eval()
+    test_masks, test_labels = load_masks("test")
+    test = tint(test_masks, seeded(config.seed, 7))
+    test_latents, _ = latent_bank(vae, "test", 1, config.seed)
+    for what, images in (("tinted", test), ("reconstructed", decode(vae, test_latents))):
+        accuracy = (classifier(images).argmax(1) == test_labels).float().mean()
+        print(f"{role} classifier: accuracy {accuracy:.3f} on {what} images of the test split")
+    return classifier
+
+
+def train_unet(config: PretrainConfig, vae: AutoencoderKL) -> StableDiffusionPipeline:
+    torch.manual_seed(config.seed)
+    tokenizer, scheduler = build.build_tokenizer(), build.build_scheduler()
+    module = nn.ModuleDict({"unet": build.build_unet(), "text_encoder": build.build_text_encoder(tokenizer)})
+    module.to(memory_format=torch.channels_last)
+    ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    latents, labels = latent_bank(vae, "generator", 6, config.seed)
+    captions = [caption(animal, i) for animal in ANIMALS for i in range(len(PHRASINGS))] + [""]
+    tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+
+    def loss_of_step(step: int) -> Tensor:
+        generator = seeded(config.seed, 8, step)
+        rows = torch.randint(0, len(latents), (64,), generator=generator)
+        clean = latents[rows]
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (64,), generator=generator)
+        prompts = labels[rows] * len(PHRASINGS) + torch.randint(0, len(PHRASINGS), (64,), generator=generator)
+        prompts[torch.rand(64, generator=generator) < 0.1] = len(captions) - 1
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        embeddings = module["text_encoder"](tokens[prompts])[0]
+        return F.mse_loss(module["unet"](noisy, timesteps, embeddings).sample, noise)
+
+    run_stage("unet", config, module, config.unet_steps, 1e-3, loss_of_step, ema)
+    averaged = ema.module.requires_grad_(False).eval()
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=averaged["text_encoder"],
+        tokenizer=tokenizer,
+        unet=averaged["unet"],
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Run all stages and write `pipeline/` and the two classifiers under `config.output`, in fp16 safetensors."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(config)
+    for role in ("reward", "evaluation"):
+        classifier = train_classifier(config, vae, role)
+        weights = {name: weight.half().contiguous() for name, weight in classifier.state_dict().items()}
+        save_file(weights, config.output / f"classifier_{role}.safetensors")
+    pipeline = train_unet(config, vae)
+    for module in (pipeline.vae, pipeline.unet):
+        module.to(memory_format=torch.contiguous_format)
+    pipeline.to(dtype=torch.float16).save_pretrained(config.output / "pipeline")
+
+
+if __name__ == "__main__":
+    pretrain(tyro.cli(PretrainConfig))
