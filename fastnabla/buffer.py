@@ -162,7 +162,9 @@ class TrajectoryBuffer:
         if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < self._reserved:
             raise IndexError(f"slots must be in 0..{self._reserved - 1}, found {slots.tolist()}")
         if bool((self._appended[slots] != step).any()) or step >= self.num_steps:
-            raise ValueError(f"step {step} is out of order: next is {self._appended[slots].tolist()} of {self.num_steps}")
+            raise ValueError(
+                f"step {step} is out of order: next is {self._appended[slots].tolist()} of {self.num_steps}"
+            )
         self._appended[slots] += 1
         for where, slab, values in (
             (self._state_at[slots, step], self.x, x),

@@ -9,7 +9,7 @@ STREAMS = ("noise", "draws", "prompts", "weights", "evaluation")
 
 def seed_of(seed: int, stream: str, *key: int) -> int:
     """A 63-bit seed for the numbers `key` of one of the `STREAMS`."""
-    sequence = np.random.SeedSequence((seed, STREAMS.index(stream), *key))
+    sequence = np.random.SeedSequence(seed, spawn_key=(STREAMS.index(stream), *key))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -1,4 +1,4 @@
-"""The training step: gradients of residual ∇-DB over a batch of transitions, in as few network passes as the algebra allows.
+"""The training step: gradients of residual ∇-DB over a batch of transitions, in few network passes.
 
 U is one pass (forward, or backward to the input or to the parameters) of the UNet over a transition's guided rows.
 
@@ -125,10 +125,20 @@ class BalanceStep:
         Args:
             transitions: in any order; with terminal guidance, each trajectory's last one among them.
             total: what sums over transitions are divided by, if the batch is more than these (other ranks).
+
+        Raises:
+            ValueError: terminal guidance, and a trajectory's last transition is not in the batch.
         """
         total = total or len(transitions)
         is_last = transitions.step_index == len(self.table) - 1
-        terminal_score = self._terminal_scores(transitions[is_last]) if self.objective.guidance == "terminal" else None
+        terminal_score = None
+        if self.objective.guidance == "terminal":
+            if not bool(torch.isin(transitions.trajectory, transitions.trajectory[is_last]).all()):
+                raise ValueError(
+                    "objective.guidance = 'terminal' needs the last transition of every trajectory in the batch; "
+                    "gather whole trajectories, or use another guidance."
+                )
+            terminal_score = self._terminal_scores(transitions[is_last])
 
         sums: dict[str, list[Tensor]] = {name: [] for name in ("forward", "reverse", "terminal", "trust_region")}
         rows: dict[str, list[Tensor]] = {name: [] for name in ("loss_forward", "step_index", *STATISTICS)}
@@ -169,7 +179,9 @@ class BalanceStep:
             output_ref = policy.reference(x, row.timestep, batch.prompt)
         output = policy(x, row.timestep, batch.prompt)
 
-        score_next, pixel_score, direct_score = self._reward_scores(batch, row, output, last, with_reverse, terminal_score)
+        score_next, pixel_score, direct_score = self._reward_scores(
+            batch, row, output, last, with_reverse, terminal_score
+        )
         flow, flow_next = self._flow_scores(batch, row, with_reverse)
 
         forward = forward_balance(
@@ -248,7 +260,9 @@ class BalanceStep:
         pixel_score = scale * gradient
         return scale_next * score_next, pixel_score if through_unet else None, row.c * pixel_score
 
-    def _flow_scores(self, batch: Transitions, row: TransitionTable, with_reverse: bool) -> tuple[Tensor | None, Tensor | None]:
+    def _flow_scores(
+        self, batch: Transitions, row: TransitionTable, with_reverse: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         """g(x) and g(x') in one call; g(x) only where the reverse residual needs it."""
         if self.flow is None:
             return None, None

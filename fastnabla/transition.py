@@ -63,8 +63,9 @@ class TransitionTable:
                 raise ValueError(
                     f"TransitionTable.{field.name}[{row}] = {column[row].item()} at timestep {self.timestep[row].item()}: "
                     "this step has no density or no prediction of the clean sample. Usual causes: a schedule that ends "
-                    "at timestep 0 (set steps_offset=1 or timestep_spacing='trailing'), or zero terminal SNR with "
-                    "epsilon-prediction (set rescale_betas_zero_snr=False)."
+                    "at timestep 0 (set steps_offset=1 or timestep_spacing='trailing'), zero terminal SNR with "
+                    "epsilon-prediction (set rescale_betas_zero_snr=False), or eta > 1 (a step may have more noise than "
+                    "the state it leads to)."
                 )
 
     @classmethod
@@ -94,9 +95,15 @@ class TransitionTable:
             scheduler = type(scheduler).from_config(scheduler.config)
             scheduler.set_timesteps(num_inference_steps)
         elif scheduler.num_inference_steps is None:
-            raise ValueError("scheduler has no timesteps: call scheduler.set_timesteps(n) or pass num_inference_steps=n")
+            raise ValueError(
+                "scheduler has no timesteps: call scheduler.set_timesteps(n) or pass num_inference_steps=n"
+            )
         build = _dpm_solver_table if name in _DPM_SOLVER else _ddim_table
         return build(scheduler, eta)
+
+    def to(self, device: torch.device | str) -> "TransitionTable":
+        """The table with its columns on `device`, so that `rows` copies nothing there."""
+        return _unchecked(self, {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
 
     def rows(self, step_index: Tensor, like: Tensor) -> "TransitionTable":
         """The rows `step_index [N]`, on the device of `like [N, …]`, its floats as float32 (float64 if `like` is)
@@ -124,11 +131,11 @@ class TransitionTable:
 
 
 def _unchecked(table: TransitionTable, columns: dict[str, Tensor]) -> TransitionTable:
-    """A table of gathered columns; skips the validation, which would wait for the device."""
-    gathered = object.__new__(type(table))
+    """A table of other columns; skips the validation, which would wait for the device."""
+    changed = object.__new__(type(table))
     for name, column in columns.items():
-        object.__setattr__(gathered, name, column)
-    return gathered
+        object.__setattr__(changed, name, column)
+    return changed
 
 
 def _reject_settings(config: Any, name: str, eta: float) -> None:
@@ -144,15 +151,29 @@ def _reject_settings(config: Any, name: str, eta: float) -> None:
     if name not in _DDIM and eta != 1.0:
         raise ValueError(f"eta = {eta}: {name} has no eta. Use DDIMScheduler, or eta = 1.")
     if name in _DDPM and config.variance_type != "fixed_small":
-        reject("variance_type", "only the posterior variance of equation 7 of arXiv 2006.11239 is supported", "'fixed_small'")
+        reject(
+            "variance_type",
+            "only the posterior variance of equation 7 of arXiv 2006.11239 is supported",
+            "'fixed_small'",
+        )
     if name in _DPM_SOLVER:
         if config.algorithm_type != "sde-dpmsolver++":
-            reject("algorithm_type", "the step has no noise, or its mean is not that of SDE-DPM-Solver++", "'sde-dpmsolver++'")
+            reject(
+                "algorithm_type",
+                "the step has no noise, or its mean is not that of SDE-DPM-Solver++",
+                "'sde-dpmsolver++'",
+            )
         if config.solver_order != 1:
             reject("solver_order", "a step of higher order depends on earlier states", "1")
         if config.final_sigmas_type != "sigma_min":
             reject("final_sigmas_type", "the last step would have no density", "'sigma_min'")
-        for setting in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"):
+        for setting in (
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "use_lu_lambdas",
+            "use_flow_sigmas",
+        ):
             if config.get(setting):
                 reject(setting, "the noise levels would not be those of integer timesteps", "False")
 
@@ -175,7 +196,9 @@ def _clean_prediction(kind: str, alpha_bar: Tensor, timestep: Tensor) -> tuple[T
     return torch.where(finished, 1.0, c), torch.where(finished, 0.0, d)
 
 
-def _table(kind: str, timestep: Tensor, timestep_next: Tensor, a: Tensor, b: Tensor, sigma: Tensor, alphas: Tensor) -> TransitionTable:
+def _table(
+    kind: str, timestep: Tensor, timestep_next: Tensor, a: Tensor, b: Tensor, sigma: Tensor, alphas: Tensor
+) -> TransitionTable:
     c, d = _clean_prediction(kind, alphas[timestep], timestep)
     c_next, d_next = _clean_prediction(kind, alphas[timestep_next], timestep_next)
     return TransitionTable(
@@ -200,6 +223,11 @@ def _ddim_table(scheduler: Any, eta: float) -> TransitionTable:
     """
     alphas = scheduler.alphas_cumprod.double().cpu()
     timestep = scheduler.timesteps.long().cpu()
+    if timestep.max() >= len(alphas):
+        raise ValueError(
+            f"scheduler setting steps_offset={scheduler.config.get('steps_offset')} with {len(timestep)} steps: the first "
+            f"timestep, {timestep.max()}, is beyond the last trained one, {len(alphas) - 1}. Use fewer steps."
+        )
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     timestep_next = (timestep - stride).clamp(min=0)
     if not torch.equal(timestep_next[:-1], timestep[1:]):
@@ -209,9 +237,10 @@ def _ddim_table(scheduler: Any, eta: float) -> TransitionTable:
             "timestep_spacing='leading' or a number of steps that divides num_train_timesteps."
         )
     now, then = alphas[timestep], alphas[timestep_next]
-    sigma = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
+    variance = eta**2 * ((1 - then) / (1 - now) * (1 - now / then))
+    sigma = variance.sqrt()
     c, d, e, f = _prediction(scheduler.config.prediction_type, now)
-    direction = (1 - then - sigma**2).sqrt()
+    direction = (1 - then - variance).sqrt()  # of the variance itself: at ᾱ = 0 the difference is exactly 0
     a, b = then.sqrt() * c + direction * e, then.sqrt() * d + direction * f
     return _table(scheduler.config.prediction_type, timestep, timestep_next, a, b, sigma, alphas)
 

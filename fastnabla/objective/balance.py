@@ -1,4 +1,4 @@
-"""Residual ∇-DB (arXiv 2412.07775, section 3.3), per transition, in plain torch: the specification.
+"""Residual ∇-DB (arXiv 2412.07775), per transition, in plain torch: the specification.
 
 With ``s_θ = ∇_{x'} log P_θ(x'|x)`` the score of a step in its end, ``s̄_θ = ∇_x log P_θ(x'|x)`` the score in its
 start, λ the pretrained strength, g the learned flow score, ∇R = βγ∇r the scaled reward score:
@@ -49,7 +49,7 @@ def unguide(cotangent: Tensor, guidance_scale: float | None) -> Tensor:
 
 
 def reward_weight(alpha_bar: Tensor, gamma: Gamma) -> Tensor:
-    """γ: how much the reward of the predicted clean sample counts at signal share ᾱ (paper, section 3.4)."""
+    """γ: how much the reward of the predicted clean sample counts at signal share ᾱ (arXiv 2412.07775)."""
     if gamma == "alpha_bar":
         return alpha_bar
     return alpha_bar.sqrt() if gamma == "sqrt_alpha_bar" else torch.ones_like(alpha_bar)
@@ -75,7 +75,9 @@ def step_score(o: Tensor, x: Tensor, x_next: Tensor, rows: TransitionTable) -> T
     return -(full(x_next) - rows.a * full(x) - rows.b * full(o)) / rows.sigma**2
 
 
-def score_residual(o: Tensor, o_ref: Tensor, x: Tensor, x_next: Tensor, rows: TransitionTable, strength: float) -> Tensor:
+def score_residual(
+    o: Tensor, o_ref: Tensor, x: Tensor, x_next: Tensor, rows: TransitionTable, strength: float
+) -> Tensor:
     """``s_θ − λ s_ref``, with the x'/σ² that both carry cancelled by hand.
 
     For λ = 1 it is ``(b/σ²)(o_θ − o_ref)``; subtracting two scores would lose the digits that x'/σ² occupies.

@@ -77,7 +77,9 @@ def tint(masks: Tensor, generator: torch.Generator) -> Tensor:
     padded = F.pad(flipped, (3, 3, 3, 3))
     row, column = (torch.randint(0, 3, (n,), generator=generator) for _ in range(2))
     span = torch.arange(IMAGE_SIZE)
-    shifted = padded[torch.arange(n)[:, None, None], (row[:, None] + span)[:, :, None], (column[:, None] + span)[:, None]]
+    shifted = padded[
+        torch.arange(n)[:, None, None], (row[:, None] + span)[:, :, None], (column[:, None] + span)[:, None]
+    ]
     animal = hsv_to_rgb(uniform(), uniform(0.65, 1), uniform(0.75, 1))[:, :, None, None]
     ground = torch.where(uniform() < 0.5, uniform(0, 0.12), uniform(0.88, 1))[:, None, None, None]
     alpha = shifted[:, None]

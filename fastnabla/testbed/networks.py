@@ -1,8 +1,6 @@
 """The testbed's Stable-Diffusion-shaped pipeline: small networks of the same classes as the real one's."""
 
 import json
-from importlib.resources import files
-from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer
@@ -16,11 +14,6 @@ from fastnabla.testbed.silhouettes import ANIMALS, IMAGE_SIZE, PHRASINGS, captio
 PROMPT_TOKENS = 16
 TEXT_WIDTH = 64
 LATENT_SIZE = IMAGE_SIZE // 4
-
-
-def pipeline_folder() -> Path:
-    """The shipped, trained pipeline, as `StableDiffusionPipeline.from_pretrained` takes it."""
-    return Path(str(files("fastnabla.testbed") / "data/pipeline"))
 
 
 def build_tokenizer() -> CLIPTokenizer:

@@ -1,0 +1,101 @@
+"""A whole training step of the testbed: the published algorithm against fastnabla's plan. Same weights, same process."""
+
+import pytest
+import torch
+
+from bench.naive import naive_step
+from fastnabla.buffer import draw_stratified
+from fastnabla.config import RolloutConfig, TrainConfig
+from fastnabla.decoder import Decoder
+from fastnabla.rollout import sample
+from fastnabla.step import BalanceStep, Objective
+from fastnabla.trainer import Trainer
+
+TRAJECTORIES = 16
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    """A trainer with a filled buffer and a policy that has left the prior."""
+    config = TrainConfig(objective=Objective(), rollout=RolloutConfig(trajectories=TRAJECTORIES))
+    trainer = Trainer(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainer.policy.trainable():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    for parameter in trainer.flow.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    prompt = torch.arange(TRAJECTORIES) % len(trainer.prompts)
+    steps = draw_stratified(TRAJECTORIES, len(trainer.table), config.drawn_steps, generator)
+    slots = trainer.buffer.reserve(steps, prompt)
+    seeds = list(range(TRAJECTORIES))
+    sample(trainer.policy, trainer.table, prompt, seeds, trainer.sample_shape, buffer=trainer.buffer, slots=slots)
+    return trainer
+
+
+def run_naive(trainer: Trainer) -> None:
+    decoder = Decoder(trainer.decoder.vae, checkpoint=False)
+    kept = trainer.buffer.kept
+    index = trainer.buffer.transitions().view(-1, kept)
+    slots = [trainer.buffer.gather(index[:, j]) for j in range(kept)]
+    naive_step(
+        trainer.policy,
+        trainer.flow,
+        decoder,
+        trainer.reward,
+        trainer.prompts,
+        trainer.table,
+        trainer.config.objective,
+        slots,
+    )
+
+
+def run_plan(trainer: Trainer) -> None:
+    decoder = Decoder(trainer.decoder.vae, TRAJECTORIES, checkpoint=False)
+    step = BalanceStep(
+        trainer.policy,
+        trainer.flow,
+        decoder,
+        trainer.reward,
+        trainer.prompts,
+        trainer.table,
+        trainer.config.objective,
+        micro_batch=TRAJECTORIES,
+    )
+    step(trainer.buffer.gather(trainer.buffer.transitions()))
+
+
+RUNS = {"published": run_naive, "fastnabla": run_plan}
+
+
+def gradients(trainer: Trainer, run) -> list[torch.Tensor]:
+    run(trainer)
+    taken = [parameter.grad for parameter in trainer.step.parameters]
+    for parameter in trainer.step.parameters:
+        parameter.grad = None
+    return taken
+
+
+@pytest.fixture(scope="module")
+def agreement(trainer: Trainer) -> float:
+    """Largest relative difference of a gradient tensor; nothing is timed unless the two agree."""
+    pairs = list(zip(gradients(trainer, run_naive), gradients(trainer, run_plan), strict=True))
+    scale = max(a.norm() for a, _ in pairs)
+    worst = max(((a - b).norm() / (a.norm() + 1e-5 * scale)).item() for a, b in pairs)
+    assert worst < 1e-3
+    return worst
+
+
+@pytest.mark.parametrize("algorithm", RUNS)
+def bench_step(benchmark, trainer: Trainer, agreement: float, algorithm: str) -> None:
+    trainer.policy.passes.rows = 0
+    RUNS[algorithm](trainer)
+    transitions = TRAJECTORIES * trainer.buffer.kept
+    benchmark.extra_info |= {
+        "transitions": transitions,
+        "U per transition": trainer.policy.passes.rows / transitions,
+        "gradient difference": agreement,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    benchmark.group = f"training step, {transitions} transitions of the testbed, CPU float32"
+    benchmark.pedantic(RUNS[algorithm], args=(trainer,), rounds=3, warmup_rounds=0)

@@ -1,0 +1,1 @@
+"""Other implementations' function signatures, through fastnabla's transition table."""

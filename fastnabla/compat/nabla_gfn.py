@@ -1,0 +1,167 @@
+"""The sampler functions of the reference implementation of arXiv 2412.07775, by their signatures.
+
+They return what the reference returns, computed through `TransitionTable`. Departures, all deliberate:
+
+- Schedulers and settings whose steps are not Gaussian and affine in the network's output (clipping, thresholding,
+  η = 0, …) raise, as do timesteps that are not of the schedule `set_timesteps` made; so do arguments that would
+  have no effect.
+- SDE-DPM-Solver++ honours `prev_sample` and takes each row's step from its timestep. The reference draws a new
+  sample there, and takes the step from `step_index`.
+- DDPM and multistep DPM-Solver schedulers are supported too.
+- Coefficients are computed in float64, arithmetic on half-precision states in float32. (The reference's σ² of the
+  last step is off by 1e-5.)
+
+These functions are for moving code over. `fastnabla.losses` computes differences of scores with more digits.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fastnabla.objective.balance import full, step_score
+from fastnabla.transition import TransitionTable
+
+
+def inference_step(
+    scheduler: Any,
+    model_output: Tensor,
+    timestep: Tensor | int,
+    sample: Tensor,
+    eta: float = 1.0,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    prev_sample: Tensor | None = None,
+    prev_timestep: Tensor | int | None = None,
+    reverse_grad: bool = False,
+    retain_graph: bool = False,
+    allow_2nd: bool = False,
+    strength: float = 1.0,
+    step_index: Tensor | int = 0,
+) -> tuple[Tensor, Tensor]:
+    """One sampling step x → x', drawn or given, and its score.
+
+    Args:
+        scheduler: diffusers scheduler after `set_timesteps`.
+        model_output: guided output of the network at x, `[N, …]`.
+        timestep: of x; `[N]` int64, or one for all rows.
+        sample: x, `[N, …]`.
+        eta: η > 0 of DDIM steps; 1 for other schedulers.
+        generator: of the noise of x'; not with `prev_sample`.
+        prev_sample: x' `[N, …]`; drawn if None.
+        prev_timestep: of x'; it follows from the schedule and may be left out.
+        reverse_grad: score in x instead of in x'; `sample` must require a gradient.
+        retain_graph: with `reverse_grad`, keep the graph of `model_output`.
+        allow_2nd: with `reverse_grad`, return a differentiable score; this keeps the graph as well.
+        strength: λ, what the score is multiplied by.
+        step_index: number of the step. Redundant: the timestep says it. DDIM and DDPM do not read it, as in the
+            reference; for DPM-Solver a value other than the default must agree with `timestep`.
+
+    Returns:
+        x' in the dtype of `sample`, and the score `[N, …]` float32 (float64 if `sample` is):
+        ``λ ∇_{x'} log P(x'|x)``, with gradients to `model_output` and `sample`, or ``λ ∇_x log P(x'|x)``.
+        x' itself is held constant in both.
+
+    Raises:
+        ValueError: an unsupported scheduler or setting, a timestep that is not of the schedule, contradictory
+            arguments, or arguments without effect.
+    """
+    if prev_sample is not None and generator is not None:
+        raise ValueError("generator and prev_sample are both given: pass one, a given x' needs no noise")
+    if (retain_graph or allow_2nd) and not reverse_grad:
+        raise ValueError("retain_graph and allow_2nd have no effect without reverse_grad=True")
+    if reverse_grad and not sample.requires_grad:
+        raise ValueError("reverse_grad=True: sample must require a gradient, and model_output be computed from it")
+    table = TransitionTable.from_scheduler(scheduler, eta=eta)
+    step = table.step_index(_by_row("timestep", timestep, sample))
+    rows = table.rows(step, sample)
+    if prev_timestep is not None:
+        given = _by_row("prev_timestep", prev_timestep, sample).clamp(min=0)
+        if not torch.equal(given, rows.timestep_next):
+            expected = rows.timestep_next.tolist()
+            raise ValueError(f"prev_timestep = {given.tolist()}: expected {expected}, the schedule's next timesteps")
+    if type(scheduler).__name__.startswith("DPMSolver") and (isinstance(step_index, Tensor) or step_index != 0):
+        given = _by_row("step_index", step_index, sample)
+        if not torch.equal(given, step):
+            raise ValueError(f"step_index = {given.tolist()}: expected {step.tolist()}, the steps of timestep")
+
+    mean = rows.a * full(sample) + rows.b * full(model_output)
+    if prev_sample is None:
+        like = model_output
+        noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        prev_sample = mean + rows.sigma * noise
+    fixed = full(prev_sample.detach())
+    if reverse_grad:
+        log_prob = -((fixed - mean) / rows.sigma).square().sum() / 2
+        (score,) = torch.autograd.grad(log_prob, sample, retain_graph=retain_graph or allow_2nd, create_graph=allow_2nd)
+        score = full(score)
+    else:
+        score = step_score(model_output, sample, fixed, rows)
+    return prev_sample.to(sample.dtype), strength * score
+
+
+def predict_clean(
+    scheduler: Any,
+    model_output: Tensor,
+    sample: Tensor,
+    timestep: Tensor | int,
+    no_jacobian: bool = False,
+    strength: float = 1.0,
+) -> Tensor:
+    """One-step prediction of the clean sample, x̂0 `[N, …]`, in the dtype of `sample`.
+
+    At timestep 0 the state is clean and x̂0 = x; but with sample-prediction x̂0 is the network's output there too, as
+    in the reference (elsewhere fastnabla takes x).
+
+    Args:
+        scheduler: diffusers scheduler after `set_timesteps`.
+        model_output: guided output of the network at x, `[N, …]`.
+        sample: x, `[N, …]`.
+        timestep: of x; `[N]` int64, or one for all rows: of the schedule, or 0.
+        no_jacobian: hold `model_output` constant, so that gradients reach `sample` directly alone. (The reference
+            has the argument and does not read it.)
+        strength: factor of `model_output`; of ε-prediction only.
+
+    Raises:
+        ValueError: as `inference_step`; or `strength` with another prediction type.
+    """
+    kind = scheduler.config.prediction_type
+    if strength != 1.0 and kind != "epsilon":
+        raise ValueError(f"strength = {strength}: expected 1 with prediction_type={kind!r}; only 'epsilon' has it")
+    rows, finished = _state_rows(scheduler, timestep, sample)
+    output = model_output.detach() if no_jacobian else model_output
+    if kind == "sample":
+        return output.to(sample.dtype)
+    c, d = torch.where(finished, rows.c_next, rows.c), torch.where(finished, rows.d_next, rows.d)
+    return (c * full(sample) + strength * d * full(output)).to(sample.dtype)
+
+
+def get_alpha_prod_t(scheduler: Any, timestep: Tensor | int, sample: Tensor) -> Tensor:
+    """ᾱ at `timestep`, float32 (float64 if `sample` is), expanded to the shape of `sample`.
+
+    Args:
+        scheduler: diffusers scheduler after `set_timesteps`.
+        timestep: `[N]` int64, or one for all rows: of the schedule, or 0.
+        sample: `[N, …]`; its shape, device and dtype alone matter.
+
+    Raises:
+        ValueError: as `inference_step`.
+    """
+    rows, finished = _state_rows(scheduler, timestep, sample)
+    return torch.where(finished, rows.alpha_bar_next, rows.alpha_bar).expand(sample.shape)
+
+
+def _state_rows(scheduler: Any, timestep: Tensor | int, sample: Tensor) -> tuple[TransitionTable, Tensor]:
+    """Rows of the steps that start at `timestep`, and where that is 0: those rows are the step that ends there."""
+    table = TransitionTable.from_scheduler(scheduler)
+    timestep = _by_row("timestep", timestep, sample)
+    finished = timestep == 0
+    rows = table.rows(table.step_index(torch.where(finished, table.timestep[-1].item(), timestep)), sample)
+    return rows, finished.view(rows.sigma.shape)
+
+
+def _by_row(name: str, value: Tensor | int, sample: Tensor) -> Tensor:
+    value = torch.as_tensor(value, device=sample.device)
+    if value.is_floating_point() or value.dim() > 1 or value.numel() not in (1, len(sample)):
+        raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, expected int64, ({len(sample)},) or one value")
+    return value.long().flatten().expand(len(sample))

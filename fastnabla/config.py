@@ -1,0 +1,295 @@
+"""The typed configuration of a run, and the presets that start one.
+
+Every field's text is its `--help`. A configuration that is constructed is valid in itself; what can only be
+checked against a model, a reward or the disk is checked before any work is done, by the part that knows.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from fastnabla.policy import LORA_TARGETS
+from fastnabla.step import Objective
+
+TESTBED = "testbed"
+
+
+def _require(condition: bool, field: str, value: Any, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{field} = {value!r}: {remedy}")
+
+
+def _require_positive(prefix: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0 < value < math.inf, f"{prefix}.{name}", value, "must be positive and finite.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The pretrained pipeline."""
+
+    name: str = TESTBED
+    """Folder or hub id of a Stable-Diffusion-shaped diffusers pipeline, or "testbed" for the embedded one."""
+    revision: str | None = None
+    """Hub revision; none for the default branch."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen networks' weights and arithmetic. The LoRA, the flow network and the loss stay float32."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SamplerConfig:
+    """How trajectories are sampled, in training and evaluation."""
+
+    scheduler: Literal["ddim", "sde-dpmsolver++"] = "ddim"
+    """"ddim" with noise (η = 1 is DDPM), or first-order "sde-dpmsolver++"."""
+    steps: int = 20
+    """T, network evaluations per trajectory."""
+    eta: float = 1.0
+    """η, scale of DDIM's noise, > 0; 1 is DDPM."""
+    guidance_scale: float = 3.0
+    """w of classifier-free guidance; 1 is none, and halves the cost."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 2, "sampler.steps", self.steps, "must be at least 2.")
+        _require_positive("sampler", self, "eta", "guidance_scale")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class RolloutConfig:
+    """Which trajectories and transitions an update learns from."""
+
+    trajectories: int = 64
+    """Trajectories sampled per rollout."""
+    fraction: float = 0.2
+    """Share of a trajectory's steps that is trained on, besides the last: K = steps * fraction + 1."""
+    draw: Literal["stratified", "uniform"] = "stratified"
+    """"stratified": one step from each of steps * fraction equal parts (low variance). "uniform": any."""
+    updates: int = 1
+    """Optimizer updates per rollout, each on its own share of the trajectories; divides their number."""
+    batch: int = 64
+    """Trajectories sampled at once; memory only, the samples do not depend on it."""
+
+    def __post_init__(self) -> None:
+        for name in ("trajectories", "updates", "batch"):
+            _require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "must be at least 1.")
+        _require(0 < self.fraction <= 1, "rollout.fraction", self.fraction, "must be in (0, 1].")
+        _require(
+            self.trajectories % self.updates == 0,
+            "rollout.updates",
+            self.updates,
+            f"must divide rollout.trajectories = {self.trajectories}.",
+        )
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """The adapter that is trained."""
+
+    rank: int = 8
+    """Rank, and alpha: the adapter's scale is 1."""
+    targets: tuple[str, ...] = LORA_TARGETS
+    """Names of the UNet's layers that get one."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", self.rank, "must be at least 1.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class FlowConfig:
+    """g_φ, the learned part of the flow score."""
+
+    kind: Literal["unet", "conv", "none"] = "conv"
+    """"unet": text-conditioned UNet (the reference's). "conv": four convolutions. "none": g ≡ 0, no reverse residual."""
+    learning_rate: float = 1e-3
+    """Step size of AdamW for φ."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay of φ."""
+
+    def __post_init__(self) -> None:
+        _require_positive("flow", self, "learning_rate")
+        _require(0 <= self.weight_decay < math.inf, "flow.weight_decay", self.weight_decay, "must be finite, ≥ 0.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW for the LoRA; the flow network shares all but its two own settings."""
+
+    learning_rate: float = 5e-3
+    """Step size for the LoRA."""
+    beta1: float = 0.9
+    """Decay of the first moment, per update."""
+    beta2: float = 0.95
+    """Decay of the second moment, per update; short runs want it well below 0.999."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay of the LoRA."""
+    max_grad_norm: float = 1.0
+    """Gradients of LoRA and of flow network are each scaled down to this norm."""
+
+    def __post_init__(self) -> None:
+        _require_positive("optimizer", self, "learning_rate", "max_grad_norm")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1).")
+        _require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "must be finite, ≥ 0.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class MemoryConfig:
+    """Speed against memory; results do not depend on these beyond rounding."""
+
+    micro_batch: int = 64
+    """Most transitions in one network pass of the training step."""
+    decode_chunk: int = 64
+    """Most images decoded, with gradients, at once."""
+    checkpoint_decoder: bool = True
+    """Recompute the decoder's blocks in the backward pass instead of keeping their activations."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch", "decode_chunk"):
+            _require(getattr(self, name) >= 1, f"memory.{name}", getattr(self, name), "must be at least 1.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class RewardConfig:
+    """What is finetuned towards."""
+
+    terms: tuple[str, ...] = ("area=8", "classifier=0.1")
+    """Terms of the reward r, each name=weight: area, classifier or hue (testbed), or module:function=weight."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class PromptConfig:
+    """What is sampled."""
+
+    source: str = "animals"
+    """Text file with one prompt a line, or a set: animals, animals-phrased."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    """Measurements on fixed prompts and noise, the same for pretrained and finetuned model."""
+
+    every: int = 10
+    """Updates between evaluations; 0 evaluates only before and after."""
+    samples: int = 16
+    """Images per prompt; at least 2."""
+    prompts: int = 10
+    """Prompts evaluated: the first so many of the source."""
+    probe: str = "testbed"
+    """Network that measures diversity and distance from the prior: testbed, module:function, or none."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "evaluation.every", self.every, "must not be negative.")
+        _require(self.samples >= 2, "evaluation.samples", self.samples, "must be at least 2, to see diversity.")
+        _require(self.prompts >= 1, "evaluation.prompts", self.prompts, "must be at least 1.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Finetune a diffusion model against a differentiable reward with residual ∇-DB (arXiv 2412.07775)."""
+
+    run: Path | None = None
+    """Folder for everything the run writes; must not exist. None: the next free runs/NAME-001, -002, …"""
+    resume: Path | None = None
+    """Continue the interrupted run in this folder, with its own configuration; all other fields are ignored."""
+    seed: int = 0
+    """Seed of all randomness."""
+    updates: int = 40
+    """Optimizer updates in all; a multiple of rollout.updates."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto" takes a GPU if there is one."""
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where metrics go besides metrics.jsonl."""
+    dry_run: bool = False
+    """Check everything, print the configuration and what an update costs, and stop."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    objective: Objective = dataclasses.field(default_factory=Objective)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", self.seed, "must not be negative.")
+        _require(self.updates >= 1, "updates", self.updates, "must be at least 1.")
+        _require(
+            self.updates % self.rollout.updates == 0,
+            "updates",
+            self.updates,
+            f"must be a multiple of rollout.updates = {self.rollout.updates}.",
+        )
+        drawn, steps = self.drawn_steps, self.sampler.steps
+        _require(
+            drawn >= 1,
+            "rollout.fraction",
+            self.rollout.fraction,
+            f"of sampler.steps = {steps} leaves no transition; use at least {1 / steps:g}.",
+        )
+        if self.rollout.draw == "stratified":
+            _require(
+                steps % drawn == 0,
+                "rollout.fraction",
+                self.rollout.fraction,
+                f"gives {drawn} strata, which do not divide sampler.steps = {steps}; change either, or rollout.draw.",
+            )
+        else:
+            _require(
+                drawn < steps, "rollout.fraction", self.rollout.fraction, "must leave out a step to draw uniformly."
+            )
+
+    @property
+    def drawn_steps(self) -> int:
+        """Steps drawn from each trajectory besides the last: K − 1."""
+        return int(self.sampler.steps * self.rollout.fraction + 1e-9)
+
+
+def to_json(config: TrainConfig) -> str:
+    """The configuration as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+
+
+def from_json(text: str) -> TrainConfig:
+    """The configuration that `to_json` wrote.
+
+    Raises:
+        ValueError: an unknown or missing section or field, or an invalid value.
+    """
+    values = json.loads(text)
+    sections = {
+        f.name: f.default_factory
+        for f in dataclasses.fields(TrainConfig)
+        if f.default_factory is not dataclasses.MISSING
+    }
+    try:
+        for name, section in sections.items():
+            values[name] = section(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()})
+        for name in ("run", "resume"):
+            values[name] = Path(values[name]) if values[name] else None
+        return TrainConfig(**values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a configuration of this version of fastnabla: {error}") from error
+
+
+def load_run(run: Path) -> TrainConfig:
+    """The configuration of the run folder `run`.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        return from_json((run / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{str(run)!r} is not a run folder ({error}).") from error
+
+
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    TESTBED: ("The embedded testbed: larger animals, of any hue. Minutes on a laptop's CPU.", TrainConfig()),
+}
+"""Name → (description, configuration): the subcommands of `python -m fastnabla.train`."""

@@ -1,0 +1,276 @@
+"""Residual ∇-DB (arXiv 2412.07775) for a training loop of your own.
+
+`residual_db_loss` takes what such a loop holds: network outputs, states, timesteps and reward gradients. It needs
+torch alone, and a diffusers scheduler only if one is handed in.
+
+    s̄_ref = reverse_scores(noise_pred_ref, x_t, …, retain_graph=False)      # optional: the reverse term
+    s̄ = reverse_scores(noise_pred, x_t, …)
+    result = residual_db_loss(noise_pred, noise_pred_ref, x_t, x_next, timesteps, table, reward_score_next, …)
+    result.loss.backward()
+
+Shapes: N transitions of any steps in one batch, `[N, …]` states and scores; network outputs come as classifier-free
+guidance *pairs* `[2N, …]`, all unconditional rows first, or `[N, …]` when there is no guidance.
+"""
+
+import dataclasses
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from fastnabla.objective.balance import (
+    Gamma,
+    Weighting,
+    forward_balance,
+    full,
+    guide,
+    mean_square,
+    residual_weight,
+    reverse_cotangent,
+    reward_weight,
+    step_score,
+    terminal_balance,
+)
+from fastnabla.transition import TransitionTable
+
+STATISTICS = ("norm_ref", "norm_residual", "norm_reward", "norm_target", "max_residual")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ResidualDBLoss:
+    """The loss of N transitions, ``mean(forward + ρ reverse + terminal + κ trust_region)``, and its parts.
+
+    The parts are unweighted, by row `[N]`, without gradients, and zero in the rows that do not have them.
+    """
+
+    loss: Tensor
+    """Scalar, with gradients to `noise_pred`, `flow_score_next` and `flow_score`."""
+    forward: Tensor
+    """Mean square of ``s_θ − λ s_ref − g(x') − βγ'∇r(x')``, without g in last rows."""
+    reverse: Tensor
+    """Mean square of ``λ (s̄_θ − s̄_ref) + g(x) + βγ∇r(x)`` in inner rows."""
+    terminal: Tensor
+    """Mean square of g(x_T) in last rows."""
+    trust_region: Tensor
+    """Mean square of ``o_θ − o_old``."""
+    statistics: dict[str, Tensor]
+    """The `STATISTICS` of `fastnabla.objective.balance.ForwardBalance`, `[N]` each."""
+
+
+def residual_db_loss(
+    noise_pred: Tensor,
+    noise_pred_ref: Tensor,
+    x_t: Tensor,
+    x_next: Tensor,
+    timesteps: Tensor,
+    scheduler: Any,
+    reward_score_next: Tensor,
+    flow_score_next: Tensor | None = None,
+    noise_pred_old: Tensor | None = None,
+    *,
+    guidance_scale: float | None,
+    beta: float,
+    eta: float | None = None,
+    gamma: Gamma = "alpha_bar",
+    strength: float = 1.0,
+    weighting: Weighting = "score",
+    reverse: float = 1.0,
+    trust_region: float = 1.0,
+    score_reverse: Tensor | None = None,
+    score_ref_reverse: Tensor | None = None,
+    reward_score: Tensor | None = None,
+    flow_score: Tensor | None = None,
+) -> ResidualDBLoss:
+    """Residual ∇-DB loss of N transitions x → x' of a sampler.
+
+    Rows of different steps may be mixed. A *last* row, whose x' is the finished sample, has no g in its forward
+    residual and no reverse residual; the terminal term is there instead. Tensors are floating point of any
+    precision on one device; the arithmetic is float32 (float64 if `x_t` is).
+
+    Args:
+        noise_pred: the policy's output at x (the prediction itself: ε, v or the clean sample), pair `[2N, …]`
+            or `[N, …]`; gradients flow to it.
+        noise_pred_ref: the pretrained policy's, alike; no gradient flows.
+        x_t, x_next: the transition's states x and x', `[N, …]`.
+        timesteps: timesteps of x, `[N]` int64; those of x' follow from the sampler. Checking them waits for the device.
+        scheduler: diffusers scheduler after `set_timesteps`, or a `TransitionTable`. A table is cheaper: one is
+            made of a scheduler in each call (about 0.3 ms).
+        reward_score_next: ∇_{x'} r(x̂0(x')), `[N, …]`, the raw gradient in reward per unit of latent; β and γ are
+            applied here. In last rows ∇_{x'} r(x').
+        flow_score_next: g(x') `[N, …]`, last rows included; None for g ≡ 0.
+        noise_pred_old: output of the policy that sampled the transition, after guidance, `[N, …]`; None for no
+            trust region.
+        guidance_scale: w of classifier-free guidance; None for outputs without guidance, `[N, …]`.
+        beta: β ≥ 0, the reward scale: the target distribution is p_ref · exp(β r).
+        eta: η > 0, noise of DDIM steps, 1 if None; None with a `TransitionTable`, which has its own.
+        gamma: γ by signal share ᾱ: "alpha_bar" (the paper), "sqrt_alpha_bar" or "constant".
+        strength: λ ≥ 0, the weight of the pretrained policy's score.
+        weighting: units of the residuals: "score", 1/σ (the paper), or "sigma", each multiplied by its step's σ.
+        reverse: ρ ≥ 0, weight of the reverse term, which is there if the last four arguments are.
+        trust_region: κ ≥ 0, weight of the trust region.
+        score_reverse, score_ref_reverse: s̄_θ and s̄_ref, `[N, …]`, from `reverse_scores`; no gradient flows.
+        reward_score: ∇_x r(x̂0(x)), `[N, …]`, raw, as `reward_score_next`; no gradient flows.
+        flow_score: g(x), `[N, …]`.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, a setting is out of range, a timestep is not
+            one of the sampler's, only some of the reverse term's four arguments are given, or the scheduler has no
+            Gaussian step (see `TransitionTable.from_scheduler`).
+
+    Equivalent with weighting="score", for the sampler's a, b, σ and γ of each row, `last` = (x' is finished) and
+    `mean` over all but the first axis::
+
+        o, o_ref = u + w * (c - u), u_ref + w * (c_ref - u_ref)
+        s, s_ref = (-(x_next - a * x - b * p) / sigma**2 for p in (o, o_ref))
+        forward = s - strength * s_ref - where(last, 0, g_next) - beta * gamma_next * reward_score_next
+        backward = strength * (score_reverse - score_ref_reverse) + g + beta * gamma * reward_score
+        loss = mean(forward**2) + rho * mean(where(last, 0, backward)**2)
+        loss = loss + mean(where(last, g_next, 0)**2) + kappa * mean((o - o_old)**2)
+        loss = loss.mean()
+
+    with x'/σ² cancelled by hand in ``s − λ s_ref``: a difference of two float32 scores loses digits at small σ.
+    """
+    settings = {"beta": beta, "strength": strength, "reverse": reverse, "trust_region": trust_region}
+    for name, value in settings.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} = {value}: expected a finite number, not negative")
+    for name, value, kind in (("gamma", gamma, Gamma), ("weighting", weighting, Weighting)):
+        if value not in get_args(kind):
+            raise ValueError(f"{name} = {value!r}: expected one of {get_args(kind)}")
+    table = _table(scheduler, eta)
+    _check_states(x_t, x_next, timesteps)
+    _check_output("noise_pred", noise_pred, x_t, guidance_scale)
+    _check_output("noise_pred_ref", noise_pred_ref, x_t, guidance_scale)
+    backward = {
+        "score_reverse": score_reverse,
+        "score_ref_reverse": score_ref_reverse,
+        "reward_score": reward_score,
+        "flow_score": flow_score,
+    }
+    scores = {"reward_score_next": reward_score_next, "flow_score_next": flow_score_next}
+    for name, tensor in (scores | {"noise_pred_old": noise_pred_old} | backward).items():
+        if tensor is not None:
+            _check_tensor(name, tensor, x_t)
+    missing = [name for name, tensor in backward.items() if tensor is None]
+    if 0 < len(missing) < len(backward):
+        raise ValueError(f"{', '.join(missing)} = None: the reverse term needs all of {', '.join(backward)}, or none")
+
+    step = table.step_index(timesteps)
+    rows = table.rows(step, x_t)
+    last = (step == len(table) - 1).view(rows.sigma.shape)
+    x_t, x_next = x_t.detach(), x_next.detach()
+
+    def masked(tensor: Tensor, where: Tensor) -> Tensor:
+        return torch.where(where, full(tensor), 0.0)
+
+    forward = forward_balance(
+        noise_pred,
+        noise_pred_ref,
+        x_t,
+        x_next,
+        rows,
+        beta * reward_weight(rows.alpha_bar_next, gamma) * full(reward_score_next.detach()),
+        None if flow_score_next is None else masked(flow_score_next, ~last),
+        None if noise_pred_old is None else noise_pred_old.detach(),
+        guidance_scale=guidance_scale,
+        strength=strength,
+        weighting=weighting,
+    )
+    reverse_loss = terminal_loss = torch.zeros_like(forward.loss)
+    if not missing:
+        residual = strength * (full(score_reverse) - full(score_ref_reverse)).detach() + full(flow_score)
+        residual = residual + beta * reward_weight(rows.alpha_bar, gamma) * full(reward_score.detach())
+        reverse_loss = mean_square(residual_weight(rows, weighting) * masked(residual, ~last))
+    if flow_score_next is not None:
+        terminal_loss = terminal_balance(masked(flow_score_next, last), rows, weighting=weighting)
+    return ResidualDBLoss(
+        loss=(forward.loss + reverse * reverse_loss + terminal_loss + trust_region * forward.trust).mean(),
+        forward=forward.loss.detach(),
+        reverse=reverse_loss.detach(),
+        terminal=terminal_loss.detach(),
+        trust_region=forward.trust.detach(),
+        statistics={name: getattr(forward, name) for name in STATISTICS},
+    )
+
+
+def reverse_scores(
+    noise_pred: Tensor,
+    x_t: Tensor,
+    x_next: Tensor,
+    timesteps: Tensor,
+    scheduler: Any,
+    *,
+    guidance_scale: float | None,
+    eta: float | None = None,
+    retain_graph: bool = True,
+) -> Tensor:
+    """``s̄ = ∇_x log P(x'|x)`` `[N, …]`, the score of a step in its start, by one backward pass to the network's input.
+
+    Args:
+        noise_pred: a policy's output at x, pair `[2N, …]` or `[N, …]`, with its graph to `x_t`.
+        x_t: x, `[N, …]`, the tensor with `requires_grad` that the network was called with (doubled for guidance).
+        x_next, timesteps, scheduler, guidance_scale, eta: as in `residual_db_loss`.
+        retain_graph: keep `noise_pred`'s graph, as a loss that is still to be differentiated needs; False frees it.
+
+    Returns:
+        s̄ without gradient, float32 (float64 if `x_t` is), in units of 1/σ.
+
+    Raises:
+        ValueError: as `residual_db_loss`; or `noise_pred` was not computed from `x_t`.
+
+    Equivalent, for the sampler's a, b and σ of each row::
+
+        log_prob = -((x_next - a * x_t - b * guided(noise_pred)) ** 2 / (2 * sigma**2)).sum()
+        (score,) = torch.autograd.grad(log_prob, x_t)
+    """
+    table = _table(scheduler, eta)
+    _check_states(x_t, x_next, timesteps)
+    _check_output("noise_pred", noise_pred, x_t, guidance_scale)
+    untracked = "noise_pred has no graph to x_t: call x_t.requires_grad_() and then the network, with gradients enabled"
+    if not (x_t.requires_grad and noise_pred.requires_grad):
+        raise ValueError(untracked)
+    rows = table.rows(table.step_index(timesteps), x_t)
+    state, output = x_t.detach(), noise_pred.detach()
+    cotangent = reverse_cotangent(output, state, x_next, rows, guidance_scale=guidance_scale, strength=1.0)
+    (vjp,) = torch.autograd.grad(noise_pred, x_t, cotangent, retain_graph=retain_graph, allow_unused=True)
+    if vjp is None:
+        raise ValueError(untracked)
+    return full(vjp) - rows.a * step_score(guide(output, guidance_scale), state, x_next.detach(), rows)
+
+
+def _table(scheduler: Any, eta: float | None) -> TransitionTable:
+    if not isinstance(scheduler, TransitionTable):
+        return TransitionTable.from_scheduler(scheduler, eta=1.0 if eta is None else eta)
+    if eta is not None:
+        raise ValueError(f"eta = {eta}: expected None with a TransitionTable, which has its own eta")
+    return scheduler
+
+
+def _check_states(x_t: Tensor, x_next: Tensor, timesteps: Tensor) -> None:
+    if x_t.dim() < 2 or len(x_t) == 0:
+        raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected [N, …] with N ≥ 1")
+    _check_tensor("x_t", x_t, x_t)
+    _check_tensor("x_next", x_next, x_t)
+    if timesteps.dtype != torch.int64 or timesteps.shape != x_t.shape[:1] or timesteps.device != x_t.device:
+        raise ValueError(
+            f"timesteps is {timesteps.dtype} {tuple(timesteps.shape)} on {timesteps.device}, "
+            f"expected torch.int64 ({len(x_t)},) on {x_t.device}"
+        )
+
+
+def _check_output(name: str, output: Tensor, x_t: Tensor, guidance_scale: float | None) -> None:
+    if guidance_scale is None:
+        return _check_tensor(name, output, x_t, " (guidance_scale=None: one row a transition)")
+    if not abs(guidance_scale) < float("inf"):
+        raise ValueError(f"guidance_scale = {guidance_scale}: expected a finite number, or None for no guidance")
+    _check_tensor(name, output, x_t, " (pairs, unconditional rows first; guidance_scale=None for single rows)", 2)
+
+
+def _check_tensor(name: str, tensor: Tensor, x_t: Tensor, hint: str = "", copies: int = 1) -> None:
+    expected = (copies * len(x_t), *x_t.shape[1:])
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}{hint}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected a floating-point dtype")
+    if tensor.device != x_t.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {x_t.device}, where x_t is")

@@ -1,0 +1,97 @@
+"""Pictures of a run: sample grids before and after, and curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+CURVES = {
+    "reward": ("evaluate", ("reward",), "mean reward"),
+    "diversity": ("evaluate", ("hue_entropy", "pairwise_distance"), "relative to the pretrained model"),
+    "distance from the prior": ("evaluate", ("prior_distance",), "Fréchet distance to independent prior samples"),
+    "losses": (
+        "train",
+        ("loss_forward", "loss_reverse", "loss_terminal", "loss_trust_region"),
+        "weighted, per element",
+    ),
+    "score norms": ("train", ("norm_ref", "norm_residual", "norm_reward", "norm_target"), "mean over transitions"),
+    "gradient norms": ("train", ("grad_norm_lora", "grad_norm_flow"), "before clipping"),
+}
+"""Title → (phase, metrics, label of the ordinate)."""
+
+
+def montage(images: Tensor, rows: int) -> Tensor:
+    """`[N, 3, H, W]` as one picture `[rows * H, N / rows * W, 3]`, row by row, a pixel's gap between."""
+    images = images.clamp(0, 1)
+    _, channels, height, width = images.shape
+    padded = images.new_ones(len(images), channels, height + 1, width + 1)
+    padded[..., :height, :width] = images
+    grid = padded.view(rows, -1, channels, height + 1, width + 1).permute(0, 3, 1, 4, 2)
+    return grid.reshape(rows * (height + 1), -1, channels)[:-1, :-1]
+
+
+def save_grid(path: Path, columns: dict[str, Tensor], prompts: Sequence[str], per_prompt: int = 8) -> None:
+    """Sample grids side by side, a row a prompt.
+
+    Args:
+        path: PNG to write.
+        columns: title → images `[P * n, 3, H, W]`, prompt by prompt.
+        prompts: P texts.
+        per_prompt: most images shown of each.
+    """
+    count = len(prompts)
+    columns = {title: images.unflatten(0, (count, -1))[:, :per_prompt] for title, images in columns.items()}
+    width = sum(images.shape[1] for images in columns.values())
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(1.2 + 0.58 * width, 0.58 * count + 0.4), squeeze=False, layout="constrained"
+    )
+    for axis, (title, images) in zip(axes[0], columns.items(), strict=True):
+        axis.imshow(montage(images.flatten(0, 1), count).cpu().numpy(), interpolation="nearest")
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks([])
+        side = images.shape[-2] + 1
+        axis.set_yticks([side * (i + 0.5) for i in range(count)] if axis is axes[0][0] else [])
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+    axes[0][0].set_yticklabels([p if len(p) < 40 else p[:37] + "…" for p in prompts], fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """The run's `CURVES` from its metric records."""
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    for axis, (title, (phase, names, label)) in zip(axes.flat, CURVES.items(), strict=True):
+        for name in names:
+            points = [(r["update"], r[name]) for r in records if r["phase"] == phase and name in r]
+            if not points:
+                continue
+            updates, values = zip(*points, strict=True)
+            if title == "diversity":
+                values = [value / values[0] for value in values]
+            axis.plot(updates, values, marker="o" if phase == "evaluate" else None, label=name.removeprefix("loss_"))
+            if name == "reward":
+                spread = [r["reward_std"] for r in records if r["phase"] == phase]
+                axis.fill_between(
+                    updates,
+                    [v - s for v, s in zip(values, spread, strict=True)],
+                    [v + s for v, s in zip(values, spread, strict=True)],
+                    alpha=0.15,
+                )
+        if phase == "train":
+            axis.set_yscale("symlog", linthresh=1e-4)
+        if title == "diversity":
+            axis.set_ylim(bottom=0)
+        axis.set_title(title)
+        axis.set_xlabel("updates")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

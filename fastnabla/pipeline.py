@@ -1,0 +1,99 @@
+"""Diffusers pipelines in and out: loading, schedulers, prompt embeddings, LoRA files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers, logging
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from fastnabla.policy import ADAPTER
+from fastnabla.testbed import pipeline_folder
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def load_pipeline(
+    name: str, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline:
+    """A Stable-Diffusion-shaped pipeline, frozen, from a folder, the hub, or the package ("testbed").
+
+    Raises:
+        ValueError: it cannot be found or loaded, or lacks a part that finetuning needs.
+    """
+    logging.disable_progress_bar()
+    source = pipeline_folder() if name == "testbed" else name
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            source, revision=revision, dtype=dtype, safety_checker=None, requires_safety_checker=False
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"model.name = {name!r}: no diffusers StableDiffusionPipeline could be loaded from it ({error}). Give a local "
+            f"folder with a model_index.json, 'testbed', or a hub id downloaded with: huggingface-cli download {name}"
+        ) from error
+    missing = [part for part in PARTS if getattr(pipeline, part, None) is None]
+    if missing:
+        raise ValueError(
+            f"model.name = {name!r}: the pipeline has no {', '.join(missing)}; finetuning needs {', '.join(PARTS)}."
+        )
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def use_scheduler(pipeline: StableDiffusionPipeline, kind: str) -> None:
+    """Give `pipeline` the scheduler `kind` ("ddim" or "sde-dpmsolver++") with the noise schedule it was trained with.
+
+    Raises:
+        ValueError: the pipeline's scheduler does not describe a discrete variance-preserving diffusion.
+    """
+    config = pipeline.scheduler.config
+    if "beta_schedule" not in config or "prediction_type" not in config:
+        raise ValueError(
+            f"the model's scheduler, {type(pipeline.scheduler).__name__}, is not supported: it has no beta_schedule and "
+            "prediction_type to build a DDIM or SDE-DPM-Solver++ sampler from."
+        )
+    if kind == "ddim":
+        absent = {"clip_sample": False, "set_alpha_to_one": False}
+        changes = {name: value for name, value in absent.items() if name not in config}
+        pipeline.scheduler = DDIMScheduler.from_config(config, **changes)
+    else:
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+            config, algorithm_type="sde-dpmsolver++", solver_order=1, final_sigmas_type="sigma_min"
+        )
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
+    """Text embeddings `[1 + P, L, D]`: of the empty prompt, then of `prompts`."""
+    tokens = pipeline.tokenizer(
+        ["", *prompts],
+        padding="max_length",
+        max_length=pipeline.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids.to(pipeline.text_encoder.device)
+    return torch.cat([pipeline.text_encoder(part)[0] for part in tokens.split(64)])
+
+
+def image_size(pipeline: StableDiffusionPipeline) -> tuple[int, int]:
+    """(H, W) of the pipeline's images, in pixels."""
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    return side, side
+
+
+def latent_shape(pipeline: StableDiffusionPipeline) -> tuple[int, int, int]:
+    """(C, H, W) of its latents."""
+    side = pipeline.unet.config.sample_size
+    return pipeline.unet.config.in_channels, side, side
+
+
+def save_lora(unet: nn.Module, folder: Path) -> None:
+    """Write the policy's LoRA as `pipe.load_lora_weights(folder)` reads it."""
+    layers: dict[str, Any] = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=ADAPTER))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers={k: v.contiguous() for k, v in layers.items()})

@@ -1,0 +1,63 @@
+"""Rewards of the testbed. Each leaves something free for a finetuned model to keep, or to lose."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastnabla.testbed.classifier import load_classifier
+from fastnabla.testbed.silhouettes import animal_in
+
+Reward = Callable[[Tensor, Sequence[str]], Tensor]
+PREFERRED_HUE = 0.6
+"""Hue, in turns, that `hue` prefers: blue."""
+
+
+def foreground(images: Tensor) -> Tensor:
+    """How much each pixel `[B, H, W]` differs from the image's ground (its border's mean colour): 0 to 1, smooth.
+
+    Any of the data's hues on any of its grounds counts as foreground alike.
+    """
+    edges = (images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1])
+    ground = torch.cat(edges, -1).mean(-1)[..., None, None]
+    return 1 - torch.exp(-(images - ground).square().sum(1) / (2 * 0.15**2))
+
+
+def chroma(images: Tensor) -> Tensor:
+    """Chroma `[B, 2, H, W]` of the pixels: a vector whose angle is the hue, red at 0."""
+    red, green, blue = images.unbind(1)
+    return torch.stack([red - (green + blue) / 2, math.sqrt(3) / 2 * (green - blue)], 1)
+
+
+def area(device: torch.device) -> Reward:
+    """Share of the image that the animal covers, in [0, 1]. Blind to hue, ground, pose and place."""
+
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return foreground(images).mean((1, 2))
+
+    return reward
+
+
+def hue(device: torch.device) -> Reward:
+    """Cosine between the animal's mean chroma and `PREFERRED_HUE`, in [-1, 1]."""
+    angle = 2 * math.pi * PREFERRED_HUE
+    preferred = torch.tensor([math.cos(angle), math.sin(angle)], device=device)
+
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        mean = chroma(images).mean((2, 3))
+        return mean @ preferred.to(mean) / (mean.square().sum(1) + 1e-4).sqrt()
+
+    return reward
+
+
+def classifier(device: torch.device) -> Reward:
+    """Log-probability, in nats, of the prompt's animal under the reward classifier."""
+    network = load_classifier("reward", device)
+
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        log_probability = network(images).log_softmax(1)
+        wanted = torch.tensor([animal_in(prompt) for prompt in prompts], device=log_probability.device)
+        return log_probability.gather(1, wanted[:, None])[:, 0]
+
+    return reward

@@ -1,0 +1,101 @@
+"""`python -m fastnabla.sample RUN --prompt "a giraffe" -n 16`: pictures from a finetuned model, through plain diffusers."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+
+from fastnabla.telemetry import quiet_libraries
+
+quiet_libraries()
+
+from fastnabla.config import load_run  # noqa: E402
+from fastnabla.pictures import save_grid  # noqa: E402
+from fastnabla.pipeline import load_pipeline, use_scheduler  # noqa: E402
+from fastnabla.seeding import seed_of  # noqa: E402
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SampleConfig:
+    """Sample a finetuned model beside its pretrained one, from the same noise, and write a picture grid."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of `python -m fastnabla.train`."""
+    prompt: tuple[str, ...] = ("a giraffe",)
+    """One or several prompts; each is a row."""
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 16
+    """Images per prompt."""
+    seed: int = 0
+    """Seed of the noise."""
+    batch: int = 64
+    """Images sampled at once."""
+    output: Path | None = None
+    """PNG to write; None: sample.png in the run folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("n", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
+
+
+def sample_run(config: SampleConfig) -> Path:
+    """Sample with the run's own sampler and settings; the path of the picture.
+
+    Raises:
+        ValueError: the folder is not a finished run, or its model cannot be loaded.
+    """
+    run = load_run(config.run)
+    if not (config.run / "lora").is_dir():
+        raise ValueError(f"{str(config.run)!r} has no lora/ yet: the run has not reached its first evaluation.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = load_pipeline(run.model.name, run.model.revision, getattr(torch, run.model.dtype)).to(device)
+    use_scheduler(pipeline, run.sampler.scheduler)
+    prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
+
+    def images() -> torch.Tensor:
+        parts = []
+        for start in range(0, len(prompts), config.batch):
+            part = prompts[start : start + config.batch]
+            generators = [
+                torch.Generator().manual_seed(seed_of(config.seed, "evaluation", 0, start + i))
+                for i in range(len(part))
+            ]
+            parts.append(
+                pipeline(
+                    part,
+                    num_inference_steps=run.sampler.steps,
+                    guidance_scale=run.sampler.guidance_scale,
+                    eta=run.sampler.eta,
+                    generator=generators,
+                    output_type="pt",
+                ).images.float()
+            )
+        return torch.cat(parts)
+
+    columns = {"pretrained": images()}
+    pipeline.load_lora_weights(config.run / "lora")
+    columns["finetuned, same noise"] = images()
+    output = config.output or config.run / "sample.png"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_grid(output, columns, config.prompt, per_prompt=config.n)
+    return output
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; the exit status."""
+    try:
+        config = tyro.cli(SampleConfig, args=arguments, prog="python -m fastnabla.sample")
+        output = sample_run(config)
+    except ValueError as error:
+        Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False)
+        return 2
+    Console().print(f"wrote {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,105 @@
+"""What a run writes as it goes: its folder, metrics, and progress on the terminal.
+
+`metrics.jsonl` holds only what the seed determines, so two equal runs write equal files; clock times go to
+`timing.jsonl`.
+"""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' start-up notices off the terminal; call it before importing them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def create_run_folder(run: Path | None, name: str) -> Path:
+    """Make the folder `run`, or the next free ``runs/name-001``.
+
+    Raises:
+        ValueError: it exists, or cannot be made.
+    """
+    if run is None:
+        taken = [int(p.name.rpartition("-")[2]) for p in Path("runs").glob(f"{name}-[0-9][0-9][0-9]")]
+        run = Path("runs") / f"{name}-{max(taken, default=0) + 1:03d}"
+    try:
+        run.mkdir(parents=True)
+    except FileExistsError as error:
+        raise ValueError(
+            f"run = {str(run)!r}: exists already, and is never overwritten; name another or remove it."
+        ) from error
+    except OSError as error:
+        raise ValueError(f"run = {str(run)!r}: cannot be created ({error}).") from error
+    return run
+
+
+class Tracker:
+    """Metrics to `metrics.jsonl` and to TensorBoard or Weights & Biases, one record an update.
+
+    Args:
+        folder: of the run.
+        kind: "tensorboard", "wandb" or "none".
+        config: the run's configuration, for W&B.
+    """
+
+    def __init__(self, folder: Path, kind: str, config: dict[str, Any]) -> None:
+        self.folder, self.records = folder, []
+        self.started = time.perf_counter()
+        self._board = self._wandb = None
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+        elif kind == "wandb":
+            try:
+                import wandb
+            except ImportError as error:
+                raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb") from error
+            self._wandb = wandb.init(dir=str(folder), config=config, name=folder.name)
+
+    def log(self, phase: str, update: int, metrics: dict[str, float]) -> None:
+        """Append a record, e.g. of phase "train", after `update` updates."""
+        record = {"phase": phase, "update": update, **metrics}
+        self.records.append(record)
+        self._append("metrics.jsonl", record)
+        self._append("timing.jsonl", {"phase": phase, "update": update, "seconds": time.perf_counter() - self.started})
+        for name, value in metrics.items():
+            if self._board:
+                self._board.add_scalar(f"{phase}/{name}", value, update)
+        if self._wandb:
+            self._wandb.log({f"{phase}/{name}": value for name, value in metrics.items()}, step=update)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Flush and close the trackers."""
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with the phase, what has been done, and the time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )

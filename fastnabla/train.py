@@ -1,0 +1,62 @@
+"""`python -m fastnabla.train [PRESET] [--field value …]`: finetune a diffusion model. Without arguments: the testbed."""
+
+import sys
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from fastnabla.telemetry import create_run_folder, quiet_libraries
+
+quiet_libraries()
+
+from fastnabla.config import PRESETS, TESTBED, TrainConfig, load_run, to_json  # noqa: E402
+from fastnabla.cost import cost_table  # noqa: E402
+from fastnabla.trainer import Trainer  # noqa: E402
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """The configuration of a command line; the testbed's preset if none is named."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = [TESTBED, *arguments]
+    description = (
+        "Finetune a diffusion model against a differentiable reward with residual ∇-DB. Without arguments: the testbed. "
+        f"`python -m fastnabla.train {TESTBED} --help` explains every field."
+    )
+    return tyro.extras.overridable_config_cli(
+        PRESETS, args=arguments, prog="python -m fastnabla.train", description=description
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; the exit status."""
+    console = Console()
+    try:
+        config = parse(arguments)
+        run = config.run
+        if config.resume is not None:
+            run = config.resume
+            config = load_run(run)
+        elif run is not None and run.exists():
+            raise ValueError(
+                f"run = {str(run)!r}: exists already, and is never overwritten; name another or remove it."
+            )
+        resume = run is not None and run.exists()
+        trainer = Trainer(config)
+        if config.dry_run:
+            console.print_json(to_json(config))
+            console.print(cost_table(trainer))
+            return 0
+        if not resume:
+            run = create_run_folder(run, Path(config.model.name).name)
+    except ValueError as error:
+        Console(stderr=True).print(f"[bold red]error[/]: {error}", markup=True, highlight=False)
+        return 2
+    console.print(f"writing to {run}")
+    trainer.train(run, console, resume)
+    console.print(f"samples, curves, LoRA and metrics are in {run}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

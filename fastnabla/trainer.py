@@ -1,0 +1,249 @@
+"""The training loop: rollout → updates → evaluation → checkpoint, straight down."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fastnabla.buffer import TrajectoryBuffer, draw_stratified, draw_uniform
+from fastnabla.checkpoint import load_checkpoint, read_records, save_checkpoint
+from fastnabla.config import TrainConfig, to_json
+from fastnabla.decoder import Decoder
+from fastnabla.flow import build_flow
+from fastnabla.metrics.evaluation import Evaluator
+from fastnabla.metrics.probes import build_probe
+from fastnabla.optim import Optimizer
+from fastnabla.pictures import save_curves, save_grid
+from fastnabla.pipeline import encode_prompts, image_size, latent_shape, load_pipeline, save_lora, use_scheduler
+from fastnabla.policy import Policy
+from fastnabla.prompts import assign_prompts, load_prompts
+from fastnabla.rewards import build_reward, check_reward
+from fastnabla.rollout import sample
+from fastnabla.seeding import generator_of, seed_of
+from fastnabla.step import BalanceStep, StepReport
+from fastnabla.telemetry import Tracker, progress_bar
+from fastnabla.transition import TransitionTable
+
+DRAWS: dict[str, Callable[[int, int, int, torch.Generator], Tensor]] = {
+    "stratified": draw_stratified,
+    "uniform": draw_uniform,
+}
+
+
+class Trainer:
+    """Everything a run consists of, built from its configuration.
+
+    Building it checks all input (prompts, model, sampler, reward, probe) and does no work yet.
+
+    Raises:
+        ValueError: something in the configuration is wrong; the message names the field and a remedy.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        )
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device = 'cuda': torch sees no GPU here; use --device cpu.")
+        self.prompts = load_prompts(config.prompts.source)
+        self.reward = build_reward(config.reward.terms, self.device)
+        self.probe = build_probe(config.evaluation.probe, self.device)
+
+        pipeline = load_pipeline(config.model.name, config.model.revision, getattr(torch, config.model.dtype))
+        use_scheduler(pipeline, config.sampler.scheduler)
+        self.table = TransitionTable.from_scheduler(pipeline.scheduler, config.sampler.steps, config.sampler.eta)
+        self.table = self.table.to(self.device)
+        check_reward(self.reward, self.prompts, image_size(pipeline), self.device)
+        self.sample_shape = latent_shape(pipeline)
+        pipeline.to(self.device)
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(config.seed, "weights", 0))
+            self.policy = Policy(
+                pipeline.unet,
+                encode_prompts(pipeline, self.prompts),
+                config.sampler.guidance_scale,
+                config.lora.rank,
+                config.lora.targets,
+            ).to(self.device)
+        self.flow = build_flow(
+            config.flow.kind, self.sample_shape[0], self.policy.conditions.shape[-1], seed_of(config.seed, "weights", 1)
+        )
+        if self.flow is not None:
+            self.flow.to(self.device)
+        self.decoder = Decoder(pipeline.vae, config.memory.decode_chunk, config.memory.checkpoint_decoder)
+        self.buffer = TrajectoryBuffer(
+            config.rollout.trajectories, len(self.table), config.drawn_steps + 1, self.sample_shape, device=self.device
+        )
+        self.step = BalanceStep(
+            self.policy,
+            self.flow,
+            self.decoder,
+            self.reward,
+            self.prompts,
+            self.table,
+            config.objective,
+            config.memory.micro_batch,
+        )
+        self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow)
+        self.evaluator = Evaluator(
+            self._evaluation_sample,
+            self.decoder,
+            self.reward,
+            self.probe,
+            self.prompts[: config.evaluation.prompts],
+            config.evaluation.samples,
+        )
+
+    def train(self, run: Path, console: Console | None = None, resume: bool = False) -> list[dict[str, Any]]:
+        """Run to the end, writing everything into the folder `run`; the metric records.
+
+        Args:
+            run: an empty folder, or with `resume` that of an interrupted run of the same configuration.
+            console: where progress goes; None for silence.
+            resume: continue from the folder's checkpoint.
+        """
+        config = self.config
+        console = console or Console(quiet=True)
+        update = load_checkpoint(run, self.policy, self.flow, self.optimizer) if resume else 0
+        if not resume:
+            (run / "config.json").write_text(to_json(config), encoding="utf-8")
+        tracker = Tracker(run, config.tracker, dataclasses.asdict(config))
+        tracker.records = read_records(run / "metrics.jsonl", update)
+
+        try:
+            with progress_bar(console) as progress:
+                overall = progress.add_task("updates", total=config.updates, completed=update, status="")
+                phase = progress.add_task("", total=1, status="")
+
+                def begin(description: str, total: int) -> None:
+                    progress.reset(phase, description=description, total=total)
+
+                def advance(count: int) -> None:
+                    progress.advance(phase, count)
+
+                self._advance = advance
+                begin("pretrained samples", 2 * len(self.evaluator.prompts) * len(self.table))
+                with self.policy.adapter_off():
+                    before = self.evaluator.images()
+                    self.evaluator.set_prior(self.evaluator.images(noise=1))
+                if not tracker.records:
+                    tracker.log("evaluate", 0, self.evaluator.measure(before))
+
+                while update < config.updates:
+                    begin("rollout", config.rollout.trajectories * len(self.table))
+                    rollout = self._rollout(update // config.rollout.updates)
+                    for slots in torch.arange(config.rollout.trajectories).chunk(config.rollout.updates):
+                        begin("step", 1)
+                        report = self.step(self.buffer.gather(self.buffer.transitions(slots)))
+                        norms = self.optimizer.update()
+                        update += 1
+                        advance(1)
+                        tracker.log("train", update, _metrics(report, rollout, norms))
+                        if not math.isfinite(tracker.records[-1]["loss"]):
+                            raise FloatingPointError(
+                                f"the loss is not finite after update {update}; lower optimizer.learning_rate or "
+                                f"objective.beta. The last good state is in {run}."
+                            )
+                        progress.update(overall, completed=update, status=f"reward {rollout['rollout_reward']:.3f}")
+                    every = config.evaluation.every
+                    due = every and update // every > (update - config.rollout.updates) // every
+                    if due or update == config.updates:
+                        begin("evaluation", len(self.evaluator.prompts) * len(self.table))
+                        after = self.evaluator.images()
+                        tracker.log("evaluate", update, self.evaluator.measure(after))
+                        progress.update(overall, status=f"evaluated reward {tracker.records[-1]['reward']:.3f}")
+                        self._write_pictures(run, tracker.records, update, before, after)
+                        save_lora(self.policy.unet, run / "lora")
+                        save_checkpoint(run, update, self.policy, self.flow, self.optimizer)
+        finally:
+            tracker.close()
+        table = final_table(tracker.records)
+        (run / "table.md").write_text(_markdown(table), encoding="utf-8")
+        console.print(table)
+        return tracker.records
+
+    def _rollout(self, round_: int) -> dict[str, float]:
+        """Fill the buffer with trajectories of the current policy; statistics of their rewards."""
+        config = self.config
+        count = config.rollout.trajectories
+        first = round_ * count
+        self.buffer.clear()
+        prompt = assign_prompts(config.seed, first, count, len(self.prompts))
+        draw = DRAWS[config.rollout.draw]
+        steps = draw(count, len(self.table), config.drawn_steps, generator_of(config.seed, "draws", round_))
+        latents = sample(
+            self.policy,
+            self.table,
+            prompt,
+            [seed_of(config.seed, "noise", first + i) for i in range(count)],
+            self.sample_shape,
+            batch=config.rollout.batch,
+            buffer=self.buffer,
+            slots=self.buffer.reserve(steps, prompt),
+            on_step=self._advance,
+        )
+        with torch.no_grad():
+            rewards = self.reward(self.decoder.decode(latents), [self.prompts[i] for i in prompt.tolist()])
+        self.buffer.reward.copy_(rewards)
+        return {"rollout_reward": rewards.mean().item(), "rollout_reward_std": rewards.std().item()}
+
+    def _evaluation_sample(self, prompt: Tensor, noise: int) -> Tensor:
+        seeds = [seed_of(self.config.seed, "evaluation", noise, i) for i in range(len(prompt))]
+        batch = self.config.rollout.batch
+        return sample(self.policy, self.table, prompt, seeds, self.sample_shape, batch=batch, on_step=self._advance)
+
+    def _advance(self, count: int) -> None:
+        """Report progress; `train` replaces it."""
+
+    def _write_pictures(
+        self, run: Path, records: list[dict[str, Any]], update: int, before: Tensor, after: Tensor
+    ) -> None:
+        (run / "samples").mkdir(exist_ok=True)
+        prompts = self.evaluator.prompts[:: self.config.evaluation.samples]
+        columns = {"pretrained": before, f"after {update} updates, same noise": after}
+        save_grid(run / "samples" / f"update-{update:04d}.png", columns, prompts)
+        save_curves(run / "curves.png", records)
+
+
+def _metrics(report: StepReport, rollout: dict[str, float], norms: dict[str, Tensor]) -> dict[str, float]:
+    """A training step's numbers by name; waits for the device."""
+    metrics = dict(rollout)
+    metrics |= {"loss" if name == "loss" else f"loss_{name}": value.item() for name, value in report.losses.items()}
+    for name in ("norm_ref", "norm_residual", "norm_reward", "norm_target"):
+        metrics[name] = report.rows[name].mean().item()
+    metrics["max_residual"] = report.rows["max_residual"].max().item()
+    metrics["passes_inner"], metrics["passes_last"] = report.passes_inner, report.passes_last
+    return metrics | {name: value.item() for name, value in norms.items()}
+
+
+def final_table(records: list[dict[str, Any]]) -> Table:
+    """Pretrained against finetuned model, from a run's records."""
+    evaluations = [record for record in records if record["phase"] == "evaluate"]
+    first, last = evaluations[0], evaluations[-1]
+    table = Table(title=f"pretrained and finetuned model after {last['update']} updates, same prompts and noise")
+    for column in ("metric", "pretrained", "finetuned", "change"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, value in last.items():
+        if name in ("phase", "update"):
+            continue
+        before = first.get(name)
+        if name == "reward":
+            change = f"{(value - before) / first['reward_std']:+.2f} std of pretrained"
+        else:
+            change = f"{value / before:.0%}" if before else ""
+        table.add_row(name, "" if before is None else f"{before:.4f}", f"{value:.4f}", change)
+    return table
+
+
+def _markdown(table: Table) -> str:
+    rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
+    rows += [list(cells) for cells in zip(*(column.cells for column in table.columns), strict=True)]
+    return f"{table.title}\n\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows)

@@ -1,0 +1,48 @@
+"""Assertions and small inputs that several test files share."""
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from fastnabla.transition import TransitionTable
+
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+DDIM = {**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+
+
+def ddim(num_steps: int | None = None, **changes) -> DDIMScheduler:
+    """A scheduler as Stable Diffusion has it; with its timesteps set if `num_steps` is given."""
+    scheduler = DDIMScheduler(**{**DDIM, **changes})
+    if num_steps is not None:
+        scheduler.set_timesteps(num_steps)
+    return scheduler
+
+
+def ddim_table(num_steps: int = 10, eta: float = 1.0, **changes) -> TransitionTable:
+    return TransitionTable.from_scheduler(ddim(**changes), num_steps, eta)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Euclidean norm of the difference, over that of `expected`."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def assert_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Each tensor to 1e-4 of its norm, plus 1e-7 of the largest norm among them.
+
+    The relative part is float32 rounding through two networks. The absolute part is for biases in front of a group
+    normalisation with one channel a group: their true gradient is 0, what is there is rounding noise of the others.
+    """
+    assert actual.keys() == expected.keys()
+    floor = 1e-7 * max(tensor.norm() for tensor in expected.values())
+    errors = {
+        name: ((actual[name] - tensor).norm() / (1e-4 * tensor.norm() + floor)).item()
+        for name, tensor in expected.items()
+    }
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= 1, f"{worst}: {errors[worst]:.3g} times the tolerance"
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -1,0 +1,234 @@
+import pytest
+import torch
+from torch import Tensor
+
+from fastnabla.buffer import TrajectoryBuffer, draw_stratified, draw_uniform
+from tests.checks import randn
+
+SHAPE = (2, 3, 4)
+NUM_STEPS = 8
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_stratified_draws():
+    steps = draw_stratified(4000, NUM_STEPS, 4, generator())
+    assert steps.dtype == torch.int64
+    assert steps.shape == (4000, 5)
+    assert (steps[:, 0] == NUM_STEPS - 1).all()
+    assert torch.equal(steps[:, 1:] // 2, torch.arange(4).expand(4000, 4))
+    # 4000 draws of each of 2 steps: a share of 0.5 with a standard deviation of 0.008; 0.04 is five of them.
+    shares = steps[:, 1:].flatten().bincount(minlength=NUM_STEPS) / 4000
+    assert (shares - 0.5).abs().max() < 0.04
+
+
+def test_uniform_draws():
+    steps = draw_uniform(4000, NUM_STEPS, 3, generator())
+    assert steps.shape == (4000, 4)
+    assert (steps[:, 0] == NUM_STEPS - 1).all()
+    assert (steps.sort(1).values.diff(dim=1) > 0).all(), "a step was drawn twice"
+    # 7 steps before the last, each in with probability 3/7, standard deviation 0.008.
+    shares = steps[:, 1:].flatten().bincount(minlength=NUM_STEPS) / 4000
+    assert (shares[:-1] - 3 / 7).abs().max() < 0.04
+    assert shares[-1] == 0
+
+
+@pytest.mark.parametrize("draw", [draw_stratified, draw_uniform])
+def test_draws_are_reproducible(draw):
+    assert torch.equal(draw(9, NUM_STEPS, 4, generator(1)), draw(9, NUM_STEPS, 4, generator(1)))
+    assert not torch.equal(draw(9, NUM_STEPS, 4, generator(1)), draw(9, NUM_STEPS, 4, generator(2)))
+
+
+@pytest.mark.parametrize("strata", [0, -2, 3, 16])
+def test_strata_must_divide_the_steps(strata):
+    with pytest.raises(ValueError, match=f"strata = {strata}: must be at least 1 and divide the number of steps, 8"):
+        draw_stratified(2, NUM_STEPS, strata, generator())
+
+
+@pytest.mark.parametrize("draws", [0, 8])
+def test_uniform_draws_must_fit(draws):
+    with pytest.raises(ValueError, match=f"draws = {draws}: must be between 1 and 7"):
+        draw_uniform(2, NUM_STEPS, draws, generator())
+
+
+class Trajectories:
+    """Whole trajectories, kept in plain tensors: what a buffer is compared to."""
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        self.states = randn(count, NUM_STEPS + 1, *SHAPE, seed=seed)
+        self.outputs = randn(count, NUM_STEPS, *SHAPE, seed=seed + 1)
+
+    def append_to(self, buffer: TrajectoryBuffer, slots: Tensor, last: int = NUM_STEPS) -> None:
+        for i in range(last):
+            buffer.append(slots, i, self.states[:, i], self.outputs[:, i], self.states[:, i + 1])
+
+
+def poisoned(capacity: int, kept: int, **options) -> TrajectoryBuffer:
+    """A buffer whose slabs hold NaN where nothing was stored."""
+    buffer = TrajectoryBuffer(capacity, NUM_STEPS, kept, SHAPE, **options)
+    for slab in (buffer.x, buffer.model_output):
+        slab.fill_(float("nan"))
+    return buffer
+
+
+# Apart, adjacent (which share a state), all steps, and the last step drawn twice.
+DRAWS = {
+    "apart": [[7, 0, 2, 5], [7, 1, 3, 5]],
+    "adjacent": [[7, 6, 5, 4], [7, 0, 1, 2]],
+    "repeated": [[7, 0, 7, 3], [7, 4, 5, 7]],
+    "all": [[7, 0, 1, 2, 3, 4, 5, 6], [7, 6, 5, 4, 3, 2, 1, 0]],
+}
+
+
+@pytest.mark.parametrize("draws", DRAWS.values(), ids=list(DRAWS))
+def test_round_trip(draws):
+    """Two calls of `reserve`, trajectories advanced out of step with each other, transitions gathered in any order."""
+    steps = torch.tensor(draws)
+    kept = steps.shape[1]
+    buffer = poisoned(4, kept)
+    rollouts = Trajectories(2), Trajectories(2, seed=2)
+    slots = [buffer.reserve(s, torch.tensor(p)) for s, p in ((steps, [3, 5]), (steps.flip(0), [4, 5]))]
+    assert len(buffer) == 4
+    rollouts[1].append_to(buffer, slots[1])
+    rollouts[0].append_to(buffer, slots[0])
+
+    states, outputs = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("states", "outputs"))
+    all_steps, prompts = torch.cat([steps, steps.flip(0)]), torch.tensor([3, 5, 4, 5])
+    index = buffer.transitions()[torch.randperm(4 * kept, generator=generator())]
+    batch = buffer.gather(index)
+    assert len(batch) == 4 * kept
+    trajectory, step = index // kept, all_steps[index // kept, index % kept]
+    assert torch.equal(batch.trajectory, trajectory)
+    assert torch.equal(batch.step_index, step)
+    assert torch.equal(batch.prompt, prompts[trajectory])
+    assert torch.equal(batch.x, states[trajectory, step])
+    assert torch.equal(batch.x_next, states[trajectory, step + 1])
+    assert torch.equal(batch.model_output, outputs[trajectory, step])
+
+    part = batch[torch.tensor([2, 0])]
+    assert torch.equal(part.x, batch.x[[2, 0]])
+    assert torch.equal(batch[1:3].prompt, batch.prompt[1:3])
+
+
+@pytest.mark.parametrize("draws", DRAWS.values(), ids=list(DRAWS))
+def test_a_state_is_stored_once(draws):
+    steps = torch.tensor(draws)
+    buffer = poisoned(2, steps.shape[1])
+    Trajectories(2).append_to(buffer, buffer.reserve(steps, torch.zeros(2, dtype=torch.int64)))
+    for slot, row in enumerate(draws):
+        states = {i for step in row for i in (step, step + 1)}
+        assert int((~buffer.x[slot].isnan()).flatten(1).all(1).sum()) == len(states)
+        assert int((~buffer.model_output[slot].isnan()).flatten(1).all(1).sum()) == len(set(row))
+        assert len(buffer.x[slot]) <= NUM_STEPS + 1
+
+
+def test_transitions_of_some_slots():
+    buffer = poisoned(3, 2)
+    buffer.reserve(torch.tensor([[7, 0]] * 3), torch.arange(3))
+    assert buffer.transitions(torch.tensor([2, 0])).tolist() == [4, 5, 0, 1]
+
+
+def test_clear():
+    buffer = poisoned(2, 2)
+    prompt = torch.arange(2)
+    Trajectories(2).append_to(buffer, buffer.reserve(torch.tensor([[7, 0], [7, 1]]), prompt))
+    buffer.clear()
+    assert len(buffer) == 0
+    assert buffer.reward.isnan().all()
+    rollout = Trajectories(2, seed=4)
+    rollout.append_to(buffer, buffer.reserve(torch.tensor([[7, 3], [7, 4]]), prompt))
+    assert torch.equal(buffer.gather(buffer.transitions()).x, rollout.states[[0, 0, 1, 1], [7, 3, 7, 4]])
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_dtypes(stored):
+    """Stored in one precision, handed out in another; None keeps that of the slabs."""
+    buffer = poisoned(1, 2, dtype=stored)
+    rollout = Trajectories(1)
+    rollout.append_to(buffer, buffer.reserve(torch.tensor([[7, 0]]), torch.zeros(1, dtype=torch.int64)))
+    index = buffer.transitions()
+    assert buffer.gather(index).x.dtype == stored
+    batch = buffer.gather(index, torch.float32)
+    for name, expected in (("x", rollout.states[0, [7, 0]]), ("model_output", rollout.outputs[0, [7, 0]])):
+        assert getattr(batch, name).dtype == torch.float32
+        assert torch.equal(getattr(batch, name), expected.to(stored).float())
+    assert batch.step_index.dtype == torch.int64
+
+
+def test_gather_in_the_slabs_precision_leaves_them_alone():
+    buffer = poisoned(1, 2)
+    Trajectories(1).append_to(buffer, buffer.reserve(torch.tensor([[7, 0]]), torch.zeros(1, dtype=torch.int64)))
+    before = buffer.x.clone()
+    batch = buffer.gather(buffer.transitions())
+    batch.x.fill_(0)
+    torch.testing.assert_close(buffer.x, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_full():
+    buffer = poisoned(2, 2)
+    buffer.reserve(torch.tensor([[7, 0]]), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="the buffer is full: 1 of 2 trajectories reserved, 2 more asked for"):
+        buffer.reserve(torch.tensor([[7, 0]] * 2), torch.zeros(2, dtype=torch.int64))
+    assert len(buffer) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "prompts", "message"),
+    [
+        ([[7, 8]], 1, r"steps must be in 0\.\.7; found 7\.\.8"),
+        ([[7, -1]], 1, r"steps must be in 0\.\.7; found -1\.\.7"),
+        ([[7, 0, 1]], 1, r"steps \(1, 3\), prompt \(1,\): expected \[B, 2\] and \[B\]"),
+        ([7, 0], 2, r"steps \(2,\), prompt \(2,\)"),
+        ([[7, 0]], 2, r"steps \(1, 2\), prompt \(2,\)"),
+    ],
+    ids=["too_late", "negative", "too_many", "flat", "prompts"],
+)
+def test_reserve_rejects(steps, prompts, message):
+    buffer = poisoned(2, 2)
+    with pytest.raises(ValueError, match=message):
+        buffer.reserve(torch.tensor(steps), torch.zeros(prompts, dtype=torch.int64))
+    assert len(buffer) == 0
+
+
+def test_append_rejects():
+    buffer = poisoned(3, 2)
+    slots = buffer.reserve(torch.tensor([[7, 0]] * 2), torch.zeros(2, dtype=torch.int64))
+    x = randn(2, *SHAPE)
+    with pytest.raises(ValueError, match=r"x_next has shape \(1, 2, 3, 4\), expected \(2, 2, 3, 4\)"):
+        buffer.append(slots, 0, x, x, x[:1])
+    with pytest.raises(ValueError, match=r"model_output has shape \(2, 2, 3\)"):
+        buffer.append(slots, 0, x, x[..., 0], x)
+    with pytest.raises(IndexError, match=r"slots must be in 0\.\.1, found \[1, 2\]"):
+        buffer.append(slots + 1, 0, x, x, x)
+    with pytest.raises(ValueError, match=r"step 1 is out of order: next is \[0, 0\] of 8"):
+        buffer.append(slots, 1, x, x, x)
+    buffer.append(slots, 0, x, x, x)
+    with pytest.raises(ValueError, match=r"step 0 is out of order: next is \[1, 1\] of 8"):
+        buffer.append(slots, 0, x, x, x)
+
+
+def test_append_after_the_last_step():
+    buffer = poisoned(1, 2)
+    slots = buffer.reserve(torch.tensor([[7, 0]]), torch.zeros(1, dtype=torch.int64))
+    Trajectories(1).append_to(buffer, slots)
+    x = randn(1, *SHAPE)
+    with pytest.raises(ValueError, match=r"step 8 is out of order: next is \[8\] of 8"):
+        buffer.append(slots, NUM_STEPS, x, x, x)
+
+
+@pytest.mark.parametrize("index", [[4], [-1], [0, 7]])
+def test_gather_out_of_range(index):
+    buffer = poisoned(3, 2)
+    Trajectories(2).append_to(buffer, buffer.reserve(torch.tensor([[7, 0]] * 2), torch.zeros(2, dtype=torch.int64)))
+    with pytest.raises(IndexError, match=r"transition numbers must be in 0\.\.3"):
+        buffer.gather(torch.tensor(index))
+
+
+def test_gather_before_the_end():
+    buffer = poisoned(2, 2)
+    slots = buffer.reserve(torch.tensor([[7, 0]] * 2), torch.zeros(2, dtype=torch.int64))
+    Trajectories(2).append_to(buffer, slots, NUM_STEPS - 1)
+    with pytest.raises(RuntimeError, match="gather before the rollout is complete"):
+        buffer.gather(torch.tensor([1]))

@@ -1,0 +1,84 @@
+"""The command lines as a user meets them."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastnabla import sample, train
+
+QUICK = [
+    "--updates=1",
+    "--tracker=none",
+    "--sampler.steps=4",
+    "--rollout.trajectories=2",
+    "--rollout.fraction=0.5",
+    "--evaluation.samples=2",
+    "--evaluation.prompts=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_train_then_sample(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(QUICK) == 0
+    run = Path("runs/testbed-001")
+    assert (run / "table.md").is_file()
+    assert sample.main([str(run), "--prompt", "a giraffe", "a cow", "-n", "3"]) == 0
+    with Image.open(run / "sample.png") as picture:
+        assert picture.width > 100
+    assert train.main([*QUICK, "--run", str(run)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert train.main(["--resume", str(run)]) == 0
+    assert not Path("runs/testbed-002").exists()
+
+
+def test_dry_run_prints_configuration_and_cost_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert '"guidance_scale": 3.0' in printed and "training step" in printed and "256 × 7 + 64 × 3" in printed
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--model.name", "no/such/model"], "model.name"),
+        (["--reward.terms", "beauty"], "reward.terms"),
+        (["--prompts.source", "missing.txt"], "prompts.source"),
+        (["--evaluation.probe", "nonsense"], "evaluation.probe"),
+        (["--sampler.eta", "0"], "sampler.eta"),
+        (["--rollout.fraction", "0.01"], "rollout.fraction"),
+        (["--rollout.fraction", "0.15"], "rollout.fraction"),
+        (["--rollout.updates", "3"], "rollout.updates"),
+        (["--objective.beta", "-1"], "objective.beta"),
+        (["--objective.trust-region", "nan"], "objective.trust_region"),
+        (["--resume", "missing"], "missing"),
+        (["--run", "."], "run"),
+    ],
+    ids=lambda value: value[0].strip("-") + "=" + value[1] if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_before_any_work(
+    arguments: list[str], field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        assert train.main(arguments) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert field in message and "Traceback" not in message
+    assert not Path("runs").exists()
+
+
+def test_unknown_preset_is_refused() -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["sd99"])
+    assert stop.value.code == 2
+
+
+def test_sample_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample.main(["nowhere"]) == 2
+    assert "not a run folder" in capsys.readouterr().err

@@ -1,0 +1,56 @@
+"""Diversity and prior distance against cases with known answers."""
+
+import math
+
+import pytest
+import torch
+
+from fastnabla.metrics.diversity import hue_entropy, mean_hue, pairwise_distance
+from fastnabla.metrics.prior import frechet_distance
+from fastnabla.metrics.probes import build_probe
+from fastnabla.testbed.silhouettes import hsv_to_rgb
+
+
+def plain(hues: torch.Tensor) -> torch.Tensor:
+    """Images `[N, 3, 8, 8]` of one colour each."""
+    return hsv_to_rgb(hues, torch.ones(len(hues)), torch.ones(len(hues)))[:, :, None, None].expand(-1, -1, 8, 8)
+
+
+def test_mean_hue_recovers_hue() -> None:
+    hues = torch.linspace(0, 0.99, 37)
+    # Hexagonal hue and the angle of the chroma vector differ by at most 0.0032 turns.
+    assert ((mean_hue(plain(hues)) - hues + 0.5) % 1 - 0.5).abs().max() < 0.0035
+
+
+def test_hue_entropy_of_one_hue_is_zero_and_of_all_is_one() -> None:
+    prompt = torch.zeros(24, dtype=torch.long)
+    assert hue_entropy(plain(torch.full((24,), 0.3)), prompt) == 0
+    assert hue_entropy(plain((torch.arange(24) % 12 + 0.5) / 12), prompt) == pytest.approx(1)
+
+
+def test_hue_entropy_is_within_prompts() -> None:
+    hues = torch.tensor([0.1, 0.1, 0.6, 0.6])
+    assert hue_entropy(plain(hues), torch.tensor([0, 0, 1, 1])) == 0
+    assert hue_entropy(plain(hues), torch.tensor([0, 1, 0, 1])) == pytest.approx(math.log(2) / math.log(12))
+
+
+def test_pairwise_distance_leaves_single_samples_out() -> None:
+    features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [9.0, 9.0]])
+    assert pairwise_distance(features, torch.tensor([0, 0, 1])) == pytest.approx(5)
+    assert math.isnan(pairwise_distance(features, torch.tensor([0, 1, 2])))
+
+
+def test_frechet_distance_matches_closed_form() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4000, 3, generator=generator, dtype=torch.float64)
+    z = (z - z.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(z.T.cov())).T
+    shift, scale = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([1.0, 2.0, 3.0])
+    expected = shift.square().sum() + (1 - scale).square().sum()
+    # Commuting covariances: |Δm|² + Σ (1 − s)²; exact up to the eigenvalue solver.
+    assert frechet_distance(z * scale + shift, z) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "no.module:probe", "math:nothing"])
+def test_unknown_probes_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"evaluation\.probe"):
+        build_probe(name, "cpu")

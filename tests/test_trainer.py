@@ -1,0 +1,164 @@
+"""Whole runs of the testbed, cut down to seconds."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from fastnabla.config import EvaluationConfig, RolloutConfig, SamplerConfig, TrainConfig
+from fastnabla.cost import planned_passes
+from fastnabla.seeding import seed_of
+from fastnabla.step import Objective
+from fastnabla.testbed import pipeline_folder
+from fastnabla.trainer import Trainer
+
+
+def small(**changes) -> TrainConfig:
+    """A run of four updates of seconds."""
+    config = TrainConfig(
+        updates=4,
+        tracker="none",
+        sampler=SamplerConfig(steps=4),
+        rollout=RolloutConfig(trajectories=4, fraction=0.5, updates=2),
+        evaluation=EvaluationConfig(every=2, samples=2, prompts=2),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def train(config: TrainConfig, folder: Path) -> Path:
+    folder.mkdir()
+    Trainer(config).train(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(small(), tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_run_folder_is_complete(run: Path) -> None:
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert names >= {
+        "config.json",
+        "metrics.jsonl",
+        "curves.png",
+        "table.md",
+        "checkpoint.pt",
+        "lora/pytorch_lora_weights.safetensors",
+        "samples/update-0002.png",
+        "samples/update-0004.png",
+    }
+    assert not [name for name in names if name.endswith(".partial")]
+
+
+def test_records(run: Path) -> None:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["phase"], r["update"]) for r in records] == [
+        ("evaluate", 0),
+        ("train", 1),
+        ("train", 2),
+        ("evaluate", 2),
+        ("train", 3),
+        ("train", 4),
+        ("evaluate", 4),
+    ]
+    training = [r for r in records if r["phase"] == "train"]
+    assert all((r["passes_inner"], r["passes_last"]) == (7, 3) for r in training)
+    # The first update of a rollout trains the policy that sampled; the second has moved away from it.
+    assert training[0]["loss_trust_region"] < 1e-9 < training[1]["loss_trust_region"]
+
+
+def test_same_seed_same_metrics_bit_for_bit(run: Path, tmp_path: Path) -> None:
+    again = train(small(), tmp_path / "again")
+    assert (again / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    other = train(small(seed=1), tmp_path / "other")
+    assert (other / "metrics.jsonl").read_bytes() != (run / "metrics.jsonl").read_bytes()
+
+
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "interrupted"
+    folder.mkdir()
+    trainer = Trainer(small())
+    step, calls = trainer.step, 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    trainer.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(folder)
+    Trainer(small()).train(folder, resume=True)
+    assert (folder / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    weights, expected = (load_file(f / "lora/pytorch_lora_weights.safetensors") for f in (folder, run))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_saved_lora_gives_the_same_images_in_plain_diffusers(tmp_path: Path) -> None:
+    config = small(updates=2)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.05))
+    trainer = Trainer(config)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    trainer.train(folder)
+    ours = trainer.evaluator.images()
+    with trainer.policy.adapter_off():
+        pretrained = trainer.evaluator.images()
+
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder(), dtype=torch.float32, safety_checker=None)
+    pipe.load_lora_weights(folder / "lora")
+    generators = [torch.Generator().manual_seed(seed_of(0, "evaluation", 0, i)) for i in range(4)]
+    theirs = pipe(
+        trainer.evaluator.prompts,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        eta=1.0,
+        generator=generators,
+        output_type="pt",
+    ).images
+    # Float32 rounding of two differently ordered samplers, through four steps and the decoder.
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert (ours - pretrained).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("guidance", ["lookahead_detached", "terminal"])
+@pytest.mark.parametrize("flow", ["unet", "none"])
+def test_other_settings_run_with_the_planned_passes(guidance: str, flow: str, tmp_path: Path) -> None:
+    base = small(updates=2)
+    objective = Objective(guidance=guidance, weighting="sigma")
+    config = dataclasses.replace(base, objective=objective, flow=dataclasses.replace(base.flow, kind=flow))
+    folder = train(config, tmp_path / "run")
+    record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])
+    assert (record["passes_inner"], record["passes_last"]) == planned_passes(objective, flow != "none")
+
+
+def test_other_sampler_runs(tmp_path: Path) -> None:
+    train(
+        small(updates=2, sampler=SamplerConfig(steps=4, scheduler="sde-dpmsolver++", guidance_scale=1)),
+        tmp_path / "run",
+    )
+
+
+def test_batch_sizes_do_not_change_the_first_update(tmp_path: Path) -> None:
+    base = small(updates=2)
+    changed = dataclasses.replace(
+        base,
+        rollout=dataclasses.replace(base.rollout, batch=3),
+        memory=dataclasses.replace(base.memory, micro_batch=1, decode_chunk=1),
+    )
+    records = [
+        json.loads((train(config, tmp_path / name) / "metrics.jsonl").read_text().splitlines()[1])
+        for name, config in (("a", base), ("b", changed))
+    ]
+    for name, value in records[0].items():
+        if isinstance(value, float):
+            # Same noise and transitions; float32 sums in another order. The reverse residual amplifies it most.
+            assert records[1][name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
