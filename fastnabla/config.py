@@ -198,6 +198,8 @@ class TrainConfig:
     """Seed of all randomness."""
     updates: int = 40
     """Optimizer updates in all; a multiple of rollout.updates."""
+    checkpoint_every: int = 5
+    """Updates between checkpoints, at most; a killed run goes on from the last one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU if there is one."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
@@ -218,7 +220,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", self.seed, "must not be negative.")
-        _require(self.updates >= 1, "updates", self.updates, "must be at least 1.")
+        for name in ("updates", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1.")
         _require(
             self.updates % self.rollout.updates == 0,
             "updates",

@@ -153,15 +153,14 @@ class Trainer:
                                 f"objective.beta. The last good state is in {run}."
                             )
                         progress.update(overall, completed=update, status=f"reward {rollout['rollout_reward']:.3f}")
-                    every = config.evaluation.every
-                    due = every and update // every > (update - config.rollout.updates) // every
-                    if due or update == config.updates:
+                    if self._due(update, config.evaluation.every):
                         begin("evaluation", len(self.evaluator.prompts) * len(self.table))
                         after = self.evaluator.images()
                         tracker.log("evaluate", update, self.evaluator.measure(after))
                         progress.update(overall, status=f"evaluated reward {tracker.records[-1]['reward']:.3f}")
                         self._write_pictures(run, tracker.records, update, before, after)
                         save_lora(self.policy.unet, run / "lora")
+                    if self._due(update, config.checkpoint_every):
                         save_checkpoint(run, update, self.policy, self.flow, self.optimizer)
         finally:
             tracker.close()
@@ -169,6 +168,11 @@ class Trainer:
         (run / "table.md").write_text(_markdown(table), encoding="utf-8")
         console.print(table)
         return tracker.records
+
+    def _due(self, update: int, every: int) -> bool:
+        """Whether something done every so many updates (0: only at the end) is to be done after this rollout's."""
+        before = update - self.config.rollout.updates
+        return update == self.config.updates or (every > 0 and update // every > before // every)
 
     def _rollout(self, round_: int) -> dict[str, float]:
         """Fill the buffer with trajectories of the current policy; statistics of their rewards."""

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from fastnabla.config import EvaluationConfig, RolloutConfig, SamplerConfig, TrainConfig
+from fastnabla.config import EvaluationConfig, ModelConfig, RolloutConfig, SamplerConfig, TrainConfig
 from fastnabla.cost import planned_passes
 from fastnabla.seeding import seed_of
 from fastnabla.step import Objective
@@ -21,6 +21,7 @@ def small(**changes) -> TrainConfig:
     """A run of four updates of seconds."""
     config = TrainConfig(
         updates=4,
+        checkpoint_every=2,
         tracker="none",
         sampler=SamplerConfig(steps=4),
         rollout=RolloutConfig(trajectories=4, fraction=0.5, updates=2),
@@ -102,6 +103,14 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(run: Path, tmp_
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
+def test_evaluations_and_checkpoints_are_due_once_per_interval_and_at_the_end() -> None:
+    trainer = object.__new__(Trainer)
+    trainer.config = small(updates=12)
+    assert [u for u in range(2, 13, 2) if trainer._due(u, 5)] == [6, 10, 12]
+    assert [u for u in range(2, 13, 2) if trainer._due(u, 1)] == [2, 4, 6, 8, 10, 12]
+    assert [u for u in range(2, 13, 2) if trainer._due(u, 0)] == [12]
+
+
 def test_saved_lora_gives_the_same_images_in_plain_diffusers(tmp_path: Path) -> None:
     config = small(updates=2)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.05))
@@ -138,6 +147,18 @@ def test_other_settings_run_with_the_planned_passes(guidance: str, flow: str, tm
     folder = train(config, tmp_path / "run")
     record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])
     assert (record["passes_inner"], record["passes_last"]) == planned_passes(objective, flow != "none")
+
+
+def test_bfloat16_networks_train_a_float32_lora(tmp_path: Path) -> None:
+    trainer = Trainer(small(updates=2, model=ModelConfig(dtype="bfloat16")))
+    assert trainer.policy.unet.dtype == torch.bfloat16
+    folder = tmp_path / "run"
+    folder.mkdir()
+    trainer.train(folder)
+    weights = load_file(folder / "lora/pytorch_lora_weights.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert any(weight.any() for name, weight in weights.items() if "lora_B" in name or "lora.up" in name)
 
 
 def test_other_sampler_runs(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ Three stages, each resumable at any instant from its last checkpoint:
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,6 +43,10 @@ class PretrainConfig:
     """Seed of every random draw; the draws of a step depend on it and the step alone."""
     checkpoint_every: int = 250
     """Optimizer steps between checkpoints."""
+    copies: int = 6
+    """Tinted copies of each silhouette that the UNet learns from (the classifiers: half as many)."""
+    limit: int | None = None
+    """Use only so many silhouettes of each split, to try the script."""
 
 
 def seeded(*key: int) -> torch.Generator:
@@ -51,15 +55,6 @@ def seeded(*key: int) -> torch.Generator:
     for part in key:
         seed = (seed * 1_000_003 + part) % (2**63)
     return torch.Generator().manual_seed(seed)
-
-
-def batches(split: str, size: int, seed: int, first: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tinted images and labels for the steps `first` to `steps` - 1."""
-    masks, labels = load_masks(split)
-    for step in range(first, steps):
-        generator = seeded(seed, step)
-        rows = torch.randint(0, len(masks), (size,), generator=generator)
-        yield tint(masks[rows], generator), labels[rows]
 
 
 def run_stage(
@@ -119,8 +114,7 @@ def train_vae(config: PretrainConfig) -> AutoencoderKL:
 
     run_stage("vae", config, vae, config.vae_steps, 2e-3, loss_of_step)
     vae.requires_grad_(False).eval()
-    masks, _ = load_masks("test")
-    images = tint(masks, seeded(config.seed, 2)) * 2 - 1
+    images = tint(load_masks("test")[0][: config.limit], seeded(config.seed, 2)) * 2 - 1
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(100)])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     error = torch.cat([vae.decode(part).sample for part in latents.split(100)]).sub(images).abs().mean() / 2
@@ -129,10 +123,10 @@ def train_vae(config: PretrainConfig) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def latent_bank(vae: AutoencoderKL, split: str, copies: int, seed: int) -> tuple[Tensor, Tensor]:
+def latent_bank(vae: AutoencoderKL, split: str, copies: int, config: PretrainConfig) -> tuple[Tensor, Tensor]:
     """Scaled latents of every silhouette of `split`, tinted `copies` times over, and their labels."""
-    masks, labels = load_masks(split)
-    generator = seeded(seed, 3)
+    masks, labels = (part[: config.limit] for part in load_masks(split))
+    generator = seeded(config.seed, 3)
     latents = []
     for _ in range(copies):
         for part in masks.split(100):
@@ -152,7 +146,7 @@ def train_classifier(config: PretrainConfig, vae: AutoencoderKL, role: str) -> A
     torch.manual_seed(config.seed + (role == "evaluation"))
     classifier = AnimalClassifier().to(memory_format=torch.channels_last)
     masks, labels = load_masks(role)
-    latents, bank_labels = latent_bank(vae, role, 3, config.seed)
+    latents, bank_labels = latent_bank(vae, role, max(1, config.copies // 2), config)
     noise = torch.rand(len(latents), 1, 1, 1, generator=seeded(config.seed, 4)) * 0.6
     noisy = latents + noise * torch.randn(latents.shape, generator=seeded(config.seed, 5))
     bank = decode(vae, noisy)
@@ -168,9 +162,9 @@ def train_classifier(config: PretrainConfig, vae: AutoencoderKL, role: str) -> A
 
     run_stage(f"classifier_{role}", config, classifier, config.classifier_steps, 4e-3, loss_of_step)
     classifier.requires_grad_(False).eval()
-    test_masks, test_labels = load_masks("test")
+    test_masks, test_labels = (part[: config.limit] for part in load_masks("test"))
     test = tint(test_masks, seeded(config.seed, 7))
-    test_latents, _ = latent_bank(vae, "test", 1, config.seed)
+    test_latents, _ = latent_bank(vae, "test", 1, config)
     for what, images in (("tinted", test), ("reconstructed", decode(vae, test_latents))):
         accuracy = (classifier(images).argmax(1) == test_labels).float().mean()
         print(f"{role} classifier: accuracy {accuracy:.3f} on {what} images of the test split")
@@ -183,7 +177,7 @@ def train_unet(config: PretrainConfig, vae: AutoencoderKL) -> StableDiffusionPip
     module = nn.ModuleDict({"unet": build.build_unet(), "text_encoder": build.build_text_encoder(tokenizer)})
     module.to(memory_format=torch.channels_last)
     ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.999))
-    latents, labels = latent_bank(vae, "generator", 6, config.seed)
+    latents, labels = latent_bank(vae, "generator", config.copies, config)
     captions = [caption(animal, i) for animal in ANIMALS for i in range(len(PHRASINGS))] + [""]
     tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
 

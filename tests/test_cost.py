@@ -1,0 +1,31 @@
+"""The cost that is printed before a run."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastnabla.cost import planned_decodes, planned_passes, saved_bytes
+from fastnabla.step import Objective
+
+
+@pytest.mark.parametrize(
+    ("settings", "with_flow", "passes", "decodes"),
+    [
+        ({}, True, (7, 3), (2, 1)),
+        ({"reverse": 0.0}, True, (5, 3), (1, 1)),
+        ({}, False, (5, 3), (1, 1)),
+        ({"guidance": "lookahead_detached"}, True, (6, 3), (2, 1)),
+        ({"guidance": "terminal"}, True, (5, 3), (0, 1)),
+        ({"guidance": "terminal", "reverse": 0.0}, True, (3, 3), (0, 1)),
+    ],
+)
+def test_plan(settings: dict, with_flow: bool, passes: tuple[int, int], decodes: tuple[int, int]) -> None:
+    assert planned_passes(Objective(**settings), with_flow) == passes
+    assert planned_decodes(Objective(**settings), with_flow) == decodes
+
+
+def test_saved_bytes_counts_activations_once_and_no_weights() -> None:
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    x = torch.randn(4, 8, requires_grad=True)
+    # sigmoid keeps its output [4, 8] float32; the linear layer with frozen weights keeps its weight alone.
+    assert saved_bytes(lambda: layer(x).sigmoid(), layer) == 4 * 8 * 4

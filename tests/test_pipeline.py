@@ -1,0 +1,59 @@
+"""Loading pipelines: what is accepted, what is refused, and how it is said."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+
+from fastnabla.pipeline import encode_prompts, load_pipeline, use_scheduler
+from fastnabla.testbed import pipeline_folder
+from fastnabla.transition import TransitionTable
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the testbed's pipeline to damage."""
+    return Path(shutil.copytree(pipeline_folder(), tmp_path / "pipeline"))
+
+
+def test_unknown_model_names_the_field_and_the_download_command() -> None:
+    with pytest.raises(ValueError, match=r"model\.name = 'no/such/model'.*huggingface-cli download no/such/model"):
+        load_pipeline("no/such/model")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_pipeline_without_a_part_is_refused(copy: Path, part: str) -> None:
+    index = json.loads((copy / "model_index.json").read_text())
+    index[part] = [None, None]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"model\.name = .*{part}"):
+        load_pipeline(str(copy))
+
+
+@pytest.mark.parametrize("kind", ["ddim", "sde-dpmsolver++"])
+@pytest.mark.parametrize("shipped", [PNDMScheduler, EulerDiscreteScheduler])
+def test_sampler_takes_the_noise_schedule_that_came_with_the_model(kind: str, shipped: type) -> None:
+    pipeline = load_pipeline("testbed")
+    alphas = pipeline.scheduler.alphas_cumprod
+    pipeline.scheduler = shipped.from_config(pipeline.scheduler.config)
+    use_scheduler(pipeline, kind)
+    assert torch.equal(pipeline.scheduler.alphas_cumprod, alphas)
+    assert len(TransitionTable.from_scheduler(pipeline.scheduler, 20)) == 20
+
+
+def test_scheduler_of_another_kind_of_model_is_refused() -> None:
+    pipeline = load_pipeline("testbed")
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler, is not supported"):
+        use_scheduler(pipeline, "ddim")
+
+
+def test_first_condition_is_the_empty_prompt() -> None:
+    pipeline = load_pipeline("testbed")
+    conditions = encode_prompts(pipeline, ["a cat", "a dog", "a cat"])
+    assert conditions.shape == (4, pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size)
+    assert torch.equal(conditions[1], conditions[3]) and not torch.equal(conditions[1], conditions[2])
+    torch.testing.assert_close(conditions[:1], encode_prompts(pipeline, [""])[:1])
