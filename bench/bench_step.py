@@ -5,10 +5,9 @@ import torch
 
 from bench.naive import naive_step
 from fastnabla.buffer import draw_stratified
-from fastnabla.config import RolloutConfig, TrainConfig
-from fastnabla.decoder import Decoder
+from fastnabla.config import MemoryConfig, RolloutConfig, TrainConfig
 from fastnabla.rollout import sample
-from fastnabla.step import BalanceStep, Objective
+from fastnabla.step import Objective
 from fastnabla.trainer import Trainer
 
 TRAJECTORIES = 16
@@ -17,7 +16,11 @@ TRAJECTORIES = 16
 @pytest.fixture(scope="module")
 def trainer() -> Trainer:
     """A trainer with a filled buffer and a policy that has left the prior."""
-    config = TrainConfig(objective=Objective(), rollout=RolloutConfig(trajectories=TRAJECTORIES))
+    config = TrainConfig(
+        objective=Objective(),
+        rollout=RolloutConfig(trajectories=TRAJECTORIES),
+        memory=MemoryConfig(micro_batch=TRAJECTORIES, decode_chunk=TRAJECTORIES, checkpoint_decoder=False),
+    )
     trainer = Trainer(config)
     generator = torch.Generator().manual_seed(0)
     for parameter in trainer.policy.trainable():
@@ -33,35 +36,14 @@ def trainer() -> Trainer:
 
 
 def run_naive(trainer: Trainer) -> None:
-    decoder = Decoder(trainer.decoder.vae, checkpoint=False)
-    kept = trainer.buffer.kept
+    step, kept = trainer.step, trainer.buffer.kept
     index = trainer.buffer.transitions().view(-1, kept)
     slots = [trainer.buffer.gather(index[:, j]) for j in range(kept)]
-    naive_step(
-        trainer.policy,
-        trainer.flow,
-        decoder,
-        trainer.reward,
-        trainer.prompts,
-        trainer.table,
-        trainer.config.objective,
-        slots,
-    )
+    naive_step(step.policy, step.flow, step.decoder, step.reward, step.prompts, step.table, step.objective, slots)
 
 
 def run_plan(trainer: Trainer) -> None:
-    decoder = Decoder(trainer.decoder.vae, TRAJECTORIES, checkpoint=False)
-    step = BalanceStep(
-        trainer.policy,
-        trainer.flow,
-        decoder,
-        trainer.reward,
-        trainer.prompts,
-        trainer.table,
-        trainer.config.objective,
-        micro_batch=TRAJECTORIES,
-    )
-    step(trainer.buffer.gather(trainer.buffer.transitions()))
+    trainer.step(trainer.buffer.gather(trainer.buffer.transitions()))
 
 
 RUNS = {"published": run_naive, "fastnabla": run_plan}

@@ -9,7 +9,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from fastnabla.telemetry import quiet_libraries
+from fastnabla.telemetry import print_error, quiet_libraries
 
 quiet_libraries()
 
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> int:
         config = tyro.cli(SampleConfig, args=arguments, prog="python -m fastnabla.sample")
         output = sample_run(config)
     except ValueError as error:
-        Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False)
+        print_error(error)
         return 2
     Console().print(f"wrote {output}")
     return 0

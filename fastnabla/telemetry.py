@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
@@ -21,6 +22,11 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def print_error(error: Exception) -> None:
+    """One line on stderr for a user's mistake."""
+    Console(stderr=True).print("[bold red]error[/]: " + escape(str(error)), highlight=False, soft_wrap=True)
 
 
 def create_run_folder(run: Path | None, name: str) -> Path:
@@ -61,10 +67,8 @@ class Tracker:
 
             self._board = SummaryWriter(str(folder / "tensorboard"))
         elif kind == "wandb":
-            try:
-                import wandb
-            except ImportError as error:
-                raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb") from error
+            import wandb
+
             self._wandb = wandb.init(dir=str(folder), config=config, name=folder.name)
 
     def log(self, phase: str, update: int, metrics: dict[str, float]) -> None:

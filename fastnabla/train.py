@@ -6,7 +6,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from fastnabla.telemetry import create_run_folder, quiet_libraries
+from fastnabla.telemetry import create_run_folder, print_error, quiet_libraries
 
 quiet_libraries()
 
@@ -50,10 +50,17 @@ def main(arguments: list[str]) -> int:
         if not resume:
             run = create_run_folder(run, Path(config.model.name).name)
     except ValueError as error:
-        Console(stderr=True).print(f"[bold red]error[/]: {error}", markup=True, highlight=False)
+        print_error(error)
         return 2
     console.print(f"writing to {run}")
-    trainer.train(run, console, resume)
+    try:
+        trainer.train(run, console, resume)
+    except FloatingPointError as error:
+        print_error(error)
+        return 1
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on with: python -m fastnabla.train --resume {run}")
+        return 130
     console.print(f"samples, curves, LoRA and metrics are in {run}")
     return 0
 

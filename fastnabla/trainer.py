@@ -1,6 +1,7 @@
 """The training loop: rollout → updates → evaluation → checkpoint, straight down."""
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,8 @@ class Trainer:
         )
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("device = 'cuda': torch sees no GPU here; use --device cpu.")
+        if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
         self.prompts = load_prompts(config.prompts.source)
         self.reward = build_reward(config.reward.terms, self.device)
         self.probe = build_probe(config.evaluation.probe, self.device)

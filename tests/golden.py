@@ -24,7 +24,6 @@ from fastnabla.transition import TransitionTable
 GOLDEN = Path(os.environ.get("FASTNABLA_GOLDEN") or Path(__file__).parent / "golden")
 TRANSITION_SETS = sorted(GOLDEN.glob("transitions*/transitions.json"))
 STEP_SETS = sorted(path.parent for path in GOLDEN.glob("step_*/meta.json"))
-GAMMA = {"squared": "alpha_bar", "sqrt": "sqrt_alpha_bar"}
 
 
 class Reward(nn.Module):
@@ -116,7 +115,7 @@ def load_step(folder: Path) -> GoldenStep:
         table=table,
         objective=Objective(
             beta=meta["reward_scale"],
-            gamma=GAMMA[meta["reward_adaptive_mode"]],
+            gamma="alpha_bar" if meta["reward_adaptive_mode"] == "squared" else "sqrt_alpha_bar",
             strength=meta["pretrained_strength"],
             reverse=meta["reverse_loss_scale"],
             trust_region=meta["unet_reg_scale"],

@@ -58,6 +58,7 @@ def test_dry_run_prints_configuration_and_cost_and_writes_nothing(capsys: pytest
         (["--objective.trust-region", "nan"], "objective.trust_region"),
         (["--resume", "missing"], "missing"),
         (["--run", "."], "run"),
+        (["--tracker", "wandb"], "tracker"),
     ],
     ids=lambda value: value[0].strip("-") + "=" + value[1] if isinstance(value, list) else "",
 )
@@ -71,6 +72,26 @@ def test_bad_input_is_refused_before_any_work(
     message = " ".join(capsys.readouterr().err.split())
     assert field in message and "Traceback" not in message
     assert not Path("runs").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "explosive.py").write_text(
+        "def reward(i, p):\n    return i.mean((1, 2, 3)) * (1e30 if len(i) > 2 else 1)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert train.main([*QUICK, "--reward.terms", "explosive:reward", "--rollout.trajectories=3"]) == 1
+    assert "loss is not finite after update 1" in capsys.readouterr().err
+
+
+def test_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "train", interrupt)
+    assert train.main(QUICK) == 130
+    assert "--resume runs/testbed-001" in capsys.readouterr().out
 
 
 def test_unknown_preset_is_refused() -> None:
