@@ -25,6 +25,7 @@ def save_checkpoint(folder: Path, update: int, policy: Policy, flow: nn.Module |
         "lora": get_peft_model_state_dict(policy.unet, adapter_name=ADAPTER),
         "flow": flow.state_dict() if flow is not None else {},
         "optimizer": optimizer.adamw.state_dict(),
+        "schedule": optimizer.schedule.state_dict(),
     }
     partial = folder / (FILE + ".partial")
     with partial.open("wb") as file:
@@ -51,6 +52,7 @@ def load_checkpoint(folder: Path, policy: Policy, flow: nn.Module | None, optimi
     if flow is not None:
         flow.load_state_dict(state["flow"])
     optimizer.adamw.load_state_dict(state["optimizer"])
+    optimizer.schedule.load_state_dict(state["schedule"])
     return state["update"]
 
 

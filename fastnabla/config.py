@@ -125,11 +125,17 @@ class OptimizerConfig:
     """Decay of the second moment, per update; short runs want it well below 0.999."""
     weight_decay: float = 1e-4
     """Decoupled weight decay of the LoRA."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the step sizes do after the warm-up: stay, or fall to 0 at the end of the run."""
+    warmup: int = 0
+    """Updates over which the step sizes rise linearly. AdamW's first updates move every weight by the full step size,
+    whatever its gradient's worth; a warm-up spares the model that random push."""
     max_grad_norm: float = 1.0
     """Gradients of LoRA and of flow network are each scaled down to this norm."""
 
     def __post_init__(self) -> None:
         _require_positive("optimizer", self, "learning_rate", "max_grad_norm")
+        _require(self.warmup >= 0, "optimizer.warmup", self.warmup, "must not be negative.")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1).")
         _require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "must be finite, ≥ 0.")

@@ -95,7 +95,7 @@ class Trainer:
             config.objective,
             config.memory.micro_batch,
         )
-        self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow)
+        self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow, config.updates)
         self.evaluator = Evaluator(
             self._evaluation_sample,
             self.decoder,

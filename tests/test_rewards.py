@@ -92,9 +92,24 @@ def test_area_counts_pixels_whatever_the_hue_and_ground() -> None:
         images = torch.cat([disc(8, colour, shade) for colour in colours])
         values = area(CPU)(images, [""] * 12)
         share = (foreground(disc(8, torch.zeros(3) + (shade < 0.5), shade)) > 0.5).float().mean()
-        torch.testing.assert_close(values, share.expand(12), atol=0.003, rtol=0)
+        # 1 − e⁻⁴ of every pixel of the animal counts.
+        torch.testing.assert_close(values, share.expand(12), atol=0, rtol=0.03)
+        torch.testing.assert_close(values, values[:1].expand(12), atol=0, rtol=0.005)
     small, large = (area(CPU)(disc(r, torch.tensor([1.0, 0, 0]), 0.0), [""]) for r in (5, 10))
     assert large > 3 * small
+
+
+def test_area_gains_nothing_from_contrast() -> None:
+    generator = torch.Generator().manual_seed(0)
+    contrast = torch.tensor(0.8, requires_grad=True)
+    size = torch.tensor(8.0, requires_grad=True)
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    shape = torch.sigmoid(2 * (size - ((x - 15.5) ** 2 + (y - 15.5) ** 2).sqrt()))
+    texture = 0.9 + 0.1 * torch.rand(1, 3, 32, 32, generator=generator)
+    value = area(CPU)(0.1 + contrast * shape * texture, [""])
+    by_contrast, by_size = torch.autograd.grad(value.sum(), (contrast, size))
+    # A tenth more contrast is worth less than a hundredth of a tenth more radius.
+    assert (by_contrast * 0.08).abs() < 0.01 * by_size * 0.8
 
 
 def test_hue_prefers_its_colour() -> None:

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from fastnabla.config import EvaluationConfig, ModelConfig, RolloutConfig, SamplerConfig, TrainConfig
+from fastnabla.config import EvaluationConfig, ModelConfig, OptimizerConfig, RolloutConfig, SamplerConfig, TrainConfig
 from fastnabla.cost import planned_passes
 from fastnabla.seeding import seed_of
 from fastnabla.step import Objective
@@ -26,6 +26,7 @@ def small(**changes) -> TrainConfig:
         sampler=SamplerConfig(steps=4),
         rollout=RolloutConfig(trajectories=4, fraction=0.5, updates=2),
         evaluation=EvaluationConfig(every=2, samples=2, prompts=2),
+        optimizer=OptimizerConfig(schedule="linear", warmup=2),
     )
     return dataclasses.replace(config, **changes)
 
@@ -113,7 +114,7 @@ def test_evaluations_and_checkpoints_are_due_once_per_interval_and_at_the_end() 
 
 def test_saved_lora_gives_the_same_images_in_plain_diffusers(tmp_path: Path) -> None:
     config = small(updates=2)
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.05))
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.05))
     trainer = Trainer(config)
     folder = tmp_path / "run"
     folder.mkdir()

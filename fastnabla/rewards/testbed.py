@@ -15,13 +15,16 @@ PREFERRED_HUE = 0.6
 
 
 def foreground(images: Tensor) -> Tensor:
-    """How much each pixel `[B, H, W]` differs from the image's ground (its border's mean colour): 0 to 1, smooth.
+    """How much each pixel `[B, H, W]` belongs to the animal: 0 to 1, smooth.
 
-    Any of the data's hues on any of its grounds counts as foreground alike.
+    It is measured by the pixel's distance from the ground (the border's mean colour) relative to that of the image's
+    other pixels: a stronger contrast, or a hue that is further from the ground, makes no more foreground.
     """
     edges = (images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1])
     ground = torch.cat(edges, -1).mean(-1)[..., None, None]
-    return 1 - torch.exp(-(images - ground).square().sum(1) / (2 * 0.15**2))
+    distance = (images - ground).square().sum(1)
+    contrast = distance.square().sum((1, 2)) / (distance.sum((1, 2)) + 1e-6)
+    return 1 - torch.exp(-4 * distance / (contrast[:, None, None] + 0.02))
 
 
 def chroma(images: Tensor) -> Tensor:
