@@ -1,11 +1,13 @@
 """A whole training step of the testbed: the published algorithm against fastnabla's plan. Same weights, same process."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from bench.naive import naive_step
 from fastnabla.buffer import draw_stratified
-from fastnabla.config import MemoryConfig, RolloutConfig, TrainConfig
+from fastnabla.config import PRESETS, MemoryConfig, RolloutConfig
 from fastnabla.rollout import sample
 from fastnabla.step import Objective
 from fastnabla.trainer import Trainer
@@ -16,9 +18,10 @@ TRAJECTORIES = 16
 @pytest.fixture(scope="module")
 def trainer() -> Trainer:
     """A trainer with a filled buffer and a policy that has left the prior."""
-    config = TrainConfig(
-        objective=Objective(),
-        rollout=RolloutConfig(trajectories=TRAJECTORIES),
+    config = dataclasses.replace(
+        PRESETS["testbed"][1],
+        objective=Objective(beta=100.0),
+        rollout=RolloutConfig(trajectories=TRAJECTORIES, fraction=0.2),
         memory=MemoryConfig(micro_batch=TRAJECTORIES, decode_chunk=TRAJECTORIES, checkpoint_decoder=False),
     )
     trainer = Trainer(config)

@@ -31,11 +31,11 @@ def _require_positive(prefix: str, config: Any, *names: str) -> None:
 class ModelConfig:
     """The pretrained pipeline."""
 
-    name: str = TESTBED
+    name: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Folder or hub id of a Stable-Diffusion-shaped diffusers pipeline, or "testbed" for the embedded one."""
     revision: str | None = None
     """Hub revision; none for the default branch."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the frozen networks' weights and arithmetic. The LoRA, the flow network and the loss stay float32."""
 
 
@@ -45,11 +45,11 @@ class SamplerConfig:
 
     scheduler: Literal["ddim", "sde-dpmsolver++"] = "ddim"
     """"ddim" with noise (η = 1 is DDPM), or first-order "sde-dpmsolver++"."""
-    steps: int = 20
+    steps: int = 50
     """T, network evaluations per trajectory."""
     eta: float = 1.0
     """η, scale of DDIM's noise, > 0; 1 is DDPM."""
-    guidance_scale: float = 3.0
+    guidance_scale: float = 5.0
     """w of classifier-free guidance; 1 is none, and halves the cost."""
 
     def __post_init__(self) -> None:
@@ -63,13 +63,13 @@ class RolloutConfig:
 
     trajectories: int = 64
     """Trajectories sampled per rollout."""
-    fraction: float = 0.2
+    fraction: float = 0.1
     """Share of a trajectory's steps that is trained on, besides the last: K = steps * fraction + 1."""
     draw: Literal["stratified", "uniform"] = "stratified"
     """"stratified": one step from each of steps * fraction equal parts (low variance). "uniform": any."""
-    updates: int = 1
+    updates: int = 2
     """Optimizer updates per rollout, each on its own share of the trajectories; divides their number."""
-    batch: int = 64
+    batch: int = 16
     """Trajectories sampled at once; memory only, the samples do not depend on it."""
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class LoraConfig:
 class FlowConfig:
     """g_φ, the learned part of the flow score."""
 
-    kind: Literal["unet", "conv", "none"] = "conv"
+    kind: Literal["unet", "conv", "none"] = "unet"
     """"unet": text-conditioned UNet (the reference's). "conv": four convolutions. "none": g ≡ 0, no reverse residual."""
     learning_rate: float = 1e-3
     """Step size of AdamW for φ."""
@@ -117,11 +117,11 @@ class FlowConfig:
 class OptimizerConfig:
     """AdamW for the LoRA; the flow network shares all but its two own settings."""
 
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-3
     """Step size for the LoRA."""
     beta1: float = 0.9
     """Decay of the first moment, per update."""
-    beta2: float = 0.95
+    beta2: float = 0.999
     """Decay of the second moment, per update; short runs want it well below 0.999."""
     weight_decay: float = 1e-4
     """Decoupled weight decay of the LoRA."""
@@ -145,9 +145,9 @@ class OptimizerConfig:
 class MemoryConfig:
     """Speed against memory; results do not depend on these beyond rounding."""
 
-    micro_batch: int = 64
+    micro_batch: int = 4
     """Most transitions in one network pass of the training step."""
-    decode_chunk: int = 64
+    decode_chunk: int = 4
     """Most images decoded, with gradients, at once."""
     checkpoint_decoder: bool = True
     """Recompute the decoder's blocks in the backward pass instead of keeping their activations."""
@@ -161,7 +161,7 @@ class MemoryConfig:
 class RewardConfig:
     """What is finetuned towards."""
 
-    terms: tuple[str, ...] = ("area=8", "classifier=0.1")
+    terms: tuple[str, ...] = ()
     """Terms of the reward r, each name=weight: area, classifier or hue (testbed), or module:function=weight."""
 
 
@@ -169,7 +169,7 @@ class RewardConfig:
 class PromptConfig:
     """What is sampled."""
 
-    source: str = "animals"
+    source: str = ""
     """Text file with one prompt a line, or a set: animals, animals-phrased."""
 
 
@@ -179,11 +179,11 @@ class EvaluationConfig:
 
     every: int = 10
     """Updates between evaluations; 0 evaluates only before and after."""
-    samples: int = 16
+    samples: int = 4
     """Images per prompt; at least 2."""
     prompts: int = 10
     """Prompts evaluated: the first so many of the source."""
-    probe: str = "testbed"
+    probe: str = "none"
     """Network that measures diversity and distance from the prior: testbed, module:function, or none."""
 
     def __post_init__(self) -> None:
@@ -202,7 +202,7 @@ class TrainConfig:
     """Continue the interrupted run in this folder, with its own configuration; all other fields are ignored."""
     seed: int = 0
     """Seed of all randomness."""
-    updates: int = 40
+    updates: int = 200
     """Optimizer updates in all; a multiple of rollout.updates."""
     checkpoint_every: int = 5
     """Updates between checkpoints, at most; a killed run goes on from the last one."""
@@ -299,6 +299,26 @@ def load_run(run: Path) -> TrainConfig:
 
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
-    TESTBED: ("The embedded testbed: larger animals, of any hue. Minutes on a laptop's CPU.", TrainConfig()),
+    TESTBED: (
+        "The embedded testbed: larger animals, of any hue. Minutes on a laptop's CPU.",
+        TrainConfig(
+            updates=18,
+            model=ModelConfig(name=TESTBED, dtype="float32"),
+            sampler=SamplerConfig(steps=20, guidance_scale=3.0),
+            reward=RewardConfig(terms=("area=8", "classifier=1")),
+            prompts=PromptConfig(source="animals"),
+            objective=Objective(beta=200.0, weighting="sigma", trust_region=1.0),
+            rollout=RolloutConfig(fraction=0.2, updates=1, batch=64),
+            flow=FlowConfig(kind="conv"),
+            optimizer=OptimizerConfig(learning_rate=1e-2, beta2=0.95, schedule="linear", warmup=3),
+            memory=MemoryConfig(micro_batch=64, decode_chunk=64, checkpoint_decoder=False),
+            evaluation=EvaluationConfig(every=6, samples=16, probe=TESTBED),
+        ),
+    ),
+    "stable-diffusion": (
+        "Stable Diffusion 1.5 and its like, with the settings of the reference implementation; give it "
+        "--prompts.source and --reward.terms.",
+        TrainConfig(),
+    ),
 }
 """Name → (description, configuration): the subcommands of `python -m fastnabla.train`."""

@@ -49,7 +49,7 @@ STATISTICS = ("trust", "norm_ref", "norm_residual", "norm_reward", "norm_target"
 class Objective:
     """Residual ∇-DB and its weights."""
 
-    beta: float = 30.0
+    beta: float = 1000.0
     """β, the reward scale: the target distribution is p_ref · exp(β r). ≥ 0."""
     guidance: Guidance = "lookahead"
     """Where ∇r is taken. "lookahead": at the one-step prediction of the clean sample, through the UNet (the paper).
@@ -65,7 +65,7 @@ class Objective:
     """λ, the weight of the pretrained policy's score. ≥ 0; 1 keeps the prior as it is."""
     reverse: float = 1.0
     """ρ, weight of the reverse residual, which trains the flow network. ≥ 0; 0 saves two passes."""
-    trust_region: float = 1.0
+    trust_region: float = 1000.0
     """κ, weight of the squared distance to the outputs of the policy that sampled. ≥ 0. It acts from the second
     update of a rollout on: in the first the two policies are the same."""
 

@@ -35,7 +35,7 @@ def test_objective_weights_must_be_finite_and_not_negative(name: str, value: flo
         (lambda: RolloutConfig(trajectories=10, updates=4), "rollout.updates = 4: must divide"),
         (lambda: RolloutConfig(fraction=0.0), "rollout.fraction = 0.0"),
         (lambda: TrainConfig(rollout=RolloutConfig(fraction=0.01)), "leaves no transition"),
-        (lambda: TrainConfig(rollout=RolloutConfig(fraction=0.15)), "3 strata"),
+        (lambda: TrainConfig(rollout=RolloutConfig(fraction=0.07)), "3 strata"),
         (lambda: TrainConfig(updates=5, rollout=RolloutConfig(updates=2)), "updates = 5: must be a multiple"),
         (lambda: TrainConfig(rollout=RolloutConfig(fraction=1.0, draw="uniform")), "rollout.fraction = 1.0"),
     ],

@@ -9,7 +9,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from fastnabla.config import EvaluationConfig, ModelConfig, OptimizerConfig, RolloutConfig, SamplerConfig, TrainConfig
+from fastnabla.config import (
+    PRESETS,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    SamplerConfig,
+    TrainConfig,
+)
 from fastnabla.cost import planned_passes
 from fastnabla.seeding import seed_of
 from fastnabla.step import Objective
@@ -19,13 +27,14 @@ from fastnabla.trainer import Trainer
 
 def small(**changes) -> TrainConfig:
     """A run of four updates of seconds."""
-    config = TrainConfig(
+    config = dataclasses.replace(
+        PRESETS["testbed"][1],
         updates=4,
         checkpoint_every=2,
         tracker="none",
-        sampler=SamplerConfig(steps=4),
+        sampler=SamplerConfig(steps=4, guidance_scale=3.0),
         rollout=RolloutConfig(trajectories=4, fraction=0.5, updates=2),
-        evaluation=EvaluationConfig(every=2, samples=2, prompts=2),
+        evaluation=EvaluationConfig(every=2, samples=2, prompts=2, probe="testbed"),
         optimizer=OptimizerConfig(schedule="linear", warmup=2),
     )
     return dataclasses.replace(config, **changes)
@@ -151,7 +160,7 @@ def test_other_settings_run_with_the_planned_passes(guidance: str, flow: str, tm
 
 
 def test_bfloat16_networks_train_a_float32_lora(tmp_path: Path) -> None:
-    trainer = Trainer(small(updates=2, model=ModelConfig(dtype="bfloat16")))
+    trainer = Trainer(small(updates=2, model=ModelConfig(name="testbed", dtype="bfloat16")))
     assert trainer.policy.unet.dtype == torch.bfloat16
     folder = tmp_path / "run"
     folder.mkdir()
