@@ -78,7 +78,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What a training step did; tensors are on the device, nothing has been waited for."""
+    """What a training step did; the tensors are on the device."""
 
     losses: dict[str, Tensor]
     """Scalars: "loss" and its weighted parts "forward", "reverse", "terminal", "trust_region"."""
