@@ -13,7 +13,7 @@ from torch import Tensor
 CURVES = {
     "reward": ("evaluate", ("reward",), "mean reward"),
     "diversity": ("evaluate", ("hue_entropy", "pairwise_distance"), "relative to the pretrained model"),
-    "distance from the prior": ("evaluate", ("prior_distance",), "Fréchet distance to independent prior samples"),
+    "distance from the prior": ("evaluate", ("prior_distance",), "Fréchet distance, probe features"),
     "losses": (
         "train",
         ("loss_forward", "loss_reverse", "loss_terminal", "loss_trust_region"),
