@@ -302,7 +302,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     TESTBED: (
         "The embedded testbed: larger animals, of any hue. Minutes on a laptop's CPU.",
         TrainConfig(
-            updates=14,
+            updates=18,
             model=ModelConfig(name=TESTBED, dtype="float32"),
             sampler=SamplerConfig(steps=20, guidance_scale=3.0),
             reward=RewardConfig(terms=("area=8", "classifier=1")),
@@ -310,9 +310,9 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             objective=Objective(beta=200.0, weighting="sigma", trust_region=1.0),
             rollout=RolloutConfig(fraction=0.2, updates=1, batch=64),
             flow=FlowConfig(kind="conv"),
-            optimizer=OptimizerConfig(learning_rate=8e-3, beta2=0.95, schedule="linear", warmup=3, max_grad_norm=0.02),
+            optimizer=OptimizerConfig(learning_rate=1e-2, beta2=0.95, schedule="linear", warmup=3),
             memory=MemoryConfig(micro_batch=64, decode_chunk=64, checkpoint_decoder=False),
-            evaluation=EvaluationConfig(every=7, samples=16, probe=TESTBED),
+            evaluation=EvaluationConfig(every=6, samples=16, probe=TESTBED),
         ),
     ),
     "stable-diffusion": (

@@ -24,7 +24,7 @@ def foreground(images: Tensor) -> Tensor:
     ground = torch.cat(edges, -1).mean(-1)[..., None, None]
     distance = (images - ground).square().sum(1)
     contrast = distance.square().sum((1, 2)) / (distance.sum((1, 2)) + 1e-6)
-    return 1 - torch.exp(-4 * distance / (contrast[:, None, None] + 0.05))
+    return 1 - torch.exp(-4 * distance / (contrast[:, None, None] + 0.02))
 
 
 def chroma(images: Tensor) -> Tensor:
