@@ -24,7 +24,10 @@ def load_prompts(source: str) -> list[str]:
         return list(PROMPT_SETS[source])
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"prompts.source = {source!r}: no such file, nor one of the sets {', '.join(PROMPT_SETS)}.")
+        raise ValueError(
+            f"prompts.source = {source!r}: no such file, nor one of the sets {', '.join(PROMPT_SETS)}. "
+            "Give a UTF-8 text file with one prompt a line."
+        )
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (UnicodeDecodeError, OSError) as error:
