@@ -124,7 +124,7 @@ class BalanceStep:
 
         Args:
             transitions: in any order; with terminal guidance, each trajectory's last one among them.
-            total: what sums over transitions are divided by, if the batch is more than these (other ranks).
+            total: what sums over transitions are divided by, if the batch goes on in other calls.
 
         Raises:
             ValueError: terminal guidance, and a trajectory's last transition is not in the batch.
