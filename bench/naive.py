@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fastnabla.buffer import Transitions
-from fastnabla.objective.balance import guide, reward_weight, step_score
+from fastnabla.objective.balance import reward_weight
+from fastnabla.objective.gaussian import guide, step_score
 from fastnabla.policy import Policy
 from fastnabla.step import Objective
-from fastnabla.transition import TransitionTable
+from fastnabla.transition import TransitionRows, TransitionTable
 
 
 def naive_step(
@@ -31,7 +32,7 @@ def naive_step(
     """Accumulate the gradients of residual ∇-DB over `slots`, each of one drawn step of every trajectory."""
     w, strength, reverse = policy.guidance_scale, objective.strength, objective.reverse
 
-    def step_score_in_start(o: Tensor, x: Tensor, x_next: Tensor, row: TransitionTable, retain: bool) -> Tensor:
+    def step_score_in_start(o: Tensor, x: Tensor, x_next: Tensor, row: TransitionRows, retain: bool) -> Tensor:
         log_probability = -(x_next - row.a * x - row.b * o).square().sum() / 2
         (score,) = torch.autograd.grad(log_probability, x, retain_graph=retain)
         return strength * score / row.sigma**2

@@ -18,20 +18,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from fastnabla.objective.balance import (
-    Gamma,
-    Weighting,
-    forward_balance,
-    full,
-    guide,
-    mean_square,
-    residual_weight,
-    reverse_cotangent,
-    reward_weight,
-    step_score,
-    terminal_balance,
-)
-from fastnabla.transition import TransitionTable
+from fastnabla.objective.backend import Backend, Operations, select
+from fastnabla.objective.balance import Gamma, Weighting, Weights
+from fastnabla.objective.gaussian import full
+from fastnabla.transition import TransitionRows, TransitionTable
 
 STATISTICS = ("norm_ref", "norm_residual", "norm_reward", "norm_target", "max_residual")
 
@@ -80,6 +70,7 @@ def residual_db_loss(
     score_ref_reverse: Tensor | None = None,
     reward_score: Tensor | None = None,
     flow_score: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> ResidualDBLoss:
     """Residual ∇-DB loss of N transitions x → x' of a sampler.
 
@@ -155,40 +146,38 @@ def residual_db_loss(
     if 0 < len(missing) < len(backward):
         raise ValueError(f"{', '.join(missing)} = None: the reverse term needs all of {', '.join(backward)}, or none")
 
-    step = table.step_index(timesteps)
-    rows = table.rows(step, x_t)
-    last = (step == len(table) - 1).view(rows.sigma.shape)
-    x_t, x_next = x_t.detach(), x_next.detach()
-
-    def masked(tensor: Tensor, where: Tensor) -> Tensor:
-        return torch.where(where, full(tensor), 0.0)
-
-    forward = forward_balance(
+    kernels, rows = _select(backend, table, x_t, timesteps)
+    weights = Weights(
+        guidance_scale=guidance_scale,
+        beta=beta,
+        gamma=gamma,
+        strength=strength,
+        weighting=weighting,
+        trust_region=trust_region,
+    )
+    forward = kernels.forward_balance(
         noise_pred,
         noise_pred_ref,
         x_t,
         x_next,
         rows,
-        beta * reward_weight(rows.alpha_bar_next, gamma) * full(reward_score_next.detach()),
-        None if flow_score_next is None else masked(flow_score_next, ~last),
-        None if noise_pred_old is None else noise_pred_old.detach(),
-        guidance_scale=guidance_scale,
-        strength=strength,
-        weighting=weighting,
+        reward_score_next,
+        flow_score_next,
+        noise_pred_old,
+        weights=weights,
     )
-    reverse_loss = terminal_loss = torch.zeros_like(forward.loss)
+    loss, reverse_loss = forward.loss, torch.zeros_like(forward.forward)
     if not missing:
-        residual = strength * (full(score_reverse) - full(score_ref_reverse)).detach() + full(flow_score)
-        residual = residual + beta * reward_weight(rows.alpha_bar, gamma) * full(reward_score.detach())
-        reverse_loss = mean_square(residual_weight(rows, weighting) * masked(residual, ~last))
-    if flow_score_next is not None:
-        terminal_loss = terminal_balance(masked(flow_score_next, last), rows, weighting=weighting)
+        reverse_loss = kernels.reverse_balance(
+            score_reverse, score_ref_reverse, rows, flow_score, reward_score, weights=weights
+        )
+        loss = loss + reverse * reverse_loss
     return ResidualDBLoss(
-        loss=(forward.loss + reverse * reverse_loss + terminal_loss + trust_region * forward.trust).mean(),
-        forward=forward.loss.detach(),
+        loss=loss.mean(),
+        forward=forward.forward,
         reverse=reverse_loss.detach(),
-        terminal=terminal_loss.detach(),
-        trust_region=forward.trust.detach(),
+        terminal=forward.terminal,
+        trust_region=forward.trust,
         statistics={name: getattr(forward, name) for name in STATISTICS},
     )
 
@@ -203,6 +192,7 @@ def reverse_scores(
     guidance_scale: float | None,
     eta: float | None = None,
     retain_graph: bool = True,
+    backend: Backend = "auto",
 ) -> Tensor:
     """``s̄ = ∇_x log P(x'|x)`` `[N, …]`, the score of a step in its start, by one backward pass to the network's input.
 
@@ -229,13 +219,21 @@ def reverse_scores(
     untracked = "noise_pred has no graph to x_t: call x_t.requires_grad_() and then the network, with gradients enabled"
     if not (x_t.requires_grad and noise_pred.requires_grad):
         raise ValueError(untracked)
-    rows = table.rows(table.step_index(timesteps), x_t)
-    state, output = x_t.detach(), noise_pred.detach()
-    cotangent = reverse_cotangent(output, state, x_next, rows, guidance_scale=guidance_scale, strength=1.0)
+    kernels, rows = _select(backend, table, x_t, timesteps)
+    output, state = noise_pred.detach().requires_grad_(), full(x_t).detach().requires_grad_()
+    log_prob = kernels.gaussian_log_prob(output, state, x_next.detach(), rows, guidance_scale=guidance_scale)
+    direct, cotangent = torch.autograd.grad(log_prob.sum(), (state, output))
     (vjp,) = torch.autograd.grad(noise_pred, x_t, cotangent, retain_graph=retain_graph, allow_unused=True)
     if vjp is None:
         raise ValueError(untracked)
-    return full(vjp) - rows.a * step_score(guide(output, guidance_scale), state, x_next.detach(), rows)
+    return full(vjp) + direct
+
+
+def _select(
+    backend: Backend, table: TransitionTable, x_t: Tensor, timesteps: Tensor
+) -> tuple[Operations, TransitionRows]:
+    kernels = select(backend, x_t.device, x_t.dtype)
+    return kernels, table.rows(table.step_index(timesteps), x_t)
 
 
 def _table(scheduler: Any, eta: float | None) -> TransitionTable:

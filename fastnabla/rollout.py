@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnabla.buffer import TrajectoryBuffer
-from fastnabla.objective.balance import guide
+from fastnabla.objective.gaussian import guide
 from fastnabla.policy import Policy
 from fastnabla.seeding import TrajectoryNoise
 from fastnabla.transition import TransitionTable

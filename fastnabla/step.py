@@ -26,20 +26,11 @@ from torch import Tensor, nn
 
 from fastnabla.buffer import Transitions
 from fastnabla.decoder import Decoder, RewardFunction
-from fastnabla.objective.balance import (
-    Gamma,
-    Weighting,
-    forward_balance,
-    full,
-    guide,
-    reverse_balance,
-    reverse_cotangent,
-    reward_weight,
-    terminal_balance,
-    unguide,
-)
+from fastnabla.objective.backend import Backend, select
+from fastnabla.objective.balance import Gamma, Weighting, Weights
+from fastnabla.objective.gaussian import full, guide, unguide
 from fastnabla.policy import Policy
-from fastnabla.transition import TransitionTable
+from fastnabla.transition import TransitionRows, TransitionTable
 
 Guidance = Literal["lookahead", "lookahead_detached", "terminal"]
 STATISTICS = ("trust", "norm_ref", "norm_residual", "norm_reward", "norm_target", "max_residual")
@@ -90,6 +81,18 @@ class StepReport:
     """U per last transition (nan if there is none)."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RewardScores:
+    """Gradients of the unscaled reward, `[N, …]`, as far as a micro-batch needs them."""
+
+    after: Tensor
+    """∇r(x')."""
+    before: Tensor | None = None
+    """∇r(x), where it is known without the UNet's Jacobian;"""
+    clean: Tensor | None = None
+    """else ∂r/∂x̂0 at the prediction from x."""
+
+
 class BalanceStep:
     """Accumulates the gradients of the objective over batches of transitions.
 
@@ -102,6 +105,7 @@ class BalanceStep:
         table: the sampler.
         objective: the weights.
         micro_batch: most transitions in one network pass.
+        backend: what computes between the network passes; see `fastnabla.objective.backend`.
     """
 
     def __init__(
@@ -114,9 +118,19 @@ class BalanceStep:
         table: TransitionTable,
         objective: Objective,
         micro_batch: int,
+        backend: Backend = "auto",
     ) -> None:
         self.policy, self.flow, self.decoder, self.reward = policy, flow, decoder, reward
         self.prompts, self.table, self.objective, self.micro_batch = prompts, table, objective, micro_batch
+        self.kernels = select(backend, policy.conditions.device)
+        self.weights = Weights(
+            guidance_scale=policy.guidance_scale,
+            beta=objective.beta,
+            gamma=objective.gamma,
+            strength=objective.strength,
+            weighting=objective.weighting,
+            trust_region=objective.trust_region,
+        )
         self.parameters = policy.trainable() + (list(flow.parameters()) if flow is not None else [])
 
     def __call__(self, transitions: Transitions, total: int | None = None) -> StepReport:
@@ -169,8 +183,7 @@ class BalanceStep:
         sums: dict[str, list[Tensor]],
         statistics: dict[str, list[Tensor]],
     ) -> None:
-        objective, policy = self.objective, self.policy
-        settings = {"guidance_scale": policy.guidance_scale, "strength": objective.strength}
+        objective, policy, kernels = self.objective, self.policy, self.kernels
         with_reverse = not last and self.flow is not None and objective.reverse > 0
         row = self.table.rows(batch.step_index, batch.x)
         x = batch.x.detach().requires_grad_(with_reverse)
@@ -178,66 +191,54 @@ class BalanceStep:
         with torch.set_grad_enabled(with_reverse):
             output_ref = policy.reference(x, row.timestep, batch.prompt)
         output = policy(x, row.timestep, batch.prompt)
-
-        score_next, pixel_score, direct_score = self._reward_scores(
-            batch, row, output, last, with_reverse, terminal_score
-        )
+        reward = self._reward_scores(batch, row, output, last, with_reverse, terminal_score)
         flow, flow_next = self._flow_scores(batch, row, with_reverse)
 
-        forward = forward_balance(
-            output,
-            output_ref,
-            batch.x,
-            batch.x_next,
-            row,
-            score_next,
-            None if last else flow_next,
-            batch.model_output,
-            weighting=objective.weighting,
-            **settings,
+        states = (batch.x, batch.x_next, row)
+        forward = kernels.forward_balance(
+            output, output_ref, *states, reward.after, flow_next, batch.model_output, weights=self.weights
         )
-        loss = {"forward": forward.loss, "trust_region": objective.trust_region * forward.trust}
+        loss = forward.loss
+        parts = {"forward": forward.forward, "trust_region": objective.trust_region * forward.trust}
+        if last and self.flow is not None:
+            parts["terminal"] = forward.terminal
         if with_reverse:
-            cotangent = reverse_cotangent(output.detach(), x.detach(), batch.x_next, row, pixel_score, **settings)
-            cotangent_ref = reverse_cotangent(output_ref.detach(), x.detach(), batch.x_next, row, **settings)
+            outputs = (output.detach(), output_ref.detach())
+            through_unet = reward.clean if objective.guidance == "lookahead" else None
+            cotangent, cotangent_ref = kernels.reverse_cotangents(*outputs, *states, through_unet, weights=self.weights)
             (vjp,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
             (vjp_ref,) = torch.autograd.grad(output_ref, x, cotangent_ref)
-            reverse = reverse_balance(
-                output, output_ref, row, vjp, vjp_ref, direct_score, flow, weighting=objective.weighting, **settings
+            reverse = kernels.reverse_balance(
+                vjp, vjp_ref, row, flow, reward.before, reward.clean, outputs, weights=self.weights
             )
-            loss["reverse"] = objective.reverse * reverse
-        if last and self.flow is not None:
-            loss["terminal"] = terminal_balance(flow_next, row, weighting=objective.weighting)
+            loss = loss + objective.reverse * reverse
+            parts["reverse"] = objective.reverse * reverse.detach()
 
-        torch.stack(list(loss.values())).sum().div(total).backward(inputs=self.parameters)
-        for name, values in loss.items():
-            sums[name].append(values.detach().sum() / total)
-        statistics["loss_forward"].append(forward.loss.detach())
+        loss.sum().div(total).backward(inputs=self.parameters)
+        for name, values in parts.items():
+            sums[name].append(values.sum() / total)
+        statistics["loss_forward"].append(forward.forward)
         statistics["step_index"].append(batch.step_index)
         for name in STATISTICS:
-            statistics[name].append(getattr(forward, name).detach())
+            statistics[name].append(getattr(forward, name))
 
     def _reward_scores(
         self,
         batch: Transitions,
-        row: TransitionTable,
+        row: TransitionRows,
         output: Tensor,
         last: bool,
         with_reverse: bool,
         terminal_score: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``βγ'∇r(x')``; and for the reverse residual the two parts of ``βγ∇r(x)``: what must still pass the
-        UNet's Jacobian (``βγ ∂r/∂x̂0``, or None) and what has not to."""
-        objective, policy = self.objective, self.policy
-        scale = objective.beta * reward_weight(row.alpha_bar, objective.gamma)
-        scale_next = objective.beta * reward_weight(row.alpha_bar_next, objective.gamma)
+    ) -> "RewardScores":
+        policy = self.policy
         if terminal_score is not None:
-            return scale_next * terminal_score, None, scale * terminal_score
+            return RewardScores(after=terminal_score, before=terminal_score)
         if last:
             _, gradient = self._reward_gradient(batch.x_next, batch.prompt)
-            return scale_next * gradient, None, None
+            return RewardScores(after=gradient)
 
-        through_unet = objective.guidance == "lookahead"
+        through_unet = self.objective.guidance == "lookahead"
         x_next = batch.x_next.detach().requires_grad_(through_unet)
         with torch.set_grad_enabled(through_unet):
             output_next = policy(x_next, row.timestep_next, batch.prompt)
@@ -255,13 +256,10 @@ class BalanceStep:
             cotangent = unguide(row.d_next * gradient_next, policy.guidance_scale).to(output_next.dtype)
             (vjp,) = torch.autograd.grad(output_next, x_next, cotangent)
             score_next = score_next + full(vjp)
-        if not with_reverse:
-            return scale_next * score_next, None, None
-        pixel_score = scale * gradient
-        return scale_next * score_next, pixel_score if through_unet else None, row.c * pixel_score
+        return RewardScores(after=score_next, clean=gradient)
 
     def _flow_scores(
-        self, batch: Transitions, row: TransitionTable, with_reverse: bool
+        self, batch: Transitions, row: TransitionRows, with_reverse: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """g(x) and g(x') in one call; g(x) only where the reverse residual needs it."""
         if self.flow is None:

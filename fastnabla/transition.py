@@ -10,10 +10,14 @@ nothing downstream knows what a scheduler is.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+
+PACKED = ("a", "b", "sigma", "precision", "c", "d", "alpha_bar", "alpha_bar_next")
+"""Columns of `TransitionTable.packed`; precision is 1/σ²."""
 
 _DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
 _DDPM = ("DDPMScheduler", "DDPMParallelScheduler")
@@ -24,7 +28,7 @@ _ALTERNATIVES = (
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TransitionTable:
     """Coefficients of the T steps of a sampler; row i is the step from x_i to x_{i+1}.
 
@@ -103,19 +107,22 @@ class TransitionTable:
 
     def to(self, device: torch.device | str) -> "TransitionTable":
         """The table with its columns on `device`, so that `rows` copies nothing there."""
-        return _unchecked(self, {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+        return TransitionTable(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
 
-    def rows(self, step_index: Tensor, like: Tensor) -> "TransitionTable":
-        """The rows `step_index [N]`, on the device of `like [N, …]`, its floats as float32 (float64 if `like` is)
-        and shaped `[N, 1, …]` to broadcast against it; the timesteps stay `[N]`."""
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        shape = (-1,) + (1,) * (like.dim() - 1)
+    def rows(self, step_index: Tensor, like: Tensor) -> "TransitionRows":
+        """The rows `step_index [N]`, to compute with states such as `like [N, …]`."""
+        return TransitionRows(self, step_index, like)
 
-        def take(column: Tensor) -> Tensor:
-            values = column.to(like.device)[step_index]
-            return values.to(dtype).view(shape) if values.is_floating_point() else values
+    def packed(self, device: torch.device) -> Tensor:
+        """The `PACKED` columns side by side, `[T, 8]` float32 on `device`, where they are kept for the next call."""
+        if device not in self._packed:
+            columns = [1 / self.sigma**2 if name == "precision" else getattr(self, name) for name in PACKED]
+            self._packed[device] = torch.stack(columns, 1).float().to(device, non_blocking=True)
+        return self._packed[device]
 
-        return _unchecked(self, {field.name: take(getattr(self, field.name)) for field in dataclasses.fields(self)})
+    @functools.cached_property
+    def _packed(self) -> dict[torch.device, Tensor]:
+        return {}
 
     def step_index(self, timestep: Tensor) -> Tensor:
         """Row numbers (int64, shape of `timestep`) of timesteps at which this sampler calls the network.
@@ -130,12 +137,33 @@ class TransitionTable:
         return match.int().argmax(-1)
 
 
-def _unchecked(table: TransitionTable, columns: dict[str, Tensor]) -> TransitionTable:
-    """A table of other columns; skips the validation, which would wait for the device."""
-    changed = object.__new__(type(table))
-    for name, column in columns.items():
-        object.__setattr__(changed, name, column)
-    return changed
+class TransitionRows:
+    """Rows of a `TransitionTable`. Its columns are attributes, gathered when first asked for, on the device of the
+    states: floats as float32 (float64 if the states are), `[N, 1, …]` to broadcast against them; timesteps `[N]`.
+
+    Args:
+        table: the sampler.
+        step_index: row numbers `[N]`, int64.
+        like: states `[N, …]`; their shape, dtype and device alone matter.
+    """
+
+    def __init__(self, table: TransitionTable, step_index: Tensor, like: Tensor) -> None:
+        self.table, self.step_index = table, step_index
+        self._device, self._shape = like.device, (-1,) + (1,) * (like.dim() - 1)
+        self._dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        values = getattr(self.table, name).to(self._device)[self.step_index]
+        values = values.to(self._dtype).view(self._shape) if values.is_floating_point() else values
+        setattr(self, name, values)
+        return values
+
+    @functools.cached_property
+    def last(self) -> Tensor:
+        """Where the next state is the finished sample, bool `[N, 1, …]`."""
+        return (self.step_index == len(self.table) - 1).view(self._shape)
 
 
 def _reject_settings(config: Any, name: str, eta: float) -> None:

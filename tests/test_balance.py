@@ -6,17 +6,15 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from fastnabla.objective.balance import (
+    Weights,
     forward_balance,
-    guide,
     reverse_balance,
-    reverse_cotangent,
+    reverse_cotangents,
     reward_weight,
     score_residual,
-    step_score,
-    terminal_balance,
-    unguide,
 )
-from fastnabla.transition import TransitionTable
+from fastnabla.objective.gaussian import gaussian_log_prob, guide, guided_step, step_score, unguide
+from fastnabla.transition import TransitionRows
 from tests.checks import ddim_table, randn, relative_error
 
 SHAPE = (3, 2, 4, 5)
@@ -38,13 +36,11 @@ def guided(pair: Tensor, guidance: float | None) -> Tensor:
     return (1 - guidance) * unconditional + guidance * conditional
 
 
-def log_prob(o: Tensor, x: Tensor, x_next: Tensor, rows: TransitionTable) -> Tensor:
+def log_prob(o: Tensor, x: Tensor, x_next: Tensor, rows: TransitionRows) -> Tensor:
     return Normal(rows.a * x + rows.b * o, rows.sigma).log_prob(x_next).sum()
 
 
-def scores(
-    guidance: float | None, seed: int, x: Tensor, x_next: Tensor, rows: TransitionTable
-) -> tuple[Tensor, Tensor]:
+def scores(guidance: float | None, seed: int, x: Tensor, x_next: Tensor, rows: TransitionRows) -> tuple[Tensor, Tensor]:
     """s and s̄ of `network`, by autograd of the density."""
     x, x_next = x.detach().requires_grad_(), x_next.detach().requires_grad_()
     value = log_prob(guided(network(x, guidance, seed), guidance), x, x_next, rows)
@@ -56,7 +52,7 @@ def mean_square(residual: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def batch() -> tuple[TransitionTable, Tensor, Tensor]:
+def batch() -> tuple[TransitionRows, Tensor, Tensor]:
     """Three transitions x → x' of a sampler with 10 steps, in float64, and their rows."""
     x = randn(*SHAPE, dtype=torch.float64)
     rows = ddim_table(10, eta=0.8).rows(STEPS, x)
@@ -90,34 +86,33 @@ def test_forward_balance(batch, guidance, strength, weighting, with_flow):
     flow = randn(*SHAPE, seed=5, dtype=torch.float64).requires_grad_()
     reward_score = randn(*SHAPE, seed=6, dtype=torch.float64)
     old = randn(*SHAPE, seed=7, dtype=torch.float64)
+    weights = Weights(guidance_scale=guidance, beta=2.0, strength=strength, weighting=weighting, trust_region=3.0)
     result = forward_balance(
-        output,
-        output_ref,
-        x,
-        x_next,
-        rows,
-        reward_score,
-        flow if with_flow else None,
-        old,
-        guidance_scale=guidance,
-        strength=strength,
-        weighting=weighting,
+        output, output_ref, x, x_next, rows, reward_score, flow if with_flow else None, old, weights=weights
     )
 
     end = x_next.clone().requires_grad_()
     (s,) = torch.autograd.grad(log_prob(guided(output, guidance), x, end, rows), end, create_graph=True)
     s_ref, _ = scores(guidance, 4, x, x_next, rows)
     g = flow if with_flow else 0 * flow
-    residual = (s - strength * s_ref - g - reward_score) * (rows.sigma if weighting == "sigma" else 1)
-    loss, trust = mean_square(residual), mean_square(guided(output, guidance) - old)
+    g_inner, g_last = g * torch.tensor([1, 1, 0]).view(3, 1, 1, 1), g * torch.tensor([0, 0, 1]).view(3, 1, 1, 1)
+    reward_score = 2.0 * rows.alpha_bar_next * reward_score
+    unit = rows.sigma if weighting == "sigma" else 1
+    residual = (s - strength * s_ref - g_inner - reward_score) * unit
+    parts = {
+        "forward": mean_square(residual),
+        "terminal": mean_square(unit * g_last),
+        "trust": mean_square(guided(output, guidance) - old),
+    }
+    for name, part in parts.items():
+        torch.testing.assert_close(getattr(result, name), part, **EXACT)
+        assert not getattr(result, name).requires_grad
+    loss = parts["forward"] + parts["terminal"] + 3 * parts["trust"]
     torch.testing.assert_close(result.loss, loss, **EXACT)
-    torch.testing.assert_close(result.trust, trust, **EXACT)
     inputs = (output, flow)
     row_weights = randn(3, seed=8, dtype=torch.float64)
-    actual = torch.autograd.grad(
-        (row_weights * (result.loss + 3 * result.trust)).sum(), inputs, allow_unused=not with_flow
-    )
-    expected = torch.autograd.grad((row_weights * (loss + 3 * trust)).sum(), inputs)
+    actual = torch.autograd.grad((row_weights * result.loss).sum(), inputs, allow_unused=not with_flow)
+    expected = torch.autograd.grad((row_weights * loss).sum(), inputs)
     torch.testing.assert_close(actual[0], expected[0], **EXACT)
     if with_flow:
         torch.testing.assert_close(actual[1], expected[1], **EXACT)
@@ -126,7 +121,7 @@ def test_forward_balance(batch, guidance, strength, weighting, with_flow):
         "norm_ref": strength * s_ref,
         "norm_residual": s - strength * s_ref,
         "norm_reward": reward_score,
-        "norm_target": strength * s_ref + g + reward_score,
+        "norm_target": strength * s_ref + g_inner + reward_score,
     }.items():
         torch.testing.assert_close(getattr(result, name), torch.stack([row.norm() for row in tensor]), **EXACT)
     torch.testing.assert_close(result.max_residual, residual.abs().amax((1, 2, 3)), **EXACT)
@@ -139,24 +134,28 @@ def test_one_product_gives_reverse_and_reward_scores(batch, guidance, strength):
     """``λ s̄ + ∇R`` = direct part + Jᵀ(cotangent), with R a nonlinear function of the clean prediction."""
     rows, x, x_next = batch
     x = x.requires_grad_()
-    output = network(x, guidance, seed=3)
+    output, output_ref = network(x, guidance, seed=3), network(x, guidance, seed=4)
     clean = rows.c * x + rows.d * guided(output, guidance)
+    scale = 2.0 * rows.alpha_bar
     (pixel_score,) = torch.autograd.grad(clean.cos().sum(), clean, retain_graph=True)
-    (reward_score,) = torch.autograd.grad(clean.cos().sum(), x, retain_graph=True)
+    (reward_score,) = torch.autograd.grad((scale * clean.cos()).sum(), x, retain_graph=True)
+    weights = Weights(guidance_scale=guidance, beta=2.0, strength=strength)
     for pixel, reward in ((pixel_score, reward_score), (None, 0)):
-        settings = {"guidance_scale": guidance, "strength": strength}
-        cotangent = reverse_cotangent(output.detach(), x.detach(), x_next, rows, pixel, **settings)
-        (vjp,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
-        e = (x_next - rows.a * x - rows.b * guided(output, guidance)).detach() / rows.sigma**2
-        direct = strength * rows.a * e + (0 if pixel is None else rows.c * pixel)
-        _, score = scores(guidance, 3, x, x_next, rows)
-        torch.testing.assert_close(direct + vjp, strength * score + reward, **EXACT)
+        states = (output.detach(), output_ref.detach(), x.detach(), x_next, rows)
+        cotangents = reverse_cotangents(*states, pixel, weights=weights)
+        for seed, o, cotangent, is_policy in ((3, output, cotangents[0], 1), (4, output_ref, cotangents[1], 0)):
+            (vjp,) = torch.autograd.grad(o, x, cotangent, retain_graph=True)
+            e = (x_next - rows.a * x - rows.b * guided(o, guidance)).detach() / rows.sigma**2
+            direct = strength * rows.a * e + (0 if pixel is None else is_policy * scale * rows.c * pixel)
+            _, score = scores(guidance, seed, x, x_next, rows)
+            torch.testing.assert_close(direct + vjp, strength * score + is_policy * reward, **EXACT)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["scores", "products"])
 @pytest.mark.parametrize("weighting", ["score", "sigma"])
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("guidance", [None, 5.0])
-def test_reverse_balance(batch, guidance, strength, weighting):
+def test_reverse_balance(batch, guidance, strength, weighting, whole):
     rows, x, x_next = batch
     x = x.requires_grad_()
     output, output_ref = network(x, guidance, seed=3), network(x, guidance, seed=4)
@@ -164,17 +163,21 @@ def test_reverse_balance(batch, guidance, strength, weighting):
     clean = rows.c * x + rows.d * guided(output, guidance)
     (pixel_score,) = torch.autograd.grad(clean.cos().sum(), clean, retain_graph=True)
     (reward_score,) = torch.autograd.grad(clean.cos().sum(), x, retain_graph=True)
-    settings = {"guidance_scale": guidance, "strength": strength}
-    vjps = [
-        torch.autograd.grad(
-            o, x, reverse_cotangent(o.detach(), x.detach(), x_next, rows, p, **settings), retain_graph=True
-        )[0]
-        for o, p in ((output, pixel_score), (output_ref, None))
-    ]
-    loss = reverse_balance(output, output_ref, rows, *vjps, rows.c * pixel_score, flow, weighting=weighting, **settings)
-
+    weights = Weights(guidance_scale=guidance, beta=2.0, strength=strength, weighting=weighting)
     (_, score), (_, score_ref) = (scores(guidance, seed, x, x_next, rows) for seed in (3, 4))
-    residual = strength * (score - score_ref) + flow + reward_score
+    if whole:
+        loss = reverse_balance(score, score_ref, rows, flow, reward_score, weights=weights)
+    else:
+        outputs = (output.detach(), output_ref.detach())
+        cotangents = reverse_cotangents(*outputs, x.detach(), x_next, rows, pixel_score, weights=weights)
+        products = [
+            torch.autograd.grad(o, x, cotangent, retain_graph=True)[0]
+            for o, cotangent in zip((output, output_ref), cotangents, strict=True)
+        ]
+        loss = reverse_balance(*products, rows, flow, None, pixel_score, outputs, weights=weights)
+
+    residual = strength * (score - score_ref) + flow + 2.0 * rows.alpha_bar * reward_score
+    residual = residual * torch.tensor([1, 1, 0]).view(3, 1, 1, 1)
     expected = mean_square(residual * (rows.sigma if weighting == "sigma" else 1))
     torch.testing.assert_close(loss, expected, **EXACT)
     assert torch.autograd.grad(loss.sum(), x, retain_graph=True, allow_unused=True) == (None,)
@@ -182,12 +185,30 @@ def test_reverse_balance(batch, guidance, strength, weighting):
     torch.testing.assert_close(actual, torch.autograd.grad(expected.sum(), flow)[0], **EXACT)
 
 
-@pytest.mark.parametrize("weighting", ["score", "sigma"])
-def test_terminal_balance(batch, weighting):
-    rows, _, _ = batch
-    flow = randn(*SHAPE, seed=5, dtype=torch.float64)
-    expected = mean_square(flow * (rows.sigma if weighting == "sigma" else 1))
-    torch.testing.assert_close(terminal_balance(flow, rows, weighting=weighting), expected, **EXACT)
+@pytest.mark.parametrize("guidance", [None, 5.0])
+def test_gaussian_log_prob(batch, guidance):
+    rows, x, x_next = batch
+    output = network(x, guidance, seed=3).requires_grad_()
+    inputs = (output, x.requires_grad_(), x_next.requires_grad_())
+    density = Normal(rows.a * x + rows.b * guided(output, guidance), rows.sigma)
+    expected = torch.stack([row.sum() for row in density.log_prob(x_next)])
+    actual = gaussian_log_prob(output, x, x_next, rows, guidance_scale=guidance)
+    torch.testing.assert_close(actual, expected, **EXACT)
+    row_weights = randn(3, seed=8, dtype=torch.float64)
+    for one, other in zip(
+        *(torch.autograd.grad((row_weights * value).sum(), inputs) for value in (actual, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+def test_guided_step(batch):
+    rows, x, _ = batch
+    output, noise = network(x, 5.0, seed=3), randn(*SHAPE, seed=4, dtype=torch.float64)
+    x_next, o = guided_step(output, x, noise, rows, guidance_scale=5.0)
+    torch.testing.assert_close(o, guided(output, 5.0), **EXACT)
+    torch.testing.assert_close(x_next, rows.a * x + rows.b * guided(output, 5.0) + rows.sigma * noise, **EXACT)
+    low, o = guided_step(output.bfloat16(), x.bfloat16(), noise, rows, guidance_scale=5.0)
+    assert (low.dtype, o.dtype) == (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -196,9 +217,10 @@ def test_low_precision_inputs_are_computed_in_float32(batch, dtype):
     rows = ddim_table(10, eta=0.8).rows(STEPS, x)
     output, output_ref = (network(x.float(), 5.0, seed=seed).to(dtype).requires_grad_() for seed in (3, 4))
     arguments = (output, output_ref, x, x_next, rows, randn(*SHAPE))
-    low = forward_balance(*arguments, guidance_scale=5.0, strength=0.5)
+    weights = Weights(guidance_scale=5.0, beta=1.0, strength=0.5)
+    low = forward_balance(*arguments, weights=weights)
     arguments = (output.float(), output_ref.float(), x.float(), x_next.float(), rows, randn(*SHAPE))
-    assert torch.equal(low.loss, forward_balance(*arguments, guidance_scale=5.0, strength=0.5).loss)
+    assert torch.equal(low.loss, forward_balance(*arguments, weights=weights).loss)
     low.loss.sum().backward()
     assert output.grad.dtype == dtype
     assert output_ref.grad is None

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastnabla.buffer import TrajectoryBuffer, draw_stratified
-from fastnabla.objective.balance import guide
+from fastnabla.objective.gaussian import guide
 from fastnabla.rollout import sample
 from fastnabla.seeding import STREAMS, TrajectoryNoise, generator_of, seed_of
 from tests.checks import ddim_table, relative_error

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastnabla.objective.balance import guide
+from fastnabla.objective.gaussian import guide
 from fastnabla.step import BalanceStep, Objective, StepReport
 from tests.checks import assert_gradients
 from tests.golden import STEP_SETS, GoldenStep, load_step

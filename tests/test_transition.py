@@ -11,7 +11,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
-from fastnabla.objective.balance import step_score
+from fastnabla.objective.gaussian import step_score
 from fastnabla.transition import TransitionTable
 from tests.checks import DDIM, STABLE_DIFFUSION, ddim, ddim_table, randn, relative_error
 from tests.golden import TRANSITION_SETS

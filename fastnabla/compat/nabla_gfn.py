@@ -20,8 +20,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastnabla.objective.balance import full, step_score
-from fastnabla.transition import TransitionTable
+from fastnabla.objective.gaussian import full, step_score
+from fastnabla.transition import TransitionRows, TransitionTable
 
 
 def inference_step(
@@ -151,7 +151,7 @@ def get_alpha_prod_t(scheduler: Any, timestep: Tensor | int, sample: Tensor) -> 
     return torch.where(finished, rows.alpha_bar_next, rows.alpha_bar).expand(sample.shape)
 
 
-def _state_rows(scheduler: Any, timestep: Tensor | int, sample: Tensor) -> tuple[TransitionTable, Tensor]:
+def _state_rows(scheduler: Any, timestep: Tensor | int, sample: Tensor) -> tuple[TransitionRows, Tensor]:
     """Rows of the steps that start at `timestep`, and where that is 0: those rows are the step that ends there."""
     table = TransitionTable.from_scheduler(scheduler)
     timestep = _by_row("timestep", timestep, sample)

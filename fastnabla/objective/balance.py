@@ -9,11 +9,8 @@ start, λ the pretrained strength, g the learned flow score, ∇R = βγ∇r the
     trust     o_θ − o_old                              trains θ
 
 The last transition has no g in its forward residual, and no reverse residual. Every function takes rows of a
-`TransitionTable` broadcast against the state (`table.rows(step_index, x)`), computes in float32 (float64 if the
-inputs are) and returns values by row. The derivation is in `objective/README.md`.
-
-Shapes: N transitions, `[N, …]` states and scores; network outputs come as classifier-free guidance *pairs*
-`[2N, …]`, all unconditional rows first, or `[N, …]` when there is no guidance (`guidance_scale=None`).
+`TransitionTable` (`table.rows(step_index, x)`), computes in float32 (float64 if the inputs are) and returns values
+by row. The derivation is in `objective/README.md`; shapes are those of `objective/gaussian.py`.
 """
 
 import dataclasses
@@ -22,30 +19,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastnabla.transition import TransitionTable
+from fastnabla.objective.gaussian import full, guide, step_score, unguide
+from fastnabla.transition import TransitionRows
 
 Weighting = Literal["score", "sigma"]
 Gamma = Literal["alpha_bar", "sqrt_alpha_bar", "constant"]
 
 
-def full(tensor: Tensor) -> Tensor:
-    """`tensor` in the precision of the arithmetic: float32, or float64 if it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The constants of the balance conditions."""
 
-
-def guide(output: Tensor, guidance_scale: float | None) -> Tensor:
-    """Classifier-free guidance ``o = u + w (c − u)`` of a pair `[2N, …]`, as `[N, …]`; no guidance if w is None."""
-    if guidance_scale is None:
-        return full(output)
-    unconditional, conditional = full(output).chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
-
-
-def unguide(cotangent: Tensor, guidance_scale: float | None) -> Tensor:
-    """The adjoint of `guide`: a cotangent `[N, …]` of o as the cotangent `[2N, …]` of the pair."""
-    if guidance_scale is None:
-        return cotangent
-    return torch.cat([(1 - guidance_scale) * cotangent, guidance_scale * cotangent])
+    guidance_scale: float | None
+    """w of classifier-free guidance; None for outputs without guidance."""
+    beta: float
+    """β, the reward scale."""
+    gamma: Gamma = "alpha_bar"
+    """γ, weight of the reward score by signal share ᾱ."""
+    strength: float = 1.0
+    """λ, weight of the pretrained policy's score."""
+    weighting: Weighting = "score"
+    """Units of the residuals: 1/σ, or with "sigma" those of the step's noise."""
+    trust_region: float = 0.0
+    """κ, weight of the trust region."""
 
 
 def reward_weight(alpha_bar: Tensor, gamma: Gamma) -> Tensor:
@@ -55,7 +51,7 @@ def reward_weight(alpha_bar: Tensor, gamma: Gamma) -> Tensor:
     return alpha_bar.sqrt() if gamma == "sqrt_alpha_bar" else torch.ones_like(alpha_bar)
 
 
-def residual_weight(rows: TransitionTable, weighting: Weighting) -> Tensor | float:
+def residual_weight(rows: TransitionRows, weighting: Weighting) -> Tensor | float:
     """What the score residuals of a step are multiplied by: 1, or σ so that steps count in units of their noise."""
     return rows.sigma if weighting == "sigma" else 1.0
 
@@ -67,16 +63,11 @@ def mean_square(residual: Tensor) -> Tensor:
 
 def norm(tensor: Tensor) -> Tensor:
     """Euclidean norm by row."""
-    return full(tensor).flatten(1).norm(dim=1)
-
-
-def step_score(o: Tensor, x: Tensor, x_next: Tensor, rows: TransitionTable) -> Tensor:
-    """``s = −(x' − a x − b o) / σ²`` of a guided output `o [N, …]`, as the paper writes it."""
-    return -(full(x_next) - rows.a * full(x) - rows.b * full(o)) / rows.sigma**2
+    return tensor.flatten(1).norm(dim=1)
 
 
 def score_residual(
-    o: Tensor, o_ref: Tensor, x: Tensor, x_next: Tensor, rows: TransitionTable, strength: float
+    o: Tensor, o_ref: Tensor, x: Tensor, x_next: Tensor, rows: TransitionRows, strength: float
 ) -> Tensor:
     """``s_θ − λ s_ref``, with the x'/σ² that both carry cancelled by hand.
 
@@ -90,10 +81,14 @@ def score_residual(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBalance:
-    """Per-row results `[N]` of `forward_balance`; the losses carry gradients, the statistics none."""
+    """Per-row results `[N]` of `forward_balance`; only `loss` carries gradients."""
 
     loss: Tensor
+    """forward + terminal + κ trust."""
+    forward: Tensor
     """Mean square of the (weighted) forward residual."""
+    terminal: Tensor
+    """Mean square of the (weighted) g(x_T) in last rows, 0 in others."""
     trust: Tensor
     """Mean square of o_θ − o_old; zeros without an old output."""
     norm_ref: Tensor
@@ -113,102 +108,114 @@ def forward_balance(
     output_ref: Tensor,
     x: Tensor,
     x_next: Tensor,
-    rows: TransitionTable,
-    reward_score_next: Tensor,
-    flow_next: Tensor | None = None,
+    rows: TransitionRows,
+    reward_score: Tensor,
+    flow: Tensor | None = None,
     output_old: Tensor | None = None,
     *,
-    guidance_scale: float | None,
-    strength: float = 1.0,
-    weighting: Weighting = "score",
+    weights: Weights,
 ) -> ForwardBalance:
-    """Forward residual and trust region of N transitions; gradients flow to `output` and `flow_next`.
+    """Forward residual, terminal term and trust region of N transitions; gradients flow to `output` and `flow`.
 
     Args:
         output: policy's output at x, pair `[2N, …]`.
         output_ref: reference policy's output at x, pair `[2N, …]`.
         x, x_next: the transition's two states `[N, …]`.
         rows: the table's rows of the transitions.
-        reward_score_next: βγ∇r(x') `[N, …]`, without gradient.
-        flow_next: g(x') `[N, …]`; None where g ≡ 0 (no flow network, or last transitions).
+        reward_score: ∇r(x') `[N, …]`, without gradient.
+        flow: g(x') `[N, …]`, last rows included; None for g ≡ 0.
         output_old: guided output `[N, …]` of the policy that sampled the transition.
-        guidance_scale: w, or None for outputs without guidance.
-        strength: λ.
-        weighting: "score" or "sigma".
+        weights: w, β, γ, λ, κ and the residuals' units.
     """
-    o = guide(output, guidance_scale)
-    o_ref = guide(output_ref, guidance_scale).detach()
-    difference = score_residual(o, o_ref, x, x_next, rows, strength)
-    target = full(reward_score_next) if flow_next is None else full(reward_score_next) + full(flow_next)
-    residual = residual_weight(rows, weighting) * (difference - target)
-    loss = mean_square(residual)
-    trust = torch.zeros_like(loss) if output_old is None else mean_square(o - full(output_old))
+    o, unit = guide(output, weights.guidance_scale), residual_weight(rows, weights.weighting)
+    o_ref = guide(output_ref, weights.guidance_scale).detach()
+    reward_score = weights.beta * reward_weight(rows.alpha_bar_next, weights.gamma) * full(reward_score.detach())
+    difference = score_residual(o, o_ref, x.detach(), x_next.detach(), rows, weights.strength)
+    zero = torch.zeros_like(reward_score)
+    flow_inner, flow_last = (zero, zero) if flow is None else (full(flow), zero)
+    if flow is not None:
+        flow_inner, flow_last = torch.where(rows.last, zero, flow_inner), torch.where(rows.last, flow_inner, zero)
+    residual = unit * (difference - flow_inner - reward_score)
+    forward, terminal = mean_square(residual), mean_square(unit * flow_last)
+    trust = mean_square(zero if output_old is None else o - full(output_old.detach()))
+    loss = forward + terminal + weights.trust_region * trust
     with torch.no_grad():
-        score_ref = strength * step_score(o_ref, x, x_next, rows)
+        score_ref = weights.strength * step_score(o_ref, x, x_next, rows)
         return ForwardBalance(
             loss=loss,
-            trust=trust,
+            forward=forward.detach(),
+            terminal=terminal.detach(),
+            trust=trust.detach(),
             norm_ref=norm(score_ref),
             norm_residual=norm(difference),
-            norm_reward=norm(reward_score_next),
-            norm_target=norm(score_ref + target),
+            norm_reward=norm(reward_score),
+            norm_target=norm(score_ref + flow_inner + reward_score),
             max_residual=residual.flatten(1).abs().amax(1),
         )
 
 
-def reverse_cotangent(
+def reverse_cotangents(
     output: Tensor,
+    output_ref: Tensor,
     x: Tensor,
     x_next: Tensor,
-    rows: TransitionTable,
+    rows: TransitionRows,
     pixel_score: Tensor | None = None,
     *,
-    guidance_scale: float | None,
-    strength: float,
-) -> Tensor:
-    """Cotangent of the output pair for which one vector-Jacobian product yields ``λ s̄ + ∇R(x)``, but for its direct part.
+    weights: Weights,
+) -> tuple[Tensor, Tensor]:
+    """Cotangents of the two output pairs for which one vector-Jacobian product each yields ``λ s̄_θ + ∇R(x)`` and
+    ``λ s̄_ref``, but for their direct parts.
 
-    With ``e = (x' − a x − b o)/σ²`` and ``p = βγ ∂r/∂x̂0`` (`pixel_score [N, …]`, None without a reward at x):
-    ``λ s̄ + ∇R = λ a e + c p + Jᵀ(λ b e + d p)``; this is the bracket, spread over the pair.
+    With ``e = (x' − a x − b o)/σ²`` and ``p = βγ ∂r/∂x̂0`` (of `pixel_score [N, …]`, ∂r/∂x̂0; None where the reward's
+    gradient does not pass the network): ``λ s̄_θ + ∇R = λ a e + c p + Jᵀ(λ b e + d p)``; this is the bracket, spread
+    over the pair, in the dtype of the output.
     """
-    cotangent = -strength * rows.b * step_score(guide(output, guidance_scale), x, x_next, rows)
-    if pixel_score is not None:
-        cotangent = cotangent + rows.d * pixel_score
-    return unguide(cotangent, guidance_scale).to(output.dtype)
+
+    def cotangent(output: Tensor, reward: Tensor | float) -> Tensor:
+        score = step_score(guide(output, weights.guidance_scale), x, x_next, rows)
+        return unguide(reward - weights.strength * rows.b * score, weights.guidance_scale).to(output.dtype)
+
+    with torch.no_grad():
+        reward = 0.0
+        if pixel_score is not None:
+            reward = weights.beta * reward_weight(rows.alpha_bar, weights.gamma) * rows.d * full(pixel_score)
+        return cotangent(output, reward), cotangent(output_ref, 0.0)
 
 
 def reverse_balance(
-    output: Tensor,
-    output_ref: Tensor,
-    rows: TransitionTable,
-    vjp: Tensor,
-    vjp_ref: Tensor,
-    direct_reward_score: Tensor,
+    score: Tensor,
+    score_ref: Tensor,
+    rows: TransitionRows,
     flow: Tensor,
+    reward_score: Tensor | None = None,
+    pixel_score: Tensor | None = None,
+    outputs: tuple[Tensor, Tensor] | None = None,
     *,
-    guidance_scale: float | None,
-    strength: float = 1.0,
-    weighting: Weighting = "score",
+    weights: Weights,
 ) -> Tensor:
-    """Mean square `[N]` of the reverse residual ``λ (s̄_θ − s̄_ref) + g(x) + ∇R(x)``; its gradient flows to g alone.
-
-    The direct parts of the two scores differ by ``λ a (e_θ − e_ref) = −λ (a b/σ²)(o_θ − o_ref)``.
+    """Mean square `[N]` of the reverse residual ``λ (s̄_θ − s̄_ref) + g(x) + ∇R(x)``, 0 in last rows; its gradient
+    flows to g alone.
 
     Args:
-        output, output_ref: output pairs at x.
+        score, score_ref: `[N, …]` s̄_θ and s̄_ref; or, if `outputs` are given, what the `reverse_cotangents` became
+            at x. These include λ, and lack the direct parts, which differ by
+            ``λ a (e_θ − e_ref) = −λ (a b/σ²)(o_θ − o_ref)``.
         rows: the table's rows of the transitions.
-        vjp, vjp_ref: what the `reverse_cotangent`s of policy and reference became at x, `[N, …]`.
-        direct_reward_score: the part of ∇R(x) that is not in `vjp`: ``c p``, or all of ∇R where it does not pass the UNet.
         flow: g(x) `[N, …]`.
-        guidance_scale, strength, weighting: as in `forward_balance`.
+        reward_score: ∇r(x) `[N, …]`; or instead
+        pixel_score: ∂r/∂x̂0 `[N, …]`, where the rest of ∇r is in `score`, or is left out.
+        outputs: output pairs of policy and reference at x.
+        weights: w, β, γ, λ and the residuals' units.
     """
+    scale = weights.beta * reward_weight(rows.alpha_bar, weights.gamma)
     with torch.no_grad():
-        change = guide(output, guidance_scale) - guide(output_ref, guidance_scale)
-        known = full(vjp) - full(vjp_ref) - strength * rows.a * rows.b / rows.sigma**2 * change
-        known = known + full(direct_reward_score)
-    return mean_square(residual_weight(rows, weighting) * (known + full(flow)))
-
-
-def terminal_balance(flow_next: Tensor, rows: TransitionTable, *, weighting: Weighting = "score") -> Tensor:
-    """Mean square `[N]` of g(x_T), for last transitions."""
-    return mean_square(residual_weight(rows, weighting) * full(flow_next))
+        difference = full(score) - full(score_ref)
+        if outputs is None:
+            difference = weights.strength * difference
+        else:
+            change = guide(outputs[0], weights.guidance_scale) - guide(outputs[1], weights.guidance_scale)
+            difference = difference - weights.strength * rows.a * rows.b / rows.sigma**2 * change
+        reward = scale * (rows.c * full(pixel_score) if reward_score is None else full(reward_score))
+    residual = residual_weight(rows, weights.weighting) * (difference + reward + full(flow))
+    return mean_square(torch.where(rows.last, 0.0, residual))

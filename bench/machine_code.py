@@ -1,0 +1,200 @@
+"""Compile every kernel as it is launched, for GPUs that need not be there, and look at the machine code.
+
+    python -m bench.machine_code [--write]
+
+prints, for sm_80, sm_90 and sm_100, registers and shared memory a program, bytes spilled, and the widths of the
+accesses to global memory; `--write` puts the table into bench/results/machine_code.md. The launches are those of
+`fastnabla.kernels`, on CPU tensors of Stable Diffusion 1.5's shape, with compilation in place of execution. Needs
+neither a GPU nor nvcc: Triton brings its assembler and disassembler.
+"""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia.driver import CudaDriver
+
+from fastnabla.kernels.forward_balance import forward_balance
+from fastnabla.kernels.gaussian_log_prob import gaussian_log_prob
+from fastnabla.kernels.guided_step import guided_step
+from fastnabla.kernels.reverse_balance import reverse_balance
+from fastnabla.kernels.reverse_cotangent import reverse_cotangents
+
+TABLE = Path(__file__).parent / "results" / "machine_code.md"
+ARCHITECTURES = (80, 90, 100)
+ROWS, SHAPE = 16, (4, 64, 64)
+WEIGHTS = {"guidance_scale": 5.0, "beta": 1.0, "gamma": "alpha_bar", "strength": 1.0}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MachineCode:
+    """One kernel, compiled for one architecture."""
+
+    case: str
+    kernel: str
+    architecture: int
+    registers: int
+    """A thread."""
+    shared: int
+    """Bytes a program."""
+    spilled: int
+    """Bytes of registers stored to local memory, a thread."""
+    loads: tuple[tuple[int, int], ...]
+    """(bytes a thread, instructions), widest first."""
+    stores: tuple[tuple[int, int], ...]
+
+
+def _states(copies: int = 1, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.zeros(copies * ROWS, *SHAPE, dtype=dtype).to(memory_format=layout)
+
+
+def _forward_balance(dtype: torch.dtype, last: bool) -> None:
+    output, flow = _states(2, dtype, last).requires_grad_(), _states(1, dtype, last).requires_grad_()
+    reference, x, table, steps = _states(2, dtype, last), _states(), *_steps()
+    loss, _ = forward_balance(
+        *(output, reference, x, x, table, steps, x, flow, x), by_sigma=True, trust_region=1.0, **WEIGHTS
+    )
+    loss.sum().backward()
+
+
+def _reverse_cotangents(dtype: torch.dtype, last: bool) -> None:
+    output, x = _states(2, dtype, last), _states()
+    reverse_cotangents(output, output, x, x, *_steps(), x, **WEIGHTS)
+
+
+def _reverse_balance(dtype: torch.dtype, last: bool) -> None:
+    output, flow, x = _states(2, dtype, last), _states(1, dtype, last).requires_grad_(), _states()
+    reverse_balance(
+        x, x, *_steps(), flow, x, (output, output), by_sigma=True, at_clean=True, **WEIGHTS
+    ).sum().backward()
+
+
+def _gaussian_log_prob(dtype: torch.dtype, last: bool) -> None:
+    output, x = _states(2, dtype, last).requires_grad_(), _states().requires_grad_()
+    gaussian_log_prob(output, x, x, *_steps(), guidance_scale=5.0).sum().backward()
+
+
+def _guided_step(dtype: torch.dtype, last: bool) -> None:
+    output, x, rows = _states(2, dtype, last), _states(), torch.zeros(ROWS, dtype=torch.int64)
+    slabs = {"state_slab": x, "state_rows": rows, "output_slab": x, "output_rows": rows}
+    guided_step(output, x, *_steps(), seeds=rows, guidance_scale=5.0, with_log_prob=True, **slabs)
+
+
+def _steps() -> tuple[Tensor, Tensor]:
+    return torch.zeros(50, 8), torch.zeros(ROWS, dtype=torch.int64)
+
+
+CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
+    "forward_balance": _forward_balance,
+    "reverse_cotangent": _reverse_cotangents,
+    "reverse_balance": _reverse_balance,
+    "gaussian_log_prob": _gaussian_log_prob,
+    "guided_step": _guided_step,
+}
+VARIANTS = {
+    "bf16": (torch.bfloat16, False),
+    "bf16, outputs channels-last": (torch.bfloat16, True),
+    "fp32": (torch.float32, False),
+}
+
+
+def compile_all(architecture: int) -> Iterator[MachineCode]:
+    """All kernels of all cases; one that several cases launch alike is there once."""
+    run, compiled = triton.JITFunction.run, []
+
+    def compile_only(kernel, *arguments, grid, warmup, **options):
+        compiled.append(run(kernel, *arguments, grid=grid, warmup=True, **options))
+
+    driver = object.__new__(CudaDriver)
+    driver.get_current_device = lambda: architecture
+    driver.get_current_stream = lambda device: 0
+    driver.get_current_target = lambda: GPUTarget("cuda", architecture, 32)
+    triton.runtime.driver.set_active(driver)
+    triton.JITFunction.run = compile_only
+    seen = set()
+    try:
+        for name, launch in CASES.items():
+            for variant, (dtype, last) in VARIANTS.items():
+                compiled.clear()
+                launch(dtype, last)
+                for kernel in compiled:
+                    if kernel.hash not in seen:
+                        seen.add(kernel.hash)
+                        yield _inspect(f"{name}, {variant}", kernel, architecture)
+    finally:
+        triton.JITFunction.run = run
+
+
+def _inspect(case: str, kernel, architecture: int) -> MachineCode:
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        ptx.write_text(kernel.asm["ptx"])
+        cubin.write_bytes(kernel.asm["cubin"])
+        target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)[1]
+        assemble = [get_ptxas(architecture).path, "-v", f"--gpu-name={target}", ptx, "-o", os.devnull]
+        report = subprocess.run(assemble, capture_output=True, text=True, check=True).stderr
+        disassemble = [triton.knobs.nvidia.cuobjdump.path, "-sass", cubin]
+        code = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
+    return MachineCode(
+        case=case,
+        kernel=kernel.metadata.name.strip("_").removesuffix("_kernel"),
+        architecture=architecture,
+        registers=int(re.search(r"Used (\d+) registers", report)[1]),
+        shared=kernel.metadata.shared,
+        spilled=int(re.search(r"(\d+) bytes spill stores", report)[1]),
+        loads=_accesses(code, "LDG"),
+        stores=_accesses(code, "STG"),
+    )
+
+
+def _accesses(code: str, instruction: str) -> tuple[tuple[int, int], ...]:
+    widths = Counter()
+    for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)+)", code):
+        bits = re.search(r"\.(?:ENL2\.)?(?:U|S)?(8|16|64|128|256)\b", modifiers)
+        widths[int(bits[1]) // 8 if bits else 4] += 1
+    return tuple(sorted(widths.items(), reverse=True))
+
+
+def table(codes: list[MachineCode]) -> str:
+    """A Markdown table."""
+
+    def widths(accesses: tuple[tuple[int, int], ...]) -> str:
+        return ", ".join(f"{count} × {width}" for width, count in accesses) or "none"
+
+    lines = [
+        "# Machine code of the kernels",
+        "",
+        f"Compiled by Triton {triton.__version__} as launched at 16 × 4 × 64 × 64 with guidance; made by",
+        "`python -m bench.machine_code --write`. Loads and stores of global memory: instructions × bytes a thread. A case's",
+        "kernels that an earlier case has already are left out. bf16 and fp32: the networks' outputs; states are fp32.",
+        "",
+        "| case | kernel | sm | registers | shared | spilled | loads | stores |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {c.case} | {c.kernel} | {c.architecture} | {c.registers} | {c.shared} | {c.spilled} "
+        f"| {widths(c.loads)} | {widths(c.stores)} |"
+        for c in sorted(codes, key=lambda c: (c.case, c.kernel, c.architecture))
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET=1 is set: unset it, nothing is compiled by the interpreter")
+    text = table([code for architecture in ARCHITECTURES for code in compile_all(architecture)])
+    if "--write" in sys.argv[1:]:
+        TABLE.write_text(text)
+    print(text, end="")

@@ -1,0 +1,71 @@
+"""What computes the objective between the network passes: Triton kernels, or plain torch.
+
+The two compute the same: `gaussian.py` and `balance.py` are the specification, `fused.py` calls the kernels of
+`fastnabla.kernels`. Both take the same arguments.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from fastnabla.objective.balance import ForwardBalance, forward_balance, reverse_balance, reverse_cotangents
+from fastnabla.objective.gaussian import gaussian_log_prob, guided_step
+
+Backend = Literal["auto", "triton", "torch"]
+
+
+class Operations(NamedTuple):
+    """The objective's operations; documented in `gaussian.py` and `balance.py`."""
+
+    guided_step: Callable[..., tuple[Tensor, Tensor]]
+    gaussian_log_prob: Callable[..., Tensor]
+    forward_balance: Callable[..., ForwardBalance]
+    reverse_cotangents: Callable[..., tuple[Tensor, Tensor]]
+    reverse_balance: Callable[..., Tensor]
+
+
+PLAIN = Operations(guided_step, gaussian_log_prob, forward_balance, reverse_cotangents, reverse_balance)
+
+
+def select(backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32) -> Operations:
+    """The operations to use on `device` for states of `dtype`; says in the log, once, which they are.
+
+    "auto" takes the kernels where they can run: on CUDA, with Triton installed, below float64.
+
+    Raises:
+        ValueError: `backend` is not known, or is "triton" where the kernels cannot run.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend = {backend!r}: expected one of {get_args(Backend)}")
+    obstacle = _obstacle(device, dtype, interpret=backend == "triton")
+    if backend == "triton" and obstacle:
+        raise ValueError(f"backend = 'triton': {obstacle}. Use backend='torch', or 'auto' to take what can run.")
+    if backend == "torch" or obstacle:
+        _say(f"plain torch, {'as asked' if backend == 'torch' else obstacle}")
+        return PLAIN
+    _say("Triton kernels")
+    from fastnabla.objective import fused
+
+    return fused.FUSED
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype, interpret: bool) -> str | None:
+    """Why the kernels cannot run, if they cannot; on a CPU Triton's interpreter can, for those who `interpret`."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if dtype == torch.float64:
+        return "the kernels compute in float32, the states are float64"
+    if device.type != "cuda" and not (interpret and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the kernels need CUDA tensors, the states are on {device.type}"
+    return None
+
+
+@functools.cache
+def _say(what: str) -> None:
+    logging.getLogger("fastnabla").info("objective: %s", what)

@@ -1,0 +1,117 @@
+"""The operations of `gaussian.py` and `balance.py`, by their signatures, through Triton's kernels.
+
+Low-precision and float32 tensors in any mixture, contiguous or channels-last, computed in float32. The kernels take
+the table and the step indices of `rows`; coefficients are never spread over the states.
+"""
+
+from torch import Tensor
+
+from fastnabla.kernels import forward_balance as forward_kernel
+from fastnabla.kernels import gaussian_log_prob as log_prob_kernel
+from fastnabla.kernels import guided_step as step_kernel
+from fastnabla.kernels import reverse_balance as reverse_kernel
+from fastnabla.kernels import reverse_cotangent as cotangent_kernel
+from fastnabla.objective.backend import Operations
+from fastnabla.objective.balance import ForwardBalance, Weights
+from fastnabla.transition import TransitionRows
+
+
+def _steps(rows: TransitionRows, x: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.table.packed(x.device), rows.step_index
+
+
+def _weights(weights: Weights) -> dict[str, float | str | None]:
+    return {
+        "guidance_scale": weights.guidance_scale,
+        "beta": weights.beta,
+        "gamma": weights.gamma,
+        "strength": weights.strength,
+    }
+
+
+def guided_step(
+    output: Tensor, x: Tensor, noise: Tensor, rows: TransitionRows, *, guidance_scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """As `gaussian.guided_step`."""
+    x_next, o, _ = step_kernel.guided_step(output, x, *_steps(rows, x), noise, guidance_scale=guidance_scale)
+    return x_next, o
+
+
+def gaussian_log_prob(
+    output: Tensor, x: Tensor, x_next: Tensor, rows: TransitionRows, *, guidance_scale: float | None
+) -> Tensor:
+    """As `gaussian.gaussian_log_prob`."""
+    return log_prob_kernel.gaussian_log_prob(output, x, x_next, *_steps(rows, x), guidance_scale=guidance_scale)
+
+
+def forward_balance(
+    output: Tensor,
+    output_ref: Tensor,
+    x: Tensor,
+    x_next: Tensor,
+    rows: TransitionRows,
+    reward_score: Tensor,
+    flow: Tensor | None = None,
+    output_old: Tensor | None = None,
+    *,
+    weights: Weights,
+) -> ForwardBalance:
+    """As `balance.forward_balance`."""
+    loss, statistics = forward_kernel.forward_balance(
+        output,
+        output_ref,
+        x,
+        x_next,
+        *_steps(rows, x),
+        reward_score,
+        flow,
+        output_old,
+        by_sigma=weights.weighting == "sigma",
+        trust_region=weights.trust_region,
+        **_weights(weights),
+    )
+    return ForwardBalance(loss=loss, **dict(zip(forward_kernel.COLUMNS[1:], statistics, strict=True)))
+
+
+def reverse_cotangents(
+    output: Tensor,
+    output_ref: Tensor,
+    x: Tensor,
+    x_next: Tensor,
+    rows: TransitionRows,
+    pixel_score: Tensor | None = None,
+    *,
+    weights: Weights,
+) -> tuple[Tensor, Tensor]:
+    """As `balance.reverse_cotangents`."""
+    return cotangent_kernel.reverse_cotangents(
+        output, output_ref, x, x_next, *_steps(rows, x), pixel_score, **_weights(weights)
+    )
+
+
+def reverse_balance(
+    score: Tensor,
+    score_ref: Tensor,
+    rows: TransitionRows,
+    flow: Tensor,
+    reward_score: Tensor | None = None,
+    pixel_score: Tensor | None = None,
+    outputs: tuple[Tensor, Tensor] | None = None,
+    *,
+    weights: Weights,
+) -> Tensor:
+    """As `balance.reverse_balance`."""
+    return reverse_kernel.reverse_balance(
+        score,
+        score_ref,
+        *_steps(rows, score),
+        flow,
+        pixel_score if reward_score is None else reward_score,
+        outputs,
+        by_sigma=weights.weighting == "sigma",
+        at_clean=reward_score is None,
+        **_weights(weights),
+    )
+
+
+FUSED = Operations(guided_step, gaussian_log_prob, forward_balance, reverse_cotangents, reverse_balance)

@@ -1,0 +1,306 @@
+"""The forward residual of residual ∇-DB, terminal term and trust region: losses, statistics and gradients in one pass.
+
+By element, with ``o = u + w (c − u)``, R = βγ'∇r(x'), and g(x') counted as `g` in inner and as `t` in last rows:
+
+    residual = v · ((b/σ²) (o_θ − λ o_ref) + (1 − λ)(a x − x')/σ² − g − R)          v = σ or 1
+    loss     = mean residual² + mean (v t)² + κ mean (o_θ − o_old)²
+
+The common x'/σ² of the two scores is gone, and the outputs are subtracted before guidance adds the halves of a pair.
+Gradients of the loss are stored with the forward pass, in float32, for o and for g; the backward pass scales them by
+row and spreads the one of o over the pair.
+
+Bytes by element of a row, with bf16 outputs and flow, float32 states and scores: reads 8 (two pairs) + 8 (x, x') + 4 (∇r)
++ 4 (o_old) + 2 (g), writes 8; 34 in all. Backward: reads 8, writes 6. One pass each, and a reduction of 36 bytes a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastnabla.kernels.by_row import scale_gradients, sum_tiles
+from fastnabla.kernels.common import (
+    ALPHA_BAR_NEXT,
+    GAMMAS,
+    PRECISION,
+    SIGMA,
+    A,
+    B,
+    coefficient,
+    guide,
+    largest,
+    offsets,
+    read,
+    read_pair,
+    reward_weight,
+    tile,
+    total,
+    write,
+)
+from fastnabla.kernels.launching import NUM_WARPS, check_steps, launch, layout, operation
+
+COLUMNS = (
+    *("loss", "forward", "terminal", "trust"),  # means of squares
+    *("norm_ref", "norm_residual", "norm_reward", "norm_target"),  # square roots of sums of squares
+    "max_residual",
+)
+
+
+@triton.jit
+def _forward_balance_kernel(
+    # read; bits of LAST in this order
+    output,
+    output_ref,
+    x,
+    x_next,
+    reward_score,
+    flow,
+    output_old,
+    table,
+    step_index,
+    # written
+    gradient_output,
+    gradient_flow,
+    partial,
+    # sizes
+    num_rows,
+    num_steps,
+    positions,
+    num_tiles,
+    inverse_size,
+    # weights
+    w,
+    beta,
+    strength,
+    trust_region,
+    GUIDED: tl.constexpr,
+    GAMMA: tl.constexpr,
+    BY_SIGMA: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    i_row, i_tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
+    o_c, o_p, mask = tile(i_tile, positions, C, BLOCK_C, BLOCK_P)
+    o_output = offsets(i_row, o_c, o_p, positions, C, LAST, 0)
+    o_output_c = offsets(num_rows + i_row.to(tl.int64), o_c, o_p, positions, C, LAST, 0)
+    o_ref = offsets(i_row, o_c, o_p, positions, C, LAST, 1)
+    o_ref_c = offsets(num_rows + i_row.to(tl.int64), o_c, o_p, positions, C, LAST, 1)
+
+    i_step = tl.load(step_index + i_row)
+    a, b = coefficient(table, i_step, num_steps, A), coefficient(table, i_step, num_steps, B)
+    precision = coefficient(table, i_step, num_steps, PRECISION)
+    reward_scale = beta * reward_weight(coefficient(table, i_step, num_steps, ALPHA_BAR_NEXT), GAMMA)
+    unit = 1.0
+    if BY_SIGMA:
+        unit = coefficient(table, i_step, num_steps, SIGMA)
+
+    b_u, b_c = read_pair(output, o_output, o_output_c, mask, GUIDED)
+    b_u_ref, b_c_ref = read_pair(output_ref, o_ref, o_ref_c, mask, GUIDED)
+    b_x = read(x, offsets(i_row, o_c, o_p, positions, C, LAST, 2), mask)
+    b_x_next = read(x_next, offsets(i_row, o_c, o_p, positions, C, LAST, 3), mask)
+    b_target = reward_scale * read(reward_score, offsets(i_row, o_c, o_p, positions, C, LAST, 4), mask)
+
+    b_change = guide(b_u - strength * b_u_ref, b_c - strength * b_c_ref, w, GUIDED)
+    b_difference = precision * (b * b_change + (1 - strength) * (a * b_x - b_x_next))
+    b_score_ref = -strength * precision * (b_x_next - a * b_x - b * guide(b_u_ref, b_c_ref, w, GUIDED))
+    reward2 = total(b_target * b_target)
+    terminal2 = 0.0
+    if flow is not None:
+        o_flow = offsets(i_row, o_c, o_p, positions, C, LAST, 5)
+        b_flow = read(flow, o_flow, mask)
+        is_last = i_step == num_steps - 1
+        b_target += tl.where(is_last, 0.0, b_flow)
+        b_terminal = tl.where(is_last, unit * b_flow, 0.0)
+        terminal2 = total(b_terminal * b_terminal)
+    # Outside the row every tensor reads 0, and so do all these.
+    b_residual = unit * (b_difference - b_target)
+
+    b_gradient = 2 * inverse_size * unit * b * precision * b_residual
+    trust2 = 0.0
+    if output_old is not None:
+        b_old = read(output_old, offsets(i_row, o_c, o_p, positions, C, LAST, 6), mask)
+        b_moved = guide(b_u, b_c, w, GUIDED) - b_old
+        trust2 = total(b_moved * b_moved)
+        b_gradient += 2 * inverse_size * trust_region * b_moved
+    if gradient_output is not None:
+        write(gradient_output, o_output, b_gradient, mask)
+    if gradient_flow is not None:
+        write(gradient_flow, o_flow, 2 * inverse_size * unit * tl.where(is_last, b_terminal, -b_residual), mask)
+
+    forward2 = total(b_residual * b_residual)
+    to_part = partial + tl.program_id(0).to(tl.int64) * 9
+    tl.store(to_part + 0, (forward2 + terminal2 + trust_region * trust2) * inverse_size)
+    tl.store(to_part + 1, forward2 * inverse_size)
+    tl.store(to_part + 2, terminal2 * inverse_size)
+    tl.store(to_part + 3, trust2 * inverse_size)
+    tl.store(to_part + 4, total(b_score_ref * b_score_ref))
+    tl.store(to_part + 5, total(b_difference * b_difference))
+    tl.store(to_part + 6, reward2)
+    tl.store(to_part + 7, total((b_score_ref + b_target) * (b_score_ref + b_target)))
+    tl.store(to_part + 8, largest(b_residual))
+
+
+def _layout(output, output_ref, x, x_next, reward_score, flow, output_old, guidance_scale):
+    return layout(
+        x,
+        pairs=() if guidance_scale is None else ("output", "output_ref"),
+        output=output,
+        output_ref=output_ref,
+        x=x,
+        x_next=x_next,
+        reward_score=reward_score,
+        flow=flow,
+        output_old=output_old,
+    )
+
+
+def _results(made, output, flow, with_gradients):
+    """Uninitialised gradients of the guided output and of the flow; empty if they are not wanted."""
+    nothing = output.new_empty(0, dtype=torch.float32)
+    if not with_gradients:
+        return nothing, nothing.clone()
+    return made.empty("output", output), nothing if flow is None else made.empty("flow", flow)
+
+
+def _fake(output, output_ref, x, x_next, table, step_index, reward_score, flow, output_old, guidance_scale, *settings):
+    made = _layout(output, output_ref, x, x_next, reward_score, flow, output_old, guidance_scale)
+    parts = x.new_empty(len(COLUMNS), len(x), dtype=torch.float32)
+    return parts, *_results(made, output, flow, settings[-1])
+
+
+@operation(_fake)
+def forward_balance_op(
+    output: Tensor,
+    output_ref: Tensor,
+    x: Tensor,
+    x_next: Tensor,
+    table: Tensor,
+    step_index: Tensor,
+    reward_score: Tensor,
+    flow: Tensor | None,
+    output_old: Tensor | None,
+    guidance_scale: float | None,
+    beta: float,
+    gamma: str,
+    strength: float,
+    by_sigma: bool,
+    trust_region: float,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = _layout(output, output_ref, x, x_next, reward_score, flow, output_old, guidance_scale)
+    check_steps(table, step_index, x)
+    gradient_output, gradient_flow = _results(made, output, flow, with_gradients)
+    partial = x.new_empty(made.rows, made.tiles, len(COLUMNS), dtype=torch.float32)
+    launch(
+        _forward_balance_kernel,
+        made.grid,
+        x.device,
+        output=output,
+        output_ref=output_ref,
+        x=x,
+        x_next=x_next,
+        reward_score=reward_score,
+        flow=flow,
+        output_old=output_old,
+        table=table,
+        step_index=step_index,
+        gradient_output=gradient_output if with_gradients else None,
+        gradient_flow=gradient_flow if with_gradients and flow is not None else None,
+        partial=partial,
+        num_rows=made.rows,
+        num_steps=len(table),
+        positions=made.positions,
+        num_tiles=made.tiles,
+        inverse_size=1 / max(made.size, 1),
+        w=guidance_scale or 0.0,
+        beta=beta,
+        strength=strength,
+        trust_region=trust_region,
+        GUIDED=guidance_scale is not None,
+        GAMMA=GAMMAS.index(gamma),
+        BY_SIGMA=by_sigma,
+        **made.constants,
+        num_warps=NUM_WARPS,
+    )
+    return sum_tiles(partial, sums=4, norms=4), gradient_output, gradient_flow
+
+
+class _ForwardBalance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output, flow, output_ref, x, x_next, table, step_index, reward_score, output_old, *settings):
+        parts, gradient_output, gradient_flow = forward_balance_op(
+            output, output_ref, x, x_next, table, step_index, reward_score, flow, output_old, *settings
+        )
+        ctx.save_for_backward(gradient_output, gradient_flow)
+        ctx.guidance_scale, ctx.has_flow = settings[0], flow is not None
+        ctx.dtypes = output.dtype, output.dtype if flow is None else flow.dtype
+        statistics = parts[1:]
+        ctx.mark_non_differentiable(statistics)
+        return parts[0], statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, _):
+        gradient_output, gradient_flow = ctx.saved_tensors
+        output, flow = scale_gradients(
+            upstream, gradient_output, gradient_flow if ctx.has_flow else None, *ctx.dtypes, ctx.guidance_scale
+        )
+        return output, flow if ctx.has_flow else None, *(None,) * 14
+
+
+def forward_balance(
+    output: Tensor,
+    output_ref: Tensor,
+    x: Tensor,
+    x_next: Tensor,
+    table: Tensor,
+    step_index: Tensor,
+    reward_score: Tensor,
+    flow: Tensor | None = None,
+    output_old: Tensor | None = None,
+    *,
+    guidance_scale: float | None,
+    beta: float,
+    gamma: str,
+    strength: float,
+    by_sigma: bool,
+    trust_region: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss by row `[N]`, with gradients to `output` and `flow`, and its `COLUMNS[1:]`, `[8, N]` float32.
+
+    Args:
+        output, output_ref: pairs `[2N, …]`, or `[N, …]` without guidance.
+        x, x_next, reward_score, flow, output_old: `[N, …]`.
+        table: coefficients `[T, 8]` float32, as `fastnabla.transition.TransitionTable.packed`.
+        step_index: rows of the table, `[N]` int64.
+        guidance_scale, beta, gamma, strength, by_sigma, trust_region: w, β, γ, λ, weighting by σ and κ.
+
+    Tensors are bfloat16, float16 or float32 in any mixture, contiguous or channels-last, on one device.
+
+    Raises:
+        ValueError: a tensor has a device, shape, dtype or layout that it should not.
+
+    Equivalent: `fastnabla.objective.balance.forward_balance`.
+    """
+    with_gradients = torch.is_grad_enabled() and (output.requires_grad or (flow is not None and flow.requires_grad))
+    return _ForwardBalance.apply(
+        output,
+        flow,
+        output_ref.detach(),
+        x.detach(),
+        x_next.detach(),
+        table,
+        step_index,
+        reward_score.detach(),
+        None if output_old is None else output_old.detach(),
+        guidance_scale,
+        beta,
+        gamma,
+        strength,
+        by_sigma,
+        trust_region,
+        with_gradients,
+    )

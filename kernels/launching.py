@@ -1,0 +1,154 @@
+"""Launching the kernels: layouts, checks of arguments, and registration as torch operations.
+
+Tensors are contiguous or channels-last. If a call's tensors are all of one kind, a row is one run of memory
+(`C = 1`); else a tile spans all channels, and each tensor is read along its own order.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastnabla.kernels.common import NUM_COLUMNS
+
+TILE = 1024
+"""Elements of a program's tile: 8 for each thread of four warps, one 16-byte access to bf16 and two to float32."""
+NUM_WARPS = 4
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_LIBRARY = torch.library.Library("fastnabla", "FRAGMENT")
+
+
+def operation(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Registers a launcher as the torch operation `fastnabla::<its name>`, which compiled code does not trace into.
+
+    Args:
+        fake: the same signature; returns tensors of the right shapes, dtypes and strides without computing.
+        mutates: names of arguments that are written to.
+    """
+
+    def register(launcher: Callable) -> Callable:
+        name = launcher.__name__
+        _LIBRARY.define(name + torch.library.infer_schema(launcher, mutates_args=mutates))
+        _LIBRARY.impl(name, launcher, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastnabla::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.fastnabla, name).default
+
+    return register
+
+
+class Layout(NamedTuple):
+    """How a call's tensors are laid out, and cut into tiles."""
+
+    rows: int
+    size: int
+    positions: int
+    tiles: int
+    """Tiles a row."""
+    constants: dict[str, int]
+    """C, BLOCK_C, BLOCK_P and LAST, the kernels' constants."""
+    last: dict[str, bool]
+    """By name of a tensor: it is channels-last, and not contiguous."""
+
+    @property
+    def grid(self) -> tuple[int]:
+        """One program a tile; none for rows without elements."""
+        return (self.rows * self.tiles if self.size else 0,)
+
+    def empty(self, name: str, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised tensor of one row a transition, shaped as `like`, in the layout of the tensor `name`."""
+        return empty_rows((self.rows, *like.shape[1:]), dtype, like.device, self.last[name])
+
+
+def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
+    if not channels_last:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty((shape[0], *shape[2:], shape[1]), dtype=dtype, device=device).movedim(-1, 1)
+
+
+def layout(
+    x: Tensor, /, pairs: tuple[str, ...] = (), channels: bool = False, elements: int = TILE, **tensors: Tensor | None
+) -> Layout:
+    """The layout of a call, after a check of its tensors.
+
+    Args:
+        x: states `[N, …]` that the others are compared with.
+        pairs: names of tensors that have 2N rows.
+        channels: keep channels apart even where rows are runs of memory.
+        elements: of a tile.
+        tensors: by argument's name and in the order of their bits in `LAST`; None for those not given.
+
+    Raises:
+        ValueError: a tensor has another device, shape or dtype than it should, or a layout that no kernel reads.
+    """
+    last: dict[str, bool] = {}
+    for name, tensor in tensors.items():
+        last[name] = tensor is not None and _is_channels_last(name, tensor, x, 2 if name in pairs else 1)
+    given = [flag for name, flag in last.items() if tensors[name] is not None]
+    rows, size = len(x), math.prod(x.shape[1:])
+    if size >= 2**31 - TILE:
+        raise ValueError(f"a row has {size} elements, shape {tuple(x.shape[1:])}: expected less than 2³¹ − {TILE}")
+    split = (channels or len(set(given)) > 1) and x.dim() > 2
+    count = x.shape[1] if split else 1
+    block_c = triton.next_power_of_2(count)
+    block_p = max(elements // block_c, 1)
+    constants = {"C": count, "BLOCK_C": block_c, "BLOCK_P": block_p}
+    constants["LAST"] = sum(flag << bit for bit, flag in enumerate(last.values())) if split else 0
+    positions = size // count if size else 0
+    return Layout(rows, size, positions, max(triton.cdiv(positions, block_p), 1), constants, last)
+
+
+def _is_channels_last(name: str, tensor: Tensor, x: Tensor, copies: int) -> bool:
+    expected = (copies * len(x), *x.shape[1:])
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {x.device}")
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if tensor.is_contiguous():
+        return False
+    if tensor.dim() > 2 and tensor.movedim(1, -1).is_contiguous():
+        return True
+    raise ValueError(
+        f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}: expected contiguous or channels-last "
+        f"(rows that are one run of memory each); pass {name}.contiguous()"
+    )
+
+
+def check_steps(table: Tensor, step_index: Tensor, x: Tensor) -> None:
+    """Check the table and the steps of N rows. On a CPU their range too; on a GPU that would wait for the device:
+    there rows of a step that is not in the table become NaN.
+
+    Raises:
+        ValueError: wrong device, shape, dtype or step.
+    """
+    for name, tensor, shape, dtype in (
+        ("table", table, (len(table), NUM_COLUMNS.value), torch.float32),
+        ("step_index", step_index, (len(x),), torch.int64),
+    ):
+        if tensor.device != x.device or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+                f"expected {dtype} {shape} on {x.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}, expected contiguous; pass {name}.contiguous()")
+    if (
+        step_index.device.type == "cpu"
+        and len(step_index)
+        and not 0 <= step_index.min() <= step_index.max() < len(table)
+    ):
+        raise ValueError(f"step_index is {step_index.tolist()}, expected steps in 0..{len(table) - 1}")
+
+
+def launch(kernel: Any, grid: tuple[int], device: torch.device, **arguments: Any) -> None:
+    """Launch on `device`, which need not be the current one; an empty grid launches nothing."""
+    if grid[0] == 0:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments)

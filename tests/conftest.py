@@ -1,0 +1,19 @@
+"""Without a GPU, Triton's kernels run in its interpreter, on CPU tensors."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, so before any import of them
+
+    from triton.runtime import interpreter
+
+    def round_to_nearest(builder, source, target):
+        """GPUs round float32 to bfloat16 to the nearest, ties to even (PTX cvt.rn); Triton's interpreter cuts off."""
+        if source.dtype.scalar.is_fp32() and target.scalar.is_bf16():
+            rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.uint16).numpy()
+            return interpreter.TensorHandle(rounded, target.scalar)
+        return builder.cast_impl(source, target)
+
+    interpreter.InterpreterBuilder.create_fp_trunc = round_to_nearest
