@@ -87,7 +87,7 @@ def sum_tiles(partial: Tensor, sums: int, norms: int = 0) -> Tensor:
         NORMS=norms,
         COLUMNS=columns,
         BLOCK_T=16,
-        BLOCK_K=triton.next_power_of_2(columns),
+        BLOCK_K=1 << (columns - 1).bit_length(),
         num_warps=1,
     )
     return out
@@ -102,7 +102,7 @@ def _fake_scale_gradients(upstream, gradient_output, gradient_flow, output_dtype
         if gradient is None:
             outs.append(upstream.new_empty(0))
         else:
-            shape = (copies * len(gradient), *gradient.shape[1:])
+            shape = (copies * gradient.shape[0], *gradient.shape[1:])
             outs.append(empty_rows(shape, dtype, gradient.device, not gradient.is_contiguous()))
     return tuple(outs)
 

@@ -211,7 +211,7 @@ def forward_balance_op(
         gradient_flow=gradient_flow if with_gradients and flow is not None else None,
         partial=partial,
         num_rows=made.rows,
-        num_steps=len(table),
+        num_steps=table.shape[0],
         positions=made.positions,
         num_tiles=made.tiles,
         inverse_size=1 / max(made.size, 1),

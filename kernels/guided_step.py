@@ -28,7 +28,7 @@ from fastnabla.kernels.common import (
     total,
     write,
 )
-from fastnabla.kernels.launching import Layout, check_steps, launch, layout, operation
+from fastnabla.kernels.launching import Layout, check_rows, check_steps, launch, layout, operation
 
 _ELEMENTS = 2048
 """Of a program: 512 positions of four channels that share Philox blocks; 16 bytes of bf16 a thread of two warps."""
@@ -144,11 +144,7 @@ def _check_slab(name: str, slab: Tensor | None, rows: Tensor | None, x: Tensor) 
             f"{name}_slab is {tuple(slab.shape)} on {slab.device} with strides {slab.stride()}, "
             f"expected contiguous [rows, *{tuple(x.shape[1:])}] on {x.device}"
         )
-    if rows.shape != x.shape[:1] or rows.dtype != torch.int64 or rows.device != x.device:
-        raise ValueError(
-            f"{name}_rows is {rows.dtype} {tuple(rows.shape)} on {rows.device}, "
-            f"expected torch.int64 ({len(x)},) on {x.device}"
-        )
+    check_rows(f"{name}_rows", rows, x)
 
 
 def _fake(output, x, noise, seeds, table, step_index, guidance_scale, with_log_prob, *slabs):
@@ -176,11 +172,8 @@ def guided_step_op(
     check_steps(table, step_index, x)
     if (noise is None) == (seeds is None):
         raise ValueError("noise and seeds: expected one of them")
-    if seeds is not None and (seeds.shape != x.shape[:1] or seeds.dtype != torch.int64 or seeds.device != x.device):
-        raise ValueError(
-            f"seeds is {seeds.dtype} {tuple(seeds.shape)} on {seeds.device}, "
-            f"expected torch.int64 ({len(x)},) on {x.device}"
-        )
+    if seeds is not None:
+        check_rows("seeds", seeds, x)
     _check_slab("state", state_slab, state_rows, x)
     _check_slab("output", output_slab, output_rows, x)
     x_next, guided = torch.empty_like(x), made.empty("x", x)
@@ -203,7 +196,7 @@ def guided_step_op(
         output_slab=output_slab,
         output_rows=output_rows,
         num_rows=made.rows,
-        num_steps=len(table),
+        num_steps=table.shape[0],
         positions=made.positions,
         num_tiles=made.tiles,
         num_state_rows=0 if state_slab is None else len(state_slab),

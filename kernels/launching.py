@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fastnabla.kernels.common import NUM_COLUMNS
@@ -18,6 +17,7 @@ from fastnabla.kernels.common import NUM_COLUMNS
 TILE = 1024
 """Elements of a program's tile: 8 for each thread of four warps, one 16-byte access to bf16 and two to float32."""
 NUM_WARPS = 4
+_TABLE = (NUM_COLUMNS.value,)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _LIBRARY = torch.library.Library("fastnabla", "FRAGMENT")
@@ -85,34 +85,36 @@ def layout(
     Raises:
         ValueError: a tensor has another device, shape or dtype than it should, or a layout that no kernel reads.
     """
-    last: dict[str, bool] = {}
+    shape, device = x.shape, x.device
+    single, pair = tuple(shape), (2 * shape[0], *shape[1:])
+    last = {}
+    split = channels
     for name, tensor in tensors.items():
-        last[name] = tensor is not None and _is_channels_last(name, tensor, x, 2 if name in pairs else 1)
-    given = [flag for name, flag in last.items() if tensors[name] is not None]
-    rows, size = len(x), math.prod(x.shape[1:])
+        last[name] = tensor is not None and _is_channels_last(name, tensor, pair if name in pairs else single, device)
+        split |= tensor is not None and last[name] != last[next(iter(last))]
+    rows, size = shape[0], math.prod(single[1:])
     if size >= 2**31 - TILE:
-        raise ValueError(f"a row has {size} elements, shape {tuple(x.shape[1:])}: expected less than 2³¹ − {TILE}")
-    split = (channels or len(set(given)) > 1) and x.dim() > 2
-    count = x.shape[1] if split else 1
-    block_c = triton.next_power_of_2(count)
+        raise ValueError(f"a row has {size} elements, shape {single[1:]}: expected less than 2³¹ − {TILE}")
+    split &= len(single) > 2
+    count = single[1] if split else 1
+    block_c = 1 << (int(count) - 1).bit_length()
     block_p = max(elements // block_c, 1)
     constants = {"C": count, "BLOCK_C": block_c, "BLOCK_P": block_p}
     constants["LAST"] = sum(flag << bit for bit, flag in enumerate(last.values())) if split else 0
     positions = size // count if size else 0
-    return Layout(rows, size, positions, max(triton.cdiv(positions, block_p), 1), constants, last)
+    return Layout(rows, size, positions, max(-(-positions // block_p), 1), constants, last)
 
 
-def _is_channels_last(name: str, tensor: Tensor, x: Tensor, copies: int) -> bool:
-    expected = (copies * len(x), *x.shape[1:])
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}, expected {x.device}")
-    if tuple(tensor.shape) != expected:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+def _is_channels_last(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     if tensor.is_contiguous():
         return False
-    if tensor.dim() > 2 and tensor.movedim(1, -1).is_contiguous():
+    if len(shape) > 2 and tensor.movedim(1, -1).is_contiguous():
         return True
     raise ValueError(
         f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}: expected contiguous or channels-last "
@@ -127,23 +129,30 @@ def check_steps(table: Tensor, step_index: Tensor, x: Tensor) -> None:
     Raises:
         ValueError: wrong device, shape, dtype or step.
     """
-    for name, tensor, shape, dtype in (
-        ("table", table, (len(table), NUM_COLUMNS.value), torch.float32),
-        ("step_index", step_index, (len(x),), torch.int64),
-    ):
-        if tensor.device != x.device or tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
-                f"expected {dtype} {shape} on {x.device}"
-            )
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}, expected contiguous; pass {name}.contiguous()")
-    if (
-        step_index.device.type == "cpu"
-        and len(step_index)
-        and not 0 <= step_index.min() <= step_index.max() < len(table)
-    ):
-        raise ValueError(f"step_index is {step_index.tolist()}, expected steps in 0..{len(table) - 1}")
+    shape, rows, device = table.shape, x.shape[0], x.device
+    if table.dtype != torch.float32 or shape[1:] != _TABLE or table.device != device or not table.is_contiguous():
+        raise ValueError(
+            f"table is {table.dtype} {tuple(shape)} on {table.device} with strides {table.stride()}, "
+            f"expected contiguous torch.float32 (steps, {_TABLE[0]}) on {device}"
+        )
+    check_rows("step_index", step_index, x)
+    if device.type == "cpu" and rows and not 0 <= step_index.min() <= step_index.max() < shape[0]:
+        raise ValueError(f"step_index is {step_index.tolist()}, expected steps in 0..{shape[0] - 1}")
+
+
+def check_rows(name: str, values: Tensor, x: Tensor) -> None:
+    """Check integers by row, `[N]` int64.
+
+    Raises:
+        ValueError: wrong device, shape or dtype, or not contiguous.
+    """
+    if values.dtype != torch.int64 or values.shape != x.shape[:1] or values.device != x.device:
+        raise ValueError(
+            f"{name} is {values.dtype} {tuple(values.shape)} on {values.device}, "
+            f"expected torch.int64 ({x.shape[0]},) on {x.device}"
+        )
+    if not values.is_contiguous():
+        raise ValueError(f"{name} has strides {values.stride()}, expected contiguous; pass {name}.contiguous()")
 
 
 def launch(kernel: Any, grid: tuple[int], device: torch.device, **arguments: Any) -> None:

@@ -168,7 +168,7 @@ def reverse_balance_op(
         gradient_flow=gradient_flow if with_gradient else None,
         partial=partial,
         num_rows=made.rows,
-        num_steps=len(table),
+        num_steps=table.shape[0],
         positions=made.positions,
         num_tiles=made.tiles,
         inverse_size=1 / max(made.size, 1),

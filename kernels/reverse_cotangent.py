@@ -133,7 +133,7 @@ def reverse_cotangent_op(
         cotangent=cotangent,
         cotangent_ref=cotangent_ref,
         num_rows=made.rows,
-        num_steps=len(table),
+        num_steps=table.shape[0],
         positions=made.positions,
         num_tiles=made.tiles,
         w=guidance_scale or 0.0,
