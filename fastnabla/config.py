@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+from fastnabla.objective.backend import Backend
 from fastnabla.policy import LORA_TARGETS
 from fastnabla.step import Objective
 
@@ -208,6 +209,9 @@ class TrainConfig:
     """Updates between checkpoints, at most; a killed run goes on from the last one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU if there is one."""
+    backend: Backend = "auto"
+    """What computes the objective and the sampler's steps between network passes: "triton", the kernels; "torch",
+    plain torch; "auto", the kernels on a GPU."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics go besides metrics.jsonl."""
     dry_run: bool = False

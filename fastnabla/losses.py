@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from fastnabla.objective.backend import Backend, Operations, select
+from fastnabla.objective.backend import PLAIN, Backend, Operations, select
 from fastnabla.objective.balance import Gamma, Weighting, Weights
 from fastnabla.objective.gaussian import full
 from fastnabla.transition import TransitionRows, TransitionTable
@@ -83,7 +83,7 @@ def residual_db_loss(
             or `[N, …]`; gradients flow to it.
         noise_pred_ref: the pretrained policy's, alike; no gradient flows.
         x_t, x_next: the transition's states x and x', `[N, …]`.
-        timesteps: timesteps of x, `[N]` int64; those of x' follow from the sampler. Checking them waits for the device.
+        timesteps: timesteps of x, `[N]` int64; those of x' follow from the sampler.
         scheduler: diffusers scheduler after `set_timesteps`, or a `TransitionTable`. A table is cheaper: one is
             made of a scheduler in each call (about 0.3 ms).
         reward_score_next: ∇_{x'} r(x̂0(x')), `[N, …]`, the raw gradient in reward per unit of latent; β and γ are
@@ -102,11 +102,17 @@ def residual_db_loss(
         score_reverse, score_ref_reverse: s̄_θ and s̄_ref, `[N, …]`, from `reverse_scores`; no gradient flows.
         reward_score: ∇_x r(x̂0(x)), `[N, …]`, raw, as `reward_score_next`; no gradient flows.
         flow_score: g(x), `[N, …]`.
+        backend: what computes. "triton": one Triton kernel for the forward residual, trust region, statistics and
+            their gradients, and one for the reverse residual. "torch": plain torch. "auto": the kernels for
+            bfloat16, float16 or float32 tensors on CUDA. Which it is, the logger "fastnabla" says once (INFO).
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, a setting is out of range, a timestep is not
-            one of the sampler's, only some of the reverse term's four arguments are given, or the scheduler has no
-            Gaussian step (see `TransitionTable.from_scheduler`).
+            one of the sampler's, only some of the reverse term's four arguments are given, the scheduler has no
+            Gaussian step (see `TransitionTable.from_scheduler`), or the kernels are asked for and cannot run.
+
+    The kernels never wait for the device; so there, the row of a timestep that is not one of the sampler's has a NaN
+    loss instead. They read tensors that are contiguous or channels-last.
 
     Equivalent with weighting="score", for the sampler's a, b, σ and γ of each row, `last` = (x' is finished) and
     `mean` over all but the first axis::
@@ -201,6 +207,7 @@ def reverse_scores(
         x_t: x, `[N, …]`, the tensor with `requires_grad` that the network was called with (doubled for guidance).
         x_next, timesteps, scheduler, guidance_scale, eta: as in `residual_db_loss`.
         retain_graph: keep `noise_pred`'s graph, as a loss that is still to be differentiated needs; False frees it.
+        backend: as in `residual_db_loss`.
 
     Returns:
         s̄ without gradient, float32 (float64 if `x_t` is), in units of 1/σ.
@@ -233,7 +240,8 @@ def _select(
     backend: Backend, table: TransitionTable, x_t: Tensor, timesteps: Tensor
 ) -> tuple[Operations, TransitionRows]:
     kernels = select(backend, x_t.device, x_t.dtype)
-    return kernels, table.rows(table.step_index(timesteps), x_t)
+    check = kernels is PLAIN or timesteps.device.type == "cpu"
+    return kernels, table.rows(table.step_index(timesteps, check), x_t)
 
 
 def _table(scheduler: Any, eta: float | None) -> TransitionTable:

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from fastnabla.buffer import TrajectoryBuffer
-from fastnabla.objective.gaussian import guide
+from fastnabla.objective.backend import Backend, select
 from fastnabla.policy import Policy
-from fastnabla.seeding import TrajectoryNoise
+from fastnabla.seeding import trajectory_noise
 from fastnabla.transition import TransitionTable
+
+INITIAL = -1
+"""Number of the draw that is x_0; a step's noise has the number of the step."""
 
 
 @torch.no_grad()
@@ -24,6 +27,7 @@ def sample(
     buffer: TrajectoryBuffer | None = None,
     slots: Tensor | None = None,
     on_step: Callable[[int], None] | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Finished latents x_T `[N, C, H, W]`, float32, of one trajectory a prompt.
 
@@ -36,17 +40,19 @@ def sample(
         batch: trajectories sampled together; None for all.
         buffer, slots: where to store the drawn steps, and the slots `[N]` reserved for them.
         on_step: called with the number of trajectories advanced, after each step.
+        backend: what computes the steps; see `fastnabla.objective.backend`.
     """
     device = policy.conditions.device
+    kernels = select(backend, device)
     finished = []
     for part in torch.arange(len(prompt)).split(batch or len(prompt)):
         rows = prompt[part].to(device)
-        noise = TrajectoryNoise([seeds[i] for i in part.tolist()], sample_shape, device)
-        x = noise.draw()
+        keys = torch.tensor([seeds[i] for i in part.tolist()], device=device)
+        x = trajectory_noise(keys, torch.full_like(keys, INITIAL), sample_shape)
         for step in range(len(table)):
             row = table.rows(torch.full((len(part),), step, device=device), x)
-            o = guide(policy(x, row.timestep, rows), policy.guidance_scale)
-            x_next = row.a * x + row.b * o + row.sigma * noise.draw()
+            output = policy(x, row.timestep, rows)
+            x_next, o = kernels.drawn_step(output, x, keys, row, guidance_scale=policy.guidance_scale)
             if buffer is not None:
                 buffer.append(slots[part], step, x, o, x_next)
             x = x_next

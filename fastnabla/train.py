@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print_error(error)
         return 2
-    console.print(f"writing to {run}")
+    console.print(f"writing to {run}; {trainer.step.kernels.name} between network passes, on {trainer.device}")
     try:
         trainer.train(run, console, resume)
     except FloatingPointError as error:

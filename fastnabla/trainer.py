@@ -94,6 +94,7 @@ class Trainer:
             self.table,
             config.objective,
             config.memory.micro_batch,
+            config.backend,
         )
         self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow, config.updates)
         self.evaluator = Evaluator(
@@ -186,26 +187,31 @@ class Trainer:
         prompt = assign_prompts(config.seed, first, count, len(self.prompts))
         draw = DRAWS[config.rollout.draw]
         steps = draw(count, len(self.table), config.drawn_steps, generator_of(config.seed, "draws", round_))
-        latents = sample(
-            self.policy,
-            self.table,
-            prompt,
-            [seed_of(config.seed, "noise", first + i) for i in range(count)],
-            self.sample_shape,
-            batch=config.rollout.batch,
-            buffer=self.buffer,
-            slots=self.buffer.reserve(steps, prompt),
-            on_step=self._advance,
-        )
+        seeds = [seed_of(config.seed, "noise", first + i) for i in range(count)]
+        latents = self._sample(prompt, seeds, self.buffer, self.buffer.reserve(steps, prompt))
         with torch.no_grad():
             rewards = self.reward(self.decoder.decode(latents), [self.prompts[i] for i in prompt.tolist()])
         self.buffer.reward.copy_(rewards)
         return {"rollout_reward": rewards.mean().item(), "rollout_reward_std": rewards.std().item()}
 
     def _evaluation_sample(self, prompt: Tensor, noise: int) -> Tensor:
-        seeds = [seed_of(self.config.seed, "evaluation", noise, i) for i in range(len(prompt))]
-        batch = self.config.rollout.batch
-        return sample(self.policy, self.table, prompt, seeds, self.sample_shape, batch=batch, on_step=self._advance)
+        return self._sample(prompt, [seed_of(self.config.seed, "evaluation", noise, i) for i in range(len(prompt))])
+
+    def _sample(
+        self, prompt: Tensor, seeds: list[int], buffer: TrajectoryBuffer | None = None, slots: Tensor | None = None
+    ) -> Tensor:
+        return sample(
+            self.policy,
+            self.table,
+            prompt,
+            seeds,
+            self.sample_shape,
+            batch=self.config.rollout.batch,
+            buffer=buffer,
+            slots=slots,
+            on_step=self._advance,
+            backend=self.config.backend,
+        )
 
     def _advance(self, count: int) -> None:
         """Report progress; `train` replaces it."""

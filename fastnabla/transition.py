@@ -106,35 +106,46 @@ class TransitionTable:
         return build(scheduler, eta)
 
     def to(self, device: torch.device | str) -> "TransitionTable":
-        """The table with its columns on `device`, so that `rows` copies nothing there."""
-        return TransitionTable(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+        """The table with its columns on `device`; copied there once, however often it is asked for."""
+        device = torch.device(device)
+        if device == self.timestep.device:
+            return self
+        if device not in self._moved:
+            columns = {field.name: getattr(self, field.name).to(device) for field in dataclasses.fields(self)}
+            self._moved[device] = TransitionTable(**columns)
+        return self._moved[device]
+
+    @functools.cached_property
+    def _moved(self) -> dict[torch.device, "TransitionTable"]:
+        return {}
 
     def rows(self, step_index: Tensor, like: Tensor) -> "TransitionRows":
         """The rows `step_index [N]`, to compute with states such as `like [N, …]`."""
         return TransitionRows(self, step_index, like)
 
     def packed(self, device: torch.device) -> Tensor:
-        """The `PACKED` columns side by side, `[T, 8]` float32 on `device`, where they are kept for the next call."""
-        if device not in self._packed:
-            columns = [1 / self.sigma**2 if name == "precision" else getattr(self, name) for name in PACKED]
-            self._packed[device] = torch.stack(columns, 1).float().to(device, non_blocking=True)
-        return self._packed[device]
+        """The `PACKED` columns side by side, `[T, 8]` float32 on `device`."""
+        return self.to(device)._packed
 
     @functools.cached_property
-    def _packed(self) -> dict[torch.device, Tensor]:
-        return {}
+    def _packed(self) -> Tensor:
+        columns = [1 / self.sigma**2 if name == "precision" else getattr(self, name) for name in PACKED]
+        return torch.stack(columns, 1).float()
 
-    def step_index(self, timestep: Tensor) -> Tensor:
+    def step_index(self, timestep: Tensor, check: bool = True) -> Tensor:
         """Row numbers (int64, shape of `timestep`) of timesteps at which this sampler calls the network.
 
+        Without `check`, which has to wait for the device, a timestep that is not one of them gets -1.
+
         Raises:
-            ValueError: a timestep is not one of the sampler's.
+            ValueError: with `check`, a timestep is not one of the sampler's.
         """
-        match = timestep.unsqueeze(-1) == self.timestep.to(timestep.device)
-        if not bool(match.any(-1).all()):
-            stray = timestep[~match.any(-1)].flatten()[0].item()
+        match = timestep.unsqueeze(-1) == self.to(timestep.device).timestep
+        known = match.any(-1)
+        if check and not bool(known.all()):
+            stray = timestep[~known].flatten()[0].item()
             raise ValueError(f"timestep {stray} is not one of the sampler's {len(self)}: {self.timestep.tolist()}")
-        return match.int().argmax(-1)
+        return torch.where(known, match.int().argmax(-1), -1)
 
 
 class TransitionRows:
@@ -148,14 +159,14 @@ class TransitionRows:
     """
 
     def __init__(self, table: TransitionTable, step_index: Tensor, like: Tensor) -> None:
-        self.table, self.step_index = table, step_index
-        self._device, self._shape = like.device, (-1,) + (1,) * (like.dim() - 1)
+        self.table, self.step_index = table.to(like.device), step_index
+        self._shape = (-1,) + (1,) * (like.dim() - 1)
         self._dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
 
     def __getattr__(self, name: str) -> Tensor:
         if name.startswith("_"):
             raise AttributeError(name)
-        values = getattr(self.table, name).to(self._device)[self.step_index]
+        values = getattr(self.table, name)[self.step_index]
         values = values.to(self._dtype).view(self._shape) if values.is_floating_point() else values
         setattr(self, name, values)
         return values

@@ -1,5 +1,8 @@
 """Assertions and small inputs that several test files share."""
 
+import os
+
+import pytest
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
@@ -8,6 +11,17 @@ from fastnabla.transition import TransitionTable
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DDIM = {**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+
+BACKENDS = [
+    "torch",
+    pytest.param(
+        "triton",
+        marks=pytest.mark.skipif(
+            os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled for the GPU; this runs on the CPU"
+        ),
+    ),
+]
+"""What computes the objective on a CPU: plain torch, or the kernels in Triton's interpreter."""
 
 
 def ddim(num_steps: int | None = None, **changes) -> DDIMScheduler:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastnabla.buffer import Transitions
 from fastnabla.decoder import Decoder
+from fastnabla.objective.backend import Backend
 from fastnabla.policy import ADAPTER, Policy
 from fastnabla.step import BalanceStep, Objective
 from fastnabla.transition import TransitionTable
@@ -65,12 +66,12 @@ class GoldenStep:
     objective: Objective
     transitions: Transitions
 
-    def step(self, micro_batch: int, **changes: Any) -> BalanceStep:
+    def step(self, micro_batch: int, backend: Backend = "auto", **changes: Any) -> BalanceStep:
         """The step with these networks; `changes` to the objective."""
         prompts = [str(i) for i in range(self.meta["batch_size"])]
         objective = dataclasses.replace(self.objective, **changes)
         return BalanceStep(
-            self.policy, self.flow, self.decoder, self.reward, prompts, self.table, objective, micro_batch
+            self.policy, self.flow, self.decoder, self.reward, prompts, self.table, objective, micro_batch, backend
         )
 
     def gradients(self) -> dict[str, Tensor]:

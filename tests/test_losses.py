@@ -10,7 +10,7 @@ from torch.distributions import Normal
 
 import fastnabla
 from fastnabla.losses import STATISTICS, residual_db_loss, reverse_scores
-from tests.checks import assert_gradients, ddim, ddim_table, randn
+from tests.checks import BACKENDS, assert_gradients, ddim, ddim_table, randn
 from tests.golden import STEP_SETS, GoldenStep, load_step
 
 SHAPE = (4, 2, 3, 5)
@@ -186,8 +186,9 @@ def raw_rewards(golden: GoldenStep, name: str, alpha_bar: Tensor) -> Tensor:
     return scaled / (golden.objective.beta * gamma)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("folder", STEP_SETS, ids=lambda folder: folder.name)
-def test_agrees_with_the_reference(folder):
+def test_agrees_with_the_reference(folder, backend):
     """A user's loop around the golden networks: losses to 1e-4 (see test_step.py), gradients of all parameters."""
     golden = load_once(folder)
     policy, batch, objective = golden.policy, golden.transitions, golden.objective
@@ -199,7 +200,7 @@ def test_agrees_with_the_reference(folder):
     noise_pred = policy(x, rows.timestep, batch.prompt)
     noise_pred_ref = policy.reference(x, rows.timestep, batch.prompt)
     sampler = (batch.x_next, rows.timestep, golden.table)
-    settings = {"guidance_scale": policy.guidance_scale}
+    settings = {"guidance_scale": policy.guidance_scale, "backend": backend}
     scores = {}
     if golden.flow:
         embeddings = policy.conditions[batch.prompt + 1]

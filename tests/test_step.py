@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastnabla.objective.gaussian import guide
 from fastnabla.step import BalanceStep, Objective, StepReport
-from tests.checks import assert_gradients
+from tests.checks import BACKENDS, assert_gradients
 from tests.golden import STEP_SETS, GoldenStep, load_step
 
 # The reference's coefficients are float32 (σ² of the last step is off by 1.3e-5), and it subtracts two scores of
@@ -35,11 +35,12 @@ def slots(golden: GoldenStep, name: str) -> Tensor:
     return torch.stack([golden.expected[f"{j}.{name}"] for j in range(count)], 1).flatten()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("micro_batch", [1, 4, 100])
 @pytest.mark.parametrize("folder", STEP_SETS, ids=lambda folder: folder.name)
-def test_agrees_with_the_reference(folder, micro_batch):
+def test_agrees_with_the_reference(folder, micro_batch, backend):
     golden = load_once(folder)
-    report, gradients = run(golden, golden.step(micro_batch))
+    report, gradients = run(golden, golden.step(micro_batch, backend))
     assert_gradients(gradients, {name: g for name, g in golden.expected.items() if name.startswith("grad.")})
 
     last = golden.transitions.step_index == len(golden.table) - 1

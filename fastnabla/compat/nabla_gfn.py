@@ -11,6 +11,9 @@ They return what the reference returns, computed through `TransitionTable`. Depa
 - Coefficients are computed in float64, arithmetic on half-precision states in float32. (The reference's σ² of the
   last step is off by 1e-5.)
 
+On CUDA the draw and the score in x are Triton kernels, where no gradient of the former and no second one of the
+latter is asked for.
+
 These functions are for moving code over. `fastnabla.losses` computes differences of scores with more digits.
 """
 
@@ -20,6 +23,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fastnabla.objective.backend import PLAIN, select
 from fastnabla.objective.gaussian import full, step_score
 from fastnabla.transition import TransitionRows, TransitionTable
 
@@ -85,15 +89,18 @@ def inference_step(
         if not torch.equal(given, step):
             raise ValueError(f"step_index = {given.tolist()}: expected {step.tolist()}, the steps of timestep")
 
-    mean = rows.a * full(sample) + rows.b * full(model_output)
+    kernels = select("auto", sample.device, sample.dtype)
     if prev_sample is None:
         like = model_output
         noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-        prev_sample = mean + rows.sigma * noise
+        tracked = torch.is_grad_enabled() and (model_output.requires_grad or sample.requires_grad)
+        step = PLAIN.guided_step if tracked else kernels.guided_step  # the kernel's x' has no gradient
+        prev_sample, _ = step(model_output, sample, noise, rows, guidance_scale=None)
     fixed = full(prev_sample.detach())
     if reverse_grad:
-        log_prob = -((fixed - mean) / rows.sigma).square().sum() / 2
-        (score,) = torch.autograd.grad(log_prob, sample, retain_graph=retain_graph or allow_2nd, create_graph=allow_2nd)
+        log_prob = PLAIN.gaussian_log_prob if allow_2nd else kernels.gaussian_log_prob
+        density = log_prob(model_output, sample, fixed, rows, guidance_scale=None).sum()
+        (score,) = torch.autograd.grad(density, sample, retain_graph=retain_graph or allow_2nd, create_graph=allow_2nd)
         score = full(score)
     else:
         score = step_score(model_output, sample, fixed, rows)
