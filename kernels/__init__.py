@@ -1,8 +1,7 @@
-"""The place of the objective's Triton kernels, installed as `fastnabla.kernels`. None is written yet.
+"""The objective's Triton kernels, installed as `fastnabla.kernels`; `README.md` beside this file is their guide.
 
-One file per operation, to be read from top to bottom: the formula, the `@triton.jit` kernels, the launcher, the
-`autograd.Function`. The same maths in plain torch, which is the specification and what tests compare against, is
-`fastnabla/objective/balance.py`.
+One file an operation, to be read from top to bottom: the formula and the bytes it moves, the `@triton.jit` kernels, the
+launcher, the `autograd.Function`, the public function. Importing this package does not import Triton; its modules do.
 """
 
 if __name__ == "kernels":

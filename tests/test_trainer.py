@@ -23,6 +23,7 @@ from fastnabla.seeding import seed_of
 from fastnabla.step import Objective
 from fastnabla.testbed import pipeline_folder
 from fastnabla.trainer import Trainer
+from tests.checks import BACKENDS
 
 
 def small(**changes) -> TrainConfig:
@@ -193,3 +194,13 @@ def test_batch_sizes_do_not_change_the_first_update(tmp_path: Path) -> None:
         if isinstance(value, float):
             # Same noise and transitions; float32 sums in another order. The reverse residual amplifies it most.
             assert records[1][name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_kernels_do_not_change_the_run(backend: str, run: Path, tmp_path: Path) -> None:
+    through_kernels = train(small(backend=backend), tmp_path / "run")
+    lines = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (run, through_kernels))
+    for plain, fused in zip(*([json.loads(line) for line in part] for part in lines), strict=True):
+        assert plain.keys() == fused.keys()
+        for name, value in plain.items():
+            assert fused[name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
