@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from fastnabla.transition import TransitionTable
@@ -24,8 +23,10 @@ BACKENDS = [
 """What computes the objective on a CPU: plain torch, or the kernels in Triton's interpreter."""
 
 
-def ddim(num_steps: int | None = None, **changes) -> DDIMScheduler:
-    """A scheduler as Stable Diffusion has it; with its timesteps set if `num_steps` is given."""
+def ddim(num_steps: int | None = None, **changes):
+    """diffusers' scheduler as Stable Diffusion has it; with its timesteps set if `num_steps` is given."""
+    from diffusers import DDIMScheduler  # here, because the kernels' tests also run where it is not installed
+
     scheduler = DDIMScheduler(**{**DDIM, **changes})
     if num_steps is not None:
         scheduler.set_timesteps(num_steps)

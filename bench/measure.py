@@ -1,0 +1,233 @@
+"""What benchmarks share: timing on the device, counting launches and memory, and facts about the machine.
+
+Times of the device are in µs, by CUDA events on the current stream. Everything can be imported, and called, without
+CUDA: what cannot be measured there is None.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+Run = Callable[[], Any]
+
+
+@functools.cache
+def device_info() -> dict[str, Any]:
+    """The machine, and the versions of what runs on it."""
+    info = {
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": _commit(),
+    }
+    if not torch.cuda.is_available():
+        return {"hardware": info["cpu"], **info}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gpu = {
+        "hardware": properties.name,
+        "cuda": torch.version.cuda,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory MiB": properties.total_memory // 2**20,
+        "L2 MiB": properties.L2_cache_size / 2**20,
+    }
+    return {**gpu, **_driver_info(properties), **info}
+
+
+def _driver_info(properties: Any) -> dict[str, Any]:
+    """Driver and power limit, by nvidia-ml-py or else nvidia-smi; None where neither tells."""
+    uuid = f"GPU-{properties.uuid}"
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        power = pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000
+        return {"driver": pynvml.nvmlSystemGetDriverVersion(), "power limit W": power}
+    except Exception:  # not installed, or a GPU that does not tell
+        query = ["nvidia-smi", "-i", uuid, "--query-gpu=driver_version,power.limit", "--format=csv,noheader,nounits"]
+        driver, _, power = _output(query).partition(", ")
+        return {"driver": driver or None, "power limit W": power or None}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(module: str) -> str | None:
+    return importlib.import_module(module).__version__ if importlib.util.find_spec(module) else None
+
+
+def _commit() -> str | None:
+    """The commit, with a + if something tracked has changed since; None outside a repository."""
+    git = ["git", "-C", str(ROOT)]
+    commit = _output([*git, "rev-parse", "--short=12", "HEAD"])
+    return commit + "+" * bool(_output([*git, "status", "--porcelain", "--untracked-files=no"])) if commit else None
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def synchronised(run: Run) -> Run:
+    """`run`, and on CUDA a wait until the device has done it."""
+    if not torch.cuda.is_available():
+        return run
+
+    def run_and_wait() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return run_and_wait
+
+
+@functools.cache
+def copy_bandwidth(device: torch.device, repetitions: int = 10) -> float:
+    """GB/s (10⁹ bytes read or written a second) of `copy_` from one float32 tensor to another: what can be expected.
+
+    1 GiB each on CUDA, timed by events; 128 MiB on a CPU. Median.
+    """
+    size = (2**30 if device.type == "cuda" else 2**27) // 4
+    source, target = torch.ones(size, device=device), torch.zeros(size, device=device)
+    if device.type == "cuda":
+        microseconds = _between_events(lambda: target.copy_(source), repetitions)
+    else:
+        microseconds = 1e6 * statistics.median(_seconds(lambda: target.copy_(source)) for _ in range(repetitions))
+    return 2 * source.nbytes / microseconds / 1e3
+
+
+def _seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def time_cuda(run: Run) -> float | None:
+    """µs between events before and after a call, with a cold L2 cache; median.
+
+    Launching overlaps with the flush of the cache, so this is the device's time unless launching takes longer.
+    """
+    return _between_events(run) if torch.cuda.is_available() else None
+
+
+def time_graph(run: Run) -> float | None:
+    """µs of a call replayed from a CUDA graph, with a cold L2 cache: the device's time, whatever launching costs.
+
+    Includes the device's start of a graph, some µs. To be called on a stream of its own (`own_stream`), on which all
+    that `run` uses was made: autograd runs a backward pass on the stream of its forward pass, and the default stream
+    cannot be captured.
+
+    Raises:
+        RuntimeError: the call cannot be captured.
+    """
+    if not torch.cuda.is_available():
+        return None
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        run()
+    microseconds = _between_events(graph.replay)
+    graph.reset()
+    return microseconds
+
+
+def own_stream() -> contextlib.AbstractContextManager:
+    """A context with a stream that is not the default one, always the same; on a CPU without effect."""
+    return torch.cuda.stream(_stream()) if torch.cuda.is_available() else contextlib.nullcontext()
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def _between_events(run: Run, repetitions: int | None = None) -> float:
+    flush = _flush_buffer(torch.cuda.current_device())
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    if repetitions is None:
+        seconds = _seconds(synchronised(run))
+        repetitions = max(10, min(50, int(0.2 / seconds)))
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+    for start, end in marks:
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(start.elapsed_time(end) for start, end in marks)
+
+
+@functools.cache
+def _flush_buffer(device: int) -> Tensor:
+    """256 MiB, or four times the L2 cache: writing it evicts everything else, and takes longer than most launches."""
+    size = max(2**28, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+    return torch.empty(size, dtype=torch.int8, device=f"cuda:{device}")
+
+
+def launches(run: Run, calls: int = 4) -> float | None:
+    """Kernels, copies and fills that one call puts on the device, by torch.profiler; None if it sees none."""
+    if not torch.cuda.is_available():
+        return None
+    _wake_profiler()
+    run()
+    torch.cuda.synchronize()
+    return (_profile(run, calls) / calls) or None
+
+
+@functools.cache
+def _wake_profiler() -> None:
+    """Profile something: the first profile of a process can miss kernels."""
+    _profile(lambda: torch.zeros(1, device="cuda"), 1)
+
+
+def _profile(run: Run, calls: int) -> int:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(errors="replace"), strict=False)["traceEvents"]
+    return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in events)
+
+
+def peak_memory(run: Run) -> float | None:
+    """MiB allocated at the peak of a call, over what was there before it."""
+    if not torch.cuda.is_available():
+        return None
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

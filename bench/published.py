@@ -1,0 +1,170 @@
+"""The objective's operations as the published algorithm computes them: what the kernels are measured against.
+
+Residual ∇-DB as in arXiv 2412.07775: the scores of both policies are computed whole, as ``−(x' − μ)/σ²``, and then
+subtracted, which is also what the authors' code does; the losses are separate mean squares, with masks for last
+rows. Plain torch, one operation after the other, gradients by autograd. Signatures, results and precision are those
+of `fastnabla.objective.backend.PLAIN`: also the statistics are computed, so that the work compared is the same.
+
+The baseline gets what costs it nothing to have: coefficients in rows `[N, 1, 1, 1]`, gathered once; means as
+``a x + b o``, where the authors' sampler goes over the predicted clean sample; no copies but those of the arithmetic.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from fastnabla.objective.backend import PLAIN, Operations
+from fastnabla.objective.balance import ForwardBalance, Weights, mean_square, norm, residual_weight, reward_weight
+from fastnabla.objective.gaussian import full, guide, step_score, unguide
+from fastnabla.transition import TransitionRows, TransitionTable
+
+
+@functools.cache
+def ddim_table(steps: int = 50, eta: float = 1.0) -> TransitionTable:
+    """DDIM over Stable Diffusion's betas, epsilon-prediction, timesteps leading with an offset of 1. From the
+    formulas, so that diffusers need not be installed."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alphas = (1 - betas).cumprod(0).double()
+    timestep = torch.arange(steps - 1, -1, -1) * (1000 // steps) + 1
+    timestep_next = (timestep - 1000 // steps).clamp(min=0)
+    now, then = alphas[timestep], alphas[timestep_next]
+    sigma = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
+    c, d = now.rsqrt(), -((1 - now) / now).sqrt()
+    finished = timestep_next == 0
+    return TransitionTable(
+        timestep=timestep,
+        timestep_next=timestep_next,
+        a=then.sqrt() * c,
+        b=then.sqrt() * d + (1 - then - sigma**2).sqrt(),
+        sigma=sigma,
+        c=c,
+        d=d,
+        c_next=torch.where(finished, 1.0, then.rsqrt()),
+        d_next=torch.where(finished, 0.0, -((1 - then) / then).sqrt()),
+        alpha_bar=now,
+        alpha_bar_next=then,
+    )
+
+
+def guided_step(
+    output: Tensor, x: Tensor, noise: Tensor, rows: TransitionRows, *, guidance_scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """As `gaussian.guided_step`: guidance, mean, and draw."""
+    o = guide(output, guidance_scale)
+    mean = rows.a * full(x) + rows.b * o
+    return (mean + rows.sigma * full(noise)).to(x.dtype), o
+
+
+def gaussian_log_prob(
+    output: Tensor, x: Tensor, x_next: Tensor, rows: TransitionRows, *, guidance_scale: float | None
+) -> Tensor:
+    """As `gaussian.gaussian_log_prob`: the normal density by element, then summed."""
+    mean = rows.a * full(x) + rows.b * guide(output, guidance_scale)
+    normaliser = rows.sigma.log() + 0.5 * math.log(2 * math.pi)
+    return (-((full(x_next) - mean) ** 2) / (2 * rows.sigma**2) - normaliser).flatten(1).sum(1)
+
+
+def forward_balance(
+    output: Tensor,
+    output_ref: Tensor,
+    x: Tensor,
+    x_next: Tensor,
+    rows: TransitionRows,
+    reward_score: Tensor,
+    flow: Tensor | None = None,
+    output_old: Tensor | None = None,
+    *,
+    weights: Weights,
+) -> ForwardBalance:
+    """As `balance.forward_balance`: two whole scores, their difference from the target, and three losses."""
+    unit, last = residual_weight(rows, weights.weighting), rows.last.float()
+    o = guide(output, weights.guidance_scale)
+    score = step_score(o, x, x_next, rows)
+    with torch.no_grad():
+        score_ref = weights.strength * step_score(guide(output_ref, weights.guidance_scale), x, x_next, rows)
+        reward = weights.beta * reward_weight(rows.alpha_bar_next, weights.gamma) * full(reward_score)
+    target = score_ref + reward
+    nothing = torch.zeros(len(x), device=x.device)
+    terminal = trust = nothing
+    if flow is not None:
+        target = target + (1 - last) * full(flow)
+        terminal = mean_square(unit * last * full(flow))
+    if output_old is not None:
+        trust = mean_square(o - full(output_old))
+    residual = unit * (score - target)
+    forward = mean_square(residual)
+    loss = forward + terminal + weights.trust_region * trust
+    with torch.no_grad():
+        return ForwardBalance(
+            loss=loss,
+            forward=forward.detach(),
+            terminal=terminal.detach(),
+            trust=trust.detach(),
+            norm_ref=norm(score_ref),
+            norm_residual=norm(score - score_ref),
+            norm_reward=norm(reward),
+            norm_target=norm(target),
+            max_residual=residual.flatten(1).abs().amax(1),
+        )
+
+
+@torch.no_grad()
+def reverse_cotangents(
+    output: Tensor,
+    output_ref: Tensor,
+    x: Tensor,
+    x_next: Tensor,
+    rows: TransitionRows,
+    pixel_score: Tensor | None = None,
+    *,
+    weights: Weights,
+) -> tuple[Tensor, Tensor]:
+    """As `balance.reverse_cotangents`, which computes what autograd would: two whole scores, carried back to each
+    output through the mean and through guidance."""
+    w, scale = weights.guidance_scale, weights.strength * rows.b
+    cotangent = -scale * step_score(guide(output, w), x, x_next, rows)
+    cotangent_ref = -scale * step_score(guide(output_ref, w), x, x_next, rows)
+    if pixel_score is not None:
+        cotangent = cotangent + weights.beta * reward_weight(rows.alpha_bar, weights.gamma) * rows.d * full(pixel_score)
+    return unguide(cotangent, w).to(output.dtype), unguide(cotangent_ref, w).to(output_ref.dtype)
+
+
+def reverse_balance(
+    score: Tensor,
+    score_ref: Tensor,
+    rows: TransitionRows,
+    flow: Tensor,
+    reward_score: Tensor | None = None,
+    pixel_score: Tensor | None = None,
+    outputs: tuple[Tensor, Tensor] | None = None,
+    *,
+    weights: Weights,
+) -> Tensor:
+    """As `balance.reverse_balance`: each policy's score is made whole before the two are subtracted.
+
+    With `outputs`, what an output adds directly to its score is ``−λ (a b/σ²) o``; the rest of the direct part,
+    ``λ a (x' − a x)/σ²``, is the same in both scores, and its states are not among the arguments.
+    """
+    with torch.no_grad():
+        if outputs is None:
+            whole, whole_ref = weights.strength * full(score), weights.strength * full(score_ref)
+        else:
+            direct = weights.strength * rows.a * rows.b / rows.sigma**2
+            whole = full(score) - direct * guide(outputs[0], weights.guidance_scale)
+            whole_ref = full(score_ref) - direct * guide(outputs[1], weights.guidance_scale)
+        reward = rows.c * full(pixel_score) if reward_score is None else full(reward_score)
+        reward = weights.beta * reward_weight(rows.alpha_bar, weights.gamma) * reward
+    residual = whole - whole_ref + full(flow) + reward
+    return mean_square((1 - rows.last.float()) * residual_weight(rows, weights.weighting) * residual)
+
+
+PUBLISHED: Operations = PLAIN._replace(
+    name="published algorithm, eager torch",
+    guided_step=guided_step,
+    gaussian_log_prob=gaussian_log_prob,
+    forward_balance=forward_balance,
+    reverse_cotangents=reverse_cotangents,
+    reverse_balance=reverse_balance,
+)

@@ -1,0 +1,144 @@
+"""A run of the kernels' benchmarks in short: a table on the screen, and small files to keep.
+
+    python -m bench.summary RAW.json [RAW.json …] [--into FOLDER …] [--theme kernels] [--tests OUTCOME]
+
+reads what `pytest bench --benchmark-json RAW.json` wrote, writes `<theme>_<hardware>_<date>.json` and `.md` into each
+folder (bench/results), and prints the table's rows of whole passes. The JSON file has, for each benchmark, the median
+and interquartile range in seconds, the rounds and its extra_info; device, versions and commit once. A number that was
+not measured is a dash.
+"""
+
+import argparse
+import datetime
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+EAGER, COMPILE, OURS = PROVIDERS = ("published eager", "compiled plain", "fastnabla")
+HEADER = (
+    *("operation", "pass", "shape", "batch"),
+    *("eager µs", "on device", "compiled µs", "on device", "fastnabla µs", "on device"),
+    *("vs eager", "on device", "vs compiled", "on device", "GB/s", "of copy"),
+)
+NOTES = """\
+µs: median time of a call with a wait for the device, launching included. On device: median time replayed from a CUDA
+graph with a cold L2 cache, launching excluded. Vs: times as fast as the published algorithm in eager torch, and as plain
+torch through torch.compile. GB/s: bytes that the operation has to move, over fastnabla's time on the device (its µs where
+there is no such time); of copy: the share of the bandwidth measured with a large copy. A dash: not measured."""
+
+
+def condense(raws: list[dict[str, Any]], theme: str, tests: str | None) -> dict[str, Any]:
+    """What is kept of pytest-benchmark's files."""
+    device, benchmarks = {}, []
+    for benchmark in (benchmark for raw in raws for benchmark in raw["benchmarks"]):
+        extra, stats = dict(benchmark["extra_info"]), benchmark["stats"]
+        if not extra:  # it was interrupted
+            continue
+        device = extra.pop("device", None) or device
+        benchmarks.append(
+            {
+                "name": benchmark["name"],
+                "group": benchmark["group"],
+                "median s": stats["median"],
+                "IQR s": stats["iqr"],
+                "rounds": stats["rounds"],
+                **extra,
+            }
+        )
+    date = datetime.datetime.fromisoformat(raws[0]["datetime"]).date().isoformat()
+    return {"theme": theme, "date": date, "device": device, "GPU tests": tests, "benchmarks": benchmarks}
+
+
+def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Cells by operation, pass, shape and batch, in the order of `HEADER`."""
+    cases: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for benchmark in summary["benchmarks"]:
+        if "provider" in benchmark:
+            key = tuple(benchmark[name] for name in ("operation", "direction", "shape", "batch"))
+            cases.setdefault(key, {})[benchmark["provider"]] = benchmark
+    return [_row(key, case) for key, case in sorted(cases.items(), key=lambda item: _order(item[0], list(cases)))]
+
+
+def _order(key: tuple, keys: list[tuple]) -> tuple:
+    """By operation and pass, then by shape as first met, then by batch."""
+    shapes = list(dict.fromkeys(shape for _, _, shape, _ in keys))
+    return key[0], key[1], shapes.index(key[2]), key[3]
+
+
+def _row(key: tuple, case: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    def times(provider: str) -> tuple[float | None, float | None]:
+        found = case.get(provider)
+        return (1e6 * found["median s"], found.get("graph us")) if found else (None, None)
+
+    def number(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    def ratio(other: float | None, own: float | None) -> str:
+        return number(other / own if other and own else None, ".2f")
+
+    eager, compiled, ours = (times(provider) for provider in PROVIDERS)
+    measured = case.get(OURS, {})
+    return (
+        *map(str, key),
+        *(number(value, ".1f") for value in (*eager, *compiled, *ours)),
+        *(ratio(other, own) for others in (eager, compiled) for other, own in zip(others, ours, strict=True)),
+        number(measured.get("GB/s"), ".0f"),
+        number(measured.get("share of copy"), ".0%"),
+    )
+
+
+def markdown(summary: dict[str, Any], raw_file: str) -> str:
+    """Everything in one Markdown table, with the facts about the machine."""
+    device = summary["device"]
+    lines = [f"# {summary['theme'].capitalize()}, {device.get('hardware', 'unknown hardware')}, {summary['date']}", ""]
+    lines += [NOTES, "", *(f"- {fact}" for fact in facts(summary)), f"- all numbers: `{raw_file}`", ""]
+    lines += [f"| {' | '.join(cells)} |" for cells in (HEADER, ("---",) * len(HEADER), *rows(summary))]
+    others = [benchmark for benchmark in summary["benchmarks"] if "provider" not in benchmark]
+    if others:
+        lines += ["", "| benchmark | median ms |", "|---|---|"]
+        lines += [f"| {other['group']}: {other['name']} | {1e3 * other['median s']:.1f} |" for other in others]
+    return "\n".join(lines) + "\n"
+
+
+def facts(summary: dict[str, Any]) -> list[str]:
+    """What the numbers depend on, as text."""
+    found = [", ".join(f"{name} {value}" for name, value in summary["device"].items() if value is not None)]
+    for provider in PROVIDERS:
+        computed_by = {b["computed by"]: None for b in summary["benchmarks"] if b.get("provider") == provider}
+        found += [f"{provider}: {', '.join(computed_by)}"] if computed_by else []
+    found += [f"outputs: {', '.join({b['output dtype']: None for b in summary['benchmarks'] if 'provider' in b})}"]
+    copies = {f"{b['copy GB/s']:.0f} GB/s": None for b in summary["benchmarks"] if "provider" in b}
+    return [*found, f"copy: {', '.join(copies)}", f"GPU tests: {summary['GPU tests'] or 'not run'}"]
+
+
+def screen(summary: dict[str, Any]) -> str:
+    """The rows of whole passes, aligned."""
+    apart = {(cells[0], cells[2], cells[3]) for cells in rows(summary) if cells[1] == "both"}
+    whole = [cells for cells in rows(summary) if cells[1] == "both" or (cells[0], *cells[2:4]) not in apart]
+    table = [HEADER, *whole]
+    widths = [max(len(cells[column]) for cells in table) for column in range(len(HEADER))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(cells, widths, strict=True)) for cells in table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("raw", nargs="+", type=Path, help="files of --benchmark-json")
+    parser.add_argument("--into", nargs="+", type=Path, default=[RESULTS], help="folders for the two files")
+    parser.add_argument("--theme", default="kernels", help="first part of the files' names")
+    parser.add_argument("--tests", help="outcome of the GPU tests, to be kept with the numbers")
+    options = parser.parse_args()
+    summary = condense([json.loads(path.read_text()) for path in options.raw], options.theme, options.tests)
+    hardware = re.sub(r"[^a-z0-9]+", "-", summary["device"].get("hardware", "unknown").lower()).strip("-")
+    name = f"{options.theme}_{hardware}_{summary['date']}"
+    for folder in options.into:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        (folder / f"{name}.md").write_text(markdown(summary, f"{name}.json"))
+        print(f"wrote {folder / name}.json and .md")
+    print("", *facts(summary), "", screen(summary), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
