@@ -8,11 +8,8 @@ from torch import Tensor
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.objective.backend import Backend, select
 from fastnabla.policy import Policy
-from fastnabla.seeding import trajectory_noise
+from fastnabla.seeding import TrajectoryNoise
 from fastnabla.transition import TransitionTable
-
-INITIAL = -1
-"""Number of the draw that is x_0; a step's noise has the number of the step."""
 
 
 @torch.no_grad()
@@ -47,12 +44,12 @@ def sample(
     finished = []
     for part in torch.arange(len(prompt)).split(batch or len(prompt)):
         rows = prompt[part].to(device)
-        keys = torch.tensor([seeds[i] for i in part.tolist()], device=device)
-        x = trajectory_noise(keys, torch.full_like(keys, INITIAL), sample_shape)
+        noise = TrajectoryNoise([seeds[i] for i in part.tolist()], sample_shape, device)
+        x = noise.draw()
         for step in range(len(table)):
             row = table.rows(torch.full((len(part),), step, device=device), x)
             output = policy(x, row.timestep, rows)
-            x_next, o = kernels.drawn_step(output, x, keys, row, guidance_scale=policy.guidance_scale)
+            x_next, o = kernels.guided_step(output, x, noise.draw(), row, guidance_scale=policy.guidance_scale)
             if buffer is not None:
                 buffer.append(slots[part], step, x, o, x_next)
             x = x_next

@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastnabla.kernels.by_row import scale_gradients, sum_tiles
 from fastnabla.kernels.common import (
@@ -38,7 +37,7 @@ from fastnabla.kernels.common import (
     total,
     write,
 )
-from fastnabla.kernels.launching import NUM_WARPS, check_steps, launch, layout, operation
+from fastnabla.kernels.launching import NUM_WARPS, check_steps, forbid_second_derivatives, launch, layout, operation
 
 COLUMNS = (
     *("loss", "forward", "terminal", "trust"),  # means of squares
@@ -214,7 +213,7 @@ def forward_balance_op(
         num_steps=table.shape[0],
         positions=made.positions,
         num_tiles=made.tiles,
-        inverse_size=1 / max(made.size, 1),
+        inverse_size=1 / made.size,
         w=guidance_scale or 0.0,
         beta=beta,
         strength=strength,
@@ -242,8 +241,8 @@ class _ForwardBalance(torch.autograd.Function):
         return parts[0], statistics
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, _):
+        forbid_second_derivatives()
         gradient_output, gradient_flow = ctx.saved_tensors
         output, flow = scale_gradients(
             upstream, gradient_output, gradient_flow if ctx.has_flow else None, *ctx.dtypes, ctx.guidance_scale

@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastnabla.kernels.by_row import sum_tiles
 from fastnabla.kernels.common import (
@@ -32,7 +31,7 @@ from fastnabla.kernels.common import (
     write,
     write_pair,
 )
-from fastnabla.kernels.launching import NUM_WARPS, check_steps, launch, layout, operation
+from fastnabla.kernels.launching import NUM_WARPS, check_steps, forbid_second_derivatives, launch, layout, operation
 
 _HALF_LOG_2_PI = tl.constexpr(0.9189385332046727)
 
@@ -226,8 +225,8 @@ class _GaussianLogProb(torch.autograd.Function):
         return log_prob
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
+        forbid_second_derivatives()
         needs = list(ctx.needs_input_grad[:3])
         gradients = gaussian_log_prob_backward_op(upstream, *ctx.saved_tensors, ctx.guidance_scale, needs)
         return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *(None,) * 4

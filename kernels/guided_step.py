@@ -28,7 +28,7 @@ from fastnabla.kernels.common import (
     total,
     write,
 )
-from fastnabla.kernels.launching import Layout, check_rows, check_steps, launch, layout, operation
+from fastnabla.kernels.launching import DTYPES, Layout, check_rows, check_steps, launch, layout, operation
 
 _ELEMENTS = 2048
 """Of a program: 512 positions of four channels that share Philox blocks; 16 bytes of bf16 a thread of two warps."""
@@ -144,6 +144,8 @@ def _check_slab(name: str, slab: Tensor | None, rows: Tensor | None, x: Tensor) 
             f"{name}_slab is {tuple(slab.shape)} on {slab.device} with strides {slab.stride()}, "
             f"expected contiguous [rows, *{tuple(x.shape[1:])}] on {x.device}"
         )
+    if slab.dtype not in DTYPES:
+        raise ValueError(f"{name}_slab has dtype {slab.dtype}, expected one of {', '.join(map(str, DTYPES))}")
     check_rows(f"{name}_rows", rows, x)
 
 

@@ -56,8 +56,8 @@ class Layout(NamedTuple):
 
     @property
     def grid(self) -> tuple[int]:
-        """One program a tile; none for rows without elements."""
-        return (self.rows * self.tiles if self.size else 0,)
+        """One program a tile."""
+        return (self.rows * self.tiles,)
 
     def empty(self, name: str, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised tensor of one row a transition, shaped as `like`, in the layout of the tensor `name`."""
@@ -85,24 +85,24 @@ def layout(
     Raises:
         ValueError: a tensor has another device, shape or dtype than it should, or a layout that no kernel reads.
     """
-    shape, device = x.shape, x.device
-    single, pair = tuple(shape), (2 * shape[0], *shape[1:])
+    single, device = tuple(x.shape), x.device
+    rows, size = (single[0], math.prod(single[1:])) if len(single) > 1 else (0, 0)
+    if not 0 < size < 2**31 - TILE:
+        raise ValueError(f"x has shape {single}: expected [N, …] with 1 to 2³¹ − {TILE + 1} elements a row")
+    pair = (2 * rows, *single[1:])
     last = {}
     split = channels
     for name, tensor in tensors.items():
         last[name] = tensor is not None and _is_channels_last(name, tensor, pair if name in pairs else single, device)
         split |= tensor is not None and last[name] != last[next(iter(last))]
-    rows, size = shape[0], math.prod(single[1:])
-    if size >= 2**31 - TILE:
-        raise ValueError(f"a row has {size} elements, shape {single[1:]}: expected less than 2³¹ − {TILE}")
     split &= len(single) > 2
     count = single[1] if split else 1
     block_c = 1 << (int(count) - 1).bit_length()
     block_p = max(elements // block_c, 1)
     constants = {"C": count, "BLOCK_C": block_c, "BLOCK_P": block_p}
     constants["LAST"] = sum(flag << bit for bit, flag in enumerate(last.values())) if split else 0
-    positions = size // count if size else 0
-    return Layout(rows, size, positions, max(-(-positions // block_p), 1), constants, last)
+    positions = size // count
+    return Layout(rows, size, positions, -(-positions // block_p), constants, last)
 
 
 def _is_channels_last(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
@@ -153,6 +153,16 @@ def check_rows(name: str, values: Tensor, x: Tensor) -> None:
         )
     if not values.is_contiguous():
         raise ValueError(f"{name} has strides {values.stride()}, expected contiguous; pass {name}.contiguous()")
+
+
+def forbid_second_derivatives() -> None:
+    """To be called in a backward pass, whose results come from kernels and have no graph.
+
+    Raises:
+        RuntimeError: this backward pass is to be differentiated in turn.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("the kernels have no second derivatives (create_graph=True): use backend='torch'")
 
 
 def launch(kernel: Any, grid: tuple[int], device: torch.device, **arguments: Any) -> None:

@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastnabla.kernels.by_row import scale_gradients, sum_tiles
 from fastnabla.kernels.common import (
@@ -37,7 +36,7 @@ from fastnabla.kernels.common import (
     total,
     write,
 )
-from fastnabla.kernels.launching import NUM_WARPS, check_steps, launch, layout, operation
+from fastnabla.kernels.launching import NUM_WARPS, check_steps, forbid_second_derivatives, launch, layout, operation
 
 
 @triton.jit
@@ -171,7 +170,7 @@ def reverse_balance_op(
         num_steps=table.shape[0],
         positions=made.positions,
         num_tiles=made.tiles,
-        inverse_size=1 / max(made.size, 1),
+        inverse_size=1 / made.size,
         w=guidance_scale or 0.0,
         beta=beta,
         strength=strength,
@@ -194,8 +193,8 @@ class _ReverseBalance(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
+        forbid_second_derivatives()
         (gradient_flow,) = ctx.saved_tensors
         _, flow = scale_gradients(upstream, None, gradient_flow, ctx.dtype, ctx.dtype, None)
         return flow, *(None,) * 14

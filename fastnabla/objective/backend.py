@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastnabla.objective.balance import ForwardBalance, forward_balance, reverse_balance, reverse_cotangents
-from fastnabla.objective.gaussian import drawn_step, gaussian_log_prob, guided_step
+from fastnabla.objective.gaussian import gaussian_log_prob, guided_step
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -26,16 +26,13 @@ class Operations(NamedTuple):
     name: str
     """What computes them, for people."""
     guided_step: Callable[..., tuple[Tensor, Tensor]]
-    drawn_step: Callable[..., tuple[Tensor, Tensor]]
     gaussian_log_prob: Callable[..., Tensor]
     forward_balance: Callable[..., ForwardBalance]
     reverse_cotangents: Callable[..., tuple[Tensor, Tensor]]
     reverse_balance: Callable[..., Tensor]
 
 
-PLAIN = Operations(
-    "plain torch", guided_step, drawn_step, gaussian_log_prob, forward_balance, reverse_cotangents, reverse_balance
-)
+PLAIN = Operations("plain torch", guided_step, gaussian_log_prob, forward_balance, reverse_cotangents, reverse_balance)
 
 
 def select(backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32) -> Operations:

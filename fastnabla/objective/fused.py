@@ -37,14 +37,6 @@ def guided_step(
     return x_next, o
 
 
-def drawn_step(
-    output: Tensor, x: Tensor, seeds: Tensor, rows: TransitionRows, *, guidance_scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """As `gaussian.drawn_step`; the noise is drawn in the kernel."""
-    x_next, o, _ = step_kernel.guided_step(output, x, *_steps(rows, x), seeds=seeds, guidance_scale=guidance_scale)
-    return x_next, o
-
-
 def gaussian_log_prob(
     output: Tensor, x: Tensor, x_next: Tensor, rows: TransitionRows, *, guidance_scale: float | None
 ) -> Tensor:
@@ -123,5 +115,5 @@ def reverse_balance(
 
 
 FUSED = Operations(
-    "Triton kernels", guided_step, drawn_step, gaussian_log_prob, forward_balance, reverse_cotangents, reverse_balance
+    "Triton kernels", guided_step, gaussian_log_prob, forward_balance, reverse_cotangents, reverse_balance
 )

@@ -10,7 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-from fastnabla.seeding import trajectory_noise
 from fastnabla.transition import TransitionRows
 
 
@@ -58,11 +57,3 @@ def guided_step(
     o = guide(output, guidance_scale)
     x_next = rows.a * full(x) + rows.b * o + rows.sigma * full(noise)
     return x_next.to(x.dtype), o
-
-
-def drawn_step(
-    output: Tensor, x: Tensor, seeds: Tensor, rows: TransitionRows, *, guidance_scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """`guided_step` with the noise that belongs to the rows' `seeds [N]` (int64) and steps."""
-    noise = trajectory_noise(seeds, rows.step_index, tuple(x.shape[1:]))
-    return guided_step(output, x, noise, rows, guidance_scale=guidance_scale)
