@@ -107,14 +107,14 @@ def _reverse_balance_kernel(
     tl.store(partial + tl.program_id(0), total(b_residual * b_residual) * inverse_size)
 
 
-def _layout(score, score_ref, flow, reward_score, output, output_ref, guidance_scale):
+def _layout(score, score_ref, flow, reward_score, output, output_ref, guidance_scale, at_clean):
     return layout(
         score,
         pairs=() if guidance_scale is None else ("output", "output_ref"),
         score=score,
         score_ref=score_ref,
         flow=flow,
-        reward_score=reward_score,
+        **{"pixel_score" if at_clean else "reward_score": reward_score},
         output=output,
         output_ref=output_ref,
     )
@@ -126,7 +126,7 @@ def _results(made, flow, with_gradient):
 
 
 def _fake(score, score_ref, table, step_index, flow, reward_score, output, output_ref, guidance_scale, *settings):
-    made = _layout(score, score_ref, flow, reward_score, output, output_ref, guidance_scale)
+    made = _layout(score, score_ref, flow, reward_score, output, output_ref, guidance_scale, settings[-2])
     return score.new_empty(len(score), dtype=torch.float32), _results(made, flow, settings[-1])
 
 
@@ -148,7 +148,7 @@ def reverse_balance_op(
     at_clean: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    made = _layout(score, score_ref, flow, reward_score, output, output_ref, guidance_scale)
+    made = _layout(score, score_ref, flow, reward_score, output, output_ref, guidance_scale, at_clean)
     check_steps(table, step_index, score)
     gradient_flow = _results(made, flow, with_gradient)
     partial = score.new_empty(made.rows, made.tiles, 1, dtype=torch.float32)

@@ -1,0 +1,184 @@
+"""The fused cotangents of the reverse residual against plain torch in float64."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastnabla.kernels.common import offsets
+from fastnabla.objective.backend import PLAIN, Operations
+from fastnabla.objective.fused import FUSED
+from tests.kernel_cases import (
+    DTYPES,
+    LAST,
+    LAYOUTS,
+    Batch,
+    Case,
+    assert_matches,
+    assert_memory_order,
+    assert_nan_stays,
+    assert_rows_stand_alone,
+    assert_same_bits,
+    cases,
+    huge_batch,
+    on_cpu,
+    on_each_device,
+    on_gpu,
+    poisoned_memory,
+)
+
+INPUTS = ("output", "output_ref", "x", "x_next", "pixel_score")
+
+
+def evaluate(operations: Operations, batch: Batch) -> dict[str, Tensor]:
+    output, output_ref, x, x_next, pixel_score = (batch[name] for name in INPUTS)
+    cotangents = operations.reverse_cotangents(
+        output, output_ref, x, x_next, batch.rows, pixel_score, weights=batch.weights
+    )
+    return dict(zip(("cotangent", "cotangent_ref"), cotangents, strict=True))
+
+
+@on_each_device
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("guidance", [None, 5.0])
+def test_values(device, guidance, strength, dtypes):
+    case = Case.of(guidance_scale=guidance, strength=strength, **DTYPES[dtypes])
+    assert_matches(evaluate, case.draw(device))
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": (0, 5)},
+        {"steps": (LAST, LAST)},
+        {"without": ("pixel_score",)},
+        {"without": ("pixel_score",), "guidance_scale": None},
+        {"weighting": "sigma"},
+        {"gamma": "sqrt_alpha_bar"},
+        {"gamma": "constant"},
+        {"beta": 0.0},
+        {"strength": 0.0},
+    ],
+    ids=str,
+)
+def test_options(device, options):
+    assert_matches(evaluate, Case.of(**options).draw(device))
+
+
+@on_each_device
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(device, layout):
+    batch = Case(steps=(3, LAST), **LAYOUTS[layout]).draw(device)
+    results = assert_matches(evaluate, batch)
+    assert_memory_order(results["cotangent"], batch["output"])
+    assert_memory_order(results["cotangent_ref"], batch["output_ref"])
+
+
+@on_each_device
+def test_each_cotangent_is_laid_out_as_its_output(device):
+    batch = Case(channels_last=("output_ref",)).draw(device)
+    batch = batch.replace(output_ref=batch["output_ref"].bfloat16())
+    results = assert_matches(evaluate, batch)
+    assert_memory_order(results["cotangent"], batch["output"])
+    assert_memory_order(results["cotangent_ref"], batch["output_ref"])
+
+
+@on_each_device
+@pytest.mark.parametrize("name", INPUTS)
+def test_strided_rows_are_refused(device, name):
+    batch = Case(row=(4, 6, 6)).draw(device)
+    batch = batch.replace(**{name: batch[name].transpose(2, 3)})
+    with pytest.raises(ValueError, match=rf"^{name} has shape .* and strides"):
+        evaluate(FUSED, batch)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(case=cases([(), ("pixel_score",)]), seed=st.integers(0, 9))
+@on_each_device
+def test_anything_else(device, case, seed):
+    assert_matches(evaluate, case.draw(device, seed))
+
+
+@on_each_device
+@pytest.mark.parametrize("layout", ["contiguous", "mixed_several_tiles"])
+def test_a_row_has_the_same_bits_in_every_run_and_batch(device, layout):
+    batch = Case(**LAYOUTS[layout], **DTYPES["mixed"]).draw(device)
+    assert_same_bits(evaluate(FUSED, batch), evaluate(FUSED, batch))
+    assert_rows_stand_alone(evaluate, batch, range(len(batch)))
+
+
+@on_each_device
+def test_nothing_is_left_of_uninitialised_memory(device):
+    batch = Case(**LAYOUTS["mixed_several_tiles"]).draw(device)
+    results = evaluate(FUSED, batch)
+    with poisoned_memory():
+        assert_same_bits(evaluate(FUSED, batch), results)
+
+
+@on_each_device
+@pytest.mark.parametrize("row", [0, 1], ids=["inner", "last"])
+@pytest.mark.parametrize("name", INPUTS)
+def test_nan_stays_in_its_row(device, name, row):
+    is_nan = assert_nan_stays(evaluate, Case(row=(2, 600), steps=(6, LAST)).draw(device), name, row)
+    reached = {result for result, found in is_nan.items() if found.any()}
+    both = {"cotangent", "cotangent_ref"}
+    assert reached == {"output_ref": {"cotangent_ref"}, "x": both, "x_next": both}.get(name, {"cotangent"})
+
+
+@on_each_device
+def test_no_rows(device):
+    batch = Case(steps=(), **DTYPES["mixed"]).draw(device)
+    actual, plain = ({n: (v.shape, v.dtype) for n, v in evaluate(o, batch).items()} for o in (FUSED, PLAIN))
+    assert actual == plain
+    assert actual["cotangent"] == ((0, 4, 7, 9), torch.bfloat16)
+
+
+@on_cpu
+@pytest.mark.parametrize("step", [-1, LAST + 1])
+def test_a_step_that_is_not_in_the_table(device, step):
+    with pytest.raises(ValueError, match=rf"^step_index is \[1, {step}, 6\]"):
+        evaluate(FUSED, Case().draw(device).at(1, step, 6))
+
+
+@on_gpu
+@pytest.mark.parametrize("step", [-1, LAST + 1])
+def test_a_step_that_is_not_in_the_table_makes_nan(device, step):
+    for cotangent in evaluate(FUSED, Case().draw(device).at(1, step, 6)).values():
+        is_nan = cotangent.isnan().flatten(1)
+        assert is_nan.any(1).tolist() == is_nan.all(1).tolist() == [False, True, False] * 2
+
+
+@on_each_device
+def test_cotangents_have_no_gradient(device):
+    batch = Case().draw(device)
+    batch = batch.replace(**{name: batch[name].requires_grad_() for name in INPUTS})
+    assert not any(cotangent.requires_grad for cotangent in evaluate(FUSED, batch).values())
+
+
+@triton.jit
+def _offsets_kernel(out, i_row, positions, C: tl.constexpr, BLOCK_P: tl.constexpr, LAST: tl.constexpr):
+    o_c, o_p = tl.arange(0, C)[:, None], tl.arange(0, BLOCK_P)[None, :]
+    tl.store(out + o_c * BLOCK_P + o_p, offsets(i_row, o_c, o_p, positions, C, LAST, 1))
+
+
+@on_each_device
+@pytest.mark.parametrize("last", [0b10, 0b01], ids=["channels_last", "contiguous"])
+def test_offsets_of_rows_are_64_bit(device, last):
+    """Row 2²⁰ of 2¹⁴ elements begins at 2³⁴, which 32 bits do not hold."""
+    i_row, channels, positions, block = 2**20, 4, 2**12, 8
+    out = torch.empty(channels, block, dtype=torch.int64, device=device)
+    _offsets_kernel[(1,)](out, i_row, positions, C=channels, BLOCK_P=block, LAST=last)
+    inside = (lambda c, p: p * channels + c) if last == 0b10 else (lambda c, p: c * positions + p)
+    start = i_row * channels * positions
+    assert out.tolist() == [[start + inside(c, p) for p in range(block)] for c in range(channels)]
+
+
+@on_gpu
+def test_more_elements_than_32_bits_count(device):
+    batch = huge_batch(device, INPUTS)
+    assert_rows_stand_alone(evaluate, batch, (len(batch) - 2, len(batch) - 1))
