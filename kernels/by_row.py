@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnabla.kernels.common import read, write, write_pair
-from fastnabla.kernels.launching import NUM_WARPS, TILE, empty_rows, launch, layout, operation
+from fastnabla.kernels.launching import TILE, empty_rows, launch, layout, operation
 
 
 @triton.jit
@@ -142,6 +142,5 @@ def scale_gradients(
         w=guidance_scale or 0.0,
         GUIDED=guidance_scale is not None,
         BLOCK=TILE,
-        num_warps=NUM_WARPS,
     )
     return out_output, out_flow

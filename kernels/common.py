@@ -56,6 +56,13 @@ def offsets(i_row, o_c, o_p, positions, C: tl.constexpr, LAST: tl.constexpr, TEN
 
 
 @triton.jit
+def pair_offsets(i_row, num_rows, o_c, o_p, positions, C: tl.constexpr, LAST: tl.constexpr, TENSOR: tl.constexpr):
+    """Offsets of the tile in both halves of a pair."""
+    o = offsets(i_row, o_c, o_p, positions, C, LAST, TENSOR)
+    return o, offsets(num_rows + i_row.to(tl.int64), o_c, o_p, positions, C, LAST, TENSOR)
+
+
+@triton.jit
 def read(pointer, o, mask):
     return tl.load(pointer + o, mask=mask, other=0.0).to(tl.float32)
 

@@ -30,6 +30,7 @@ from fastnabla.kernels.common import (
     guide,
     largest,
     offsets,
+    pair_offsets,
     read,
     read_pair,
     reward_weight,
@@ -37,7 +38,7 @@ from fastnabla.kernels.common import (
     total,
     write,
 )
-from fastnabla.kernels.launching import NUM_WARPS, check_steps, forbid_second_derivatives, launch, layout, operation
+from fastnabla.kernels.launching import check_steps, forbid_second_derivatives, launch, layout, operation
 
 COLUMNS = (
     *("loss", "forward", "terminal", "trust"),  # means of squares
@@ -83,10 +84,8 @@ def _forward_balance_kernel(
 ):
     i_row, i_tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
     o_c, o_p, mask = tile(i_tile, positions, C, BLOCK_C, BLOCK_P)
-    o_output = offsets(i_row, o_c, o_p, positions, C, LAST, 0)
-    o_output_c = offsets(num_rows + i_row.to(tl.int64), o_c, o_p, positions, C, LAST, 0)
-    o_ref = offsets(i_row, o_c, o_p, positions, C, LAST, 1)
-    o_ref_c = offsets(num_rows + i_row.to(tl.int64), o_c, o_p, positions, C, LAST, 1)
+    o_output, o_output_c = pair_offsets(i_row, num_rows, o_c, o_p, positions, C, LAST, 0)
+    o_ref, o_ref_c = pair_offsets(i_row, num_rows, o_c, o_p, positions, C, LAST, 1)
 
     i_step = tl.load(step_index + i_row)
     a, b = coefficient(table, i_step, num_steps, A), coefficient(table, i_step, num_steps, B)
@@ -197,6 +196,7 @@ def forward_balance_op(
         _forward_balance_kernel,
         made.grid,
         x.device,
+        **made.arguments(table, step_index, guidance_scale),
         output=output,
         output_ref=output_ref,
         x=x,
@@ -204,25 +204,15 @@ def forward_balance_op(
         reward_score=reward_score,
         flow=flow,
         output_old=output_old,
-        table=table,
-        step_index=step_index,
         gradient_output=gradient_output if with_gradients else None,
         gradient_flow=gradient_flow if with_gradients and flow is not None else None,
         partial=partial,
-        num_rows=made.rows,
-        num_steps=table.shape[0],
-        positions=made.positions,
-        num_tiles=made.tiles,
         inverse_size=1 / made.size,
-        w=guidance_scale or 0.0,
         beta=beta,
         strength=strength,
         trust_region=trust_region,
-        GUIDED=guidance_scale is not None,
         GAMMA=GAMMAS.index(gamma),
         BY_SIGMA=by_sigma,
-        **made.constants,
-        num_warps=NUM_WARPS,
     )
     return sum_tiles(partial, sums=4, norms=4), gradient_output, gradient_flow
 

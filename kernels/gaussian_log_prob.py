@@ -24,6 +24,7 @@ from fastnabla.kernels.common import (
     coefficient,
     guide,
     offsets,
+    pair_offsets,
     read,
     read_pair,
     tile,
@@ -31,7 +32,7 @@ from fastnabla.kernels.common import (
     write,
     write_pair,
 )
-from fastnabla.kernels.launching import NUM_WARPS, check_steps, forbid_second_derivatives, launch, layout, operation
+from fastnabla.kernels.launching import check_steps, forbid_second_derivatives, launch, layout, operation
 
 _HALF_LOG_2_PI = tl.constexpr(0.9189385332046727)
 
@@ -61,8 +62,7 @@ def _gaussian_log_prob_kernel(
 ):
     i_row, i_tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
     o_c, o_p, mask = tile(i_tile, positions, C, BLOCK_C, BLOCK_P)
-    o_output = offsets(i_row, o_c, o_p, positions, C, LAST, 0)
-    o_output_c = offsets(num_rows + i_row.to(tl.int64), o_c, o_p, positions, C, LAST, 0)
+    o_output, o_output_c = pair_offsets(i_row, num_rows, o_c, o_p, positions, C, LAST, 0)
     o_x = offsets(i_row, o_c, o_p, positions, C, LAST, 1)
 
     i_step = tl.load(step_index + i_row)
@@ -115,8 +115,7 @@ def _gaussian_log_prob_backward_kernel(
     if gradient_x_next is not None:
         write(gradient_x_next, offsets(i_row, o_c, o_p, positions, C, LAST, 2), -b_e, mask)
     if gradient_output is not None:
-        o_output = offsets(i_row, o_c, o_p, positions, C, LAST, 0)
-        o_output_c = offsets(num_rows + i_row.to(tl.int64), o_c, o_p, positions, C, LAST, 0)
+        o_output, o_output_c = pair_offsets(i_row, num_rows, o_c, o_p, positions, C, LAST, 0)
         b_cotangent = coefficient(table, i_step, num_steps, B) * b_e
         write_pair(gradient_output, o_output, o_output_c, b_cotangent, w, mask, GUIDED)
 
@@ -149,21 +148,12 @@ def gaussian_log_prob_op(
         _gaussian_log_prob_kernel,
         made.grid,
         x.device,
+        **made.arguments(table, step_index, guidance_scale),
         output=output,
         x=x,
         x_next=x_next,
-        table=table,
-        step_index=step_index,
         scaled_noise=scaled_noise if with_gradients else None,
         partial=partial,
-        num_rows=made.rows,
-        num_steps=table.shape[0],
-        positions=made.positions,
-        num_tiles=made.tiles,
-        w=guidance_scale or 0.0,
-        GUIDED=guidance_scale is not None,
-        **made.constants,
-        num_warps=NUM_WARPS,
     )
     return sum_tiles(partial, sums=1).view(made.rows), scaled_noise
 
@@ -194,22 +184,13 @@ def gaussian_log_prob_backward_op(
         _gaussian_log_prob_backward_kernel,
         made.grid,
         x.device,
+        **made.arguments(table, step_index, guidance_scale),
         upstream=upstream,
         scaled_noise=scaled_noise,
-        table=table,
-        step_index=step_index,
         gradient_output=gradient_output,
         gradient_x=gradient_x,
         gradient_x_next=gradient_x_next,
         upstream_stride=upstream.stride(0),
-        num_rows=made.rows,
-        num_steps=table.shape[0],
-        positions=made.positions,
-        num_tiles=made.tiles,
-        w=guidance_scale or 0.0,
-        GUIDED=guidance_scale is not None,
-        **made.constants,
-        num_warps=NUM_WARPS,
     )
     return gradients
 

@@ -23,6 +23,7 @@ from fastnabla.kernels.common import (
     coefficient,
     guide,
     offsets,
+    pair_offsets,
     read,
     read_pair,
     total,
@@ -81,12 +82,12 @@ def _guided_step_kernel(
     w,
     GUIDED: tl.constexpr,
     C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     LAST: tl.constexpr,
 ):
     i_row, i_tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
-    o_quad = tl.arange(0, BLOCK_Q)[:, None]
+    o_quad = tl.arange(0, (BLOCK_C + 3) // 4)[:, None]
     o_p = i_tile * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     i_step = tl.load(step_index + i_row)
     a, b = coefficient(table, i_step, num_steps, A), coefficient(table, i_step, num_steps, B)
@@ -103,8 +104,7 @@ def _guided_step_kernel(
     for lane in tl.static_range(4 if C > 4 else C):
         o_c = 4 * o_quad + lane
         mask = (o_c < C) & (o_p < positions)
-        o_output = offsets(i_row, o_c, o_p, positions, C, LAST, 0)
-        o_output_c = offsets(num_rows + i_row.to(tl.int64), o_c, o_p, positions, C, LAST, 0)
+        o_output, o_output_c = pair_offsets(i_row, num_rows, o_c, o_p, positions, C, LAST, 0)
         o_x = offsets(i_row, o_c, o_p, positions, C, LAST, 1)
 
         b_u, b_c = read_pair(output, o_output, o_output_c, mask, GUIDED)
@@ -184,12 +184,11 @@ def guided_step_op(
         _guided_step_kernel,
         made.grid,
         x.device,
+        **made.arguments(table, step_index, guidance_scale),
         output=output,
         x=x,
         noise=noise,
         seeds=seeds,
-        table=table,
-        step_index=step_index,
         x_next=x_next,
         guided=guided,
         partial=partial,
@@ -197,18 +196,8 @@ def guided_step_op(
         state_rows=state_rows,
         output_slab=output_slab,
         output_rows=output_rows,
-        num_rows=made.rows,
-        num_steps=table.shape[0],
-        positions=made.positions,
-        num_tiles=made.tiles,
         num_state_rows=0 if state_slab is None else len(state_slab),
         num_output_rows=0 if output_slab is None else len(output_slab),
-        w=guidance_scale or 0.0,
-        GUIDED=guidance_scale is not None,
-        C=made.constants["C"],
-        BLOCK_Q=max(made.constants["BLOCK_C"] // 4, 1),
-        BLOCK_P=made.constants["BLOCK_P"],
-        LAST=made.constants["LAST"],
         num_warps=2,
     )
     log_prob = sum_tiles(partial, sums=1).view(made.rows) if with_log_prob else x.new_empty(0, dtype=torch.float32)

@@ -59,6 +59,20 @@ class Layout(NamedTuple):
         """One program a tile."""
         return (self.rows * self.tiles,)
 
+    def arguments(self, table: Tensor, step_index: Tensor, guidance_scale: float | None) -> dict[str, Any]:
+        """What all kernels by tile take."""
+        return {
+            "table": table,
+            "step_index": step_index,
+            "num_rows": self.rows,
+            "num_steps": table.shape[0],
+            "positions": self.positions,
+            "num_tiles": self.tiles,
+            "w": guidance_scale or 0.0,
+            "GUIDED": guidance_scale is not None,
+            **self.constants,
+        }
+
     def empty(self, name: str, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised tensor of one row a transition, shaped as `like`, in the layout of the tensor `name`."""
         return empty_rows((self.rows, *like.shape[1:]), dtype, like.device, self.last[name])
@@ -165,9 +179,9 @@ def forbid_second_derivatives() -> None:
         raise RuntimeError("the kernels have no second derivatives (create_graph=True): use backend='torch'")
 
 
-def launch(kernel: Any, grid: tuple[int], device: torch.device, **arguments: Any) -> None:
+def launch(kernel: Any, grid: tuple[int], device: torch.device, num_warps: int = NUM_WARPS, **arguments: Any) -> None:
     """Launch on `device`, which need not be the current one; an empty grid launches nothing."""
     if grid[0] == 0:
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**arguments)
+        kernel[grid](**arguments, num_warps=num_warps)

@@ -29,6 +29,7 @@ from fastnabla.kernels.common import (
     coefficient,
     guide,
     offsets,
+    pair_offsets,
     read,
     read_pair,
     reward_weight,
@@ -36,7 +37,7 @@ from fastnabla.kernels.common import (
     total,
     write,
 )
-from fastnabla.kernels.launching import NUM_WARPS, check_steps, forbid_second_derivatives, launch, layout, operation
+from fastnabla.kernels.launching import check_steps, forbid_second_derivatives, launch, layout, operation
 
 
 @triton.jit
@@ -89,10 +90,8 @@ def _reverse_balance_kernel(
     if output is None:
         b_difference *= strength
     else:
-        o_output = offsets(i_row, o_c, o_p, positions, C, LAST, 4)
-        o_output_c = offsets(num_rows + i_row.to(tl.int64), o_c, o_p, positions, C, LAST, 4)
-        o_ref = offsets(i_row, o_c, o_p, positions, C, LAST, 5)
-        o_ref_c = offsets(num_rows + i_row.to(tl.int64), o_c, o_p, positions, C, LAST, 5)
+        o_output, o_output_c = pair_offsets(i_row, num_rows, o_c, o_p, positions, C, LAST, 4)
+        o_ref, o_ref_c = pair_offsets(i_row, num_rows, o_c, o_p, positions, C, LAST, 5)
         b_u, b_c = read_pair(output, o_output, o_output_c, mask, GUIDED)
         b_u_ref, b_c_ref = read_pair(output_ref, o_ref, o_ref_c, mask, GUIDED)
         a, b = coefficient(table, i_step, num_steps, A), coefficient(table, i_step, num_steps, B)
@@ -156,30 +155,21 @@ def reverse_balance_op(
         _reverse_balance_kernel,
         made.grid,
         score.device,
+        **made.arguments(table, step_index, guidance_scale),
         score=score,
         score_ref=score_ref,
         flow=flow,
         reward_score=reward_score,
         output=output,
         output_ref=output_ref,
-        table=table,
-        step_index=step_index,
         gradient_flow=gradient_flow if with_gradient else None,
         partial=partial,
-        num_rows=made.rows,
-        num_steps=table.shape[0],
-        positions=made.positions,
-        num_tiles=made.tiles,
         inverse_size=1 / made.size,
-        w=guidance_scale or 0.0,
         beta=beta,
         strength=strength,
-        GUIDED=guidance_scale is not None,
         GAMMA=GAMMAS.index(gamma),
         BY_SIGMA=by_sigma,
         AT_CLEAN=at_clean,
-        **made.constants,
-        num_warps=NUM_WARPS,
     )
     return sum_tiles(partial, sums=1).view(made.rows), gradient_flow
 

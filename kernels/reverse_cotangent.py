@@ -25,13 +25,14 @@ from fastnabla.kernels.common import (
     coefficient,
     guide,
     offsets,
+    pair_offsets,
     read,
     read_pair,
     reward_weight,
     tile,
     write_pair,
 )
-from fastnabla.kernels.launching import NUM_WARPS, check_steps, launch, layout, operation
+from fastnabla.kernels.launching import check_steps, launch, layout, operation
 
 
 @triton.jit
@@ -65,10 +66,8 @@ def _reverse_cotangent_kernel(
 ):
     i_row, i_tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
     o_c, o_p, mask = tile(i_tile, positions, C, BLOCK_C, BLOCK_P)
-    o_output = offsets(i_row, o_c, o_p, positions, C, LAST, 0)
-    o_output_c = offsets(num_rows + i_row.to(tl.int64), o_c, o_p, positions, C, LAST, 0)
-    o_ref = offsets(i_row, o_c, o_p, positions, C, LAST, 1)
-    o_ref_c = offsets(num_rows + i_row.to(tl.int64), o_c, o_p, positions, C, LAST, 1)
+    o_output, o_output_c = pair_offsets(i_row, num_rows, o_c, o_p, positions, C, LAST, 0)
+    o_ref, o_ref_c = pair_offsets(i_row, num_rows, o_c, o_p, positions, C, LAST, 1)
 
     i_step = tl.load(step_index + i_row)
     a, b = coefficient(table, i_step, num_steps, A), coefficient(table, i_step, num_steps, B)
@@ -123,26 +122,17 @@ def reverse_cotangent_op(
         _reverse_cotangent_kernel,
         made.grid,
         x.device,
+        **made.arguments(table, step_index, guidance_scale),
         output=output,
         output_ref=output_ref,
         x=x,
         x_next=x_next,
         pixel_score=pixel_score,
-        table=table,
-        step_index=step_index,
         cotangent=cotangent,
         cotangent_ref=cotangent_ref,
-        num_rows=made.rows,
-        num_steps=table.shape[0],
-        positions=made.positions,
-        num_tiles=made.tiles,
-        w=guidance_scale or 0.0,
         beta=beta,
         strength=strength,
-        GUIDED=guidance_scale is not None,
         GAMMA=GAMMAS.index(gamma),
-        **made.constants,
-        num_warps=NUM_WARPS,
     )
     return cotangent, cotangent_ref
 
