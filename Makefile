@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench lint clean
+.PHONY: help train test bench lint sanitize clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -24,8 +24,19 @@ lint: .venv/stamp ## check style
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
+# Built aside: .venv keeps the ordinary extension. The sanitizers must come before Python, and C++'s library with them,
+# whose exceptions they watch. Python itself leaks by design, and is not what is looked at.
+sanitize: .venv/stamp ## run the buffer's tests with its C++ under the address and undefined behaviour sanitizers
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all \
+	  csrc/check/headers.cpp -o build/headers && build/headers
+	FASTNABLA_SANITIZE=1 $(BIN)/python setup.py build_ext --build-lib build/sanitize --build-temp build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 FASTNABLA_EXTENSION=build/sanitize/fastnabla/_C.so \
+	  $(BIN)/python -m pytest tests/test_buffer*.py $(ARGS)
+
 clean: ## remove the environment and all caches; runs stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist fastnabla/_C.so *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -35,6 +46,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv || { \
 	  rm -rf .venv; echo "$(PYTHON) cannot make an environment; Debian and Ubuntu have it in python3-venv." >&2; exit 1; }
 
-.venv/stamp: pyproject.toml setup.py constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
+# torch comes first: the extension is built against it, by the setuptools beside it.
+.venv/stamp: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.c* csrc/*.h) | $(BIN)/python
+	$(BIN)/python -m pip install --constraint constraints.txt torch numpy setuptools
+	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	@$(BIN)/python -c 'from fastnabla.buffer_ops import WHY_NOT; print(WHY_NOT or "the extension is built for CPU and CUDA")'
 	@touch $@

@@ -1,14 +1,179 @@
 """What is installed; the metadata is in pyproject.toml.
 
-The folder `kernels/` becomes the package `fastnabla.kernels`. Extensions in C++ and CUDA belong here too, as
-`ext_modules`; there is none yet.
+The folder `kernels/` becomes the package `fastnabla.kernels`. `csrc/` becomes the shared library `fastnabla/_C.so`,
+which fastnabla can do without: it is built if torch can be imported (`pip install --no-build-isolation`) and there is a
+C++ compiler (CXX, or g++); with its CUDA part if there is an nvcc (in CUDA_HOME or PATH) of torch's major version.
+
+Environment:
+    FASTNABLA_CUDA: 1 fails where the CUDA part cannot be built; 0 leaves it out.
+    FASTNABLA_PTXAS: 1 prints registers and spills of the kernels.
+    FASTNABLA_SANITIZE: 1 builds the CPU part with the address and undefined behaviour sanitizers.
 """
 
-from setuptools import find_packages, setup
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = sorted(str(path) for path in Path("csrc").glob("*.c*") if path.suffix in (".cpp", ".cu"))
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.*h"))
+ARCHITECTURES = (80, 90, 100)
+# The stable ABI of torch 2.11, the oldest that we support: what is built with a newer torch runs with that one too.
+COMMON = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+
+
+class CannotBuild(Exception):
+    """Why; for people."""
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(" ".join(command), done.stdout, done.stderr, sep="\n", file=sys.stderr)
+        raise CannotBuild(f"{Path(command[0]).name} failed, see above")
+    return done.stdout + done.stderr
+
+
+def find_torch() -> ModuleType:
+    if sys.platform != "linux":
+        raise CannotBuild(f"{sys.platform} is not supported")
+    try:
+        import torch
+    except ImportError as error:
+        raise CannotBuild(f"{error}; install torch, then fastnabla with pip install --no-build-isolation") from None
+    return torch
+
+
+def find_compiler() -> str:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise CannotBuild("there is no C++ compiler; install g++, or set CXX")
+    return compiler
+
+
+def find_nvcc(torch_cuda: str | None) -> str:
+    """The path of an nvcc that suits `torch_cuda`, the version that torch is built with; None: of no CUDA."""
+    if os.environ.get("FASTNABLA_CUDA") == "0":
+        raise CannotBuild("FASTNABLA_CUDA is 0")
+    if os.environ.get("FASTNABLA_SANITIZE") == "1":
+        raise CannotBuild("the sanitizers are for the CPU part")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (home and shutil.which("nvcc", path=str(Path(home, "bin")))) or shutil.which("nvcc")
+    if nvcc is None:
+        raise CannotBuild("nvcc is not in PATH, nor in CUDA_HOME")
+    version = re.search(r"release (\d+)\.\d+", run(nvcc, "--version"))
+    if version and torch_cuda and version[1] != torch_cuda.split(".")[0] and os.environ.get("FASTNABLA_CUDA") != "1":
+        raise CannotBuild(
+            f"nvcc is of CUDA {version[0][8:]} and torch of {torch_cuda}; FASTNABLA_CUDA=1 builds it still"
+        )
+    return nvcc
+
+
+class BuildExtension(build_ext):
+    """Compiles the sources side by side, for the CPU and if possible for CUDA, and links them."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # Not a Python module: it holds operations that torch loads, and fits every version of Python.
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def run(self) -> None:
+        try:
+            self.torch, self.compiler_path = find_torch(), find_compiler()
+        except CannotBuild as error:
+            self._give_up(error)
+            return
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        started = time.monotonic()
+        try:
+            nvcc, without_cuda = find_nvcc(self.torch.version.cuda), ""
+        except CannotBuild as error:
+            nvcc, without_cuda = None, str(error)
+        try:
+            try:
+                self._build(ext, nvcc)
+            except CannotBuild as error:
+                if nvcc is None:
+                    raise
+                nvcc, without_cuda = None, str(error)
+                self._build(ext, nvcc)
+        except CannotBuild as error:
+            self._give_up(error)
+            return
+        if without_cuda and os.environ.get("FASTNABLA_CUDA") == "1":
+            raise SystemExit(f"FASTNABLA_CUDA is 1, but the CUDA part cannot be built: {without_cuda}")
+        parts = f"for CPU, not for CUDA ({without_cuda})" if without_cuda else "for CPU and CUDA"
+        print(f"{ext.name}: built {parts} in {time.monotonic() - started:.0f} s")
+
+    def _give_up(self, error: CannotBuild) -> None:
+        if os.environ.get("FASTNABLA_CUDA") == "1":
+            raise SystemExit(f"FASTNABLA_CUDA is 1, but nothing can be built: {error}")
+        print(f"fastnabla._C: not built, slower code in torch will be used ({error})")
+        self.extensions = []
+
+    def _build(self, ext: Extension, nvcc: str | None) -> None:
+        torch = Path(self.torch.__file__).parent
+        common = [*COMMON, "-isystem", str(torch / "include")]
+        sanitize = SANITIZE if os.environ.get("FASTNABLA_SANITIZE") == "1" else []
+        host = [self.compiler_path, *common, "-fPIC", "-fvisibility=hidden", *WARNINGS, *sanitize]
+        device = [nvcc, *common, *_nvcc_options(nvcc, self.compiler_path)] if nvcc else None
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def compile_source(source: str) -> str:
+            target = str(folder / f"{Path(source).name}.o")
+            printed = run(*(device if source.endswith(".cu") else host), "-c", source, "-o", target)
+            if "ptxas" in printed:
+                print(printed)
+            return target
+
+        # The slowest first.
+        sources = sorted(
+            (s for s in ext.sources if device or not s.endswith(".cu")), key=lambda s: not s.endswith(".cu")
+        )
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_source, sources))
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Torch is in the process before this library, which finds it by name alone. CUDA's runtime is linked in, so
+        # that the library loads where there is no CUDA, and hidden, so that it is not mixed up with torch's.
+        link = ["--no-as-needed", "-ltorch", "--exclude-libs,ALL"]
+        if nvcc:
+            options = [option for part in link for option in (["-Xlinker", part] if part[1] == "-" else [part])]
+            driver = [nvcc, "-ccbin", self.compiler_path, "-cudart", "static"]
+        else:
+            options = [f"-Wl,{part}" if part[1] == "-" else part for part in link]
+            driver = [self.compiler_path, *sanitize]
+        run(*driver, "-shared", *objects, f"-L{torch / 'lib'}", *options, "-o", str(output))
+
+
+def _nvcc_options(nvcc: str, compiler: str) -> list[str]:
+    supported = run(nvcc, "--list-gpu-code").split()
+    architectures = [a for a in ARCHITECTURES if f"sm_{a}" in supported]
+    codes = [f"arch=compute_{a},code=sm_{a}" for a in architectures]
+    codes.append(f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")  # for what is to come
+    options = ["-ccbin", compiler, "--threads", "0", "-Werror", "all-warnings"]
+    options += [option for code in codes for option in ("-gencode", code)]
+    options += ["-Xcompiler", ",".join(["-fPIC", "-fvisibility=hidden", *WARNINGS])]
+    return [*options, "-Xptxas", "-v"] if os.environ.get("FASTNABLA_PTXAS") == "1" else options
+
 
 setup(
     packages=[*find_packages(include=["fastnabla", "fastnabla.*"]), "fastnabla.kernels"],
     package_dir={"fastnabla.kernels": "kernels"},
     include_package_data=False,
     package_data={"fastnabla.objective": ["README.md"], "fastnabla.testbed": ["data/**"]},
+    ext_modules=[Extension("fastnabla._C", SOURCES, depends=HEADERS)],
+    cmdclass={"build_ext": BuildExtension},
 )

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench.naive import naive_step
-from fastnabla.buffer import draw_stratified
 from fastnabla.config import PRESETS, MemoryConfig, RolloutConfig
+from fastnabla.draws import draw_stratified
 from fastnabla.rollout import sample
 from fastnabla.step import Objective
 from fastnabla.trainer import Trainer

@@ -1,13 +1,24 @@
 """The trajectory buffer: the transitions that will be trained on, and nothing else.
 
-Which steps of a trajectory are kept is drawn before it is sampled. Neighbouring steps share the state between
-them, so a trajectory with K kept steps stores at most 2K states, each once.
+Which steps of a trajectory are kept is drawn before it is sampled. Neighbouring steps share the state between them,
+so a trajectory with K kept steps stores at most 2K states, each once. The buffer is a ring: trajectories leave it
+oldest first, at once (on-policy training) or when room is needed (replay).
+
+Data moves through the operations of `fastnabla.buffer_ops`, one launch each: C++ and CUDA, or plain torch.
 """
 
 import dataclasses
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from fastnabla import buffer_ops
+
+Storage = Literal["device", "pinned", "prefetch"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +31,16 @@ class Transitions:
     """Guided output of the sampling policy at x, `[M, C, H, W]`."""
     step_index: Tensor
     """Row of the transition table, int64."""
+    timestep: Tensor
+    """What the buffer was told to be the step's timestep, int64."""
     prompt: Tensor
     """Prompt number, int64."""
     trajectory: Tensor
     """Slot of the trajectory in the buffer, int64."""
+    reward: Tensor
+    """Reward of the trajectory's sample, float32; NaN if none was given."""
+    epoch: Tensor
+    """Epoch in which the trajectory was sampled, int64."""
 
     def __len__(self) -> int:
         return len(self.step_index)
@@ -32,42 +49,11 @@ class Transitions:
         return Transitions(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 
 
-def draw_stratified(trajectories: int, num_steps: int, strata: int, generator: torch.Generator) -> Tensor:
-    """Steps to keep, `[trajectories, strata + 1]` int64: one uniform draw in each of `strata` equal parts of the
-    trajectory, and the last step always.
-
-    This is the reference implementation's low-variance subsampling. A stratum may draw the last step again.
-
-    Raises:
-        ValueError: `strata` is not a positive divisor of `num_steps`.
-    """
-    if strata < 1 or num_steps % strata:
-        raise ValueError(
-            f"strata = {strata}: must be at least 1 and divide the number of steps, {num_steps}; "
-            "change rollout.fraction or sampler.steps so that steps * fraction does."
-        )
-    width = num_steps // strata
-    within = torch.randint(0, width, (trajectories, strata), generator=generator)
-    last = torch.full((trajectories, 1), num_steps - 1)
-    return torch.cat([last, torch.arange(strata) * width + within], 1)
-
-
-def draw_uniform(trajectories: int, num_steps: int, draws: int, generator: torch.Generator) -> Tensor:
-    """Steps to keep, `[trajectories, draws + 1]` int64: `draws` different steps before the last, and the last.
-
-    Raises:
-        ValueError: there are not `draws` steps before the last, or `draws` is not positive.
-    """
-    if not 1 <= draws < num_steps:
-        raise ValueError(f"draws = {draws}: must be between 1 and {num_steps - 1}, the steps before the last.")
-    order = torch.rand(trajectories, num_steps - 1, generator=generator).argsort(1)
-    return torch.cat([torch.full((trajectories, 1), num_steps - 1), order[:, :draws]], 1)
-
-
 class TrajectoryBuffer:
     """Slabs for `capacity` trajectories of `num_steps` steps, of which `kept` are stored.
 
-    Life of a slot: `reserve` it with its drawn steps, `append` every step of the rollout, `gather`.
+    Life of a slot: `reserve` it with its drawn steps, `append` the rollout's steps, set `reward`, `gather`. One thread
+    may append to some slots while another gathers from others.
 
     Args:
         capacity: trajectories.
@@ -75,7 +61,18 @@ class TrajectoryBuffer:
         kept: K, drawn steps a trajectory, repetitions included.
         sample_shape: (C, H, W) of the states.
         dtype: of the stored states and outputs.
-        device: of the slabs.
+        device: where transitions are wanted.
+        storage: where the slabs are. "device": on `device`. "pinned": in page-locked host memory, which the GPU reads
+            over the host link when it gathers. "prefetch": there too, and `batches` copies the next batch on a stream
+            of its own while the current one is used. On a CPU all three are the same.
+        output_block: store outputs in 8 bits, with a float32 scale for each block of this many elements of a row
+            (64, 128 or 256): an element is off by at most 1/254 of its block's largest. None: in `dtype`. States are
+            never quantised.
+        timestep: timesteps by step `[T]`, given back with the transitions; the steps' numbers if None.
+
+    Raises:
+        ValueError: a number is out of range.
+        MemoryError: the host has not that much page-locked memory.
     """
 
     def __init__(
@@ -86,62 +83,133 @@ class TrajectoryBuffer:
         sample_shape: tuple[int, ...],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        storage: Storage = "device",
+        output_block: int | None = None,
+        timestep: Tensor | None = None,
     ) -> None:
+        if storage not in get_args(Storage):
+            raise ValueError(f"storage = {storage!r}: expected one of {get_args(Storage)}")
+        if output_block not in (None, 64, 128, 256):
+            raise ValueError(f"output_block = {output_block}: expected 64, 128 or 256 elements, or None for no blocks")
         self.capacity, self.num_steps, self.kept = capacity, num_steps, kept
-        self.sample_shape = tuple(sample_shape)
-        states = min(2 * kept, num_steps + 1)
-        self.x = torch.empty(capacity, states, *sample_shape, dtype=dtype, device=device)
-        self.model_output = torch.empty(capacity, kept, *sample_shape, dtype=dtype, device=device)
+        self.sample_shape, self.output_block, self.storage = tuple(sample_shape), output_block, storage
+        self.device = torch.device(device)
+        states, size = min(2 * kept, num_steps + 1), math.prod(sample_shape)
+        self.x = self._slab((capacity, states, *sample_shape), dtype)
+        self.model_output = self._slab((capacity, kept, *sample_shape), torch.int8 if output_block else dtype)
+        self.scales = self._slab((capacity, kept, -(-size // output_block)), torch.float32) if output_block else None
         self.steps = torch.zeros(capacity, kept, dtype=torch.int64, device=device)
         self.prompt = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.epoch = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.reward = torch.full((capacity,), float("nan"), device=device)
+        self.timestep = (torch.arange(num_steps) if timestep is None else timestep.clone()).to(device)
         # Where state i (output of step i) of a trajectory lies in its slab; -1 where it is not kept.
-        self._state_at = torch.full((capacity, num_steps + 1), -1, dtype=torch.int64)
-        self._output_at = torch.full((capacity, num_steps), -1, dtype=torch.int64)
+        self._state_at = torch.full((capacity, num_steps + 1), -1, dtype=torch.int32, device=device)
+        self._output_at = torch.full((capacity, num_steps), -1, dtype=torch.int32, device=device)
+        # The same on the host, where indices are checked.
+        on_host = self.device.type == "cpu"
+        self._host_state_at = self._state_at if on_host else self._state_at.cpu()
+        self._host_output_at = self._output_at if on_host else self._output_at.cpu()
+        self._host_steps = self.steps if on_host else self.steps.cpu()
         self._appended = torch.zeros(capacity, dtype=torch.int64)
-        self._reserved = 0
+        self._first = self._live = 0
+        self._lock = threading.Lock()
+        self._stream = torch.cuda.Stream(self.device) if storage == "prefetch" and not on_host else None
+
+    def _slab(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.storage == "device" or self.device.type != "cuda":
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            raise MemoryError(
+                f"storage = {self.storage!r}: the host cannot lock {math.prod(shape) * dtype.itemsize / 2**30:.1f} GiB of "
+                "memory. Store fewer trajectories or steps, set output_block, or use storage='device'."
+            ) from error
 
     def __len__(self) -> int:
-        return self._reserved
+        return self._live
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slabs."""
+        return sum(slab.nbytes for slab in (self.x, self.model_output, self.scales) if slab is not None)
+
+    def slots(self) -> Tensor:
+        """Slots of the trajectories, oldest first, `[n]` int64 on the host."""
+        return (self._first + torch.arange(self._live)) % self.capacity
 
     def clear(self) -> None:
         """Forget all trajectories; the slabs stay."""
-        self._reserved = 0
-        self._state_at.fill_(-1)
-        self._output_at.fill_(-1)
-        self._appended.zero_()
-        self.reward.fill_(float("nan"))
+        with self._lock:
+            self._forget(self._live)
+            self._first = 0
 
-    def reserve(self, steps: Tensor, prompt: Tensor) -> Tensor:
+    def _forget(self, count: int) -> None:
+        gone = self.slots()[:count]
+        for table, nothing in ((self._state_at, -1), (self._output_at, -1), (self.reward, float("nan"))):
+            table[gone.to(table.device)] = nothing
+        self._host_state_at[gone] = self._host_output_at[gone] = -1
+        self._appended[gone] = 0
+        self._first, self._live = (self._first + count) % self.capacity, self._live - count
+
+    def reserve(self, steps: Tensor, prompt: Tensor, epoch: int = 0, evict: bool = False) -> Tensor:
         """Slots `[B]` for trajectories that will keep `steps [B, K]` of prompts `prompt [B]`.
+
+        Args:
+            steps: numbers of the drawn steps, int64.
+            prompt: prompt numbers, int64.
+            epoch: of the rollout, for `age`.
+            evict: forget the oldest trajectories if there is no room for the new ones.
 
         Raises:
             ValueError: a step is out of range or the shapes are wrong.
-            RuntimeError: the buffer is full.
+            RuntimeError: the buffer is full, or would have to forget a trajectory that is not complete.
         """
         if steps.dim() != 2 or steps.shape[1] != self.kept or prompt.shape != steps.shape[:1]:
             raise ValueError(
                 f"steps {tuple(steps.shape)}, prompt {tuple(prompt.shape)}: expected [B, {self.kept}] and [B]"
             )
-        if len(steps) and not 0 <= int(steps.min()) <= int(steps.max()) < self.num_steps:
+        steps, count = steps.cpu(), len(steps)
+        if count and not 0 <= int(steps.min()) <= int(steps.max()) < self.num_steps:
             raise ValueError(f"steps must be in 0..{self.num_steps - 1}; found {int(steps.min())}..{int(steps.max())}")
-        first, count = self._reserved, len(steps)
-        if first + count > self.capacity:
-            raise RuntimeError(
-                f"the buffer is full: {first} of {self.capacity} trajectories reserved, {count} more asked for; clear() it"
+        states = torch.zeros(count, self.num_steps + 1, dtype=torch.bool)
+        states.scatter_(1, steps, True).scatter_(1, steps + 1, True)
+        outputs = torch.zeros(count, self.num_steps, dtype=torch.bool).scatter_(1, steps, True)
+        state_at, output_at = (torch.where(kept, kept.cumsum(1) - 1, -1).int() for kept in (states, outputs))
+        with self._lock:
+            excess = self._live + count - self.capacity
+            if excess > 0:
+                self._make_room(excess, count, evict)
+            slots = (self._first + self._live + torch.arange(count)) % self.capacity
+            self._live += count
+            self._host_state_at[slots], self._host_output_at[slots], self._host_steps[slots] = (
+                state_at,
+                output_at,
+                steps,
             )
-        self._reserved += count
-        slots = torch.arange(first, first + count)
-        steps = steps.cpu()
-        rows = slots[:, None]
-        needed = torch.zeros(count, self.num_steps + 1, dtype=torch.bool)
-        needed.scatter_(1, steps, True).scatter_(1, steps + 1, True)
-        self._state_at[slots] = torch.where(needed, needed.cumsum(1) - 1, -1)
-        drawn = torch.zeros(count, self.num_steps, dtype=torch.bool).scatter_(1, steps, True)
-        self._output_at[slots] = torch.where(drawn, drawn.cumsum(1) - 1, -1)
-        self.steps[rows] = steps[:, None].to(self.steps.device)
-        self.prompt[slots] = prompt.to(self.prompt.device)
+            where = slots.to(self.device)
+            for table, values in (
+                (self._state_at, state_at),
+                (self._output_at, output_at),
+                (self.steps, steps),
+                (self.prompt, prompt),
+            ):
+                table[where] = values.to(self.device)
+            self.epoch[where] = epoch
         return slots
+
+    def _make_room(self, excess: int, count: int, evict: bool) -> None:
+        if not evict or count > self.capacity:
+            raise RuntimeError(
+                f"the buffer is full: {self._live} of {self.capacity} trajectories reserved, {count} more asked for; "
+                "clear() it, or reserve(..., evict=True) no more than its capacity"
+            )
+        oldest = self.slots()[:excess]
+        if bool((self._appended[oldest] < self.num_steps).any()):
+            raise RuntimeError(f"no room for {count} trajectories: the oldest {excess} are not all complete")
+        self._forget(excess)
 
     def append(self, slots: Tensor, step: int, x: Tensor, model_output: Tensor, x_next: Tensor) -> None:
         """Record step `step` (in order, from 0) of the trajectories in `slots [B]`; what was not drawn is dropped.
@@ -153,52 +221,156 @@ class TrajectoryBuffer:
 
         Raises:
             IndexError: a slot is not reserved.
-            ValueError: wrong shape, or a step out of order.
+            ValueError: wrong shape, or a step out of order. Nothing has been written then.
         """
         expected = (len(slots), *self.sample_shape)
         for name, tensor in (("x", x), ("model_output", model_output), ("x_next", x_next)):
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
-        if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < self._reserved:
-            raise IndexError(f"slots must be in 0..{self._reserved - 1}, found {slots.tolist()}")
-        if bool((self._appended[slots] != step).any()) or step >= self.num_steps:
-            raise ValueError(
-                f"step {step} is out of order: next is {self._appended[slots].tolist()} of {self.num_steps}"
-            )
+        with self._lock:
+            self._check_reserved(slots)
+            if bool((self._appended[slots] != step).any()) or step >= self.num_steps:
+                raise ValueError(
+                    f"step {step} is out of order: next is {self._appended[slots].tolist()} of {self.num_steps}"
+                )
+        where = slots.to(self.device)
+        buffer_ops.append(*self._slabs(), where, step, x, model_output, x_next)
         self._appended[slots] += 1
-        for where, slab, values in (
-            (self._state_at[slots, step], self.x, x),
-            (self._state_at[slots, step + 1], self.x, x_next),
-            (self._output_at[slots, step], self.model_output, model_output),
-        ):
-            kept = where >= 0
-            slab[slots[kept], where[kept]] = values[kept.to(values.device)].to(slab)
+
+    def append_steps(self, slots: Tensor, x: Tensor, model_output: Tensor) -> None:
+        """Record whole trajectories, in slots of which nothing is recorded yet.
+
+        Args:
+            slots: `[B]` as `reserve` returned them.
+            x: all states, `[B, T + 1, C, H, W]`.
+            model_output: all outputs, `[B, T, C, H, W]`.
+
+        Raises:
+            IndexError, ValueError: as `append`.
+        """
+        for name, tensor, count in (("x", x, self.num_steps + 1), ("model_output", model_output, self.num_steps)):
+            expected = (len(slots), count, *self.sample_shape)
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+        with self._lock:
+            self._check_reserved(slots)
+            if bool(self._appended[slots].any()):
+                raise ValueError(f"steps are recorded already: {self._appended[slots].tolist()} of {self.num_steps}")
+        buffer_ops.append_steps(*self._slabs(), slots.to(self.device), x, model_output)
+        self._appended[slots] = self.num_steps
 
     def transitions(self, slots: Tensor | None = None) -> Tensor:
         """Numbers `[M]` of all kept transitions (of the trajectories in `slots`), as `gather` takes them."""
-        slots = torch.arange(self._reserved) if slots is None else slots
+        slots = self.slots() if slots is None else slots
         return (slots[:, None] * self.kept + torch.arange(self.kept)).flatten()
 
     def gather(self, index: Tensor, dtype: torch.dtype | None = None) -> Transitions:
         """The transitions numbered `index [M]` (slot * K + position among the drawn steps), on the buffer's device.
 
+        Args:
+            index: int64.
+            dtype: of the states and outputs; that of the stored states if None.
+
         Raises:
-            IndexError: a number is out of range.
+            IndexError: a number is of a slot that is not reserved.
             RuntimeError: a trajectory is not complete.
         """
         index = index.cpu()
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self._reserved * self.kept:
-            raise IndexError(f"transition numbers must be in 0..{self._reserved * self.kept - 1}")
         slots = index // self.kept
+        self._check_reserved(slots)
         if bool((self._appended[slots] < self.num_steps).any()):
             raise RuntimeError("gather before the rollout is complete: append the remaining steps first")
-        step = self.steps[slots, index % self.kept]
-        host_step = step.cpu()
-        return Transitions(
-            x=self.x[slots, self._state_at[slots, host_step]].to(dtype),
-            x_next=self.x[slots, self._state_at[slots, host_step + 1]].to(dtype),
-            model_output=self.model_output[slots, self._output_at[slots, host_step]].to(dtype),
-            step_index=step,
-            prompt=self.prompt[slots],
-            trajectory=slots.to(step.device),
+        numbers = (self.steps, self.prompt, self.reward, self.epoch, self.timestep)
+        fields = buffer_ops.gather(*self._slabs(), *numbers, index.to(self.device), dtype or self.x.dtype)
+        names = ("x", "x_next", "model_output", "step_index", "timestep", "prompt", "trajectory", "reward", "epoch")
+        return Transitions(**dict(zip(names, fields, strict=True)))
+
+    def batches(self, index: Tensor, size: int, dtype: torch.dtype | None = None) -> Iterator[Transitions]:
+        """`gather` of `index` in batches of `size`. With storage="prefetch" on a GPU, the next batch is copied while the
+        current one is used."""
+        parts = index.split(size)
+        if self._stream is None:
+            yield from (self.gather(part, dtype) for part in parts)
+            return
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        ready = None
+        for part in (*parts, None):
+            taken, ready = ready, None
+            if taken is not None:
+                current.wait_stream(self._stream)
+                for field in dataclasses.fields(taken):
+                    getattr(taken, field.name).record_stream(current)
+            if part is not None:
+                with torch.cuda.stream(self._stream):
+                    ready = self.gather(part, dtype)
+            if taken is not None:
+                yield taken
+
+    def draw(self, count: int, generator: torch.Generator, temperature: float | None = None) -> Tensor:
+        """Slots `[count]` of complete trajectories, drawn independently: uniformly, or in proportion to
+        ``exp(reward / temperature)``.
+
+        Raises:
+            RuntimeError: no trajectory is complete, or one has no reward where rewards matter.
+            ValueError: the temperature is not positive.
+        """
+        if temperature is not None and not temperature > 0:
+            raise ValueError(f"temperature = {temperature}: must be positive, or None for uniform draws")
+        slots = self.slots()
+        slots = slots[self._appended[slots] == self.num_steps]
+        if not len(slots):
+            raise RuntimeError("draw from a buffer without a complete trajectory")
+        weights = torch.ones(len(slots), dtype=torch.float64)
+        if temperature is not None:
+            rewards = self.reward.cpu()[slots].double()
+            if not bool(rewards.isfinite().all()):
+                raise RuntimeError("draw by reward: set buffer.reward of every complete trajectory to a finite number")
+            weights = torch.softmax(rewards / temperature, 0)
+        return slots[torch.multinomial(weights, count, replacement=True, generator=generator)]
+
+    def age(self, epoch: int) -> Tensor:
+        """Epochs since each trajectory was sampled, as of `epoch`, in the order of `slots`, `[n]` int64."""
+        return epoch - self.epoch.cpu()[self.slots()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in the buffer, on the host; waits for the device."""
+        self._wait()
+        tensors = {name: getattr(self, name).cpu().clone() for name in self._tensors()}
+        return {"geometry": self._geometry(), "first": self._first, "live": self._live, **tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become what `state_dict` saved.
+
+        Raises:
+            ValueError: it is of a buffer with other arguments. Nothing has been changed then.
+        """
+        if state["geometry"] != self._geometry():
+            raise ValueError(f"the state is of a buffer of {state['geometry']}, this is one of {self._geometry()}")
+        self._wait()
+        with self._lock:
+            for name in self._tensors():
+                getattr(self, name).copy_(state[name])
+            self._first, self._live = state["first"], state["live"]
+
+    def _wait(self) -> None:
+        """Until kernels are done with slabs that are in the host's memory."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _tensors(self) -> list[str]:
+        return [name for name, value in vars(self).items() if isinstance(value, Tensor)]
+
+    def _geometry(self) -> str:
+        return (
+            f"capacity {self.capacity}, {self.num_steps} steps, {self.kept} kept, sample_shape {self.sample_shape}, "
+            f"{self.x.dtype}, output_block {self.output_block}"
         )
+
+    def _slabs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        return self.x, self.model_output, self.scales, self._state_at, self._output_at
+
+    def _check_reserved(self, slots: Tensor) -> None:
+        inside = (slots >= 0) & (slots < self.capacity)
+        if not bool((inside & ((slots - self._first) % self.capacity < self._live)).all()):
+            raise IndexError(f"slots must be reserved ones, {self.slots().tolist()}; found {slots.tolist()}")

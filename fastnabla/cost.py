@@ -78,7 +78,6 @@ def cost_table(trainer: Trainer) -> Table:
     training = inner * passes[0] + last * passes[1]
     trained = 4 * 4 * sum(p.numel() for p in step.parameters)
     frozen = _size(trainer.policy.unet) + _size(trainer.decoder.vae)
-    stored = sum(slab.numel() * slab.element_size() for slab in (trainer.buffer.x, trainer.buffer.model_output))
     graphs = 1 + (passes[0] >= 5) + (config.objective.guidance == "lookahead")
     micro_batch = min(config.memory.micro_batch, max(inner, last))
     images = min(config.memory.decode_chunk, micro_batch * max(decodes))
@@ -100,7 +99,11 @@ def cost_table(trainer: Trainer) -> Table:
         ),
         ("frozen weights", f"{frozen / mega:.1f} MiB", "UNet and VAE"),
         ("trained weights", f"{trained / mega:.1f} MiB", f"{trained // 16:,} parameters, gradients, two AdamW moments"),
-        ("trajectory buffer", f"{stored / mega:.1f} MiB", "kept states and outputs"),
+        (
+            "trajectory buffer",
+            f"{trainer.buffer.nbytes / mega:.1f} MiB",
+            f"kept states and outputs; {config.memory.buffer}",
+        ),
         (
             "UNet activations",
             f"~{micro_batch * graphs * unet / mega:.0f} MiB",

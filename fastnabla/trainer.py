@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastnabla.buffer import TrajectoryBuffer, draw_stratified, draw_uniform
+from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.checkpoint import load_checkpoint, read_records, save_checkpoint
 from fastnabla.config import TrainConfig, to_json
 from fastnabla.decoder import Decoder
+from fastnabla.draws import draw_stratified, draw_uniform
 from fastnabla.flow import build_flow
 from fastnabla.metrics.evaluation import Evaluator
 from fastnabla.metrics.probes import build_probe
@@ -83,7 +84,14 @@ class Trainer:
             self.flow.to(self.device)
         self.decoder = Decoder(pipeline.vae, config.memory.decode_chunk, config.memory.checkpoint_decoder)
         self.buffer = TrajectoryBuffer(
-            config.rollout.trajectories, len(self.table), config.drawn_steps + 1, self.sample_shape, device=self.device
+            config.rollout.trajectories,
+            len(self.table),
+            config.drawn_steps + 1,
+            self.sample_shape,
+            device=self.device,
+            storage=config.memory.buffer,
+            output_block=config.memory.output_block,
+            timestep=self.table.timestep,
         )
         self.step = BalanceStep(
             self.policy,

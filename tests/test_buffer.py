@@ -1,8 +1,11 @@
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
-from fastnabla.buffer import TrajectoryBuffer, draw_stratified, draw_uniform
+from fastnabla.buffer import TrajectoryBuffer
+from fastnabla.draws import draw_stratified, draw_uniform
 from tests.checks import randn
 
 SHAPE = (2, 3, 4)
@@ -200,7 +203,7 @@ def test_append_rejects():
         buffer.append(slots, 0, x, x, x[:1])
     with pytest.raises(ValueError, match=r"model_output has shape \(2, 2, 3\)"):
         buffer.append(slots, 0, x, x[..., 0], x)
-    with pytest.raises(IndexError, match=r"slots must be in 0\.\.1, found \[1, 2\]"):
+    with pytest.raises(IndexError, match=r"slots must be reserved ones, \[0, 1\]; found \[1, 2\]"):
         buffer.append(slots + 1, 0, x, x, x)
     with pytest.raises(ValueError, match=r"step 1 is out of order: next is \[0, 0\] of 8"):
         buffer.append(slots, 1, x, x, x)
@@ -222,7 +225,7 @@ def test_append_after_the_last_step():
 def test_gather_out_of_range(index):
     buffer = poisoned(3, 2)
     Trajectories(2).append_to(buffer, buffer.reserve(torch.tensor([[7, 0]] * 2), torch.zeros(2, dtype=torch.int64)))
-    with pytest.raises(IndexError, match=r"transition numbers must be in 0\.\.3"):
+    with pytest.raises(IndexError, match=r"slots must be reserved ones, \[0, 1\]; found"):
         buffer.gather(torch.tensor(index))
 
 
@@ -232,3 +235,43 @@ def test_gather_before_the_end():
     Trajectories(2).append_to(buffer, slots, NUM_STEPS - 1)
     with pytest.raises(RuntimeError, match="gather before the rollout is complete"):
         buffer.gather(torch.tensor([1]))
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5, 3.0])
+def test_frequencies_of_draws(temperature):
+    """In proportion to exp(reward / temperature) of the complete trajectories that are there, and no others.
+
+    The seed is fixed, so there is no chance in it; p > 1e-4 is what nearly every seed gives.
+    """
+    buffer, steps, prompt = poisoned(6, 2), torch.tensor([[7, 0]]), torch.zeros(1, dtype=torch.int64)
+    for _ in range(9):
+        slot = buffer.reserve(steps, prompt, evict=True)
+        Trajectories(1).append_to(buffer, slot)
+        buffer.reward[slot] = 50.0
+    buffer.reserve(steps, prompt, evict=True)  # and not complete
+    live, rewards = buffer.slots()[:-1], torch.linspace(-0.7, 0.8, 5)
+    assert buffer.reward[buffer.slots()[-1]].isnan(), "the reward of an evicted trajectory"
+    buffer.reward[live] = rewards
+    drawn = buffer.draw(20000, generator(3), temperature)
+    assert drawn.dtype == torch.int64
+    counts = drawn.bincount(minlength=6)[live].numpy()
+    weights = np.ones(5) if temperature is None else np.exp(rewards.double().numpy() / temperature)
+    assert counts.sum() == 20000
+    assert stats.chisquare(counts, 20000 * weights / weights.sum()).pvalue > 1e-4
+    assert torch.equal(buffer.draw(20000, generator(3), temperature), drawn)
+    buffer.reward[live[:2]] = torch.tensor([-3e38, 3e38])
+    assert (buffer.draw(50, generator(), 1e-3) == live[1]).all()
+
+
+def test_draw_rejects():
+    buffer = poisoned(4, 2)
+    with pytest.raises(RuntimeError, match="draw from a buffer without a complete trajectory"):
+        buffer.draw(2, generator())
+    Trajectories(3).append_to(buffer, buffer.reserve(torch.tensor([[7, 0]] * 3), torch.zeros(3, dtype=torch.int64)))
+    with pytest.raises(ValueError, match="temperature = 0: must be positive"):
+        buffer.draw(2, generator(), 0)
+    for bad in (float("nan"), float("inf")):
+        buffer.reward[:3] = torch.tensor([1.0, bad, 1.0])
+        with pytest.raises(RuntimeError, match=r"set buffer\.reward of every complete trajectory"):
+            buffer.draw(2, generator(), 1.0)
+    assert set(buffer.draw(200, generator()).tolist()) == {0, 1, 2}, "without a temperature rewards do not matter"

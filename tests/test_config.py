@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from fastnabla.config import PRESETS, RolloutConfig, SamplerConfig, TrainConfig, from_json, to_json
+from fastnabla.config import PRESETS, MemoryConfig, RolloutConfig, SamplerConfig, TrainConfig, from_json, to_json
 from fastnabla.step import Objective
 
 
@@ -34,6 +34,7 @@ def test_objective_weights_must_be_finite_and_not_negative(name: str, value: flo
         (lambda: SamplerConfig(steps=1), "sampler.steps = 1"),
         (lambda: RolloutConfig(trajectories=10, updates=4), "rollout.updates = 4: must divide"),
         (lambda: RolloutConfig(fraction=0.0), "rollout.fraction = 0.0"),
+        (lambda: MemoryConfig(output_block=100), "memory.output_block = 100"),
         (lambda: TrainConfig(rollout=RolloutConfig(fraction=0.01)), "leaves no transition"),
         (lambda: TrainConfig(rollout=RolloutConfig(fraction=0.07)), "3 strata"),
         (lambda: TrainConfig(updates=5, rollout=RolloutConfig(updates=2)), "updates = 5: must be a multiple"),

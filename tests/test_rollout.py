@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from fastnabla.buffer import TrajectoryBuffer, draw_stratified
+from fastnabla.buffer import TrajectoryBuffer
+from fastnabla.draws import draw_stratified
 from fastnabla.objective.gaussian import guide
 from fastnabla.rollout import sample
 from fastnabla.seeding import STREAMS, TrajectoryNoise, generator_of, seed_of

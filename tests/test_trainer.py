@@ -179,6 +179,18 @@ def test_other_sampler_runs(tmp_path: Path) -> None:
     )
 
 
+def test_outputs_in_8_bits_touch_the_trust_region_alone(run: Path, tmp_path: Path) -> None:
+    """The first update of a rollout has the policy that sampled: all of its trust region is rounding, a share of it
+    within (1/254)² of the outputs' squares, which are about 1."""
+    memory = dataclasses.replace(small().memory, output_block=64, buffer="pinned")
+    folder = train(small(memory=memory), tmp_path / "run")
+    plain, rounded = (json.loads((path / "metrics.jsonl").read_text().splitlines()[1]) for path in (run, folder))
+    kappa = small().objective.trust_region
+    assert 0 < rounded["loss_trust_region"] < kappa * 4 / 254**2
+    others = plain.keys() - {"loss", "loss_trust_region", "grad_norm_lora"}
+    assert {name: rounded[name] for name in others} == {name: plain[name] for name in others}
+
+
 def test_batch_sizes_do_not_change_the_first_update(tmp_path: Path) -> None:
     base = small(updates=2)
     changed = dataclasses.replace(

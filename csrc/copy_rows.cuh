@@ -1,0 +1,263 @@
+// The kernel behind all operations on CUDA: one launch, whose thread blocks share the rows out in chunks.
+//
+// Dtypes are looked up at run time, the same way for a whole thread block: this costs nothing next to memory traffic,
+// and one kernel an operation serves all combinations. Either side may be pinned host memory.
+#pragma once
+
+#include "rows.h"
+
+namespace fastnabla {
+
+constexpr uint32_t THREADS = 256;
+// Thread blocks that a multiprocessor has room for at least. It leaves 40 registers a thread: without it the compiler
+// settles for 32 here and spills one of them.
+constexpr uint32_t RESIDENT = 6;
+// Elements of a row that a thread block copies: of float32 each thread reads four vectors before it writes the first.
+constexpr uint32_t CHUNK = 4096;
+// Elements that a thread reads at a time when it quantises.
+constexpr uint32_t QUANTISED = 4;
+
+template <typename Element, int WIDTH>
+struct alignas(sizeof(Element) * WIDTH) Vector {
+    Element element[WIDTH];
+};
+
+template <typename Target, typename Source, int WIDTH>
+__device__ Vector<Target, WIDTH> convert_vector(const Vector<Source, WIDTH>& source) {
+    if constexpr (std::is_same_v<Source, Target>) {
+        return source;
+    } else {
+        Vector<Target, WIDTH> target;
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+            target.element[i] = convert<Target>(source.element[i]);
+        }
+        return target;
+    }
+}
+
+// At most CHUNK elements.
+template <typename Source, typename Target>
+__device__ void copy_chunk(const Source* source, Target* target, uint32_t count) {
+    constexpr int WIDTH = vector_width(sizeof(Source), sizeof(Target)), UNROLL = CHUNK / THREADS / WIDTH;
+    using SourceVector = Vector<Source, WIDTH>;
+    using TargetVector = Vector<Target, WIDTH>;
+    const Split split = split_run(
+        reinterpret_cast<uint64_t>(source), sizeof(Source), reinterpret_cast<uint64_t>(target), sizeof(Target), count);
+    const SourceVector* source_vectors = reinterpret_cast<const SourceVector*>(source + split.head);
+    TargetVector* target_vectors = reinterpret_cast<TargetVector*>(target + split.head);
+    SourceVector loaded[UNROLL];
+#pragma unroll
+    for (int k = 0; k < UNROLL; ++k) {
+        if (const uint32_t v = k * THREADS + threadIdx.x; v < split.vectors) {
+            loaded[k] = source_vectors[v];
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < UNROLL; ++k) {
+        if (const uint32_t v = k * THREADS + threadIdx.x; v < split.vectors) {
+            target_vectors[v] = convert_vector<Target>(loaded[k]);
+        }
+    }
+    // The elements before and behind the vectors, or all of them.
+    const uint32_t behind = split.head + split.vectors * WIDTH, singles = split.head + count - behind;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < singles; i += THREADS) {
+        const uint32_t at = i < split.head ? i : i - split.head + behind;
+        target[at] = convert<Target>(source[at]);
+    }
+}
+
+// Elements begin ... begin + count - 1 of a row.
+template <typename Target>
+__device__ void dequantise_chunk(
+    const int8_t* source, const float* scales, Target* target, uint32_t begin, uint32_t count, uint32_t block) {
+    constexpr uint32_t WIDTH = vector_width(sizeof(int8_t), sizeof(Target));
+    using SourceVector = Vector<int8_t, WIDTH>;
+    using TargetVector = Vector<Target, WIDTH>;
+    source += begin;
+    target += begin;
+    const bool aligned = reinterpret_cast<uint64_t>(source) % sizeof(SourceVector) == 0 &&
+                         reinterpret_cast<uint64_t>(target) % sizeof(TargetVector) == 0;
+    // Where a vector could span two blocks, or is not aligned, elements go one by one.
+    const uint32_t vectors = aligned && block % WIDTH == 0 ? count / WIDTH : 0;
+#pragma unroll 1
+    for (uint32_t v = threadIdx.x; v < vectors; v += THREADS) {
+        const SourceVector loaded = reinterpret_cast<const SourceVector*>(source)[v];
+        const float scale = scales[(begin + v * WIDTH) / block];
+        TargetVector converted;
+#pragma unroll
+        for (uint32_t i = 0; i < WIDTH; ++i) {
+            converted.element[i] = convert<Target>(dequantised(loaded.element[i], scale));
+        }
+        reinterpret_cast<TargetVector*>(target)[v] = converted;
+    }
+#pragma unroll 1
+    for (uint32_t i = vectors * WIDTH + threadIdx.x; i < count; i += THREADS) {
+        target[i] = convert<Target>(dequantised(source[i], scales[(begin + i) / block]));
+    }
+}
+
+// Elements at ... end - 1 of a quantisation block, at most WIDTH of them, as floats.
+template <int WIDTH, typename Source>
+__device__ void load_floats(const Source* source, uint32_t at, uint32_t end, float (&x)[WIDTH]) {
+    if (at + WIDTH <= end) {
+        const Vector<Source, WIDTH> loaded = *reinterpret_cast<const Vector<Source, WIDTH>*>(source + at);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+            x[i] = to_float(loaded.element[i]);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+            x[i] = at + i < end ? to_float(source[at + i]) : 0.0f;
+        }
+    }
+}
+
+// Quantisation blocks first ... last - 1 of a row. A group of lanes, the whole warp or an equal part of it, takes a
+// block; it reads the elements a second time from the cache.
+template <int WIDTH, typename Source>
+__device__ void quantise_blocks(
+    const Source* source, int8_t* target, float* scales, uint32_t first, uint32_t last, const Work& work) {
+    uint32_t lanes = 1;
+    while (lanes < 32 && lanes * WIDTH < work.block) {
+        lanes *= 2;
+    }
+    const uint32_t group = threadIdx.x / lanes, groups = THREADS / lanes, lane = threadIdx.x % lanes;
+    // All threads go round equally often, since they shuffle together.
+    for (uint32_t round = first; round < last; round += groups) {
+        const uint32_t block = round + group;
+        const uint32_t begin = block < last ? block * work.block : work.elements;
+        const uint32_t end = work.elements - begin < work.block ? work.elements : begin + work.block;
+        float absmax = 0.0f;
+#pragma unroll 1
+        for (uint32_t at = begin + lane * WIDTH; at < end; at += lanes * WIDTH) {
+            float x[WIDTH];
+            load_floats(source, at, end, x);
+#pragma unroll
+            for (int i = 0; i < WIDTH; ++i) {
+                absmax = larger(absmax, fabsf(x[i]));
+            }
+        }
+        for (uint32_t offset = lanes / 2; offset > 0; offset /= 2) {
+            absmax = larger(absmax, __shfl_xor_sync(0xFFFFFFFFu, absmax, offset));
+        }
+        const float scale = scale_of(absmax);
+        const bool usable = is_usable(scale);
+        if (block < last && lane == 0) {
+            scales[block] = scale;
+        }
+#pragma unroll 1
+        for (uint32_t at = begin + lane * WIDTH; at < end; at += lanes * WIDTH) {
+            float x[WIDTH];
+            load_floats(source, at, end, x);
+            Vector<int8_t, WIDTH> q;
+#pragma unroll
+            for (int i = 0; i < WIDTH; ++i) {
+                q.element[i] = quantised(x[i], scale, usable);
+            }
+            if (at + WIDTH <= end) {
+                *reinterpret_cast<Vector<int8_t, WIDTH>*>(target + at) = q;
+            } else {
+#pragma unroll
+                for (int i = 0; i < WIDTH; ++i) {
+                    if (at + i < end) {
+                        target[at + i] = q.element[i];
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Chunk `chunk` of `chunks` of a row: whole quantisation blocks.
+template <typename Source>
+__device__ void quantise_chunk(const Copy& copy, const Work& work, uint32_t chunk, uint32_t chunks) {
+    const Source* source = reinterpret_cast<const Source*>(copy.source.data);
+    int8_t* target = reinterpret_cast<int8_t*>(copy.target.data);
+    const uint32_t blocks = divide_up(work.elements, work.block), share = divide_up(blocks, chunks);
+    const uint32_t first = min(chunk * share, blocks), last = min(first + share, blocks);
+    const bool aligned = work.block % QUANTISED == 0 &&
+                         reinterpret_cast<uint64_t>(source) % (QUANTISED * sizeof(Source)) == 0 &&
+                         reinterpret_cast<uint64_t>(target) % QUANTISED == 0;
+    if (aligned) {
+        quantise_blocks<QUANTISED>(source, target, copy.target.scales, first, last, work);
+    } else {
+        quantise_blocks<1>(source, target, copy.target.scales, first, last, work);
+    }
+}
+
+// Chunk `chunk` of a row that is not int8 on the target's side.
+template <typename Target, bool DEQUANTISES>
+__device__ void copy_to(const Copy& copy, const Work& work, uint32_t chunk) {
+    const uint32_t begin = chunk * CHUNK, count = min(work.elements - begin, CHUNK);
+    Target* target = reinterpret_cast<Target*>(copy.target.data);
+    const char* source = copy.source.data;
+    switch (copy.source.dtype) {
+        case Dtype::Float32:
+            return copy_chunk(reinterpret_cast<const float*>(source) + begin, target + begin, count);
+        case Dtype::Float16:
+            return copy_chunk(reinterpret_cast<const Half*>(source) + begin, target + begin, count);
+        case Dtype::BFloat16:
+            return copy_chunk(reinterpret_cast<const BFloat16*>(source) + begin, target + begin, count);
+        case Dtype::Int8:
+            if constexpr (DEQUANTISES) {
+                dequantise_chunk(
+                    reinterpret_cast<const int8_t*>(source), copy.source.scales, target, begin, count, work.block);
+            }
+    }
+}
+
+__device__ inline void quantise_from(const Copy& copy, const Work& work, uint32_t chunk, uint32_t chunks) {
+    switch (copy.source.dtype) {
+        case Dtype::Float32:
+            return quantise_chunk<float>(copy, work, chunk, chunks);
+        case Dtype::Float16:
+            return quantise_chunk<Half>(copy, work, chunk, chunks);
+        case Dtype::BFloat16:
+            return quantise_chunk<BFloat16>(copy, work, chunk, chunks);
+        case Dtype::Int8:
+            return;
+    }
+}
+
+// An item's `write_numbers`, where the operation has one, is done by the first thread of its first chunk.
+template <typename Arguments>
+__device__ void write_numbers(const Arguments&, int64_t) {}
+
+__device__ inline void write_numbers(const Gather& gather, int64_t item) {
+    if (item % 3 == 0) {
+        gather.write_numbers(item / 3);
+    }
+}
+
+// A thread block a chunk: block number is item * chunks + chunk. There is no loop over further items: with one, the
+// compiler keeps so much in registers across the dtypes' code that a third of the threads fit.
+template <typename Arguments>
+__global__ void __launch_bounds__(THREADS, RESIDENT)
+    copy_rows(const __grid_constant__ Arguments arguments, uint32_t chunks) {
+    const int64_t item = blockIdx.x / chunks;
+    const uint32_t chunk = blockIdx.x % chunks;
+    if (chunk == 0 && threadIdx.x == 0) {
+        write_numbers(arguments, item);
+    }
+    const Copy copy = arguments.copy(item);
+    if (!copy.wanted()) {
+        return;
+    }
+    switch (copy.target.dtype) {
+        case Dtype::Float32:
+            return copy_to<float, Arguments::DEQUANTISES>(copy, arguments, chunk);
+        case Dtype::Float16:
+            return copy_to<Half, Arguments::DEQUANTISES>(copy, arguments, chunk);
+        case Dtype::BFloat16:
+            return copy_to<BFloat16, Arguments::DEQUANTISES>(copy, arguments, chunk);
+        case Dtype::Int8:
+            if constexpr (Arguments::QUANTISES) {
+                quantise_from(copy, arguments, chunk, chunks);
+            }
+    }
+}
+
+}  // namespace fastnabla

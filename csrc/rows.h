@@ -1,0 +1,164 @@
+// What an operation copies: numbered items, each one row of elements from a source to a target.
+//
+// The CPU gives items to threads, CUDA to thread blocks; both find an item's rows with the same code, `copy(item)`.
+// These structs hold bare addresses and are passed to kernels by value; arguments.h makes them from tensors.
+#pragma once
+
+#include "convert.h"
+#include "index.h"
+
+namespace fastnabla {
+
+// One row: converted where dtypes differ, quantised or dequantised where one side is int8, which `scales` belong to.
+struct Row {
+    char* data;
+    float* scales;
+    Dtype dtype;
+};
+
+struct Copy {
+    Row source, target;
+
+    // False: the row is not kept, and dropped.
+    HOST_DEVICE bool wanted() const {
+        return target.data != nullptr;
+    }
+};
+
+struct Work {
+    int64_t items;
+    uint32_t elements;  // of a row
+    uint32_t block;     // elements that share a scale; 0 where nothing is int8
+};
+
+// Consecutive rows, [rows, elements], or [rows, blocks] scales beside them.
+struct Rows {
+    char* data;
+    float* scales;
+    Dtype dtype;
+
+    HOST_DEVICE Row row(int64_t number, const Work& work) const {
+        float* row_scales = scales == nullptr ? nullptr : scales + number * divide_up(work.elements, work.block);
+        return {data + number * work.elements * size_of(dtype), row_scales, dtype};
+    }
+};
+
+struct Slab {
+    char* data;
+    float* scales;
+    Dtype dtype;
+    Strides strides, scale_strides;
+
+    HOST_DEVICE Row row(int64_t slot, int64_t position) const {
+        if (position < 0) {
+            return {nullptr, nullptr, dtype};
+        }
+        float* row_scales = scales == nullptr ? nullptr : scales + row_offset(scale_strides, slot, position);
+        return {data + row_offset(strides, slot, position) * size_of(dtype), row_scales, dtype};
+    }
+};
+
+struct Slabs {
+    Slab states, outputs;
+    const int32_t* state_at;
+    const int32_t* output_at;
+    int64_t num_steps;
+
+    HOST_DEVICE Row state(int64_t slot, int64_t state) const {
+        return states.row(slot, state_position(state_at, num_steps, slot, state));
+    }
+    HOST_DEVICE Row output(int64_t slot, int64_t step) const {
+        return outputs.row(slot, output_position(output_at, num_steps, slot, step));
+    }
+};
+
+// One step of each trajectory: three items a trajectory.
+struct Append : Work {
+    static constexpr bool QUANTISES = true, DEQUANTISES = false;
+    Slabs slabs;
+    const int64_t* slots;
+    int64_t step;
+    Rows x, output, x_next;
+
+    HOST_DEVICE Copy copy(int64_t item) const {
+        const int64_t number = item / 3, slot = slots[number];
+        switch (item % 3) {
+            case 0:
+                return {x.row(number, *this), slabs.state(slot, step)};
+            case 1:
+                return {output.row(number, *this), slabs.output(slot, step)};
+            default:
+                return {x_next.row(number, *this), slabs.state(slot, step + 1)};
+        }
+    }
+};
+
+// Whole trajectories: an item a state, then an item an output.
+struct AppendSteps : Work {
+    static constexpr bool QUANTISES = true, DEQUANTISES = false;
+    Slabs slabs;
+    const int64_t* slots;
+    Rows x, output;
+
+    HOST_DEVICE Copy copy(int64_t item) const {
+        const int64_t states = slabs.num_steps + 1, a_trajectory = states + slabs.num_steps;
+        const int64_t number = item / a_trajectory, slot = slots[number], place = item % a_trajectory;
+        if (place < states) {
+            return {x.row(number * states + place, *this), slabs.state(slot, place)};
+        }
+        const int64_t step = place - states;
+        return {output.row(number * slabs.num_steps + step, *this), slabs.output(slot, step)};
+    }
+};
+
+// Transitions by number: three items a transition, and its numbers with the first of them.
+struct Gather : Work {
+    static constexpr bool QUANTISES = false, DEQUANTISES = true;
+    Slabs slabs;
+    const int64_t* index;
+    int64_t kept;
+    // By slot and position, by slot, and by step.
+    const int64_t *steps, *prompt, *epoch, *timestep;
+    const float* reward;
+    Rows x, x_next, output;
+    int64_t *step_out, *timestep_out, *prompt_out, *trajectory_out, *epoch_out;
+    float* reward_out;
+
+    HOST_DEVICE Copy copy(int64_t item) const {
+        const int64_t number = item / 3;
+        const Transition transition = transition_of(index[number], kept);
+        const int64_t slot = transition.slot, step = step_of(steps, kept, transition);
+        switch (item % 3) {
+            case 0:
+                return {slabs.state(slot, step), x.row(number, *this)};
+            case 1:
+                return {slabs.state(slot, step + 1), x_next.row(number, *this)};
+            default:
+                return {slabs.output(slot, step), output.row(number, *this)};
+        }
+    }
+
+    HOST_DEVICE void write_numbers(int64_t number) const {
+        const Transition transition = transition_of(index[number], kept);
+        const int64_t step = step_of(steps, kept, transition);
+        step_out[number] = step;
+        timestep_out[number] = timestep[step];
+        trajectory_out[number] = transition.slot;
+        prompt_out[number] = prompt[transition.slot];
+        reward_out[number] = reward[transition.slot];
+        epoch_out[number] = epoch[transition.slot];
+    }
+};
+
+// Row by row from one tensor to another.
+template <bool QUANTISE>
+struct Recode : Work {
+    static constexpr bool QUANTISES = QUANTISE, DEQUANTISES = !QUANTISE;
+    Rows source, target;
+
+    HOST_DEVICE Copy copy(int64_t item) const {
+        return {source.row(item, *this), target.row(item, *this)};
+    }
+};
+
+}  // namespace fastnabla

@@ -1,0 +1,144 @@
+// The trajectory buffer on CUDA: each operation is one launch on the current stream, and waits for nothing.
+//
+// Indices are on the device and are not checked: the caller has checked them on the host's copy of the tables. Slabs
+// and scales may be pinned host memory, which the kernel reads and writes over the host link.
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "copy_rows.cuh"
+#include "operations.h"
+
+namespace fastnabla {
+namespace {
+
+constexpr int64_t MOST_BLOCKS = 0x7FFFFFFF;  // CUDA's limit
+
+void check_cuda(cudaError_t error, const char* what) {
+    if (error != cudaSuccess) {
+        fail(what, ": ", cudaGetErrorString(error));
+    }
+}
+
+// The handle of torch's current stream. The stable ABI's `Stream::id` is torch's own number for it, not the handle,
+// and `nativeHandle` is younger than the version that we build for. The function that gives the handle is in the
+// library of torch's CUDA builds; this library must load without it, so it is looked up.
+cudaStream_t current_stream(int32_t device) {
+    using Get = AOTITorchError (*)(int32_t, void**);
+    static const Get get = [] {
+        void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+        void* function = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+        return reinterpret_cast<Get>(function);
+    }();
+    void* stream = nullptr;
+    if (get == nullptr || get(device, &stream) != AOTI_TORCH_SUCCESS) {
+        fail("the current CUDA stream is unknown: this build of torch has no aoti_torch_get_current_cuda_stream");
+    }
+    return static_cast<cudaStream_t>(stream);
+}
+
+char* device_address(const char* name, const Tensor& slab, bool writes, const Tensor& on) {
+    void* data = writes ? slab.mutable_data_ptr() : const_cast<void*>(slab.const_data_ptr());
+    if (!slab.is_cpu() || data == nullptr) {
+        check_device(name, slab, on);
+        return static_cast<char*>(data);
+    }
+    cudaPointerAttributes attributes{};
+    check_cuda(cudaPointerGetAttributes(&attributes, data), "cudaPointerGetAttributes");
+    if (attributes.devicePointer == nullptr) {
+        fail(name, ": expected a tensor on ", device_name(on), " or in pinned memory, given one on cpu, not pinned");
+    }
+    return static_cast<char*>(attributes.devicePointer);
+}
+
+// Torch's runtime has made the device current for the driver; ours is another one, linked into this library.
+class OnDevice {
+public:
+    OnDevice(const char* name, const Tensor& on) : device(index_of(name, on)), guard(device) {
+        check_cuda(cudaSetDevice(device), "cudaSetDevice");
+    }
+    const int32_t device;
+
+private:
+    static int32_t index_of(const char* name, const Tensor& on) {
+        if (!on.is_cuda()) {
+            fail(name, ": expected a tensor on the CUDA device that others are on, given one on ", device_name(on));
+        }
+        return on.get_device_index();
+    }
+    torch::stable::accelerator::DeviceGuard guard;
+};
+
+template <typename Arguments>
+void launch(const Arguments& arguments, int32_t device) {
+    // A row without elements still has a chunk, which writes its numbers.
+    const uint32_t chunks = std::max(divide_up(arguments.elements, CHUNK), 1u);
+    const int64_t blocks = arguments.items * chunks;
+    if (blocks == 0) {
+        return;
+    }
+    if (blocks > MOST_BLOCKS) {
+        fail("expected at most ", MOST_BLOCKS, " rows of up to ", CHUNK, " elements in a call, given ", blocks);
+    }
+    copy_rows<<<static_cast<uint32_t>(blocks), THREADS, 0, current_stream(device)>>>(arguments, chunks);
+    check_cuda(cudaGetLastError(), "launch of copy_rows");
+}
+
+void append_cuda(
+    const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
+    const Tensor& output_at, const Tensor& slots, int64_t step, const Tensor& x, const Tensor& output,
+    const Tensor& x_next) {
+    const OnDevice on("x", x);
+    launch(
+        append_arguments(states, outputs, scales, state_at, output_at, slots, step, x, output, x_next, device_address),
+        on.device);
+}
+
+void append_steps_cuda(
+    const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
+    const Tensor& output_at, const Tensor& slots, const Tensor& x, const Tensor& output) {
+    const OnDevice on("x", x);
+    launch(
+        append_steps_arguments(states, outputs, scales, state_at, output_at, slots, x, output, device_address),
+        on.device);
+}
+
+Gathered gather_cuda(
+    const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
+    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& epoch,
+    const Tensor& timestep, const Tensor& index, ScalarType dtype) {
+    const OnDevice on("index", index);
+    const auto [a, fields] = gather_arguments(
+        states, outputs, scales, state_at, output_at, steps, prompt, reward, epoch, timestep, index, dtype,
+        device_address);
+    launch(a, on.device);
+    return fields;
+}
+
+std::tuple<Tensor, Tensor> quantise_cuda(const Tensor& x, int64_t block) {
+    const OnDevice on("x", x);
+    const auto [a, q, scales] = quantise_arguments(x, block);
+    launch(a, on.device);
+    return {q, scales};
+}
+
+Tensor dequantise_cuda(const Tensor& q, const Tensor& scales, int64_t block, ScalarType dtype) {
+    const OnDevice on("q", q);
+    const auto [a, x] = dequantise_arguments(q, scales, block, dtype);
+    launch(a, on.device);
+    return x;
+}
+
+}  // namespace
+}  // namespace fastnabla
+
+STABLE_TORCH_LIBRARY_IMPL(fastnabla, CUDA, m) {
+    m.impl("append", TORCH_BOX(&fastnabla::append_cuda));
+    m.impl("append_steps", TORCH_BOX(&fastnabla::append_steps_cuda));
+    m.impl("gather", TORCH_BOX(&fastnabla::gather_cuda));
+    m.impl("quantise", TORCH_BOX(&fastnabla::quantise_cuda));
+    m.impl("dequantise", TORCH_BOX(&fastnabla::dequantise_cuda));
+}
