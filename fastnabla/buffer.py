@@ -92,6 +92,13 @@ class TrajectoryBuffer:
             raise ValueError(f"storage = {storage!r}: expected one of {get_args(Storage)}")
         if output_block not in (None, 64, 128, 256):
             raise ValueError(f"output_block = {output_block}: expected 64, 128 or 256 elements, or None for no blocks")
+        for name, value in {"capacity": capacity, "num_steps": num_steps, "kept": kept}.items():
+            if value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
+        if not sample_shape or min(sample_shape) < 1:
+            raise ValueError(f"sample_shape = {tuple(sample_shape)}: expected one or more sizes, all at least 1")
+        if timestep is not None and timestep.shape != (num_steps,):
+            raise ValueError(f"timestep has shape {tuple(timestep.shape)}, expected ({num_steps},)")
         self.capacity, self.num_steps, self.kept = capacity, num_steps, kept
         self.sample_shape, self.output_block, self.storage = tuple(sample_shape), output_block, storage
         self.device = torch.device(device)
@@ -171,6 +178,9 @@ class TrajectoryBuffer:
             raise ValueError(
                 f"steps {tuple(steps.shape)}, prompt {tuple(prompt.shape)}: expected [B, {self.kept}] and [B]"
             )
+        for name, numbers in (("steps", steps), ("prompt", prompt)):
+            if numbers.dtype != torch.int64:
+                raise ValueError(f"{name} has dtype {numbers.dtype}, expected torch.int64")
         steps, count = steps.cpu(), len(steps)
         if count and not 0 <= int(steps.min()) <= int(steps.max()) < self.num_steps:
             raise ValueError(f"steps must be in 0..{self.num_steps - 1}; found {int(steps.min())}..{int(steps.max())}")
@@ -211,6 +221,7 @@ class TrajectoryBuffer:
             raise RuntimeError(f"no room for {count} trajectories: the oldest {excess} are not all complete")
         self._forget(excess)
 
+    @torch.no_grad()
     def append(self, slots: Tensor, step: int, x: Tensor, model_output: Tensor, x_next: Tensor) -> None:
         """Record step `step` (in order, from 0) of the trajectories in `slots [B]`; what was not drawn is dropped.
 
@@ -221,7 +232,7 @@ class TrajectoryBuffer:
 
         Raises:
             IndexError: a slot is not reserved.
-            ValueError: wrong shape, or a step out of order. Nothing has been written then.
+            ValueError: wrong shape, a slot twice, or a step out of order. Nothing has been written then.
         """
         expected = (len(slots), *self.sample_shape)
         for name, tensor in (("x", x), ("model_output", model_output), ("x_next", x_next)):
@@ -229,7 +240,8 @@ class TrajectoryBuffer:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
         with self._lock:
             self._check_reserved(slots)
-            if bool((self._appended[slots] != step).any()) or step >= self.num_steps:
+            self._check_different(slots)
+            if bool((self._appended[slots] != step).any()) or not 0 <= step < self.num_steps:
                 raise ValueError(
                     f"step {step} is out of order: next is {self._appended[slots].tolist()} of {self.num_steps}"
                 )
@@ -237,6 +249,7 @@ class TrajectoryBuffer:
         buffer_ops.append(*self._slabs(), where, step, x, model_output, x_next)
         self._appended[slots] += 1
 
+    @torch.no_grad()
     def append_steps(self, slots: Tensor, x: Tensor, model_output: Tensor) -> None:
         """Record whole trajectories, in slots of which nothing is recorded yet.
 
@@ -254,6 +267,7 @@ class TrajectoryBuffer:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
         with self._lock:
             self._check_reserved(slots)
+            self._check_different(slots)
             if bool(self._appended[slots].any()):
                 raise ValueError(f"steps are recorded already: {self._appended[slots].tolist()} of {self.num_steps}")
         buffer_ops.append_steps(*self._slabs(), slots.to(self.device), x, model_output)
@@ -313,8 +327,10 @@ class TrajectoryBuffer:
 
         Raises:
             RuntimeError: no trajectory is complete, or one has no reward where rewards matter.
-            ValueError: the temperature is not positive.
+            ValueError: the count or the temperature is not positive.
         """
+        if count < 1:
+            raise ValueError(f"count = {count}: must be at least 1")
         if temperature is not None and not temperature > 0:
             raise ValueError(f"temperature = {temperature}: must be positive, or None for uniform draws")
         slots = self.slots()
@@ -343,10 +359,13 @@ class TrajectoryBuffer:
         """Become what `state_dict` saved.
 
         Raises:
-            ValueError: it is of a buffer with other arguments. Nothing has been changed then.
+            ValueError: it is of a buffer with other arguments, or is not complete. Nothing has been changed then.
         """
-        if state["geometry"] != self._geometry():
-            raise ValueError(f"the state is of a buffer of {state['geometry']}, this is one of {self._geometry()}")
+        if state.get("geometry") != self._geometry():
+            raise ValueError(f"the state is of a buffer of {state.get('geometry')}, this is one of {self._geometry()}")
+        missing = {"first", "live", *self._tensors()} - state.keys()
+        if missing:
+            raise ValueError(f"the state lacks {', '.join(sorted(missing))}")
         self._wait()
         with self._lock:
             for name in self._tensors():
@@ -369,6 +388,10 @@ class TrajectoryBuffer:
 
     def _slabs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         return self.x, self.model_output, self.scales, self._state_at, self._output_at
+
+    def _check_different(self, slots: Tensor) -> None:
+        if len(slots.unique()) < len(slots):
+            raise ValueError(f"slots must be different, found {slots.tolist()}")
 
     def _check_reserved(self, slots: Tensor) -> None:
         inside = (slots >= 0) & (slots < self.capacity)

@@ -5,7 +5,6 @@ from scipy import stats
 from torch import Tensor
 
 from fastnabla.buffer import TrajectoryBuffer
-from fastnabla.draws import draw_stratified, draw_uniform
 from tests.checks import randn
 
 SHAPE = (2, 3, 4)
@@ -14,46 +13,6 @@ NUM_STEPS = 8
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def test_stratified_draws():
-    steps = draw_stratified(4000, NUM_STEPS, 4, generator())
-    assert steps.dtype == torch.int64
-    assert steps.shape == (4000, 5)
-    assert (steps[:, 0] == NUM_STEPS - 1).all()
-    assert torch.equal(steps[:, 1:] // 2, torch.arange(4).expand(4000, 4))
-    # 4000 draws of each of 2 steps: a share of 0.5 with a standard deviation of 0.008; 0.04 is five of them.
-    shares = steps[:, 1:].flatten().bincount(minlength=NUM_STEPS) / 4000
-    assert (shares - 0.5).abs().max() < 0.04
-
-
-def test_uniform_draws():
-    steps = draw_uniform(4000, NUM_STEPS, 3, generator())
-    assert steps.shape == (4000, 4)
-    assert (steps[:, 0] == NUM_STEPS - 1).all()
-    assert (steps.sort(1).values.diff(dim=1) > 0).all(), "a step was drawn twice"
-    # 7 steps before the last, each in with probability 3/7, standard deviation 0.008.
-    shares = steps[:, 1:].flatten().bincount(minlength=NUM_STEPS) / 4000
-    assert (shares[:-1] - 3 / 7).abs().max() < 0.04
-    assert shares[-1] == 0
-
-
-@pytest.mark.parametrize("draw", [draw_stratified, draw_uniform])
-def test_draws_are_reproducible(draw):
-    assert torch.equal(draw(9, NUM_STEPS, 4, generator(1)), draw(9, NUM_STEPS, 4, generator(1)))
-    assert not torch.equal(draw(9, NUM_STEPS, 4, generator(1)), draw(9, NUM_STEPS, 4, generator(2)))
-
-
-@pytest.mark.parametrize("strata", [0, -2, 3, 16])
-def test_strata_must_divide_the_steps(strata):
-    with pytest.raises(ValueError, match=f"strata = {strata}: must be at least 1 and divide the number of steps, 8"):
-        draw_stratified(2, NUM_STEPS, strata, generator())
-
-
-@pytest.mark.parametrize("draws", [0, 8])
-def test_uniform_draws_must_fit(draws):
-    with pytest.raises(ValueError, match=f"draws = {draws}: must be between 1 and 7"):
-        draw_uniform(2, NUM_STEPS, draws, generator())
 
 
 class Trajectories:
@@ -275,3 +234,47 @@ def test_draw_rejects():
         with pytest.raises(RuntimeError, match=r"set buffer\.reward of every complete trajectory"):
             buffer.draw(2, generator(), 1.0)
     assert set(buffer.draw(200, generator()).tolist()) == {0, 1, 2}, "without a temperature rewards do not matter"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"capacity": 0}, "capacity = 0: must be at least 1"),
+        ({"num_steps": 0}, "num_steps = 0"),
+        ({"kept": 0}, "kept = 0"),
+        ({"sample_shape": ()}, r"sample_shape = \(\)"),
+        ({"sample_shape": (4, 0)}, r"sample_shape = \(4, 0\)"),
+        ({"output_block": 100}, "output_block = 100: expected 64, 128 or 256"),
+        ({"storage": "disk"}, "storage = 'disk': expected one of"),
+        ({"timestep": torch.arange(3)}, r"timestep has shape \(3,\), expected \(8,\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TrajectoryBuffer(**({"capacity": 2, "num_steps": 8, "kept": 2, "sample_shape": SHAPE} | arguments))
+
+
+def test_refused_calls_change_nothing():
+    buffer = TrajectoryBuffer(3, NUM_STEPS, 2, SHAPE)
+    slots = buffer.reserve(torch.tensor([[7, 0]] * 2), torch.zeros(2, dtype=torch.int64))
+    Trajectories(2).append_to(buffer, slots)
+    before = buffer.state_dict()
+    incomplete = {name: value for name, value in before.items() if name != "_appended"}
+    x = randn(2, *SHAPE)
+    for refused, message in (
+        (lambda: buffer.reserve(torch.tensor([[7, 0]]).int(), slots[:1]), "steps has dtype torch.int32"),
+        (lambda: buffer.reserve(torch.tensor([[7, 0]]), slots[:1].float()), "prompt has dtype torch.float32"),
+        (lambda: buffer.load_state_dict(incomplete), "the state lacks _appended"),
+        (lambda: buffer.append(slots * 0, 0, x, x, x), r"slots must be different, found \[0, 0\]"),
+        (lambda: buffer.draw(0, torch.Generator()), "count = 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+        after = buffer.state_dict()
+        assert all(
+            torch.equal(after[name].nan_to_num(), value.nan_to_num())
+            if isinstance(value, torch.Tensor)
+            else after[name] == value
+            for name, value in before.items()
+        )
