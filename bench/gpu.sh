@@ -3,9 +3,10 @@
 #
 #     bench/gpu.sh
 #
-# runs the tests marked gpu, the kernels' benchmarks and, where diffusers is installed, that of the training step;
-# leaves bench/results/kernels_<gpu>_<date>.json and .md, copies them to $OUT if that is a folder, and prints the table
-# last. PYTHON: the interpreter, python3 if not given. Fails, after all that, if a test or benchmark failed.
+# builds fastnabla/_C.so in place if there is an nvcc, runs the tests marked gpu, the buffer's and the kernels' benchmarks,
+# the buffer's tests again under compute-sanitizer where that is in PATH, and, where diffusers is installed, the benchmark
+# of the training step; leaves bench/results/kernels_<gpu>_<date>.json and .md, copies them to $OUT if that is a folder,
+# and prints the tables last. PYTHON: the interpreter, python3 if not given. Fails, after all that, if any of it failed.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -28,6 +29,13 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   exit 1
 fi
 
+failed=0
+if ! has setuptools; then
+  echo "not installed: setuptools; fastnabla/_C.so is not built"
+elif [[ -x ${CUDA_HOME:-}/bin/nvcc ]] || command -v nvcc >/dev/null; then
+  (cd "$root" && timeout --kill-after=10 150 "$python" setup.py build_ext --inplace) || failed=1
+fi
+
 # The package as an installation would lay it out: kernels/ is fastnabla.kernels. Everything runs in this folder, so that
 # it is found first, whatever is installed.
 tree=$(mktemp -d)
@@ -38,6 +46,7 @@ ln -s "$root"/{tests,bench,pyproject.toml} "$tree/"
 cd "$tree"
 unset TRITON_INTERPRET
 export PYTHONPATH=$tree${PYTHONPATH:+:$PYTHONPATH}
+"$python" -c 'from fastnabla.buffer_ops import WHY_NOT; print("extension:", WHY_NOT or "for CPU and CUDA")' || failed=1
 
 # Runs pytest for at most $1 seconds, and no longer than until the deadline; an interrupt lets it write what it has.
 limited_pytest() {
@@ -47,7 +56,6 @@ limited_pytest() {
   timeout --signal=INT --kill-after=10 "$limit" "$python" -m pytest -q -p no:cacheprovider "${@:2}"
 }
 
-failed=0
 mapfile -t marked < <(grep -liE 'gpu|kernel_cases' tests/test_*.py || true)
 tests="none"
 if ((${#marked[@]})); then
@@ -67,7 +75,32 @@ bench() {
   limited_pytest "$1" "bench/bench_$2.py" --benchmark-only --benchmark-columns=median,iqr,rounds \
     --benchmark-json="$tree/raw/$2.json"
 }
-bench 300 kernels || failed=1
+bench 60 buffer || failed=1
+bench 250 kernels || failed=1
+
+# Accesses out of bounds and races in the buffer's kernel. Torch's cache of memory, which graphs need, would hide the
+# former, since it takes many tensors from one allocation.
+sanitise() {
+  local limit=$((deadline - SECONDS)) code=124
+  ((limit > 40)) && limit=40
+  if ((limit > 0)); then
+    code=0
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal=INT --kill-after=10 "$limit" \
+      compute-sanitizer --tool "$1" --error-exitcode 99 --report-api-errors no \
+      "$python" -m pytest -q -p no:cacheprovider -m gpu -k "not graph" "${buffer_tests[@]}" || code=$?
+  fi
+  case $code in
+    0) echo "compute-sanitizer $1: no errors" ;;
+    5) echo "compute-sanitizer $1: no tests" ;;
+    124 | 137) echo "compute-sanitizer $1: not finished in time" ;;
+    *) echo "compute-sanitizer $1: failed" && failed=1 ;;
+  esac
+}
+mapfile -t buffer_tests < <(grep -li gpu tests/test_buffer*.py || true)
+if ((${#buffer_tests[@]})) && command -v compute-sanitizer >/dev/null; then
+  sanitise memcheck
+  sanitise racecheck
+fi
 if has diffusers; then
   # Its trainer and its baseline are set up for the CPU.
   CUDA_VISIBLE_DEVICES="" bench 90 step || { failed=1; rm -f "$tree/raw/step.json"; }

@@ -1,11 +1,11 @@
-"""A run of the kernels' benchmarks in short: a table on the screen, and small files to keep.
+"""A run of the benchmarks in short: a table on the screen, and small files to keep.
 
     python -m bench.summary RAW.json [RAW.json …] [--into FOLDER …] [--theme kernels] [--tests OUTCOME]
 
 reads what `pytest bench --benchmark-json RAW.json` wrote, writes `<theme>_<hardware>_<date>.json` and `.md` into each
-folder (bench/results), and prints the table's rows of whole passes. The JSON file has, for each benchmark, the median
-and interquartile range in seconds, the rounds and its extra_info; device, versions and commit once. A number that was
-not measured is a dash.
+folder (bench/results), and prints the rows of whole passes and those of the buffer. The JSON file has, for each
+benchmark, the median and interquartile range in seconds, the rounds and its extra_info; device, versions and commit once.
+A number that was not measured is a dash.
 """
 
 import argparse
@@ -27,6 +27,14 @@ NOTES = """\
 graph with a cold L2 cache, launching excluded. Vs: times as fast as the published algorithm in eager torch, and as plain
 torch through torch.compile. GB/s: bytes that the operation has to move, over fastnabla's time on the device (its µs where
 there is no such time); of copy: the share of the bandwidth measured with a large copy. A dash: not measured."""
+BUFFER_HEADER = (
+    *("operation", "buffer", "ms", "on device", "vs reference", "on device", "vs index_select", "on device"),
+    *("GB/s", "of copy", "KiB a trajectory", "of reference"),
+)
+BUFFER_NOTES = """\
+The trajectory buffer: a whole rollout stored, or all its drawn transitions gathered (bench/bench_buffer.py says how). On
+device: as above, in ms. Vs: times as fast as the reference's pattern, and as index_select field by field. GB/s: bytes read
+and written, over the time on the device or else ms; caches are cold, but what is gathered goes to memory just used."""
 
 
 def condense(raws: list[dict[str, Any]], theme: str, tests: str | None) -> dict[str, Any]:
@@ -72,21 +80,43 @@ def _row(key: tuple, case: dict[str, dict[str, Any]]) -> tuple[str, ...]:
         found = case.get(provider)
         return (1e6 * found["median s"], found.get("graph us")) if found else (None, None)
 
-    def number(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
-    def ratio(other: float | None, own: float | None) -> str:
-        return number(other / own if other and own else None, ".2f")
-
     eager, compiled, ours = (times(provider) for provider in PROVIDERS)
     measured = case.get(OURS, {})
     return (
         *map(str, key),
-        *(number(value, ".1f") for value in (*eager, *compiled, *ours)),
-        *(ratio(other, own) for others in (eager, compiled) for other, own in zip(others, ours, strict=True)),
-        number(measured.get("GB/s"), ".0f"),
-        number(measured.get("share of copy"), ".0%"),
+        *(_number(value, ".1f") for value in (*eager, *compiled, *ours)),
+        *(_ratio(other, own) for others in (eager, compiled) for other, own in zip(others, ours, strict=True)),
+        _number(measured.get("GB/s"), ".0f"),
+        _number(measured.get("share of copy"), ".0%"),
     )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _ratio(other: float | None, own: float | None) -> str:
+    return _number(other / own if other and own else None, ".2f")
+
+
+def buffer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Cells of the buffer's benchmarks, in the order of `BUFFER_HEADER`."""
+    found = [benchmark for benchmark in summary["benchmarks"] if "buffer" in benchmark]
+    times: dict[tuple[str, str], tuple[float | None, float | None]] = {
+        (b["operation"], b["buffer"]): (1e3 * b["median s"], b["graph us"] and b["graph us"] / 1e3) for b in found
+    }
+
+    def row(b: dict[str, Any]) -> tuple[str, ...]:
+        own = times[b["operation"], b["buffer"]]
+        others = [times.get((b["operation"], base), (None, None)) for base in ("reference's pattern", "index_select")]
+        return (
+            *(b["operation"], b["buffer"], *(_number(time, ".3f") for time in own)),
+            *(_ratio(*pair) for other in others for pair in zip(other, own, strict=True)),
+            *(_number(b["GB/s"], ".1f"), _number(b["share of copy"], ".0%")),
+            *(_number(b["bytes a trajectory"] / 1024, ".0f"), _number(b["of reference"], ".1%")),
+        )
+
+    return [row(b) for b in sorted(found, key=lambda b: b["operation"])]
 
 
 def markdown(summary: dict[str, Any], raw_file: str) -> str:
@@ -94,12 +124,18 @@ def markdown(summary: dict[str, Any], raw_file: str) -> str:
     device = summary["device"]
     lines = [f"# {summary['theme'].capitalize()}, {device.get('hardware', 'unknown hardware')}, {summary['date']}", ""]
     lines += [NOTES, "", *(f"- {fact}" for fact in facts(summary)), f"- all numbers: `{raw_file}`", ""]
-    lines += [f"| {' | '.join(cells)} |" for cells in (HEADER, ("---",) * len(HEADER), *rows(summary))]
-    others = [benchmark for benchmark in summary["benchmarks"] if "provider" not in benchmark]
+    lines += _table(HEADER, rows(summary))
+    if buffers := buffer_rows(summary):
+        lines += ["", BUFFER_NOTES, "", *_table(BUFFER_HEADER, buffers)]
+    others = [benchmark for benchmark in summary["benchmarks"] if not {"provider", "buffer"} & benchmark.keys()]
     if others:
         lines += ["", "| benchmark | median ms |", "|---|---|"]
         lines += [f"| {other['group']}: {other['name']} | {1e3 * other['median s']:.1f} |" for other in others]
     return "\n".join(lines) + "\n"
+
+
+def _table(header: tuple[str, ...], table: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *table)]
 
 
 def facts(summary: dict[str, Any]) -> list[str]:
@@ -109,16 +145,24 @@ def facts(summary: dict[str, Any]) -> list[str]:
         computed_by = {b["computed by"]: None for b in summary["benchmarks"] if b.get("provider") == provider}
         found += [f"{provider}: {', '.join(computed_by)}"] if computed_by else []
     found += [f"outputs: {', '.join({b['output dtype']: None for b in summary['benchmarks'] if 'provider' in b})}"]
-    copies = {f"{b['copy GB/s']:.0f} GB/s": None for b in summary["benchmarks"] if "provider" in b}
+    copies = {f"{b['copy GB/s']:.0f} GB/s": None for b in summary["benchmarks"] if "copy GB/s" in b}
+    for b in summary["benchmarks"]:
+        if "read GB/s" in b:
+            link = f"{b['read GB/s']:.1f} GB/s over the link, a copy {b['host to device GB/s']:.1f}"
+            found.append(f"{b['buffer']}: {b['operation']} reads {link}")
     return [*found, f"copy: {', '.join(copies)}", f"GPU tests: {summary['GPU tests'] or 'not run'}"]
 
 
 def screen(summary: dict[str, Any]) -> str:
-    """The rows of whole passes, aligned."""
+    """The rows of whole passes, and the buffer's, aligned."""
     apart = {(cells[0], cells[2], cells[3]) for cells in rows(summary) if cells[1] == "both"}
     whole = [cells for cells in rows(summary) if cells[1] == "both" or (cells[0], *cells[2:4]) not in apart]
-    table = [HEADER, *whole]
-    widths = [max(len(cells[column]) for cells in table) for column in range(len(HEADER))]
+    tables = [[HEADER, *whole], [BUFFER_HEADER, *buffer_rows(summary)]]
+    return "\n\n".join(_aligned(table) for table in tables if len(table) > 1)
+
+
+def _aligned(table: list[tuple[str, ...]]) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(cells, widths, strict=True)) for cells in table)
 
 

@@ -289,7 +289,7 @@ class TrajectoryBuffer:
             IndexError: a number is of a slot that is not reserved.
             RuntimeError: a trajectory is not complete.
         """
-        index = index.cpu()
+        index = index.cpu().contiguous()
         slots = index // self.kept
         self._check_reserved(slots)
         if bool((self._appended[slots] < self.num_steps).any()):
@@ -390,10 +390,12 @@ class TrajectoryBuffer:
         return self.x, self.model_output, self.scales, self._state_at, self._output_at
 
     def _check_different(self, slots: Tensor) -> None:
-        if len(slots.unique()) < len(slots):
+        if len(set(slots.tolist())) < len(slots):
             raise ValueError(f"slots must be different, found {slots.tolist()}")
 
     def _check_reserved(self, slots: Tensor) -> None:
-        inside = (slots >= 0) & (slots < self.capacity)
-        if not bool((inside & ((slots - self._first) % self.capacity < self._live)).all()):
+        inside = not len(slots) or 0 <= int(slots.min()) <= int(slots.max()) < self.capacity
+        if not inside or (
+            self._live < self.capacity and bool(((slots - self._first) % self.capacity >= self._live).any())
+        ):
             raise IndexError(f"slots must be reserved ones, {self.slots().tolist()}; found {slots.tolist()}")

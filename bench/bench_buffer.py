@@ -1,0 +1,199 @@
+"""The trajectory buffer: storing a rollout and gathering its transitions, fastnabla's and other ways to do it.
+
+The paper's settings: latents 4 × 64 × 64, 50 steps of which 6 are trained on, the last among them; sampled and trained on
+in batches of 16; 64 trajectories on CUDA, 16 on a CPU. Rollouts, and what is gathered, are float32. All gather the same
+transitions in the same random order, and their values are checked, for equality, before anything is timed.
+
+- reference's pattern: the authors' code. All states, next states and outputs are kept in lists, stacked and concatenated,
+  shuffled by trajectory, permuted along time by index tensors of T + 1 columns, and sliced. In its favour, making these
+  indices is not timed, and the scores that the authors carry along are left out. Against it, slices are copied; those of
+  next states and outputs are views in their code, whose states may be bfloat16 too.
+- index_select: slabs of the drawn transitions, one `index_copy_` or `index_select` a field and batch; tensordict: the
+  same slabs in a TensorDict, where that is installed.
+- fastnabla: its buffer, `reserve` included; also with outputs in 8 bits, slabs in bfloat16, or, on CUDA, pinned slabs.
+
+A call stores a whole rollout, or gathers all its drawn transitions; caches are cold. Bytes are those of states, outputs
+and scales: what the others' copies read and write; for fastnabla what it has to, each row kept or gathered in and out once.
+"""
+
+import collections
+import functools
+import itertools
+import timeit
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import measure
+from fastnabla import buffer_ops, buffer_torch
+from fastnabla.buffer import TrajectoryBuffer, Transitions
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
+TRAJECTORIES, BATCH, STEPS, KEPT, SHAPE = 64 if CUDA else 16, 16, 50, 6, (4, 64, 64)
+BATCHES = [slice(first, first + BATCH) for first in range(0, TRAJECTORIES, BATCH)]
+LARGE = ("x", "x_next", "model_output")
+LAYER = 4 * TRAJECTORIES * torch.Size(SHAPE).numel()  # bytes of a float32 state of every trajectory
+drain = functools.partial(collections.deque, maxlen=0)  # go through an iterator, keeping nothing
+
+
+@functools.cache
+def rollout() -> SimpleNamespace:
+    """states `[T + 1, B, …]`, outputs `[T, B, …]`, reward `[B]`; columns `[B, T + 1]`, the authors' order of steps (the
+    last, then draws from strata); order `[B]`, the trajectories shuffled; numbers, what else a transition has, `[B * KEPT]`;
+    and on the host steps `[B, KEPT]`, the first columns; parts, micro-batches of numbers trajectory * KEPT + column."""
+    generator, strata = torch.Generator().manual_seed(0), KEPT - 1
+    states, outputs = (torch.empty(n, TRAJECTORIES, *SHAPE, device=DEVICE).normal_() for n in (STEPS + 1, STEPS))
+    within = torch.randint(STEPS // strata, (TRAJECTORIES, STEPS), generator=generator)
+    drawn = within + STEPS // strata * (torch.arange(STEPS) % strata)
+    columns = torch.cat([torch.full((TRAJECTORIES, 1), STEPS - 1), drawn], 1)
+    order, reward = torch.randperm(TRAJECTORIES, generator=generator), torch.randn(TRAJECTORIES, generator=generator)
+    steps, own = columns[:, :KEPT], torch.arange(TRAJECTORIES).repeat_interleave(KEPT)
+    numbers = dict.fromkeys(("step_index", "timestep", "prompt", "trajectory", "epoch"), steps.flatten())
+    return SimpleNamespace(
+        **{"states": states, "outputs": outputs, "steps": steps},
+        **{"columns": columns.to(DEVICE), "order": order.to(DEVICE), "reward": reward.to(DEVICE)},
+        parts=[trajectory * KEPT + column for trajectory in order.split(BATCH) for column in range(KEPT)],
+        numbers={name: values.to(DEVICE) for name, values in {**numbers, "reward": reward[own]}.items()},
+    )
+
+
+class Reference:
+    moved: ClassVar = {"append": 2 * (5 * STEPS + 1) * LAYER, "gather": 2 * 3 * (2 * STEPS + 1 + KEPT) * LAYER}
+    stored = 3 * STEPS * LAYER  # bytes; also what is moved, by operation
+
+    def append(self) -> None:
+        r, samples, steps = rollout(), [], torch.arange(STEPS, device=DEVICE).expand(BATCH, -1)
+        for batch in BATCHES:
+            x = torch.stack([state[batch] for state in r.states], 1)
+            output = torch.stack([output[batch] for output in r.outputs], 1)
+            large = dict(zip(LARGE, (x[:, :-1], x[:, 1:], output), strict=True))
+            samples.append({**large, "step_index": steps, "timestep": steps, "reward": r.reward[batch]})
+        self.fields = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+
+    def gather(self, parts: list[Tensor]) -> Iterator[dict[str, Tensor]]:
+        order, rows = rollout().order, torch.arange(TRAJECTORIES, device=DEVICE)[:, None]
+        fields, columns = {name: field[order] for name, field in self.fields.items()}, rollout().columns[order]
+        for name in fields.keys() - {"reward"}:
+            fields[name] = fields[name][rows, columns]
+        for batch, column in itertools.product(BATCHES, range(KEPT)):
+            yield {k: v[batch] if k == "reward" else v[batch, column].contiguous() for k, v in fields.items()}
+
+
+class IndexSelect:
+    moved: ClassVar = {"append": 2 * 2 * 3 * KEPT * LAYER, "gather": 2 * 3 * KEPT * LAYER}
+    stored = 3 * KEPT * LAYER
+
+    def __init__(self, make=None) -> None:  # make: the class TensorDict
+        large = {name: torch.empty(KEPT * TRAJECTORIES, *SHAPE, device=DEVICE) for name in LARGE}
+        slabs, self.make = large | rollout().numbers, make
+        self.slabs = make(slabs, batch_size=[KEPT * TRAJECTORIES]) if make else slabs
+
+    def append(self) -> None:
+        r = rollout()
+        for batch, step in ((part, step) for part in BATCHES for step in r.steps[part].unique().tolist()):
+            rows, column = (r.steps[batch] == step).nonzero(as_tuple=True)
+            at, rows = ((batch.start + rows) * KEPT + column).to(DEVICE), rows.to(DEVICE)
+            sources = zip(LARGE, (r.states[step], r.states[step + 1], r.outputs[step]), strict=True)
+            values = {name: source[batch].index_select(0, rows) for name, source in sources}
+            if self.make:
+                self.slabs.select(*LARGE)[at] = self.make(values, batch_size=[len(at)])
+            for name in () if self.make else LARGE:
+                self.slabs[name].index_copy_(0, at, values[name])
+
+    def gather(self, parts: list[Tensor]) -> Iterator[Any]:
+        for index in (part.to(DEVICE) for part in parts):
+            yield self.slabs[index] if self.make else {k: v.index_select(0, index) for k, v in self.slabs.items()}
+
+
+class Ours:
+    def __init__(self, dtype=torch.float32, block: int | None = None, storage="device") -> None:
+        sizes, r = (TRAJECTORIES, STEPS, KEPT, SHAPE, dtype, DEVICE), rollout()
+        self.buffer = b = TrajectoryBuffer(*sizes, storage=storage, output_block=block)
+        row, state, output = (values[0, 0].nbytes for values in (r.states, b.x, b.model_output))
+        output += b.scales[0, 0].nbytes if block else 0
+        states = sum(len({*steps, *(step + 1 for step in steps)}) for steps in r.steps.tolist())
+        append = states * (row + state) + sum(len({*steps}) for steps in r.steps.tolist()) * (row + output)
+        self.read, self.stored = KEPT * TRAJECTORIES * (2 * state + output), b.nbytes
+        self.moved = {"append": append, "gather": self.read + 3 * KEPT * LAYER}
+
+    def append(self) -> None:
+        r = rollout()
+        self.buffer.clear()
+        for batch in BATCHES:
+            slots = self.buffer.reserve(r.steps[batch], torch.arange(batch.start, batch.stop))
+            for t in range(STEPS):
+                self.buffer.append(slots, t, r.states[t, batch], r.outputs[t, batch], r.states[t + 1, batch])
+        self.buffer.reward.copy_(r.reward)
+
+    def gather(self, parts: list[Tensor]) -> Iterator[Transitions]:
+        return self.buffer.batches(torch.cat(parts), BATCH, torch.float32)
+
+    def device_gather(self, parts: list[Tensor]) -> Iterator[Any]:
+        b = self.buffer
+        tensors = (*b._slabs(), b.steps, b.prompt, b.reward, b.epoch, b.timestep)
+        return (buffer_ops.gather(*tensors, part, torch.float32) for part in parts)
+
+
+PROVIDERS = {
+    "reference's pattern": Reference,
+    "index_select": IndexSelect,
+    "tensordict": lambda: IndexSelect(pytest.importorskip("tensordict").TensorDict),
+    "fastnabla": Ours,
+    "fastnabla, 8-bit outputs": lambda: Ours(block=128),
+    "fastnabla, bfloat16": lambda: Ours(torch.bfloat16),
+    **({"fastnabla, pinned": lambda: Ours(storage="pinned")} if CUDA else {}),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def filled(name: str) -> Any:
+    """A provider with the rollout; what it gathers is equal to that, rounded as it is stored."""
+    r, provider = rollout(), PROVIDERS[name]()
+    provider.append()
+    for part, batch in zip(r.parts, provider.gather(r.parts), strict=True):
+        row, step = (part // KEPT).to(DEVICE), r.steps.flatten()[part].to(DEVICE)
+        values = [r.states[step, row], r.states[step + 1, row], r.outputs[step, row]]
+        if "8-bit" in name:
+            coded = buffer_torch.quantise(values[2].flatten(1), 128)
+            values[2] = buffer_torch.dequantise(*coded, 128, torch.float32).view_as(values[0])
+        if "bfloat16" in name:
+            values = [value.bfloat16().float() for value in values]
+        for field, value in zip((*LARGE, "step_index", "reward"), (*values, step, r.reward[row]), strict=True):
+            given = getattr(batch, field) if isinstance(batch, Transitions) else batch[field]
+            assert torch.equal(given, value), f"{name}: {field} is not that of the rollout"
+    return provider
+
+
+@pytest.mark.parametrize(("name", "operation"), list(itertools.product(PROVIDERS, ("append", "gather"))))
+def bench_buffer(benchmark, name: str, operation: str) -> None:
+    with measure.own_stream():  # on CUDA; it can be captured
+        provider, parts, memory = filled(name), rollout().parts, torch.ones(2**25, device=DEVICE)
+        run = provider.append if operation == "append" else lambda: drain(provider.gather(parts))
+        evict = measure.synchronised(lambda: drain([memory.zero_()]))
+        benchmark.group = f"{operation}, {TRAJECTORIES} trajectories of SD 1.5, {'CUDA' if CUDA else 'CPU'}"
+        rounds = max(5, min(25, round(4 / timeit.timeit(measure.synchronised(run), number=2))))  # about 2 s
+        benchmark.pedantic(measure.synchronised(run), setup=evict, rounds=rounds)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        stats = benchmark.stats.stats
+        info, seconds = {"buffer": name, "operation": operation, "fastest s": stats.min, "graph us": None}, stats.median
+        if CUDA and operation == "gather":
+            # Alone, of indices on the device; the buffer checks them on the host.
+            gather, index = getattr(provider, "device_gather", provider.gather), [part.to(DEVICE) for part in parts]
+            info["graph us"] = measure.time_graph(lambda: drain(gather(index)))
+            seconds = info["graph us"] / 1e6
+            if "pinned" in name:
+                host, rate = torch.ones(memory.shape).pin_memory(), provider.read / seconds / 1e9
+                copying = measure.time_cuda(lambda: memory.copy_(host, non_blocking=True))
+                info |= {"read GB/s": rate, "host to device GB/s": host.nbytes / copying / 1e3}
+        rate, copy = provider.moved[operation] / seconds / 1e9, measure.copy_bandwidth(DEVICE)
+        info |= {"bytes": provider.moved[operation], "GB/s": rate, "copy GB/s": copy, "share of copy": rate / copy}
+        info |= {"bytes a trajectory": provider.stored // TRAJECTORIES, "launches": measure.launches(run)}
+        info |= {"of reference": provider.stored / Reference.stored, "threads": torch.get_num_threads()}
+        info["extension used"] = buffer_ops.CUDA_AVAILABLE if CUDA else buffer_ops.AVAILABLE
+        benchmark.extra_info |= {**info, "device": measure.device_info()}
