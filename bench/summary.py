@@ -23,18 +23,19 @@ HEADER = (
     *("vs eager", "on device", "vs compiled", "on device", "GB/s", "of copy"),
 )
 NOTES = """\
-µs: median time of a call with a wait for the device, launching included. On device: median time replayed from a CUDA
-graph with a cold L2 cache, launching excluded. Vs: times as fast as the published algorithm in eager torch, and as plain
-torch through torch.compile. GB/s: bytes that the operation has to move, over fastnabla's time on the device (its µs where
-there is no such time); of copy: the share of the bandwidth measured with a large copy. A dash: not measured."""
+Times are medians of a call with a wait for the device, launching included. On device: replayed from a CUDA graph with a
+cold L2 cache, launching excluded. Of copy: the share of the bandwidth measured with a large copy. A dash: not measured."""
+KERNEL_NOTES = """\
+The kernels. Vs: times as fast as the published algorithm in eager torch, and as plain torch through torch.compile. GB/s:
+bytes that the operation has to move, over fastnabla's time on the device, or the whole time where there is none."""
 BUFFER_HEADER = (
     *("operation", "buffer", "ms", "on device", "vs reference", "on device", "vs index_select", "on device"),
     *("GB/s", "of copy", "KiB a trajectory", "of reference"),
 )
 BUFFER_NOTES = """\
-The trajectory buffer: a whole rollout stored, or all its drawn transitions gathered (bench/bench_buffer.py says how). On
-device: as above, in ms. Vs: times as fast as the reference's pattern, and as index_select field by field. GB/s: bytes read
-and written, over the time on the device or else ms; caches are cold, but what is gathered goes to memory just used."""
+The trajectory buffer: a whole rollout stored, or all its drawn transitions gathered (bench/bench_buffer.py says how), in
+ms. Vs: times as fast as the reference's pattern, and as index_select field by field. GB/s: bytes read and written, over
+the time on the device or the whole; caches are cold, but what is gathered goes to memory just used."""
 
 
 def condense(raws: list[dict[str, Any]], theme: str, tests: str | None) -> dict[str, Any]:
@@ -123,8 +124,9 @@ def markdown(summary: dict[str, Any], raw_file: str) -> str:
     """Everything in one Markdown table, with the facts about the machine."""
     device = summary["device"]
     lines = [f"# {summary['theme'].capitalize()}, {device.get('hardware', 'unknown hardware')}, {summary['date']}", ""]
-    lines += [NOTES, "", *(f"- {fact}" for fact in facts(summary)), f"- all numbers: `{raw_file}`", ""]
-    lines += _table(HEADER, rows(summary))
+    lines += [*(f"- {fact}" for fact in facts(summary)), f"- all numbers: `{raw_file}`", "", NOTES]
+    if kernels := rows(summary):
+        lines += ["", KERNEL_NOTES, "", *_table(HEADER, kernels)]
     if buffers := buffer_rows(summary):
         lines += ["", BUFFER_NOTES, "", *_table(BUFFER_HEADER, buffers)]
     others = [benchmark for benchmark in summary["benchmarks"] if not {"provider", "buffer"} & benchmark.keys()]
@@ -144,7 +146,8 @@ def facts(summary: dict[str, Any]) -> list[str]:
     for provider in PROVIDERS:
         computed_by = {b["computed by"]: None for b in summary["benchmarks"] if b.get("provider") == provider}
         found += [f"{provider}: {', '.join(computed_by)}"] if computed_by else []
-    found += [f"outputs: {', '.join({b['output dtype']: None for b in summary['benchmarks'] if 'provider' in b})}"]
+    dtypes = {b["output dtype"]: None for b in summary["benchmarks"] if "provider" in b}
+    found += [f"outputs: {', '.join(dtypes)}"] if dtypes else []
     copies = {f"{b['copy GB/s']:.0f} GB/s": None for b in summary["benchmarks"] if "copy GB/s" in b}
     for b in summary["benchmarks"]:
         if "read GB/s" in b:
