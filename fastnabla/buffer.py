@@ -234,17 +234,9 @@ class TrajectoryBuffer:
             IndexError: a slot is not reserved.
             ValueError: wrong shape, a slot twice, or a step out of order. Nothing has been written then.
         """
-        expected = (len(slots), *self.sample_shape)
         for name, tensor in (("x", x), ("model_output", model_output), ("x_next", x_next)):
-            if tuple(tensor.shape) != expected:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
-        with self._lock:
-            self._check_reserved(slots)
-            self._check_different(slots)
-            if bool((self._appended[slots] != step).any()) or not 0 <= step < self.num_steps:
-                raise ValueError(
-                    f"step {step} is out of order: next is {self._appended[slots].tolist()} of {self.num_steps}"
-                )
+            self._check_shape(name, tensor, len(slots))
+        self._check_next(slots, step)
         where = slots.to(self.device)
         buffer_ops.append(*self._slabs(), where, step, x, model_output, x_next)
         self._appended[slots] += 1
@@ -261,15 +253,9 @@ class TrajectoryBuffer:
         Raises:
             IndexError, ValueError: as `append`.
         """
-        for name, tensor, count in (("x", x, self.num_steps + 1), ("model_output", model_output, self.num_steps)):
-            expected = (len(slots), count, *self.sample_shape)
-            if tuple(tensor.shape) != expected:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
-        with self._lock:
-            self._check_reserved(slots)
-            self._check_different(slots)
-            if bool(self._appended[slots].any()):
-                raise ValueError(f"steps are recorded already: {self._appended[slots].tolist()} of {self.num_steps}")
+        self._check_shape("x", x, len(slots), self.num_steps + 1)
+        self._check_shape("model_output", model_output, len(slots), self.num_steps)
+        self._check_next(slots, 0)
         buffer_ops.append_steps(*self._slabs(), slots.to(self.device), x, model_output)
         self._appended[slots] = self.num_steps
 
@@ -389,9 +375,21 @@ class TrajectoryBuffer:
     def _slabs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         return self.x, self.model_output, self.scales, self._state_at, self._output_at
 
-    def _check_different(self, slots: Tensor) -> None:
-        if len(set(slots.tolist())) < len(slots):
-            raise ValueError(f"slots must be different, found {slots.tolist()}")
+    def _check_shape(self, name: str, tensor: Tensor, *leading: int) -> None:
+        expected = (*leading, *self.sample_shape)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+
+    def _check_next(self, slots: Tensor, step: int) -> None:
+        """That `step` is the next one of all trajectories in `slots`."""
+        with self._lock:
+            self._check_reserved(slots)
+            if len(set(slots.tolist())) < len(slots):
+                raise ValueError(f"slots must be different, found {slots.tolist()}")
+            if bool((self._appended[slots] != step).any()) or not 0 <= step < self.num_steps:
+                raise ValueError(
+                    f"step {step} is out of order: next is {self._appended[slots].tolist()} of {self.num_steps}"
+                )
 
     def _check_reserved(self, slots: Tensor) -> None:
         inside = not len(slots) or 0 <= int(slots.min()) <= int(slots.max()) < self.capacity

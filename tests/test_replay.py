@@ -119,7 +119,7 @@ class Ring(RuleBasedStateMachine):
         slots = torch.tensor([t.slot for t in chosen])
         x, output = (torch.stack([getattr(t, name) for t in chosen]) for name in ("states", "outputs"))
         if any(t.appended for t in chosen):
-            self.refused(ValueError, "recorded already", lambda: self.buffer.append_steps(slots, x, output))
+            self.refused(ValueError, "step 0 is out of order", lambda: self.buffer.append_steps(slots, x, output))
         else:
             self.buffer.append_steps(slots, x, output)
             for trajectory in chosen:
