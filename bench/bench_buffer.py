@@ -30,7 +30,8 @@ from torch import Tensor
 
 from bench import measure
 from fastnabla import buffer_ops, buffer_torch
-from fastnabla.buffer import TrajectoryBuffer, Transitions
+from fastnabla.batch import Transitions
+from fastnabla.buffer import TrajectoryBuffer
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastnabla.buffer import Transitions
+from fastnabla.batch import Transitions
 from fastnabla.objective.balance import reward_weight
 from fastnabla.objective.gaussian import guide, step_score
 from fastnabla.policy import Policy

@@ -17,36 +17,9 @@ import torch
 from torch import Tensor
 
 from fastnabla import buffer_ops
+from fastnabla.batch import Transitions
 
 Storage = Literal["device", "pinned", "prefetch"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Transitions:
-    """M transitions; states `[M, C, H, W]`, the rest `[M]`."""
-
-    x: Tensor
-    x_next: Tensor
-    model_output: Tensor
-    """Guided output of the sampling policy at x, `[M, C, H, W]`."""
-    step_index: Tensor
-    """Row of the transition table, int64."""
-    timestep: Tensor
-    """What the buffer was told to be the step's timestep, int64."""
-    prompt: Tensor
-    """Prompt number, int64."""
-    trajectory: Tensor
-    """Slot of the trajectory in the buffer, int64."""
-    reward: Tensor
-    """Reward of the trajectory's sample, float32; NaN if none was given."""
-    epoch: Tensor
-    """Epoch in which the trajectory was sampled, int64."""
-
-    def __len__(self) -> int:
-        return len(self.step_index)
-
-    def __getitem__(self, rows: Tensor | slice) -> "Transitions":
-        return Transitions(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 
 
 class TrajectoryBuffer:
@@ -237,8 +210,7 @@ class TrajectoryBuffer:
         for name, tensor in (("x", x), ("model_output", model_output), ("x_next", x_next)):
             self._check_shape(name, tensor, len(slots))
         self._check_next(slots, step)
-        where = slots.to(self.device)
-        buffer_ops.append(*self._slabs(), where, step, x, model_output, x_next)
+        buffer_ops.append(*self._slabs(), self._on_device(slots), step, x, model_output, x_next)
         self._appended[slots] += 1
 
     @torch.no_grad()
@@ -256,7 +228,7 @@ class TrajectoryBuffer:
         self._check_shape("x", x, len(slots), self.num_steps + 1)
         self._check_shape("model_output", model_output, len(slots), self.num_steps)
         self._check_next(slots, 0)
-        buffer_ops.append_steps(*self._slabs(), slots.to(self.device), x, model_output)
+        buffer_ops.append_steps(*self._slabs(), self._on_device(slots), x, model_output)
         self._appended[slots] = self.num_steps
 
     def transitions(self, slots: Tensor | None = None) -> Tensor:
@@ -281,7 +253,7 @@ class TrajectoryBuffer:
         if bool((self._appended[slots] < self.num_steps).any()):
             raise RuntimeError("gather before the rollout is complete: append the remaining steps first")
         numbers = (self.steps, self.prompt, self.reward, self.epoch, self.timestep)
-        fields = buffer_ops.gather(*self._slabs(), *numbers, index.to(self.device), dtype or self.x.dtype)
+        fields = buffer_ops.gather(*self._slabs(), *numbers, self._on_device(index), dtype or self.x.dtype)
         names = ("x", "x_next", "model_output", "step_index", "timestep", "prompt", "trajectory", "reward", "epoch")
         return Transitions(**dict(zip(names, fields, strict=True)))
 
@@ -374,6 +346,10 @@ class TrajectoryBuffer:
 
     def _slabs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         return self.x, self.model_output, self.scales, self._state_at, self._output_at
+
+    def _on_device(self, numbers: Tensor) -> Tensor:
+        """Without waiting for the device: CUDA takes a copy of ordinary host memory before the call returns."""
+        return numbers.to(self.device, non_blocking=True)
 
     def _check_shape(self, name: str, tensor: Tensor, *leading: int) -> None:
         expected = (*leading, *self.sample_shape)

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastnabla.buffer import Transitions
+from fastnabla.batch import Transitions
 from fastnabla.decoder import Decoder, RewardFunction
 from fastnabla.objective.backend import Backend, select
 from fastnabla.objective.balance import Gamma, Weighting, Weights

@@ -45,6 +45,7 @@ COLUMNS = (
     *("norm_ref", "norm_residual", "norm_reward", "norm_target"),  # square roots of sums of squares
     "max_residual",
 )
+_NUM_COLUMNS = tl.constexpr(len(COLUMNS))
 
 
 @triton.jit
@@ -129,7 +130,7 @@ def _forward_balance_kernel(
         write(gradient_flow, o_flow, 2 * inverse_size * unit * tl.where(is_last, b_terminal, -b_residual), mask)
 
     forward2 = total(b_residual * b_residual)
-    to_part = partial + tl.program_id(0).to(tl.int64) * 9
+    to_part = partial + tl.program_id(0).to(tl.int64) * _NUM_COLUMNS
     tl.store(to_part + 0, (forward2 + terminal2 + trust_region * trust2) * inverse_size)
     tl.store(to_part + 1, forward2 * inverse_size)
     tl.store(to_part + 2, terminal2 * inverse_size)

@@ -73,9 +73,9 @@ class Layout(NamedTuple):
             **self.constants,
         }
 
-    def empty(self, name: str, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """An uninitialised tensor of one row a transition, shaped as `like`, in the layout of the tensor `name`."""
-        return empty_rows((self.rows, *like.shape[1:]), dtype, like.device, self.last[name])
+    def empty(self, name: str, like: Tensor) -> Tensor:
+        """An uninitialised float32 tensor of one row a transition, shaped as `like`, in the layout of the tensor `name`."""
+        return empty_rows((self.rows, *like.shape[1:]), torch.float32, like.device, self.last[name])
 
 
 def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:

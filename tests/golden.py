@@ -15,7 +15,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastnabla.buffer import Transitions
+from fastnabla.batch import Transitions
 from fastnabla.decoder import Decoder
 from fastnabla.objective.backend import Backend
 from fastnabla.policy import ADAPTER, Policy

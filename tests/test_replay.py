@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
-from fastnabla.buffer import TrajectoryBuffer, Transitions
+from fastnabla.batch import Transitions
+from fastnabla.buffer import TrajectoryBuffer
 from tests.checks import randn
 
 ROW, NUM_STEPS = (3, 25), 4
