@@ -45,7 +45,7 @@ SHAPES = {"SD 1.5": (4, 64, 64), "SDXL": (4, 128, 128), "SD3": (16, 128, 128)} i
 BATCHES = (64, 16, 4, 256) if CUDA else (4,)
 COMPILED = [*(("SD 1.5", n) for n in (64, 16, 4, 256)), *((s, n) for n in (64, 16) for s in ("SDXL", "SD3"))]
 WITH_BACKWARD = ("forward_balance", "reverse_balance", "gaussian_log_prob")
-OPERATIONS = (*WITH_BACKWARD, "reverse_cotangents", "guided_step")
+OPERATIONS = (*WITH_BACKWARD, "reverse_cotangent", "guided_step")
 EAGER, COMPILE, OURS = "published eager", "compiled plain", "fastnabla"
 
 
@@ -88,8 +88,8 @@ def bytes_moved(operation: str, shape: tuple[int, ...], batch: int, direction: s
         "reverse_balance": ((2 * pair + 3 * state + one) + state, state + one),
         # pair, x, x'; e. Of the gradients that of the pair alone
         "gaussian_log_prob": ((pair + 2 * state) + state, state + pair),
-        # two pairs, x, x', ∂r/∂x̂0; two pairs
-        "reverse_cotangents": ((2 * pair + 3 * state) + 2 * pair, 0),
+        # pair, x, x', ∂r/∂x̂0; pair
+        "reverse_cotangent": ((pair + 3 * state) + pair, 0),
         # pair, x, ε; x', o
         "guided_step": ((pair + 2 * state) + 2 * state, 0),
     }
@@ -136,8 +136,8 @@ def call(operations: Operations, operation: str, t: dict[str, Any]) -> tuple[tup
         return run(t["output"].detach(), t["x"], t["noise"], t["rows"], guidance_scale=w), []
     if operation == "gaussian_log_prob":
         return (run(t["output"], *states, guidance_scale=WEIGHTS.guidance_scale),), [t["output"]]
-    if operation == "reverse_cotangents":
-        return run(t["output"].detach(), t["output_ref"], *states, t["reward"], weights=WEIGHTS), []
+    if operation == "reverse_cotangent":
+        return (run(t["output"].detach(), *states, t["reward"], weights=WEIGHTS),), []
     if operation == "reverse_balance":
         outputs = (t["output"].detach(), t["output_ref"])
         loss = run(*t["products"], t["rows"], t["flow"], None, t["reward"], outputs, weights=WEIGHTS)

@@ -29,7 +29,7 @@ from fastnabla.kernels.forward_balance import forward_balance
 from fastnabla.kernels.gaussian_log_prob import gaussian_log_prob
 from fastnabla.kernels.guided_step import guided_step
 from fastnabla.kernels.reverse_balance import reverse_balance
-from fastnabla.kernels.reverse_cotangent import reverse_cotangents
+from fastnabla.kernels.reverse_cotangent import reverse_cotangent
 
 TABLE = Path(__file__).parent / "results" / "machine_code.md"
 ARCHITECTURES = (80, 90, 100)
@@ -69,9 +69,9 @@ def _forward_balance(dtype: torch.dtype, last: bool) -> None:
     loss.sum().backward()
 
 
-def _reverse_cotangents(dtype: torch.dtype, last: bool) -> None:
+def _reverse_cotangent(dtype: torch.dtype, last: bool) -> None:
     output, x = _states(2, dtype, last), _states()
-    reverse_cotangents(output, output, x, x, *_steps(), x, **WEIGHTS)
+    reverse_cotangent(output, x, x, *_steps(), x, **WEIGHTS)
 
 
 def _reverse_balance(dtype: torch.dtype, last: bool) -> None:
@@ -98,7 +98,7 @@ def _steps() -> tuple[Tensor, Tensor]:
 
 CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
     "forward_balance": _forward_balance,
-    "reverse_cotangent": _reverse_cotangents,
+    "reverse_cotangent": _reverse_cotangent,
     "reverse_balance": _reverse_balance,
     "gaussian_log_prob": _gaussian_log_prob,
     "guided_step": _guided_step,

@@ -111,24 +111,22 @@ def forward_balance(
 
 
 @torch.no_grad()
-def reverse_cotangents(
+def reverse_cotangent(
     output: Tensor,
-    output_ref: Tensor,
     x: Tensor,
     x_next: Tensor,
     rows: TransitionRows,
     pixel_score: Tensor | None = None,
     *,
     weights: Weights,
-) -> tuple[Tensor, Tensor]:
-    """As `balance.reverse_cotangents`, which computes what autograd would: two whole scores, carried back to each
-    output through the mean and through guidance."""
-    w, scale = weights.guidance_scale, weights.strength * rows.b
-    cotangent = -scale * step_score(guide(output, w), x, x_next, rows)
-    cotangent_ref = -scale * step_score(guide(output_ref, w), x, x_next, rows)
+) -> Tensor:
+    """As `balance.reverse_cotangent`, which computes what autograd would: the whole score, carried back to the output
+    through the mean and through guidance."""
+    w = weights.guidance_scale
+    cotangent = -weights.strength * rows.b * step_score(guide(output, w), x, x_next, rows)
     if pixel_score is not None:
         cotangent = cotangent + weights.beta * reward_weight(rows.alpha_bar, weights.gamma) * rows.d * full(pixel_score)
-    return unguide(cotangent, w).to(output.dtype), unguide(cotangent_ref, w).to(output_ref.dtype)
+    return unguide(cotangent, w).to(output.dtype)
 
 
 def reverse_balance(
@@ -165,6 +163,6 @@ PUBLISHED: Operations = PLAIN._replace(
     guided_step=guided_step,
     gaussian_log_prob=gaussian_log_prob,
     forward_balance=forward_balance,
-    reverse_cotangents=reverse_cotangents,
+    reverse_cotangent=reverse_cotangent,
     reverse_balance=reverse_balance,
 )

@@ -9,7 +9,7 @@ from fastnabla.objective.balance import (
     Weights,
     forward_balance,
     reverse_balance,
-    reverse_cotangents,
+    reverse_cotangent,
     reward_weight,
     score_residual,
 )
@@ -131,24 +131,23 @@ def test_forward_balance(batch, guidance, strength, weighting, with_flow):
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("guidance", [None, 5.0])
 def test_one_product_gives_reverse_and_reward_scores(batch, guidance, strength):
-    """``λ s̄ + ∇R`` = direct part + Jᵀ(cotangent), with R a nonlinear function of the clean prediction."""
+    """``λ s̄ + ∇R`` = direct part + Jᵀ(cotangent), with R a nonlinear function of the clean prediction; without pixel
+    score ``λ s̄``."""
     rows, x, x_next = batch
     x = x.requires_grad_()
-    output, output_ref = network(x, guidance, seed=3), network(x, guidance, seed=4)
+    output = network(x, guidance, seed=3)
     clean = rows.c * x + rows.d * guided(output, guidance)
     scale = 2.0 * rows.alpha_bar
     (pixel_score,) = torch.autograd.grad(clean.cos().sum(), clean, retain_graph=True)
     (reward_score,) = torch.autograd.grad((scale * clean.cos()).sum(), x, retain_graph=True)
     weights = Weights(guidance_scale=guidance, beta=2.0, strength=strength)
-    for pixel, reward in ((pixel_score, reward_score), (None, 0)):
-        states = (output.detach(), output_ref.detach(), x.detach(), x_next, rows)
-        cotangents = reverse_cotangents(*states, pixel, weights=weights)
-        for seed, o, cotangent, is_policy in ((3, output, cotangents[0], 1), (4, output_ref, cotangents[1], 0)):
-            (vjp,) = torch.autograd.grad(o, x, cotangent, retain_graph=True)
-            e = (x_next - rows.a * x - rows.b * guided(o, guidance)).detach() / rows.sigma**2
-            direct = strength * rows.a * e + (0 if pixel is None else is_policy * scale * rows.c * pixel)
-            _, score = scores(guidance, seed, x, x_next, rows)
-            torch.testing.assert_close(direct + vjp, strength * score + is_policy * reward, **EXACT)
+    _, score = scores(guidance, 3, x, x_next, rows)
+    e = (x_next - rows.a * x - rows.b * guided(output, guidance)).detach() / rows.sigma**2
+    for pixel, direct, reward in ((pixel_score, scale * rows.c * pixel_score, reward_score), (None, 0, 0)):
+        cotangent = reverse_cotangent(output, x, x_next, rows, pixel, weights=weights)
+        assert not cotangent.requires_grad
+        (vjp,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
+        torch.testing.assert_close(strength * rows.a * e + direct + vjp, strength * score + reward, **EXACT)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["scores", "products"])
@@ -169,11 +168,10 @@ def test_reverse_balance(batch, guidance, strength, weighting, whole):
         loss = reverse_balance(score, score_ref, rows, flow, reward_score, weights=weights)
     else:
         outputs = (output.detach(), output_ref.detach())
-        cotangents = reverse_cotangents(*outputs, x.detach(), x_next, rows, pixel_score, weights=weights)
-        products = [
-            torch.autograd.grad(o, x, cotangent, retain_graph=True)[0]
-            for o, cotangent in zip((output, output_ref), cotangents, strict=True)
-        ]
+        products = []
+        for o, pixel in ((output, pixel_score), (output_ref, None)):
+            cotangent = reverse_cotangent(o, x, x_next, rows, pixel, weights=weights)
+            products += torch.autograd.grad(o, x, cotangent, retain_graph=True)
         loss = reverse_balance(*products, rows, flow, None, pixel_score, outputs, weights=weights)
 
     residual = strength * (score - score_ref) + flow + 2.0 * rows.alpha_bar * reward_score

@@ -48,7 +48,8 @@ def test_operations_are_those_of_plain_torch(guidance, strength):
             *losses,
             *(getattr(forward, field.name) for field in dataclasses.fields(forward)),
             *(gradient for pair in gradients for gradient in pair if gradient is not None),
-            *operations.reverse_cotangents(*pairs, x, x_next, rows, reward, weights=weights),
+            operations.reverse_cotangent(pairs[0], x, x_next, rows, reward, weights=weights),
+            operations.reverse_cotangent(pairs[1], x, x_next, rows, weights=weights),
             *operations.guided_step(pairs[0], x, noise, rows, guidance_scale=guidance),
         ]
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fastnabla.objective.balance import ForwardBalance, forward_balance, reverse_balance, reverse_cotangents
+from fastnabla.objective.balance import ForwardBalance, forward_balance, reverse_balance, reverse_cotangent
 from fastnabla.objective.gaussian import gaussian_log_prob, guided_step
 
 Backend = Literal["auto", "triton", "torch"]
@@ -28,11 +28,11 @@ class Operations(NamedTuple):
     guided_step: Callable[..., tuple[Tensor, Tensor]]
     gaussian_log_prob: Callable[..., Tensor]
     forward_balance: Callable[..., ForwardBalance]
-    reverse_cotangents: Callable[..., tuple[Tensor, Tensor]]
+    reverse_cotangent: Callable[..., Tensor]
     reverse_balance: Callable[..., Tensor]
 
 
-PLAIN = Operations("plain torch", guided_step, gaussian_log_prob, forward_balance, reverse_cotangents, reverse_balance)
+PLAIN = Operations("plain torch", guided_step, gaussian_log_prob, forward_balance, reverse_cotangent, reverse_balance)
 
 
 def select(backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32) -> Operations:

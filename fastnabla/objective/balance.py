@@ -154,33 +154,35 @@ def forward_balance(
         )
 
 
-def reverse_cotangents(
+def reverse_cotangent(
     output: Tensor,
-    output_ref: Tensor,
     x: Tensor,
     x_next: Tensor,
     rows: TransitionRows,
     pixel_score: Tensor | None = None,
     *,
     weights: Weights,
-) -> tuple[Tensor, Tensor]:
-    """Cotangents of the two output pairs for which one vector-Jacobian product each yields ``λ s̄_θ + ∇R(x)`` and
-    ``λ s̄_ref``, but for their direct parts.
+) -> Tensor:
+    """Cotangent of a policy's output pair: its vector-Jacobian product is ``λ s̄`` or, given the `pixel_score`,
+    ``λ s̄ + ∇R(x)``, but for their direct parts. Without gradient, in the dtype of the output.
 
-    With ``e = (x' − a x − b o)/σ²`` and ``p = βγ ∂r/∂x̂0`` (of `pixel_score [N, …]`, ∂r/∂x̂0; None where the reward's
-    gradient does not pass the network): ``λ s̄_θ + ∇R = λ a e + c p + Jᵀ(λ b e + d p)``; this is the bracket, spread
-    over the pair, in the dtype of the output.
+    With ``e = (x' − a x − b o)/σ²`` and ``p = βγ ∂r/∂x̂0``: ``λ s̄ + ∇R = λ a e + c p + Jᵀ(λ b e + d p)``; this is the
+    bracket, spread over the pair.
+
+    Args:
+        output: the policy's output at x, pair `[2N, …]`.
+        x, x_next: the transition's two states `[N, …]`.
+        rows: the table's rows of the transitions.
+        pixel_score: ∂r/∂x̂0 `[N, …]`; None for a policy that the reward's gradient does not pass, p = 0.
+        weights: w, β, γ, λ.
     """
-
-    def cotangent(output: Tensor, reward: Tensor | float) -> Tensor:
-        score = step_score(guide(output, weights.guidance_scale), x, x_next, rows)
-        return unguide(reward - weights.strength * rows.b * score, weights.guidance_scale).to(output.dtype)
-
     with torch.no_grad():
-        reward = 0.0
+        score = step_score(guide(output, weights.guidance_scale), x, x_next, rows)
+        cotangent = -weights.strength * rows.b * score
         if pixel_score is not None:
-            reward = weights.beta * reward_weight(rows.alpha_bar, weights.gamma) * rows.d * full(pixel_score)
-        return cotangent(output, reward), cotangent(output_ref, 0.0)
+            scale = weights.beta * reward_weight(rows.alpha_bar, weights.gamma)
+            cotangent = cotangent + scale * rows.d * full(pixel_score)
+        return unguide(cotangent, weights.guidance_scale).to(output.dtype)
 
 
 def reverse_balance(
@@ -198,8 +200,8 @@ def reverse_balance(
     flows to g alone.
 
     Args:
-        score, score_ref: `[N, …]` s̄_θ and s̄_ref; or, if `outputs` are given, what the `reverse_cotangents` became
-            at x. These include λ, and lack the direct parts, which differ by
+        score, score_ref: `[N, …]` s̄_θ and s̄_ref; or, if `outputs` are given, what each policy's `reverse_cotangent`
+            became at x. These include λ, and lack the direct parts, which differ by
             ``λ a (e_θ − e_ref) = −λ (a b/σ²)(o_θ − o_ref)``.
         rows: the table's rows of the transitions.
         flow: g(x) `[N, …]`.

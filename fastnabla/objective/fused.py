@@ -73,20 +73,17 @@ def forward_balance(
     return ForwardBalance(loss=loss, **dict(zip(forward_kernel.COLUMNS[1:], statistics, strict=True)))
 
 
-def reverse_cotangents(
+def reverse_cotangent(
     output: Tensor,
-    output_ref: Tensor,
     x: Tensor,
     x_next: Tensor,
     rows: TransitionRows,
     pixel_score: Tensor | None = None,
     *,
     weights: Weights,
-) -> tuple[Tensor, Tensor]:
-    """As `balance.reverse_cotangents`."""
-    return cotangent_kernel.reverse_cotangents(
-        output, output_ref, x, x_next, *_steps(rows, x), pixel_score, **_weights(weights)
-    )
+) -> Tensor:
+    """As `balance.reverse_cotangent`."""
+    return cotangent_kernel.reverse_cotangent(output, x, x_next, *_steps(rows, x), pixel_score, **_weights(weights))
 
 
 def reverse_balance(
@@ -115,5 +112,5 @@ def reverse_balance(
 
 
 FUSED = Operations(
-    "Triton kernels", guided_step, gaussian_log_prob, forward_balance, reverse_cotangents, reverse_balance
+    "Triton kernels", guided_step, gaussian_log_prob, forward_balance, reverse_cotangent, reverse_balance
 )

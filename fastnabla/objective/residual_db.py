@@ -1,0 +1,39 @@
+"""Residual ∇-DB and its settings."""
+
+import dataclasses
+from typing import Literal
+
+from fastnabla.objective.balance import Gamma, Weighting
+
+Guidance = Literal["lookahead", "lookahead_detached", "terminal"]
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Objective:
+    """Residual ∇-DB and its weights."""
+
+    beta: float = 1000.0
+    """β, the reward scale: the target distribution is p_ref · exp(β r). ≥ 0."""
+    guidance: Guidance = "lookahead"
+    """Where ∇r is taken. "lookahead": at the one-step prediction of the clean sample, through the UNet (the paper).
+    "lookahead_detached": the same without the UNet's Jacobian; one pass less, a biased direction at high noise.
+    "terminal": at the finished sample, once per trajectory; two passes and nearly all decodes less, but every step
+    is pushed along one and the same gradient."""
+    gamma: Gamma = "alpha_bar"
+    """γ, weight of the reward score by signal share ᾱ: "alpha_bar" (the paper), "sqrt_alpha_bar" or "constant"."""
+    weighting: Weighting = "score"
+    """Units of the residuals. "score": as they are, 1/σ (the paper; late steps dominate). "sigma": times the
+    step's σ, so that every step counts in units of its own noise."""
+    strength: float = 1.0
+    """λ, the weight of the pretrained policy's score. ≥ 0; 1 keeps the prior as it is."""
+    reverse: float = 1.0
+    """ρ, weight of the reverse residual, which trains the flow network. ≥ 0; 0 saves two passes."""
+    trust_region: float = 1000.0
+    """κ, weight of the squared distance to the outputs of the policy that sampled. ≥ 0. It acts from the second
+    update of a rollout on: in the first the two policies are the same."""
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "strength", "reverse", "trust_region"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"objective.{name} = {value}: must be finite and not negative.")
