@@ -1,5 +1,7 @@
-"""Rewards: the sum, the registry, the check, and the testbed's three."""
+"""Rewards: the sum, normalising and clipping, the registry, the check, and the testbed's three."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +26,85 @@ def test_sum_is_weighted() -> None:
     reward = RewardSum({"a": (lambda i, p: i.mean((1, 2, 3)), 2.0), "b": (lambda i, p: i.sum((1, 2, 3)), -0.5)})
     images = torch.rand(3, 3, 4, 4)
     torch.testing.assert_close(reward(images, [""] * 3), 2 * images.mean((1, 2, 3)) - 0.5 * images.sum((1, 2, 3)))
+
+
+def two_terms(**settings) -> RewardSum:
+    terms = {"mean": (lambda i, p: i.mean((1, 2, 3)), 2.0), "sum": (lambda i, p: i.sum((1, 2, 3)), -1.0)}
+    return RewardSum(terms, **settings)
+
+
+def test_normalising_starts_as_the_identity_and_changes_only_by_observing() -> None:
+    raw, reward = two_terms(), two_terms(normalise=True)
+    images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(reward(images, [""] * 5), raw(images, [""] * 5))
+    batches = [torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(n)) for n in (3, 1, 7)]
+    for batch in batches:
+        reward.observe(reward.parts(batch, [""] * len(batch)))
+    values = reward(images, [""] * 5)
+    assert torch.equal(reward(images, [""] * 5), values)
+    seen, expected = raw.parts(torch.cat(batches), [""] * 11), torch.zeros(5)
+    for name, weight in (("mean", 2), ("sum", -1)):
+        mean, std = seen[name].double().mean(), seen[name].double().std(correction=0)
+        expected = expected + weight * (raw.parts(images, [""] * 5)[name] - mean) / std
+    torch.testing.assert_close(values, expected.float(), rtol=1e-5, atol=1e-5)
+    parts = reward.parts(images, [""] * 5)
+    assert torch.equal(reward.total(parts), raw(images, [""] * 5))  # what is logged stays raw
+
+
+def test_normalised_gradient_is_that_of_the_terms_over_their_spread() -> None:
+    reward = two_terms(normalise=True)
+    seen = torch.rand(9, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    reward.observe(reward.parts(seen, [""] * 9))
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(reward(images, ["", ""]).sum(), images)
+    expected = 2 / 48 / reward.moments["mean"].std - 1 / reward.moments["sum"].std
+    torch.testing.assert_close(gradient, torch.full_like(gradient, expected))
+
+
+def test_statistics_are_stable_far_from_zero_and_do_not_blow_up_constants() -> None:
+    reward = RewardSum({"a": (lambda i, p: i, 1.0)}, normalise=True)
+    values = 1e6 + torch.arange(6.0)
+    for part in values.split(4):
+        reward.observe({"a": part})
+    assert reward.moments["a"].std == pytest.approx(values.double().std(correction=0).item(), rel=1e-12)
+    constant = RewardSum({"a": (lambda i, p: i, 1.0)}, normalise=True)
+    constant.observe({"a": torch.full((8,), 3.0)})
+    assert constant(torch.tensor([3.5]), [""]) == 0.5
+
+
+def test_clipping_cuts_the_gradient_outside() -> None:
+    images = torch.tensor([-5.0, -0.5, 0.5, 5.0], requires_grad=True)
+    for normalise, std in ((False, 1.0), (True, 2.0)):
+        reward = RewardSum({"a": (lambda i, p: i, 1.0)}, normalise=normalise, clip=1.0)
+        reward.observe({"a": torch.tensor([-2.0, 2.0])})
+        values = reward(images, [""] * 4)
+        assert values.tolist() == [-1, -0.5 / std, 0.5 / std, 1]
+        assert torch.autograd.grad(values.sum(), images)[0].tolist() == [0, 1 / std, 1 / std, 0]
+    for clip in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"reward.clip"):
+            build_reward(["area"], clip=clip)
+
+
+def test_statistics_are_saved_and_restored_exactly() -> None:
+    first, second = two_terms(normalise=True), two_terms(normalise=True)
+    images = torch.rand(4, 3, 4, 4)
+    first.observe(first.parts(images, [""] * 4))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for reward in (first, second):
+        reward.observe(reward.parts(images.flip(-1) ** 2, [""] * 4))
+    assert first.state_dict() == second.state_dict()
+    assert torch.equal(first(images, [""] * 4), second(images, [""] * 4))
+    with pytest.raises(ValueError, match="do not fit"):
+        build_reward(["area"]).load_state_dict(first.state_dict())
+    with pytest.raises(FloatingPointError, match="'mean' is not finite"):
+        first.observe({"mean": torch.tensor([float("nan")]), "sum": torch.zeros(1)})
+
+
+def test_importing_rewards_needs_no_transformers_and_no_trainer() -> None:
+    code = "import sys, fastnabla.rewards; print(*sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "fastnabla.rewards.sum" in modules
+    assert not {"transformers", "diffusers", "peft", "fastnabla.trainer", "fastnabla.step"} & set(modules)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +141,14 @@ def test_plug_in_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         build_reward(["my_reward_module:red=3"])(images, ["", ""]), 3 * images[:, 0].mean((1, 2))
     )
     sys.modules.pop("my_reward_module")
+
+
+def test_a_module_by_path_is_moved_to_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_network_module.py").write_text("import torch\nnetwork = torch.nn.Linear(1, 1)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ((network, _),) = build_reward(["my_network_module:network"], "meta").terms.values()
+    assert network.weight.device.type == "meta"
+    sys.modules.pop("my_network_module")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 A reward takes images `[B, 3, H, W]` in [0, 1] (float32, with a gradient) and B prompts, and returns `[B]` values.
 A term of a sum is written ``name=weight`` (``area=8``); the name is one of the `REWARDS`, or ``module:function``
-for a reward of your own, which needs no change here.
+for a reward of your own, which needs no change here. A `torch.nn.Module` there is moved to the device.
 """
 
 import importlib
@@ -10,40 +10,47 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from fastnabla.rewards import testbed
+from fastnabla.rewards.check import check_reward
+from fastnabla.rewards.options import DEFAULTS, RewardOptions, parse_weights
+from fastnabla.rewards.sum import RewardFunction, RewardSum
 
-RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
+__all__ = [
+    "PUBLISHED",
+    "REWARDS",
+    "RewardFunction",
+    "RewardOptions",
+    "RewardSum",
+    "build_reward",
+    "check_reward",
+    "parse_term",
+    "parse_weights",
+    "published_class",
+]
 
-REWARDS: dict[str, Callable[[torch.device], RewardFunction]] = {
-    "area": testbed.area,
-    "classifier": testbed.classifier,
-    "hue": testbed.hue,
+PUBLISHED: dict[str, str] = {
+    "aesthetic": "Aesthetic",
+    "clipscore": "ClipScore",
+    "hpsv2": "HPSv2",
+    "imagereward": "ImageReward",
+    "pickscore": "PickScore",
 }
-"""Builders of the named rewards: device → reward."""
+"""Classes of the rewards with published weights, by name, which is their module's too."""
 
 
-class RewardSum:
-    """A weighted sum of rewards.
+def published_class(name: str) -> type:
+    """The `fastnabla.rewards.published.PublishedReward` of one of the `PUBLISHED`; imports transformers."""
+    return getattr(importlib.import_module(f"fastnabla.rewards.{name}"), PUBLISHED[name])
 
-    Args:
-        terms: reward and weight by name.
-    """
 
-    def __init__(self, terms: dict[str, tuple[RewardFunction, float]]) -> None:
-        self.terms = terms
-
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Every term's unweighted values `[B]`."""
-        return {name: reward(images, prompts) for name, (reward, _) in self.terms.items()}
-
-    def total(self, parts: dict[str, Tensor]) -> Tensor:
-        """The weighted sum `[B]` of `parts`."""
-        return torch.stack([weight * parts[name].float() for name, (_, weight) in self.terms.items()]).sum(0)
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.total(self.parts(images, prompts))
+REWARDS: dict[str, Callable[[torch.device, RewardOptions], RewardFunction]] = {
+    "area": lambda device, options: testbed.area(device),
+    "classifier": lambda device, options: testbed.classifier(device),
+    "hue": lambda device, options: testbed.hue(device),
+    **{name: lambda device, options, name=name: published_class(name).build(device, options) for name in PUBLISHED},
+}
+"""Builders of the named rewards: device and options → reward."""
 
 
 def parse_term(term: str) -> tuple[str, float]:
@@ -62,26 +69,47 @@ def parse_term(term: str) -> tuple[str, float]:
     return name, weight
 
 
-def build_reward(terms: Sequence[str], device: torch.device | str = "cpu") -> RewardSum:
+def build_reward(
+    terms: Sequence[str],
+    device: torch.device | str = "cpu",
+    options: RewardOptions = DEFAULTS,
+    normalise: bool = False,
+    clip: float | None = None,
+) -> RewardSum:
     """The weighted sum of `terms`, on `device`.
 
+    Args:
+        terms: each ``name=weight``.
+        device: where the images will be.
+        options: settings of the rewards with networks.
+        normalise: see `RewardSum`.
+        clip: see `RewardSum`.
+
     Raises:
-        ValueError: no terms, an unknown name, a path that cannot be imported, or a bad weight.
+        ValueError: no terms, an unknown name, a path that cannot be imported, a bad weight; weights for a reward that
+            is not among the terms, or that cannot be loaded.
     """
     if not terms:
         raise ValueError(f"reward.terms is empty; name at least one of {', '.join(REWARDS)} or a module:function.")
-    built = {}
+    weights: dict[str, float] = {}
     for term in terms:
         name, weight = parse_term(term)
-        if name in built:
+        if name in weights:
             raise ValueError(f"reward.terms: {name!r} appears twice; give it once, with the summed weight.")
-        built[name] = (_find(name, torch.device(device)), weight)
-    return RewardSum(built)
+        weights[name] = weight
+    for part in options.weights:
+        if part.partition(".")[0] not in weights.keys() & PUBLISHED.keys():
+            raise ValueError(
+                f"reward.weights: {part!r} belongs to no term with published weights; these have: "
+                f"{', '.join(PUBLISHED)}."
+            )
+    built = {name: (_find(name, torch.device(device), options), weight) for name, weight in weights.items()}
+    return RewardSum(built, normalise, clip)
 
 
-def _find(name: str, device: torch.device) -> RewardFunction:
+def _find(name: str, device: torch.device, options: RewardOptions) -> RewardFunction:
     if name in REWARDS:
-        return REWARDS[name](device)
+        return REWARDS[name](device, options)
     module, colon, function = name.partition(":")
     if not colon:
         raise ValueError(
@@ -95,40 +123,4 @@ def _find(name: str, device: torch.device) -> RewardFunction:
         ) from error
     if not callable(reward):
         raise ValueError(f"reward.terms: {name!r} is not callable; it must map images and prompts to rewards.")
-    return reward
-
-
-def check_reward(
-    reward: RewardSum, prompts: Sequence[str], image_size: tuple[int, int], device: torch.device | str = "cpu"
-) -> None:
-    """Try every term on two random images, so that a broken reward stops a run before its first step.
-
-    Args:
-        reward: the sum to check.
-        prompts: prompts of the run; the first and last are tried.
-        image_size: (H, W) of the images it will get.
-        device: where they will be.
-
-    Raises:
-        ValueError: a term returns the wrong shape or non-finite values, or has no finite gradient in the images.
-    """
-    prompts = [prompts[0], prompts[-1]]
-    generator = torch.Generator().manual_seed(0)
-    for name, (function, _) in reward.terms.items():
-        images = torch.rand(2, 3, *image_size, generator=generator).to(device).requires_grad_()
-        values = function(images, prompts)
-        if not isinstance(values, Tensor) or tuple(values.shape) != (2,):
-            found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"reward {name!r} returned {found} for 2 images; it must return a tensor of shape (2,).")
-        if not torch.isfinite(values).all():
-            raise ValueError(f"reward {name!r} returned {values.tolist()} on random images; it must be finite.")
-        if not values.requires_grad:
-            raise ValueError(
-                f"reward {name!r} has no gradient in the images; ∇-DB needs one. Look for torch.no_grad, .detach(), "
-                "numpy or PIL inside it."
-            )
-        (gradient,) = torch.autograd.grad(values.sum(), images, allow_unused=True)
-        if gradient is None or not torch.isfinite(gradient).all():
-            raise ValueError(
-                f"reward {name!r} has {'no' if gradient is None else 'a non-finite'} gradient in the images."
-            )
+    return reward.to(device) if isinstance(reward, torch.nn.Module) else reward

@@ -1,0 +1,127 @@
+"""CLIP as a reward: the cosine between an image and its prompt. Base of `hpsv2`, `pickscore` and `clipscore`."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+
+from fastnabla.rewards.options import DEFAULTS, RewardOptions
+from fastnabla.rewards.preprocess import crop_short_side
+from fastnabla.rewards.published import PublishedReward, made_on
+from fastnabla.rewards.text import Tokenize, clip_tokenizer, hash_tokenizer
+from fastnabla.rewards.weights import load_weights, read_state_dict
+
+VIT_L_14 = CLIPConfig(
+    projection_dim=768,
+    vision_config={
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "hidden_act": "quick_gelu",
+        "projection_dim": 768,
+    },
+    text_config={
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "hidden_act": "quick_gelu",
+        "projection_dim": 768,
+    },
+)
+"""OpenAI's CLIP, with its approximate GELU; 224 pixels, 77 positions, 49408 tokens."""
+VIT_H_14 = CLIPConfig(
+    projection_dim=1024,
+    vision_config={
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+        "projection_dim": 1024,
+    },
+    text_config={
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+        "projection_dim": 1024,
+    },
+)
+"""LAION's CLIP, with exact GELU; 224 pixels, 77 positions, 49408 tokens."""
+POSITION_IDS = r"embeddings\.position_ids$"
+"""A constant that older checkpoints carry."""
+
+
+class ClipReward(PublishedReward):
+    """The cosine between CLIP's embeddings of image and prompt, in [-1, 1].
+
+    Args:
+        clip: the two towers.
+        tokenize: prompt to token ids, without padding. The last is the end token, whose id is the highest.
+        options: settings.
+    """
+
+    config: ClassVar[CLIPConfig]
+    """The architecture."""
+    resize: ClassVar[Callable[[Tensor, int], Tensor]] = staticmethod(crop_short_side)
+    clip: CLIPModel
+
+    def __init__(self, clip: CLIPModel, tokenize: Tokenize, options: RewardOptions = DEFAULTS) -> None:
+        super().__init__(functools.partial(self.resize, size=clip.config.vision_config.image_size), options, clip=clip)
+        self.tokenize = tokenize
+
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """The prompt's normalised embedding `[D]`. Needs no padding: attention is causal, and the last token counts."""
+        ids = torch.tensor([self.tokenize(prompt)], device=self.clip.logit_scale.device)
+        return F.normalize(self.clip.get_text_features(ids).pooler_output, dim=-1)[0]
+
+    def score(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosines `[B]`."""
+        image = F.normalize(self.clip.get_image_features(pixel_values).pooler_output, dim=-1)
+        return (image * torch.stack([self.prompt_cache(prompt) for prompt in prompts])).sum(-1)
+
+    @classmethod
+    def from_weights(
+        cls, device: torch.device, options: RewardOptions = DEFAULTS, config: CLIPConfig | None = None
+    ) -> Self:
+        """The published reward.
+
+        Args:
+            device: where it will be.
+            options: settings; `weights` may name copies of the weights and of ``tokenizer``.
+            config: another architecture than the published one.
+
+        Raises:
+            ValueError: weights are missing, damaged, or another network's; the tokenizer is not the text tower's.
+        """
+        config = config or cls.config
+        (path,) = cls.find(cls.name, options)
+        vocab, merges = cls.find(f"{cls.name}.tokenizer", options)
+        text = config.text_config
+        tokenize = clip_tokenizer(vocab, merges, text.vocab_size, text.max_position_embeddings)
+        clip = made_on(device, lambda: {"clip": CLIPModel(config)})["clip"]
+        load_weights(cls.name, clip, cls.convert(read_state_dict(cls.name, path)), ignore=(POSITION_IDS,))
+        return cls(clip, tokenize, options)
+
+    @staticmethod
+    def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's tensors under transformers' names."""
+        return state
+
+    @classmethod
+    def random_init(cls, device: torch.device, options: RewardOptions = DEFAULTS) -> Self:
+        """The real architecture with random weights and hashed words for tokens."""
+        networks = made_on(device, lambda: {"clip": CLIPModel(cls.config)})
+        text = cls.config.text_config
+        end = text.vocab_size - 1
+        tokenize = hash_tokenizer(end - 1, end, 0, end - 1, text.max_position_embeddings)
+        return cls(networks["clip"], tokenize, options)

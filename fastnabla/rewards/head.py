@@ -1,0 +1,26 @@
+"""The head that `aesthetic` and `imagereward` end with."""
+
+from torch import Tensor, nn
+
+
+class ScoreHead(nn.Module):
+    """Features `[B, width]` to scores `[B]`, by linear layers without activations between them.
+
+    In training there was dropout; identities keep its places, so that the layers have their published numbers.
+    """
+
+    def __init__(self, width: int = 768) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, 1024),
+            nn.Identity(),
+            nn.Linear(1024, 128),
+            nn.Identity(),
+            nn.Linear(128, 64),
+            nn.Identity(),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)[:, 0]

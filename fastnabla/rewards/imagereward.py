@@ -1,0 +1,161 @@
+"""ImageReward (arXiv 2304.05977): BLIP finetuned on people's rankings, reading the prompt while looking at the image."""
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BlipTextConfig, BlipVisionConfig
+from transformers.models.blip.modeling_blip import BlipVisionModel
+from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+from fastnabla.rewards.head import ScoreHead
+from fastnabla.rewards.options import DEFAULTS, RewardOptions
+from fastnabla.rewards.preprocess import crop_short_side
+from fastnabla.rewards.published import PublishedReward, made_on
+from fastnabla.rewards.text import Tokenize, bert_tokenizer, hash_tokenizer
+from fastnabla.rewards.weights import Source, load_weights, read_state_dict
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+"""Of the head's output over the authors' data: a reward has mean 0 and deviation 1 there."""
+MAX_LENGTH = {"official": 35, "reference": 512}
+"""Token ids, [CLS] and [SEP] included, after which a prompt is cut."""
+VISION = BlipVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=224,
+    patch_size=16,
+    layer_norm_eps=1e-6,
+    initializer_range=0.02,
+)
+TEXT = BlipTextConfig(
+    vocab_size=30524,  # BERT's, and two that prompts never use
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    max_position_embeddings=512,
+    encoder_hidden_size=1024,
+)
+UNUSED = (r"^blip\.vision_proj\.", r"^blip\.text_proj\.", r"^text\.embeddings\.position_ids$")
+NAMES = (
+    (r"^blip\.text_encoder\.", "text."),
+    (r"^mlp\.", "head."),
+    (r"^blip\.visual_encoder\.cls_token$", "vision.embeddings.class_embedding"),
+    (r"^blip\.visual_encoder\.pos_embed$", "vision.embeddings.position_embedding"),
+    (r"^blip\.visual_encoder\.patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
+    (r"^blip\.visual_encoder\.norm\.", "vision.post_layernorm."),
+    (r"^blip\.visual_encoder\.blocks\.(\d+)\.norm", r"vision.encoder.layers.\1.layer_norm"),
+    (r"^blip\.visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision.encoder.layers.\1.self_attn.qkv."),
+    (r"^blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection."),
+    (r"^blip\.visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision.encoder.layers.\1.mlp."),
+)
+
+
+def from_image_reward(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the package image-reward's names under those of `ImageReward` here; unknown names are kept."""
+    converted = {}
+    for name, tensor in state.items():
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        converted[name] = tensor
+    return converted
+
+
+class ImageReward(PublishedReward):
+    """Standardised preference.
+
+    Args:
+        vision: image tower.
+        text: text tower with cross-attention to the image's tokens; not causal. Without pooler.
+        head: for the text tower's state of the first token.
+        tokenize: prompt to token ids, from [CLS] to [SEP], without padding.
+        options: settings.
+    """
+
+    name = "imagereward"
+    sources: ClassVar[dict[str, Source]] = {
+        "": Source("THUDM/ImageReward", ("ImageReward.pt",)),
+        "tokenizer": Source("google-bert/bert-base-uncased", ("vocab.txt",)),
+    }
+    vision: BlipVisionModel
+    text: BlipTextModel
+    head: ScoreHead
+
+    def __init__(
+        self,
+        vision: BlipVisionModel,
+        text: BlipTextModel,
+        head: ScoreHead,
+        tokenize: Tokenize,
+        options: RewardOptions = DEFAULTS,
+    ) -> None:
+        resize = functools.partial(crop_short_side, size=vision.config.image_size)
+        super().__init__(resize, options, vision=vision, text=text, head=head)
+        self.tokenize = tokenize
+
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """Token ids. More cannot be kept: the text tower sees the image in every layer."""
+        return torch.tensor(self.tokenize(prompt), device=self.text.device)
+
+    def score(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Rewards `[B]`."""
+        # To the same length in every batch, so that a row's bits do not depend on its neighbours.
+        filler = torch.full((MAX_LENGTH["official"],), -1, device=pixel_values.device)
+        rows = [*(self.prompt_cache(prompt) for prompt in prompts), filler]
+        ids = pad_sequence(rows, batch_first=True, padding_value=-1)[:-1]
+        # What is added to attention scores. Of a mask of zeros and ones, transformers would ask the device whether it
+        # is all ones, and wait for the answer.
+        mask = (ids < 0)[:, None, None].to(pixel_values.dtype) * torch.finfo(pixel_values.dtype).min
+        hidden = self.text(
+            input_ids=ids.clamp_min(0),
+            attention_mask=mask,
+            encoder_hidden_states=self.vision(pixel_values).last_hidden_state,
+        ).last_hidden_state
+        return (self.head(hidden[:, 0]) - MEAN) / STD
+
+    @classmethod
+    def from_weights(
+        cls,
+        device: torch.device,
+        options: RewardOptions = DEFAULTS,
+        config: tuple[BlipVisionConfig, BlipTextConfig] = (VISION, TEXT),
+    ) -> Self:
+        """The published reward.
+
+        Args:
+            device: where it will be.
+            options: settings; `weights` may name copies of the weights and of ``tokenizer``.
+            config: architecture of the two towers.
+
+        Raises:
+            ValueError: weights are missing, damaged, or another network's; the tokenizer is not the text tower's.
+        """
+        (path,), (vocab,) = cls.find(cls.name, options), cls.find(f"{cls.name}.tokenizer", options)
+        longest = min(MAX_LENGTH[options.preprocess], config[1].max_position_embeddings)
+        tokenize = bert_tokenizer(vocab, config[1].vocab_size - 2, longest)
+        networks = nn.ModuleDict(_networks(device, *config))
+        load_weights(cls.name, networks, from_image_reward(read_state_dict(cls.name, path)), ignore=UNUSED)
+        return cls(**networks, tokenize=tokenize, options=options)
+
+    @classmethod
+    def random_init(cls, device: torch.device, options: RewardOptions = DEFAULTS) -> Self:
+        """The real architecture with random weights and hashed words for tokens."""
+        tokenize = hash_tokenizer(101, 102, 1000, TEXT.vocab_size - 2, MAX_LENGTH[options.preprocess])
+        return cls(**_networks(device, VISION, TEXT), tokenize=tokenize, options=options)
+
+
+def _networks(device: torch.device, vision: BlipVisionConfig, text: BlipTextConfig) -> dict[str, nn.Module]:
+    return made_on(
+        device,
+        lambda: {
+            "vision": BlipVisionModel(vision),
+            "text": BlipTextModel(text, add_pooling_layer=False),
+            "head": ScoreHead(text.hidden_size),
+        },
+    )

@@ -1,0 +1,111 @@
+"""The weighted sum of rewards, on request in units of each reward's spread and within bounds."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
+"""Images `[B, 3, H, W]` in [0, 1] and B prompts to rewards `[B]`, differentiable in the images."""
+SMALLEST_STD = 1e-6
+
+
+class RunningMoments:
+    """Count, mean and sum of squared deviations of all values seen, by Welford's update for batches; in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Take in `values`, of any shape."""
+        values = values.detach().double()
+        count, mean = values.numel(), values.mean().item()
+        shift, total = mean - self.mean, self.count + count
+        self.squares += (values - mean).square().sum().item() + shift**2 * self.count * count / total
+        self.mean += shift * count / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Of the values seen; 1 where they hardly differ, so that rounding is never blown up to unit size."""
+        std = math.sqrt(self.squares / self.count) if self.count else 0.0
+        return std if std > SMALLEST_STD else 1.0
+
+
+class RewardSum:
+    """A weighted sum of rewards.
+
+    `parts` and `total` are raw: what is logged, and comparable over a run. Calling the sum gives what is trained on:
+    with `normalise`, each term less its mean and over its standard deviation; with `clip`, the sum within bounds.
+
+    The statistics change only in `observe`. Call it once a rollout, so that they, and with them the gradients, are the
+    same throughout its updates. Before the first call normalising changes nothing.
+
+    Args:
+        terms: reward and weight by name.
+        normalise: weigh the terms in units of their spread over all rewards observed.
+        clip: largest absolute value of the sum that is trained on: in units of the normalised terms with `normalise`,
+            else of the raw ones. An image outside has no gradient.
+
+    Raises:
+        ValueError: `clip` is not positive and finite.
+    """
+
+    def __init__(
+        self, terms: dict[str, tuple[RewardFunction, float]], normalise: bool = False, clip: float | None = None
+    ) -> None:
+        if clip is not None and not 0 < clip < math.inf:
+            raise ValueError(f"reward.clip = {clip!r}: must be positive and finite, or None.")
+        self.terms, self.normalise, self.clip = terms, normalise, clip
+        self.moments = {name: RunningMoments() for name in terms}
+
+    def parts(self, images: Tensor, prompts: Sequence[str], chunk: int | None = None) -> dict[str, Tensor]:
+        """Every term's raw, unweighted values `[B]`; of at most `chunk` images at once, if given."""
+        size = chunk or max(len(images), 1)
+        starts = range(0, max(len(images), 1), size)
+        return {
+            name: torch.cat([reward(images[i : i + size], prompts[i : i + size]) for i in starts])
+            for name, (reward, _) in self.terms.items()
+        }
+
+    def total(self, parts: dict[str, Tensor]) -> Tensor:
+        """The raw weighted sum `[B]` of `parts`."""
+        return torch.stack([weight * parts[name].float() for name, (_, weight) in self.terms.items()]).sum(0)
+
+    def shape(self, parts: dict[str, Tensor]) -> Tensor:
+        """The weighted sum `[B]` of `parts` as it is trained on: normalised and clipped."""
+        if self.normalise:
+            parts = {name: (parts[name] - moments.mean) / moments.std for name, moments in self.moments.items()}
+        total = self.total(parts)
+        return total if self.clip is None else total.clamp(-self.clip, self.clip)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.shape(self.parts(images, prompts))
+
+    def observe(self, parts: dict[str, Tensor]) -> None:
+        """Take raw values into the statistics; waits for the device.
+
+        Raises:
+            FloatingPointError: a value is not finite.
+        """
+        for name, moments in self.moments.items():
+            if not torch.isfinite(parts[name]).all():
+                raise FloatingPointError(f"reward {name!r} is not finite on a sampled image.")
+            moments.update(parts[name])
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The statistics, as plain numbers by term."""
+        return {name: dict(vars(moments)) for name, moments in self.moments.items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            ValueError: it is of other terms.
+        """
+        if state.keys() != self.moments.keys():
+            raise ValueError(f"statistics of the rewards {', '.join(state)} do not fit {', '.join(self.moments)}.")
+        for name, values in state.items():
+            vars(self.moments[name]).update(values)

@@ -1,0 +1,137 @@
+"""Published weights: finding their files, reading them without pickle, and loading them with every key accounted for."""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+SHOWN = 3  # keys named in a message
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """Where a part of a reward is published."""
+
+    repository: str
+    """Hub id."""
+    files: tuple[str, ...]
+    """Files that are needed."""
+
+    def __str__(self) -> str:
+        return f"{self.repository} ({', '.join(self.files)})"
+
+    @property
+    def command(self) -> str:
+        """The command that fetches it into the hub's cache."""
+        return f"hf download {self.repository} {' '.join(self.files)}"
+
+
+def find_files(part: str, published: Source, source: str | None) -> list[Path]:
+    """Local paths of the files of `published`, in its order.
+
+    Args:
+        part: of a reward, as in `RewardOptions.weights`; for messages.
+        published: the files, and where they are published.
+        source: an existing local folder that has them, an existing file if only one is needed (any name), or another
+            hub id; None for the published one. Of a hub's repository the cached copy is taken, without asking whether
+            there is a newer one; what is not cached is downloaded.
+
+    Raises:
+        ValueError: a file is missing, or cannot be downloaded.
+    """
+    local = Path(source) if source is not None else None
+    if local is not None and local.is_file():
+        if len(published.files) > 1:
+            raise ValueError(f"weights: {part}={source} is a file; give the folder with {', '.join(published.files)}.")
+        return [local]
+    if local is not None and local.is_dir():
+        if missing := [name for name in published.files if not (local / name).is_file()]:
+            raise ValueError(
+                f"weights: {part}={source} has no {', '.join(missing)}. Get it with: {published.command} "
+                f"--local-dir {source}"
+            )
+        return [local / name for name in published.files]
+    if source is not None and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+        raise ValueError(f"weights: {part}={source} is neither a file or folder here nor a hub id.")
+    published = dataclasses.replace(published, repository=source or published.repository)
+    return [_from_hub(part, published, name) for name in published.files]
+
+
+def _from_hub(part: str, published: Source, name: str) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(published.repository, name)
+    if isinstance(cached, str):
+        return Path(cached)
+    logger.info("reward %s: downloading %s of %s", part, name, published.repository)
+    try:
+        return Path(hf_hub_download(published.repository, name))
+    except Exception as error:
+        raise ValueError(
+            f"reward {part!r}: {name} of {published.repository} is not in the hub's cache and cannot be downloaded "
+            f"({type(error).__name__}). Where there is a network, get it with: {published.command} "
+            f"— or name a local copy in the rewards' weights: {part}=PATH"
+        ) from error
+
+
+def read_state_dict(part: str, path: Path) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU, from a safetensors file or one of torch, read without executing pickled code.
+
+    Of a training checkpoint the entry ``state_dict`` is taken.
+
+    Raises:
+        ValueError: the file is damaged, cut off, or holds something else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"reward {part!r}: {path} cannot be read ({type(error).__name__}: {error}). Is the download complete?"
+        ) from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(f"reward {part!r}: {path} holds no dictionary of tensors.")
+    return loaded
+
+
+def load_weights(part: str, network: nn.Module, state: dict[str, Tensor], ignore: Iterable[str] = ()) -> None:
+    """Copy `state` into `network`, converting dtypes.
+
+    Args:
+        part: of a reward; for messages.
+        network: receives the weights.
+        state: tensors by the network's names.
+        ignore: regular expressions of names in `state` that the network rightly lacks.
+
+    Raises:
+        ValueError: names are missing or unexpected, or shapes differ.
+    """
+    ignored = [re.compile(pattern) for pattern in ignore]
+    state = {name: value for name, value in state.items() if not any(pattern.search(name) for pattern in ignored)}
+    expected = network.state_dict()
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+            for name, value in expected.items()
+            if name in state and state[name].shape != value.shape
+        ],
+    }
+    if any(problems.values()):
+        described = [
+            f"{len(names)} {problem}: {', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''}"
+            for problem, names in problems.items()
+            if names
+        ]
+        raise ValueError(f"reward {part!r}: the weights are not this network's. {'; '.join(described)}.")
+    network.load_state_dict(state)

@@ -1,0 +1,130 @@
+"""`python -m fastnabla.rewards`: what it finds, what it measures, and its exit status."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastnabla.rewards import PUBLISHED
+from fastnabla.rewards.__main__ import main, sample_images
+from fastnabla.rewards.inspection import SavedBytes, gradient_error, inspect_reward
+
+IMAGES = sample_images(None, 3, 32)
+PROMPTS = ["a", "b", "a"]
+
+BROKEN = """
+import torch
+def partly(i, p): return (i[:, :, 1:] - i[:, :, :-1].detach()).square().sum((1, 2, 3))
+def doubled(i, p): return i.square().mean((1, 2, 3)) + (i.mean((1, 2, 3)) - i.detach().mean((1, 2, 3)))
+def mixing(i, p): return (i - i.mean(0)).square().sum((1, 2, 3))
+def rounded(i, p): return (i * 255).round().mean((1, 2, 3))
+def scalar(i, p): return i.mean()
+def infinite(i, p): return i.mean((1, 2, 3)) / 0
+def fine(i, p): return i.square().mean((1, 2, 3)) * torch.tensor([float(len(x)) for x in p])
+"""
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "broken_rewards.py").write_text(BROKEN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("broken_rewards", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "finding"),
+    [
+        ("partly", "gradient"),
+        ("doubled", "gradient"),
+        ("mixing", "rows"),
+        ("rounded", "gradient"),
+        ("scalar", "shape"),
+        ("infinite", "values"),
+    ],
+)
+def test_broken_rewards_fail(name: str, finding: str, broken: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", f"broken_rewards:{name}", "--size=32", "--device=cpu"]) == 1
+    printed = capsys.readouterr().out
+    failed = [line for line in printed.splitlines() if "failed" in line]
+    assert len(failed) == 1 and finding in failed[0] and "not all passed" in printed
+
+
+def test_a_sound_reward_passes(broken: None, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ["--prompts", "cat", "giraffe"]
+    assert main(["check", "broken_rewards:fine", "area", "--size=32", "--batch=3", "--device=cpu", *prompts]) == 0
+    printed = capsys.readouterr().out
+    assert "used" in printed and "ignored" in printed and "all passed" in printed and "kept for the backward" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "beauty"], "unknown reward 'beauty'"),
+        (["check", "area", "--images", "missing"], "images = 'missing': has 0 images, --batch wants 2"),
+        (["check", "area", "--weights", "hpsv2"], "'hpsv2' is not of the form name=source"),
+        (["check", "classifier", "--prompts", "a toaster", "a car"], "exactly one"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--size=32"] if arguments[0] == "check" else arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["check"], "spec"),
+        (["check", "area", "--batch=1"], "batch"),
+        (["check", "area", "--prompts", "a", "a"], "prompts"),
+    ],
+)
+def test_bad_fields_are_named(arguments: list[str], field: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and field in capsys.readouterr().err
+
+
+def test_list_names_all_and_their_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in PUBLISHED) and "hf download xswu/HPSv2 HPS_v2.1_compressed.pt" in printed
+
+
+def test_images_come_from_the_folder_in_order(tmp_path: Path) -> None:
+    for i, name in enumerate(("b.png", "a.jpg", "c.png", "notes.txt")):
+        if name.endswith("txt"):
+            (tmp_path / name).touch()
+        else:
+            Image.new("RGB", (40 + i, 30), (100 * i, 0, 0)).save(tmp_path / name)
+    images = sample_images(tmp_path, 2, 16)
+    assert images.shape == (2, 3, 16, 16)
+    assert images[0, 0].mean() > 0.3 and images[1].max() == 0
+
+
+def test_gradient_error_is_the_missing_share() -> None:
+    def half(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        left, right = images.chunk(2, -1)
+        return left.sum((1, 2, 3)) + right.detach().sum((1, 2, 3))
+
+    error, rounding = gradient_error(half, IMAGES, PROMPTS)
+    assert 0.1 < error < 3 and rounding < 0.02  # √½ of a random direction's typical slope
+    assert gradient_error(lambda i, p: i.exp().sum((1, 2, 3)), IMAGES, PROMPTS)[0] < 0.01
+
+
+def test_too_small_a_gradient_is_undecided() -> None:
+    findings = inspect_reward(lambda i, p: 1e5 + i.mean((1, 2, 3)), IMAGES, PROMPTS)
+    (gradient,) = [finding for finding in findings if finding.what == "gradient"]
+    assert gradient.passed is None and "too small" in gradient.result
+
+
+def test_saved_bytes_counts_each_storage_once_without_parameters() -> None:
+    layer = torch.nn.Linear(8, 8)
+    x = torch.rand(4, 8, requires_grad=True)
+    saved = SavedBytes(list(layer.parameters()))
+    with saved.counting():
+        y = layer(x)
+        (y * y.exp()).sum()
+    assert saved.total == 3 * 4 * 8 * 4  # x, y and its exponential

@@ -1,0 +1,234 @@
+"""Network rewards: precision, checkpointing, prompts, shapes; on tiny models, and the real ones without memory."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastnabla.rewards import PUBLISHED, published_class
+from fastnabla.rewards.inspection import SavedBytes
+from fastnabla.rewards.model import RewardModel
+from fastnabla.rewards.options import DEFAULTS, RewardOptions
+from fastnabla.rewards.precision import float32
+from fastnabla.rewards.preprocess import crop_short_side, pad_long_side, squash
+from fastnabla.rewards.text import PromptCache, hash_tokenizer
+from tests.checks import relative_error
+from tests.golden_rewards import SETS, TINY, golden, gradient
+
+META = torch.device("meta")
+IMAGES = torch.rand(3, 3, 50, 64, generator=torch.Generator().manual_seed(0))
+
+
+class Matrix(RewardModel):
+    """A single layer, that notes the precision in which its forward and backward pass run."""
+
+    def __init__(self, options: RewardOptions = DEFAULTS, fail: bool = False) -> None:
+        super().__init__(nn.Identity(), options, layer=nn.Linear(4, 1))
+        self.fail, self.seen = fail, []
+
+    def note(self, *_: Tensor) -> None:
+        autocast = torch.is_autocast_enabled("cpu")
+        self.seen.append(
+            (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision, autocast)
+        )
+
+    def score(self, pixel_values: Tensor, prompts: list[str]) -> Tensor:
+        self.note()
+        pixel_values = pixel_values * 1
+        if pixel_values.requires_grad:
+            pixel_values.register_hook(self.note)
+        if self.fail:
+            raise ZeroDivisionError
+        return self.layer(pixel_values.mean((1, 2)))[:, 0]
+
+
+def precisions() -> list[str]:
+    backends = torch.backends
+    switches = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    return [switch.fp32_precision for switch in switches]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_frozen_and_in_eval_mode(name: str) -> None:
+    reward = TINY[name]()
+    reward.train()
+    assert not any(module.training for module in reward.modules())
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_float32_whatever_the_policy_runs_in(name: str) -> None:
+    prompts = ["0", "1", "2"]
+    expected, expected_gradient = gradient(TINY[name](), IMAGES, prompts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values, image_grad = gradient(TINY[name](), IMAGES, prompts)
+    assert torch.equal(values, expected) and torch.equal(image_grad, expected_gradient)
+    half = TINY[name]()(IMAGES.bfloat16(), prompts)
+    assert half.dtype == torch.float32
+    assert torch.equal(half, TINY[name]()(IMAGES.bfloat16().float(), prompts))
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_precision_holds_in_both_passes_and_is_put_back(tf32: bool) -> None:
+    reward = Matrix(RewardOptions(tf32=tf32))
+    images = torch.rand(2, 3, 5, 4, requires_grad=True)
+    before = precisions()
+    values = reward(images, ["", ""])
+    assert precisions() == before
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values.sum().backward()
+    assert precisions() == before
+    assert reward.seen == [("tf32" if tf32 else "ieee",) * 2 + (False,)] * 2
+    with torch.no_grad():
+        reward(images, ["", ""])
+    assert len(reward.seen) == 3 and precisions() == before
+
+
+def test_precision_is_put_back_after_a_failure() -> None:
+    before = precisions()
+    with pytest.raises(ZeroDivisionError):
+        Matrix(fail=True)(torch.rand(1, 3, 5, 4), [""])
+    assert precisions() == before
+    torch.set_float32_matmul_precision("high")
+    try:
+        with float32(torch.device("cpu")):
+            assert precisions() == ["ieee"] * 4
+        assert torch.get_float32_matmul_precision() == "high"  # the older switch can be read again
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_one_backward_pass_a_call() -> None:
+    images = torch.rand(2, 3, 5, 4, requires_grad=True)
+    values = Matrix()(images, ["", ""])
+    values.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once per call"):
+        values.sum().backward()
+    (first,) = torch.autograd.grad(Matrix()(images, ["", ""]).sum(), images, create_graph=True)
+    assert not first.requires_grad or first.grad_fn is not None
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first.sum(), images)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_checkpointing_keeps_gradients_and_saves_memory(name: str) -> None:
+    prompts, results, saved = ["0", "1", "2"], [], []
+    for checkpoint in (False, True):
+        reward = TINY[name](RewardOptions(checkpoint=checkpoint))
+        counter = SavedBytes(list(reward.parameters()))
+        with counter.counting():
+            results.append(gradient(reward, IMAGES, prompts))
+        saved.append(counter.total)
+    assert torch.equal(results[0][0], results[1][0])
+    assert relative_error(results[1][1], results[0][1]) < 1e-6
+    assert saved[1] < 0.55 * saved[0]  # of two layers; the deeper, the less
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_rows_are_independent(name: str) -> None:
+    reward = TINY[name]()
+    together = reward(IMAGES, ["0", "1", "2"])
+    alone = torch.cat([TINY[name]()(IMAGES[i : i + 1], [str(i)]) for i in range(3)])
+    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-6)
+    assert torch.equal(reward(IMAGES.flip(0), ["2", "1", "0"]).flip(0), together)
+
+
+def test_prompts_matter_where_they_should() -> None:
+    for name in SETS:
+        reward = TINY[name]()
+        moved = (reward(IMAGES, ["1", "2", "0"]) - reward(IMAGES, ["0", "1", "2"])).abs().max()
+        assert moved == 0 if name == "aesthetic" else moved > 1e-4, name
+
+
+def test_shapes_are_checked() -> None:
+    for images, prompts in ((IMAGES, ["0"]), (IMAGES[0], ["0"]), (IMAGES[:, :2], ["0", "1", "2"])):
+        with pytest.raises(ValueError, match="B prompts, not"):
+            TINY["hpsv2"]()(images, prompts)
+
+
+def test_each_prompt_is_encoded_once_by_itself() -> None:
+    reward, asked = TINY["hpsv2"](), []
+    encode = reward.prompt_cache.compute
+    reward.prompt_cache.compute = lambda prompt: (asked.append(prompt), encode(prompt))[1]
+    with torch.inference_mode():
+        reward(IMAGES, ["0", "1", "0"])
+    values, image_grad = gradient(reward, IMAGES, ["0", "1", "0"])
+    assert asked == ["0", "1"] and image_grad.any()
+    assert not reward.prompt_cache("0").requires_grad
+    reward.double()
+    assert torch.allclose(reward(IMAGES, ["0", "1", "0"]), values.double(), atol=1e-6) and asked == ["0", "1"] * 2
+
+
+def test_what_is_made_in_inference_mode_can_be_trained_with() -> None:
+    cache = PromptCache(lambda prompt: torch.ones(1))
+    with torch.inference_mode():
+        cache("a")
+    images = torch.rand(1, requires_grad=True)
+    (images * cache("a")).sum().backward()
+    assert images.grad == 1
+
+
+def test_cache_forgets_the_least_recently_used() -> None:
+    asked = []
+    cache = PromptCache(lambda prompt: (asked.append(prompt), torch.zeros(1))[1], size=2)
+    for prompt in ("a", "b", "a", "c", "a", "b"):
+        cache(prompt)
+    assert asked == ["a", "b", "c", "b"] and len(cache.results) == 2
+
+
+def test_imagereward_reads_longer_prompts_in_the_reference() -> None:
+    for preprocess, expected in (("official", 35), ("reference", 60)):
+        reward = published_class("imagereward").random_init(META, RewardOptions(preprocess=preprocess))
+        assert len(reward.tokenize("word " * 58)) == expected
+
+
+def test_hash_tokenizer_is_stable() -> None:
+    tokenize = hash_tokenizer(1, 2, 10, 20, 5)
+    assert tokenize("A cat, a") == [1, *tokenize("a CAT,")[1:-1], 2]
+    assert tokenize("one two three four five") == [1, *tokenize("one two three")[1:-1], 2]
+    assert all(10 <= token < 20 for token in tokenize("some other words")[1:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("aesthetic", 304_894_177),
+        ("clipscore", 427_616_513),
+        ("hpsv2", 986_109_441),
+        ("imagereward", 446_206_689),
+        ("pickscore", 986_109_441),
+    ],
+)
+def test_real_architectures(name: str, parameters: int) -> None:
+    assert name in PUBLISHED
+    state = torch.get_rng_state()
+    reward = published_class(name).build(META, RewardOptions(random_init=True))
+    assert sum(parameter.numel() for parameter in reward.parameters()) == parameters
+    assert torch.equal(torch.get_rng_state(), state)
+    images = torch.empty(2, 3, 300, 400, device=META)
+    assert reward.score(reward.preprocess(images), ["a cat", "a dog on the moon"]).shape == (2,)
+
+
+def test_preprocessing_sizes() -> None:
+    for resize in (crop_short_side, pad_long_side, squash):
+        for height, width in ((64, 64), (48, 64), (100, 64), (31, 17), (21, 200)):
+            images = torch.rand(1, 3, height, width, requires_grad=True)
+            pixels = resize(images, 32)
+            assert pixels.shape == (1, 3, 32, 32), (resize, height, width)
+            assert torch.isfinite(torch.autograd.grad(pixels.sum(), images)[0]).all()
+
+
+def test_squashing_without_antialias_leaves_most_pixels_out() -> None:
+    used = []
+    for resize in (crop_short_side, squash):
+        images = torch.rand(1, 3, 512, 512, requires_grad=True)
+        pixels = resize(images, 64)
+        (image_grad,) = torch.autograd.grad((pixels**2).sum(), images)
+        used.append((image_grad != 0).float().mean())
+    assert used[0] > 0.99 and used[1] < 0.26
+
+
+def test_golden_prompts_have_several_lengths() -> None:
+    """Otherwise padding would not be tested."""
+    for name in ("hpsv2", "imagereward", "pickscore"):
+        numbers = golden(name)
+        assert len({len(numbers.tokenize(prompt)) for prompt in numbers.prompts}) > 1, name
