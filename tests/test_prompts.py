@@ -1,33 +1,238 @@
-"""Prompt sources and their assignment to trajectories."""
+"""Prompt sources and templates."""
 
+import json
+import logging
+import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fastnabla.prompts import assign_prompts, load_prompts
+from fastnabla.prompts import PROMPT_SETS, load_prompts, readers
+from fastnabla.prompts.loading import MAX_PROMPT
+from fastnabla.prompts.readers import MAX_LINE
 
 
-def test_file_has_a_prompt_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("a cat\n\n  a dog  \n", encoding="utf-8")
-    assert load_prompts(str(path)) == ["a cat", "a dog"]
+def write(folder: Path, content: bytes, name: str = "prompts.txt") -> str:
+    path = folder / name
+    path.write_bytes(content)
+    return str(path)
+
+
+def test_sets_hold_distinct_prompts_with_the_right_article():
+    animals = load_prompts("animals")
+    assert len(animals) == 10 and {"a bear", "an elephant", "a zebra"} < set(animals)
+    assert load_prompts("animals-phrased")[:4] == [
+        "a bear",
+        "a picture of a bear",
+        "the silhouette of a bear",
+        "a bird",
+    ]
+    simple = load_prompts("simple-animals")
+    assert len(simple) == 45
+    assert {"a photo of a cat", "a photo of an elephant", "a photo of an owl"} < set(simple)
+    assert all(len(set(prompts)) == len(prompts) for prompts in PROMPT_SETS.values())
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"\n \n", "no prompts"), (b"\xff\xfe\x00", "UTF-8"), (None, "no such file")]
+    "content",
+    [
+        b"a cat\n\n  a dog  \n",
+        b"a cat\r\n\r\na dog\r\n",
+        b"\xef\xbb\xbfa cat\na dog",
+        b"\n\xc2\xa0\na cat\t\n\n\na dog\n\n",
+    ],
+    ids=["unix", "windows", "byte order mark", "blanks"],
 )
-def test_bad_files_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
-    path = tmp_path / "prompts.txt"
+def test_text_file_has_a_prompt_a_line(tmp_path: Path, content: bytes):
+    assert load_prompts(write(tmp_path, content)) == ["a cat", "a dog"]
+
+
+def test_other_scripts_are_kept(tmp_path: Path):
+    prompts = ["חתול", "قطة صغيرة", "一只猫", "un chat à l’été", "👩‍🔬 and a cat"]
+    assert load_prompts(write(tmp_path, "\n".join(prompts).encode())) == prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n \n", "no prompts"),
+        (b"", "no prompts"),
+        (b"\xef\xbb\xbf", "no prompts"),
+        (b"\xff\xfe\x00", "line 1: not UTF-8"),
+        (b"a cat\n\na d\xf6g\n", "line 3: not UTF-8"),
+        ("a cat\n".encode("utf-16-le"), "line 1: has the control character U\\+0000"),
+        (b"a cat\na\x1b[31m dog\n", "line 2: has the control character U\\+001B"),
+        (b"a cat\na\tdog\n", "line 2: has the control character U\\+0009"),
+        (b"a cat\ra dog\r", "line 1: has the control character U\\+000D"),
+        ("a cat\na \x85dog\n".encode(), "line 2: has the control character U\\+0085"),
+        ("a \u202egod a\n".encode(), "line 1: has the control character U\\+202E"),
+        ("a \u2067dog\u2069\n".encode(), "line 1: has the control character U\\+2067"),
+        (b"a cat\n\xef\xbb\xbfa dog\n", "line 2: has the control character U\\+FEFF"),
+        (b"a cat\n" + b"x" * (MAX_PROMPT + 1), f"line 2: {MAX_PROMPT + 1} characters; shorten it to at most {MAX_PROMPT}"),
+        (b"a cat\n" + b"x" * MAX_LINE + b"\na dog\n", "line 2: longer than"),
+        (None, "no such file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_bad_text_files_are_refused(tmp_path: Path, content: bytes | None, message: str):
+    source = str(tmp_path / "prompts.txt")
     if content is not None:
-        path.write_bytes(content)
+        write(tmp_path, content)
     with pytest.raises(ValueError, match=message) as error:
-        load_prompts(str(path))
-    assert "prompts.source" in str(error.value)
+        load_prompts(source)
+    assert str(error.value).startswith(f"prompts.source = {source!r}: ")
 
 
-def test_assignment_is_balanced_and_independent_of_the_split() -> None:
-    whole = assign_prompts(seed=3, first=0, count=40, num_prompts=10)
-    assert all(sorted(part.tolist()) == list(range(10)) for part in whole.split(10))
-    parts = [assign_prompts(3, first, 8, 10) for first in range(0, 40, 8)]
-    assert whole.tolist() == [n for part in parts for n in part.tolist()]
-    assert whole.tolist() != assign_prompts(4, 0, 40, 10).tolist()
+@pytest.mark.parametrize(
+    "source", ["", ".", "no such set", "a\0b", "x" * 100_000, "hf", "nothing.jsonl:prompt", "\ud800"]
+)
+def test_sources_that_do_not_exist_are_refused(source: str):
+    with pytest.raises(ValueError, match="no such file, nor one of the sets simple-animals, animals"):
+        load_prompts(source)
+
+
+def test_unreadable_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(path: str, mode: str):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(readers, "open", refuse, raising=False)
+    with pytest.raises(ValueError, match=r"prompts\.source = .*Permission denied"):
+        load_prompts(write(tmp_path, b"a cat"))
+
+
+def test_longest_prompt_is_taken(tmp_path: Path):
+    assert load_prompts(write(tmp_path, b"x" * MAX_PROMPT)) == ["x" * MAX_PROMPT]
+
+
+def test_json_lines(tmp_path: Path):
+    rows = [
+        {"prompt": "a cat", "text": "one"},
+        {"prompt": " ", "text": "two"},
+        {"prompt": "ein Hündchen", "text": "two "},
+    ]
+    source = write(tmp_path, "\n\n".join(map(json.dumps, rows)).encode("utf-8-sig"), "prompts.jsonl")
+    assert load_prompts(source) == load_prompts(source + ":prompt") == ["a cat", "ein Hündchen"]
+    assert load_prompts(source + ":text") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a dog", "not JSON"),
+        ("[" * 200_000, "not JSON"),
+        ("1" * 10_000, "not JSON"),
+        ('["a dog"]', "a JSON list; write one object a line"),
+        ('{"text": "a dog"}', r"no field 'prompt' among \['text'\]; name one as FILE.jsonl:FIELD"),
+        ('{"prompt": null}', "must be text, not NoneType"),
+        ('{"prompt": ["a dog"]}', "must be text, not list"),
+        ('{"prompt": "a\\ndog"}', r"control character U\+000A"),
+        ('{"prompt": "\\ud800 dog"}', r"control character U\+D800"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_bad_json_lines_are_refused(tmp_path: Path, line: str, message: str):
+    source = write(tmp_path, b'{"prompt": "a cat"}\n\n' + line.encode(), "prompts.jsonl")
+    with pytest.raises(ValueError, match="line 3: .*" + message) as error:
+        load_prompts(source)
+    assert str(error.value).startswith(f"prompts.source = {source!r}: ")
+
+
+class HubTable:
+    """What fastnabla uses of a `datasets.Dataset`."""
+
+    def __init__(self, **columns: list) -> None:
+        self.columns, self.column_names = columns, list(columns)
+
+    def __getitem__(self, column: str) -> list:
+        return self.columns[column]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """A stub of datasets with one data set; what has been asked of it."""
+    asked = []
+
+    def load_dataset(name: str, split: str) -> HubTable:
+        asked.append((name, split))
+        if name != "someone/prompts":
+            raise FileNotFoundError(f"Dataset {name!r} doesn't exist on the Hub")
+        return HubTable(Prompt=["a cat", "", "a dog"], score=[1, 2, 3], notes=["fine", "a\x07bell", "fine"])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+def test_hub_column(hub: list[tuple[str, str]]):
+    assert load_prompts("hf:someone/prompts:Prompt") == ["a cat", "a dog"]
+    assert load_prompts("hf:someone/prompts:Prompt:test[:50%]") == ["a cat", "a dog"]
+    assert hub == [("someone/prompts", "train"), ("someone/prompts", "test[:50%]")]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf:", "write hf:OWNER/NAME:COLUMN"),
+        ("hf:someone/prompts", "write hf:OWNER/NAME:COLUMN"),
+        ("hf::Prompt", "write hf:OWNER/NAME:COLUMN"),
+        ("hf:someone/prompts:prompt", "no column 'prompt'; use one of Prompt, score, notes"),
+        ("hf:someone/prompts:score", "row 0: a prompt must be text, not int"),
+        ("hf:someone/prompts:notes", r"row 1: has the control character U\+0007"),
+        ("hf:someone/else:Prompt", "the split 'train' of 'someone/else' cannot be loaded .*doesn't exist"),
+    ],
+)
+def test_bad_hub_columns_are_refused(hub: list[tuple[str, str]], source: str, message: str):
+    with pytest.raises(ValueError, match=message) as error:
+        load_prompts(source)
+    assert str(error.value).startswith(f"prompts.source = {source!r}: ")
+
+
+def test_hub_without_the_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"prompts\.source = .*run: pip install datasets"):
+        load_prompts("hf:someone/prompts:Prompt")
+
+
+def test_templates_multiply(tmp_path: Path):
+    source = write(tmp_path, b"cat\n{dog}\n")
+    assert load_prompts(source, ("a photo of a {}", "{}, {oil}")) == [
+        "a photo of a cat",
+        "cat, {oil}",
+        "a photo of a {dog}",
+        "{dog}, {oil}",
+    ]
+
+
+@pytest.mark.parametrize(
+    "template", ["", "a photo", "{} and {}", "a {animal}", "a {0}", "{}\x00", "{}" + "x" * MAX_PROMPT]
+)
+def test_bad_templates_are_refused(template: str):
+    with pytest.raises(ValueError, match=r"prompts\.template = ") as error:
+        load_prompts("animals", ("{}", template))
+    assert repr(template) in str(error.value)
+
+
+def test_repeated_prompts_are_dropped_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    source = write(tmp_path, b"a cat\na dog\n a cat\na cat \na cow\na dog")
+    assert load_prompts(source) == ["a cat", "a dog", "a cow"]
+    assert [(r.name, r.levelno) for r in caplog.records] == [("fastnabla", logging.WARNING)]
+    assert caplog.records[0].getMessage() == (
+        f"prompts.source = {source!r}: 3 of 6 prompts repeat an earlier one and are dropped"
+    )
+
+
+def test_no_warning_without_cause(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    load_prompts(write(tmp_path, b"a cat\nA cat\n"), ("{}", "{} again"))
+    assert not caplog.records
+
+
+def test_messages_name_the_given_field():
+    with pytest.raises(ValueError, match=r"^prompts\.evaluation = 'missing\.txt': no such file"):
+        load_prompts("missing.txt", field="prompts.evaluation")
+
+
+def test_a_million_prompts(tmp_path: Path):
+    source = write(tmp_path, b"".join(b"prompt %d\n" % i for i in range(10**6)))
+    prompts = load_prompts(source)
+    assert Counter(map(len, prompts)) == {7 + digits: 9 * 10 ** (digits - 1) + (digits == 1) for digits in range(1, 7)}

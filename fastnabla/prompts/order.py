@@ -1,0 +1,19 @@
+"""Which trajectory gets which prompt."""
+
+import torch
+from torch import Tensor
+
+from fastnabla.seeding import generator_of
+
+
+def assign_prompts(seed: int, first: int, count: int, num_prompts: int) -> Tensor:
+    """Prompt numbers `[count]`, int64, of the trajectories `first`, `first` + 1, … (counted over the whole run).
+
+    Every `num_prompts` consecutive trajectories, from a multiple of it on, see each prompt once, in an order of their
+    own. A trajectory's prompt depends on the seed and its number alone: a resumed run goes on with the same prompts,
+    and ranks that take parts of a range get what one that takes it all would.
+    """
+    cycle, skipped = divmod(first, num_prompts)
+    cycles = range(cycle, (first + max(count, 1) - 1) // num_prompts + 1)
+    orders = [torch.randperm(num_prompts, generator=generator_of(seed, "prompts", cycle)) for cycle in cycles]
+    return torch.cat(orders)[skipped : skipped + count]

@@ -1,0 +1,79 @@
+"""Which prompts are trained on, and which are evaluated."""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Sequence
+
+from fastnabla.prompts.loading import load_prompts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunPrompts:
+    """The prompts of a run, numbered."""
+
+    texts: list[str]
+    """By number; those trained on come first."""
+    trained: int
+    """Numbers below are trained on."""
+    evaluated: range
+    """Numbers that are evaluated."""
+
+
+def split_prompts(prompts: Sequence[str], held_out: float, seed: int) -> tuple[list[str], list[str]]:
+    """`prompts` to train on and those held out, both in their order.
+
+    A hash of the seed and the prompt's text decides on each alone: prompts that are added, removed or reordered do not
+    move others, and a larger share holds out more, never others. So the share is met only on average.
+
+    Args:
+        prompts: texts, each once.
+        held_out: share to hold out, in (0, 1).
+        seed: the run's.
+
+    Raises:
+        ValueError: a part is left empty.
+    """
+    parts: tuple[list[str], list[str]] = ([], [])
+    for prompt in prompts:
+        digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
+        parts[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(prompt)
+    if not all(parts):
+        raise ValueError(
+            f"prompts.held_out = {held_out!r}: leaves {len(parts[0])} of {len(prompts)} prompts to train on and "
+            f"{len(parts[1])} to evaluate with seed = {seed}; change the share, give more prompts, or name those to "
+            "evaluate with prompts.evaluation."
+        )
+    return parts
+
+
+def load_run_prompts(
+    source: str, templates: Sequence[str], held_out: float, evaluation: str | None, most_evaluated: int, seed: int
+) -> RunPrompts:
+    """The prompts that a run trains on and evaluates.
+
+    Args:
+        source: what is trained on; see `load_prompts`.
+        templates: for the prompts of both sources.
+        held_out: share of `source` that is evaluated instead; 0 for none.
+        evaluation: source of the prompts that are evaluated, or None. With neither, those trained on are.
+        most_evaluated: the first so many are evaluated.
+        seed: the run's.
+
+    Raises:
+        ValueError: as `load_prompts` and `split_prompts`.
+    """
+    trained = load_prompts(source, templates)
+    if evaluation is not None:
+        evaluated = load_prompts(evaluation, templates, field="prompts.evaluation")
+        seen = set(trained).intersection(evaluated)
+        if seen:
+            logging.getLogger("fastnabla").warning(
+                "prompts.evaluation = %r: %d of %d prompts are also trained on", evaluation, len(seen), len(evaluated)
+            )
+    elif held_out:
+        trained, evaluated = split_prompts(trained, held_out, seed)
+    else:
+        return RunPrompts(texts=trained, trained=len(trained), evaluated=range(min(most_evaluated, len(trained))))
+    texts = trained + evaluated[:most_evaluated]
+    return RunPrompts(texts=texts, trained=len(trained), evaluated=range(len(trained), len(texts)))
