@@ -1,7 +1,7 @@
 """What a run writes as it goes: its folder, metrics, and progress on the terminal.
 
-`metrics.jsonl` holds only what the seed determines, so two equal runs write equal files; clock times go to
-`timing.jsonl`.
+`metrics.jsonl` holds only what the seed determines, so two equal runs write equal files; clock times and what is
+measured of the machine go to `timing.jsonl`.
 """
 
 import json
@@ -71,17 +71,27 @@ class Tracker:
 
             self._wandb = wandb.init(dir=str(folder), config=config, name=folder.name)
 
-    def log(self, phase: str, update: int, metrics: dict[str, float]) -> None:
-        """Append a record, e.g. of phase "train", after `update` updates."""
+    def log(self, phase: str, update: int, metrics: dict[str, float], measured: dict[str, float] | None = None) -> None:
+        """Append a record, e.g. of phase "train", after `update` updates.
+
+        Args:
+            phase, update: what the record is of.
+            metrics: what the seed determines, by name.
+            measured: what it does not, e.g. a reading of `GpuMeter`; under "gpu/" in TensorBoard and W&B.
+        """
         record = {"phase": phase, "update": update, **metrics}
+        measured = measured or {}
         self.records.append(record)
         self._append("metrics.jsonl", record)
-        self._append("timing.jsonl", {"phase": phase, "update": update, "seconds": time.perf_counter() - self.started})
-        for name, value in metrics.items():
-            if self._board:
-                self._board.add_scalar(f"{phase}/{name}", value, update)
+        seconds = time.perf_counter() - self.started
+        self._append("timing.jsonl", {"phase": phase, "update": update, "seconds": seconds, **measured})
+        values = {f"{phase}/{name}": value for name, value in metrics.items()}
+        values |= {f"gpu/{name}": value for name, value in measured.items()}
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, update)
         if self._wandb:
-            self._wandb.log({f"{phase}/{name}": value for name, value in metrics.items()}, step=update)
+            self._wandb.log(values, step=update)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
