@@ -8,8 +8,8 @@ import torch
 from bench.naive import naive_step
 from fastnabla.config import PRESETS, MemoryConfig, RolloutConfig
 from fastnabla.draws import draw_stratified
+from fastnabla.objective.residual_db import Objective
 from fastnabla.rollout import sample
-from fastnabla.step import Objective
 from fastnabla.trainer import Trainer
 
 TRAJECTORIES = 16

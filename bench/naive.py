@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fastnabla.batch import Transitions
 from fastnabla.objective.balance import reward_weight
 from fastnabla.objective.gaussian import guide, step_score
+from fastnabla.objective.residual_db import Objective
 from fastnabla.policy import Policy
-from fastnabla.step import Objective
 from fastnabla.transition import TransitionRows, TransitionTable
 
 

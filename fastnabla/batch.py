@@ -1,7 +1,9 @@
 """What the training step trains on: transitions of any trajectories and steps, as rows of one batch."""
 
 import dataclasses
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +33,39 @@ class Transitions:
 
     def __getitem__(self, rows: Tensor | slice) -> "Transitions":
         return Transitions(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
+
+    def select(self) -> "Selection":
+        """All of them, to train on; waits for the device."""
+        return Selection(
+            step_index=self.step_index.cpu(),
+            trajectory=self.trajectory.cpu(),
+            prompt=self.prompt.cpu(),
+            gather=lambda rows: self[rows.to(self.x.device, non_blocking=True)],
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """M transitions that are gathered when they are needed. What decides how they are computed is on the host, so that
+    nobody has to wait for the device to know it."""
+
+    step_index: Tensor
+    """`[M]` int64, on the host."""
+    trajectory: Tensor
+    """`[M]` int64, on the host."""
+    prompt: Tensor
+    """`[M]` int64, on the host."""
+    gather: Callable[[Tensor], Transitions]
+    """The transitions at positions `[m]` int64 (on the host) of the selection, on the device."""
+
+    def __len__(self) -> int:
+        return len(self.step_index)
+
+    def __getitem__(self, rows: Tensor | slice) -> "Selection":
+        rows = torch.arange(len(self))[rows]
+        return Selection(
+            step_index=self.step_index[rows],
+            trajectory=self.trajectory[rows],
+            prompt=self.prompt[rows],
+            gather=lambda of: self.gather(rows[of]),
+        )

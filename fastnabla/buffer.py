@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastnabla import buffer_ops
-from fastnabla.batch import Transitions
+from fastnabla.batch import Selection, Transitions
 
 Storage = Literal["device", "pinned", "prefetch"]
 
@@ -92,6 +92,7 @@ class TrajectoryBuffer:
         self._host_state_at = self._state_at if on_host else self._state_at.cpu()
         self._host_output_at = self._output_at if on_host else self._output_at.cpu()
         self._host_steps = self.steps if on_host else self.steps.cpu()
+        self._host_prompt = self.prompt if on_host else self.prompt.cpu()
         self._appended = torch.zeros(capacity, dtype=torch.int64)
         self._first = self._live = 0
         self._lock = threading.Lock()
@@ -172,6 +173,7 @@ class TrajectoryBuffer:
                 output_at,
                 steps,
             )
+            self._host_prompt[slots] = prompt.cpu()
             where = slots.to(self.device)
             for table, values in (
                 (self._state_at, state_at),
@@ -235,6 +237,17 @@ class TrajectoryBuffer:
         """Numbers `[M]` of all kept transitions (of the trajectories in `slots`), as `gather` takes them."""
         slots = self.slots() if slots is None else slots
         return (slots[:, None] * self.kept + torch.arange(self.kept)).flatten()
+
+    def select(self, slots: Tensor | None = None) -> Selection:
+        """All kept transitions (of the trajectories in `slots`), to be gathered when they are needed."""
+        index = self.transitions(slots)
+        slots = index // self.kept
+        return Selection(
+            step_index=self._host_steps.flatten()[index],
+            trajectory=slots,
+            prompt=self._host_prompt[slots],
+            gather=lambda rows: self.gather(index[rows]),
+        )
 
     def gather(self, index: Tensor, dtype: torch.dtype | None = None) -> Transitions:
         """The transitions numbered `index [M]` (slot * K + position among the drawn steps), on the buffer's device.

@@ -1,6 +1,7 @@
 """The state of a run between two updates: written atomically, so that a run can be killed at any instant.
 
-All randomness is a function of the seed and the update, so this is everything: LoRA, flow network, optimizer, count.
+All randomness is a function of the seed and the update, so this is everything: what is trained of the policy, flow
+network, optimizer, the rewards' running statistics, count.
 """
 
 import json
@@ -9,23 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from fastnabla.optim import Optimizer
-from fastnabla.policy import ADAPTER, Policy
+from fastnabla.policy import Policy
+from fastnabla.rewards import RewardSum
 
 FILE = "checkpoint.pt"
 
 
-def save_checkpoint(folder: Path, update: int, policy: Policy, flow: nn.Module | None, optimizer: Optimizer) -> None:
+def save_checkpoint(
+    folder: Path, update: int, policy: Policy, flow: nn.Module | None, optimizer: Optimizer, reward: RewardSum
+) -> None:
     """Replace the checkpoint in `folder` by the state after `update` updates."""
     state = {
         "update": update,
-        "lora": get_peft_model_state_dict(policy.unet, adapter_name=ADAPTER),
+        "policy": {name: parameter.detach() for name, parameter in policy.trained().items()},
         "flow": flow.state_dict() if flow is not None else {},
-        "optimizer": optimizer.adamw.state_dict(),
+        "optimizer": optimizer.algorithm.state_dict(),
         "schedule": optimizer.schedule.state_dict(),
+        "reward": reward.state_dict(),
     }
     partial = folder / (FILE + ".partial")
     with partial.open("wb") as file:
@@ -35,7 +39,10 @@ def save_checkpoint(folder: Path, update: int, policy: Policy, flow: nn.Module |
     partial.replace(folder / FILE)
 
 
-def load_checkpoint(folder: Path, policy: Policy, flow: nn.Module | None, optimizer: Optimizer) -> int:
+@torch.no_grad()
+def load_checkpoint(
+    folder: Path, policy: Policy, flow: nn.Module | None, optimizer: Optimizer, reward: RewardSum
+) -> int:
     """Restore the state in `folder`; the number of updates it had seen (0 if there is no checkpoint yet).
 
     Raises:
@@ -48,11 +55,12 @@ def load_checkpoint(folder: Path, policy: Policy, flow: nn.Module | None, optimi
         state: dict[str, Any] = torch.load(path, map_location=policy.conditions.device, weights_only=True)
     except Exception as error:
         raise ValueError(f"resume = {str(folder)!r}: {FILE} cannot be read ({error}).") from error
-    set_peft_model_state_dict(policy.unet, state["lora"], adapter_name=ADAPTER)
+    for name, parameter in policy.trained().items():
+        parameter.copy_(state["policy"][name])
     if flow is not None:
         flow.load_state_dict(state["flow"])
-    optimizer.adamw.load_state_dict(state["optimizer"])
-    optimizer.schedule.load_state_dict(state["schedule"])
+    optimizer.load_state_dict(state["optimizer"], state["schedule"])
+    reward.load_state_dict(state["reward"])
     return state["update"]
 
 

@@ -10,9 +10,11 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+from fastnabla.lora import LORA_TARGETS
 from fastnabla.objective.backend import Backend
-from fastnabla.policy import LORA_TARGETS
-from fastnabla.step import Objective
+from fastnabla.objective.residual_db import Objective
+from fastnabla.policy import Attention
+from fastnabla.rewards.options import Preprocess
 
 TESTBED = "testbed"
 
@@ -66,8 +68,10 @@ class RolloutConfig:
     """Trajectories sampled per rollout."""
     fraction: float = 0.1
     """Share of a trajectory's steps that is trained on, besides the last: K = steps * fraction + 1."""
-    draw: Literal["stratified", "uniform"] = "stratified"
-    """"stratified": one step from each of steps * fraction equal parts (low variance). "uniform": any."""
+    draw: Literal["stratified", "uniform", "runs"] = "stratified"
+    """"stratified": one step from each of steps * fraction equal parts (low variance). "uniform": any. "runs": adjacent
+    steps from a random one on, the last but one followed by the first; neighbours share network passes and decodes, so
+    that a transition costs less, and tells less."""
     updates: int = 2
     """Optimizer updates per rollout, each on its own share of the trajectories; divides their number."""
     batch: int = 16
@@ -90,12 +94,13 @@ class LoraConfig:
     """The adapter that is trained."""
 
     rank: int = 8
-    """Rank, and alpha: the adapter's scale is 1."""
+    """Rank, and alpha: the adapter's scale is 1. 0 trains all of the UNet's parameters instead, with float32 master
+    weights beside a frozen copy of the pretrained ones."""
     targets: tuple[str, ...] = LORA_TARGETS
     """Names of the UNet's layers that get one."""
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, "lora.rank", self.rank, "must be at least 1.")
+        _require(self.rank >= 0, "lora.rank", self.rank, "must be at least 1, or 0 to train all parameters.")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -116,8 +121,15 @@ class FlowConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW for the LoRA; the flow network shares all but its two own settings."""
+    """How the LoRA is updated; the flow network shares all but its two own settings."""
 
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit"] = "adamw"
+    """"adamw": fused, 8 bytes of state a parameter; right for a LoRA, whose few million parameters cost megabytes.
+    Full finetuning has gigabytes to save; these are of bitsandbytes. "adamw8bit": moments of a byte and a scale for
+    each 256 elements, 2.03 bytes a parameter. "paged_adamw8bit": the same, and a GPU that runs full moves it to host
+    memory rather than fail, at the host link's speed. "lion8bit": one moment, 1.02 bytes, and steps of equal size; it
+    wants a learning rate 3 to 10 times smaller, the flow network's too, a weight decay larger by as much, and a beta2
+    of 0.99. All three keep tensors of fewer than 4096 elements, which many of a LoRA are, in float32."""
     learning_rate: float = 1e-3
     """Step size for the LoRA."""
     beta1: float = 0.9
@@ -144,14 +156,19 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class MemoryConfig:
-    """Speed against memory; results do not depend on these beyond rounding, but for `output_block`."""
+    """Speed against memory; results do not depend on these beyond rounding, but for `output_block`. What is None is
+    planned: as fast as fits into `vram`, or into the memory that is free."""
 
-    micro_batch: int = 4
-    """Most transitions in one network pass of the training step."""
-    decode_chunk: int = 4
+    micro_batch: int | None = None
+    """Most transitions in one network pass of the training step. Halved, with a warning, if memory runs out."""
+    decode_chunk: int | None = None
     """Most images decoded, with gradients, at once."""
-    checkpoint_decoder: bool = True
-    """Recompute the decoder's blocks in the backward pass instead of keeping their activations."""
+    checkpoint_decoder: bool | None = None
+    """Recompute the decoder's blocks in the backward pass instead of keeping their activations: a quarter less at the
+    peak, a fifth more arithmetic. A smaller `decode_chunk` saves more for nothing, until it is 1."""
+    checkpoint_unet: bool | None = None
+    """Recompute the UNet's blocks in the backward passes instead of keeping their activations: each backward pass costs
+    a forward pass more."""
     buffer: Literal["device", "pinned"] = "device"
     """Where sampled trajectories are kept: on the "device", or "pinned", in page-locked host memory that the GPU reads
     over the host link. On a CPU the two are the same."""
@@ -161,7 +178,8 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "decode_chunk"):
-            _require(getattr(self, name) >= 1, f"memory.{name}", getattr(self, name), "must be at least 1.")
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"memory.{name}", value, "must be at least 1, or None.")
         _require(
             self.output_block in (None, 64, 128, 256),
             "memory.output_block",
@@ -171,11 +189,42 @@ class MemoryConfig:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
+class ComputeConfig:
+    """How the networks compute; results do not depend on these beyond rounding."""
+
+    compile: Literal["auto", "none", "blocks", "whole"] = "auto"
+    """torch.compile of UNet, decoder and flow network. "whole": a graph each, the fastest, some minutes to start.
+    "blocks": the UNet's and the decoder's blocks alone, which starts sooner. "auto": "whole" on a GPU, "none" on a CPU."""
+    attention: Attention = "sdpa"
+    """"sdpa": torch's. "xformers": memory-efficient attention of that package (a GPU and the package are needed)."""
+    channels_last: bool | None = None
+    """NHWC weights and activations, as convolutions on a GPU prefer. None: on a GPU."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class RewardConfig:
     """What is finetuned towards."""
 
     terms: tuple[str, ...] = ()
-    """Terms of the reward r, each name=weight: area, classifier or hue (testbed), or module:function=weight."""
+    """Terms of the reward r, each name=weight: aesthetic, clipscore, hpsv2, imagereward or pickscore; area, classifier
+    or hue (testbed); or module:function=weight. See `python -m fastnabla.rewards list`."""
+    weights: tuple[str, ...] = ()
+    """Where weights are, each name=source, as in hpsv2=models/HPSv2: a hub id, a local folder or file."""
+    preprocess: Preprocess = "official"
+    """Images as each scorer was trained with, or as the "reference" implementation of ∇-DB has them."""
+    checkpoint: bool = False
+    """Recompute the reward networks' transformer layers in the backward pass."""
+    tf32: bool = False
+    """Allow TF32 products in the reward networks on a GPU."""
+    random_init: bool = False
+    """Random weights of the real size: for smoke tests without downloads. The rewards mean nothing."""
+    normalise: bool = False
+    """Weigh terms in units of their spread over the rollouts so far."""
+    clip: float | None = None
+    """Largest absolute value of the reward that is trained on; beyond it there is no gradient."""
+
+    def __post_init__(self) -> None:
+        _require(self.clip is None or 0 < self.clip < math.inf, "reward.clip", self.clip, "must be positive, or None.")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -183,7 +232,25 @@ class PromptConfig:
     """What is sampled."""
 
     source: str = ""
-    """Text file with one prompt a line, or a set: animals, animals-phrased."""
+    """A set: simple-animals, or the testbed's animals and animals-phrased; a UTF-8 text file, one prompt a line; a field
+    of JSON lines, FILE.jsonl:FIELD; or a column of a data set on the Hugging Face hub, hf:OWNER/NAME:COLUMN or
+    hf:OWNER/NAME:COLUMN:SPLIT."""
+    template: tuple[str, ...] = ()
+    """Texts with one {} each, such as "a photo of {}"; every prompt is put into every one."""
+    held_out: float = 0.0
+    """Share of the prompts that is evaluated and not trained on, chosen by seed and text. With 0, and no
+    prompts.evaluation, prompts that are trained on are evaluated."""
+    evaluation: str | None = None
+    """Source of the prompts that are evaluated, as prompts.source; it takes the same templates."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.held_out < 1, "prompts.held_out", self.held_out, "must be in [0, 1).")
+        _require(
+            self.evaluation is None or self.held_out == 0,
+            "prompts.held_out",
+            self.held_out,
+            "leave it at 0 with prompts.evaluation, which names the prompts to evaluate.",
+        )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -195,7 +262,7 @@ class EvaluationConfig:
     samples: int = 4
     """Images per prompt; at least 2."""
     prompts: int = 10
-    """Prompts evaluated: the first so many of the source."""
+    """Prompts evaluated: the first so many of those held out, of prompts.evaluation or, without either, of the source."""
     probe: str = "none"
     """Network that measures diversity and distance from the prior: testbed, module:function, or none."""
 
@@ -226,6 +293,9 @@ class TrainConfig:
     plain torch; "auto", the kernels on a GPU."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics go besides metrics.jsonl."""
+    vram: float | None = None
+    """Memory, in GB (10⁹ bytes), that a plan for micro-batch, chunks and checkpointing may use; the plan is printed before
+    anything is loaded. None: what is free on the device."""
     dry_run: bool = False
     """Check everything, print the configuration and what an update costs, and stop."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -238,10 +308,12 @@ class TrainConfig:
     flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", self.seed, "must not be negative.")
+        _require(self.vram is None or 0 < self.vram < math.inf, "vram", self.vram, "must be positive and finite.")
         for name in ("updates", "checkpoint_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1.")
         _require(
@@ -327,7 +399,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             rollout=RolloutConfig(fraction=0.2, updates=1, batch=64),
             flow=FlowConfig(kind="conv"),
             optimizer=OptimizerConfig(learning_rate=1e-2, beta2=0.95, schedule="linear", warmup=3),
-            memory=MemoryConfig(micro_batch=64, decode_chunk=64, checkpoint_decoder=False),
+            memory=MemoryConfig(micro_batch=64, decode_chunk=64),
             evaluation=EvaluationConfig(every=6, samples=16, probe=TESTBED),
         ),
     ),

@@ -1,119 +1,138 @@
-"""What an update costs, before any is made: network passes from the plan, memory from the networks' shapes."""
+"""What an update costs, before any is made: network passes, arithmetic, memory, and time at a measured rate."""
 
-import copy
-from collections.abc import Callable
+import dataclasses
+import statistics
+import time
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
 
-from fastnabla.step import Objective
-from fastnabla.trainer import Trainer
+from fastnabla.config import TrainConfig
+from fastnabla.objective.residual_db import Objective
+from fastnabla.planner import MemoryPlan
+from fastnabla.policy import Policy
+from fastnabla.unit_costs import UnitCosts
 
 
-def planned_passes(objective: Objective, with_flow: bool) -> tuple[int, int]:
-    """U per inner and per last transition (the table in `fastnabla.step`)."""
-    ahead = {"lookahead": 2, "lookahead_detached": 1, "terminal": 0}[objective.guidance]
+def planned_passes(objective: Objective, with_flow: bool, run: int = 1, tails: float = 1) -> tuple[float, float]:
+    """U per inner and per last transition (the table in `fastnabla.step`).
+
+    Args:
+        objective: its guidance and ρ.
+        with_flow: whether there is a g_φ.
+        run: L, adjacent transitions that share passes.
+        tails: of them, how many are followed by none.
+    """
+    lookahead, ahead = objective.guidance == "lookahead", objective.guidance != "terminal"
     reverse = 2 if with_flow and objective.reverse > 0 else 0
-    return 3 + reverse + ahead, 3
+    at_next_states = ahead * (1 + lookahead) * tails / run
+    for_followers = lookahead * (run > tails)
+    return 3 + reverse + at_next_states + for_followers, 3
 
 
-def planned_decodes(objective: Objective, with_flow: bool) -> tuple[int, int]:
-    """Decodes with backward per inner and per last transition."""
+def planned_decodes(objective: Objective, with_flow: bool, run: int = 1, tails: float = 1) -> tuple[float, float]:
+    """Decodes with backward per inner and per last transition; arguments as for `planned_passes`."""
     if objective.guidance == "terminal":
         return 0, 1
-    return (2 if with_flow and objective.reverse > 0 else 1), 1
+    return (1 + tails / run if with_flow and objective.reverse > 0 else 1), 1
 
 
-def saved_bytes(forward: Callable[[], Tensor], frozen: nn.Module) -> int:
-    """Bytes of the tensors that autograd keeps for the backward pass of `forward`, weights of `frozen` excepted."""
-    weights = {p.untyped_storage()._cdata for p in frozen.parameters()}
-    storages: dict[int, int] = {}
-    kept: list[Tensor] = []
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateCost:
+    """What an optimizer update costs on average, its share of the rollout included."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            storages[storage._cdata] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    del output
-    return sum(storages.values())
-
-
-def unet_activations(trainer: Trainer) -> int:
-    """Bytes kept for the backward pass of one transition's guided rows; computed on shapes alone."""
-    policy = trainer.policy
-    unet = copy.deepcopy(policy.unet).to("meta")
-    rows = 1 if policy.guidance_scale is None else 2
-    x = torch.empty(rows, *trainer.sample_shape, dtype=unet.dtype, device="meta", requires_grad=True)
-    condition = torch.empty(rows, *policy.conditions.shape[1:], dtype=unet.dtype, device="meta")
-    timestep = torch.empty(rows, device="meta")
-    return saved_bytes(lambda: unet(x, timestep, encoder_hidden_states=condition, return_dict=False)[0], unet)
+    inner: int
+    """Transitions that are not a trajectory's last."""
+    last: int
+    """Transitions that are."""
+    passes: tuple[float, float]
+    """U of each."""
+    decodes: tuple[float, float]
+    """Decodes with backward of each."""
+    rollout_passes: int
+    """U, forward only."""
+    rollout_flops: float
+    step_flops: float
 
 
-def decoder_activations(trainer: Trainer) -> int:
-    """Bytes kept for the backward pass of decoding one image without checkpointing; computed on shapes alone."""
-    vae = copy.deepcopy(trainer.decoder.vae).to("meta")
-    vae.disable_gradient_checkpointing()
-    latents = torch.empty(1, *trainer.sample_shape, dtype=vae.dtype, device="meta", requires_grad=True)
-    return saved_bytes(lambda: vae.decode(latents, return_dict=False)[0], vae)
-
-
-def _size(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
-def cost_table(trainer: Trainer) -> Table:
-    """Passes, decodes and estimated memory of an update."""
-    config, step = trainer.config, trainer.step
+def update_cost(config: TrainConfig, costs: UnitCosts) -> UpdateCost:
+    """The cost of an update of the run `config`; the rewards' own arithmetic is not in it."""
     per_update = config.rollout.trajectories // config.rollout.updates
     inner, last = per_update * config.drawn_steps, per_update
-    with_flow = trainer.flow is not None
-    passes, decodes = planned_passes(config.objective, with_flow), planned_decodes(config.objective, with_flow)
-    sampling = per_update * config.sampler.steps
-    training = inner * passes[0] + last * passes[1]
-    trained = 4 * 4 * sum(p.numel() for p in step.parameters)
-    frozen = _size(trainer.policy.unet) + _size(trainer.decoder.vae)
-    graphs = 1 + (passes[0] >= 5) + (config.objective.guidance == "lookahead")
-    micro_batch = min(config.memory.micro_batch, max(inner, last))
-    images = min(config.memory.decode_chunk, micro_batch * max(decodes))
-    unet, decoder = unet_activations(trainer), decoder_activations(trainer)
+    with_flow = config.flow.kind != "none"
+    run, tails = 1, 1.0
+    if config.rollout.draw == "runs":
+        run = config.drawn_steps
+        tails += (run - 1) / (config.sampler.steps - 1)  # runs that go on at the first step
+    passes = planned_passes(config.objective, with_flow, run, tails)
+    decodes = planned_decodes(config.objective, with_flow, run, tails)
+    rollout_passes = per_update * config.sampler.steps
+    flow_passes = 3 * (inner * (1 + tails / run if config.objective.reverse > 0 else 1) + last)
+    step = (
+        (inner * passes[0] + last * passes[1]) * costs.unet_flops
+        + (inner * decodes[0] + last * decodes[1]) * costs.decode_flops
+        + flow_passes * costs.flow_flops
+    )
+    return UpdateCost(
+        inner=inner,
+        last=last,
+        passes=passes,
+        decodes=decodes,
+        rollout_passes=rollout_passes,
+        # Finished samples are decoded once, forward only, for their rewards.
+        rollout_flops=rollout_passes * costs.unet_flops + per_update * costs.decode_flops / 2,
+        step_flops=step,
+    )
 
+
+@torch.no_grad()
+def measured_rate(policy: Policy, costs: UnitCosts, rows: int) -> float:
+    """FLOP/s of the policy's forward pass over `rows` transitions: the median of three, after one to warm up."""
+    device, shapes = policy.conditions.device, costs.shapes
+    x = torch.randn(rows, *shapes.sample_shape, device=device)
+    zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        policy(x, zeros, zeros)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    policy.passes.rows = 0
+    return rows * costs.unet_flops / statistics.median(seconds[1:])
+
+
+def cost_table(cost: UpdateCost, plan: MemoryPlan | None, rate: float) -> Table:
+    """`cost`, with the memory it takes, and how long it takes at `rate` FLOP/s."""
     table = Table(title="cost of an optimizer update (U: one UNet pass over a transition's guided rows)")
     table.add_column("what")
     table.add_column("how much", justify="right")
     table.add_column("how it comes about")
-    mega = 2**20
+    (inner, last), (passes, passes_last), (decodes, decodes_last) = (cost.inner, cost.last), cost.passes, cost.decodes
+    total = cost.rollout_flops + cost.step_flops
     for row in (
-        ("transitions", f"{inner + last}", f"{per_update} trajectories × ({config.drawn_steps} drawn + last)"),
-        ("rollout", f"{sampling} U", f"{per_update} trajectories × {config.sampler.steps} steps, forward only"),
-        ("training step", f"{training} U", f"{inner} × {passes[0]} + {last} × {passes[1]}"),
+        ("transitions", f"{inner + last}", f"{inner} inner, {last} last"),
+        ("rollout", f"{cost.rollout_passes} U", f"{cost.rollout_flops / 1e12:.4g} TFLOP"),
+        (
+            "training step",
+            f"{inner * passes + last * passes_last:g} U",
+            f"{inner} × {passes:g} + {last} × {passes_last:g}",
+        ),
         (
             "decodes with backward",
-            f"{inner * decodes[0] + last * decodes[1]}",
-            f"{inner} × {decodes[0]} + {last} × {decodes[1]}",
-        ),
-        ("frozen weights", f"{frozen / mega:.1f} MiB", "UNet and VAE"),
-        ("trained weights", f"{trained / mega:.1f} MiB", f"{trained // 16:,} parameters, gradients, two AdamW moments"),
-        (
-            "trajectory buffer",
-            f"{trainer.buffer.nbytes / mega:.1f} MiB",
-            f"kept states and outputs; {config.memory.buffer}",
+            f"{inner * decodes + last * decodes_last:g}",
+            f"{inner} × {decodes:g} + {last} × {decodes_last:g}",
         ),
         (
-            "UNet activations",
-            f"~{micro_batch * graphs * unet / mega:.0f} MiB",
-            f"estimate: {micro_batch} transitions × {graphs} graphs × {unet / mega:.1f} MiB",
+            "arithmetic of the step",
+            f"{cost.step_flops / 1e12:.4g} TFLOP",
+            "UNet, decoder, flow network; not the rewards",
         ),
-        (
-            "decoder activations",
-            f"≲{images * decoder / mega:.0f} MiB",
-            f"bound: {images} images × {decoder / mega:.1f} MiB; less with checkpointing",
-        ),
+        ("arithmetic of a transition", f"{cost.step_flops / (inner + last) / 1e12:.4g} TFLOP", "without the rollout"),
+        ("measured rate", f"{rate / 1e12:.4g} TFLOP/s", "the policy's forward pass, just now"),
+        ("expected time", f"{total / rate:.1f} s", "rollout and step at that rate; not the rewards, nor evaluation"),
     ):
         table.add_row(*row)
+    if plan is not None:
+        table.add_row("memory", f"{plan.total / 1e9:.2f} GB", "see the memory plan")
     return table

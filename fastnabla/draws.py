@@ -1,36 +1,38 @@
-"""Which steps of a trajectory are trained on."""
+"""Which steps of a trajectory are trained on, besides its last. What a trajectory draws depends on the seed and its
+number alone."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-
-def draw_stratified(trajectories: int, num_steps: int, strata: int, generator: torch.Generator) -> Tensor:
-    """Steps to keep, `[trajectories, strata + 1]` int64: one uniform draw in each of `strata` equal parts of the
-    trajectory, and the last step always.
-
-    This is the reference implementation's low-variance subsampling. A stratum may draw the last step again.
-
-    Raises:
-        ValueError: `strata` is not a positive divisor of `num_steps`.
-    """
-    if strata < 1 or num_steps % strata:
-        raise ValueError(
-            f"strata = {strata}: must be at least 1 and divide the number of steps, {num_steps}; "
-            "change rollout.fraction or sampler.steps so that steps * fraction does."
-        )
-    width = num_steps // strata
-    within = torch.randint(0, width, (trajectories, strata), generator=generator)
-    last = torch.full((trajectories, 1), num_steps - 1)
-    return torch.cat([last, torch.arange(strata) * width + within], 1)
+from fastnabla import buffer_ops
 
 
-def draw_uniform(trajectories: int, num_steps: int, draws: int, generator: torch.Generator) -> Tensor:
-    """Steps to keep, `[trajectories, draws + 1]` int64: `draws` different steps before the last, and the last.
+def draw_runs(seed: int, first: int, trajectories: int, num_steps: int, draws: int) -> Tensor:
+    """Steps to keep, `[trajectories, draws + 1]` int64: the last, then `draws` adjacent ones from a uniform step on; the
+    last but one is followed by the first. Each step before the last is drawn with the same probability.
+
+    Args:
+        seed: of the draws.
+        first: number of the first trajectory.
+        trajectories: how many, numbered from `first` on.
+        num_steps: T.
+        draws: steps besides the last.
 
     Raises:
         ValueError: there are not `draws` steps before the last, or `draws` is not positive.
     """
     if not 1 <= draws < num_steps:
         raise ValueError(f"draws = {draws}: must be between 1 and {num_steps - 1}, the steps before the last.")
-    order = torch.rand(trajectories, num_steps - 1, generator=generator).argsort(1)
-    return torch.cat([torch.full((trajectories, 1), num_steps - 1), order[:, :draws]], 1)
+    start = buffer_ops.draw_stratified(seed, first, trajectories, num_steps - 1, 1)[:, 1:]
+    run = (start + torch.arange(draws)) % (num_steps - 1)
+    return torch.cat([torch.full((trajectories, 1), num_steps - 1), run], 1)
+
+
+DRAWS: dict[str, Callable[[int, int, int, int, int], Tensor]] = {
+    "stratified": buffer_ops.draw_stratified,
+    "uniform": buffer_ops.draw_uniform,
+    "runs": draw_runs,
+}
+"""By the name that `rollout.draw` has: seed, number of the first trajectory, trajectories, T, draws → steps to keep."""

@@ -1,16 +1,18 @@
-"""Diffusers pipelines in and out: loading, schedulers, prompt embeddings, LoRA files."""
+"""Diffusers pipelines in and out: loading, schedulers, prompt embeddings, trained weights."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, logging
 from peft import get_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastnabla.policy import ADAPTER
+from fastnabla.lora import ADAPTER
+from fastnabla.policy import Policy
 from fastnabla.testbed import pipeline_folder
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -93,7 +95,22 @@ def latent_shape(pipeline: StableDiffusionPipeline) -> tuple[int, int, int]:
     return pipeline.unet.config.in_channels, side, side
 
 
-def save_lora(unet: nn.Module, folder: Path) -> None:
-    """Write the policy's LoRA as `pipe.load_lora_weights(folder)` reads it."""
-    layers: dict[str, Any] = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=ADAPTER))
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers={k: v.contiguous() for k, v in layers.items()})
+def save_policy(policy: Policy, run: Path, dtype: torch.dtype) -> None:
+    """Write what is trained into the folder `run`: a LoRA as lora/, or all parameters, as `dtype`, as unet/."""
+    if not policy.is_lora:
+        copy.deepcopy(policy.unet).to(dtype).save_pretrained(run / "unet")
+        return
+    layers: dict[str, Any] = convert_state_dict_to_diffusers(
+        get_peft_model_state_dict(policy.unet, adapter_name=ADAPTER)
+    )
+    layers = {name: layer.contiguous() for name, layer in layers.items()}
+    StableDiffusionPipeline.save_lora_weights(run / "lora", unet_lora_layers=layers)
+
+
+def load_policy(pipeline: StableDiffusionPipeline, run: Path) -> None:
+    """Give `pipeline` what `save_policy` wrote."""
+    if (run / "lora").is_dir():
+        pipeline.load_lora_weights(run / "lora")
+    else:
+        unet = UNet2DConditionModel.from_pretrained(run / "unet", dtype=pipeline.unet.dtype)
+        pipeline.unet = unet.to(pipeline.unet.device)

@@ -1,14 +1,23 @@
-"""The policy: a diffusers UNet with a LoRA. With the LoRA off it is the reference policy."""
+"""The policy: a diffusers UNet and what of it is trained, and the reference policy, the same UNet as it was pretrained.
+
+With a LoRA both share all weights: the reference is the network with its adapter off. When all parameters are trained,
+the reference is a second, frozen network.
+"""
 
 import contextlib
+import copy
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
-from peft import LoraConfig
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-ADAPTER = "policy"
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+from fastnabla.compiling import Compile, compile_blocks, compiled
+from fastnabla.lora import LORA_TARGETS, add_lora
+
+Attention = Literal["sdpa", "xformers"]
 
 
 class PassCounter:
@@ -32,11 +41,11 @@ class Policy(nn.Module):
     """Guided outputs of the finetuned and of the reference policy.
 
     Args:
-        unet: a frozen `UNet2DConditionModel` without adapters; a LoRA is added to it.
+        unet: a frozen `UNet2DConditionModel` without adapters, in the dtype that is computed in; it becomes the policy.
         conditions: text embeddings `[1 + P, L, D]`, row 0 that of the empty prompt.
         guidance_scale: w of classifier-free guidance; None or 1 runs the conditional rows alone.
-        rank: rank of the LoRA, which is also its alpha.
-        targets: names of the layers that get one.
+        rank: rank of the LoRA, which is also its alpha; 0 trains all parameters instead.
+        targets: names of the layers that get a LoRA.
     """
 
     def __init__(
@@ -51,45 +60,121 @@ class Policy(nn.Module):
         self.unet = unet.requires_grad_(False).eval()
         self.register_buffer("conditions", conditions, persistent=False)
         self.guidance_scale = None if guidance_scale == 1 else guidance_scale
-        lora = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
-        unet.add_adapter(lora, adapter_name=ADAPTER)
-        for parameter in self.trainable():
-            parameter.data = parameter.data.float()
+        self.dtype = unet.dtype
+        self.pretrained = None
+        if rank:
+            add_lora(unet, rank, targets)
+        else:
+            self.pretrained = copy.deepcopy(unet)
+            unet.float().requires_grad_()
         self.passes = PassCounter()
+        self._memory_format = torch.contiguous_format
+        self._call = _call
+        self._reference = False
+
+    def optimise(
+        self,
+        compile: Compile = "none",
+        attention: Attention = "sdpa",
+        channels_last: bool = False,
+        checkpoint: bool = False,
+    ) -> None:
+        """Choose how the networks compute; what they compute stays the same, beyond rounding.
+
+        Args:
+            compile: "whole" networks, their repeated "blocks" alone, or "none"; see `fastnabla.compiling`.
+            attention: "sdpa", torch's; or "xformers".
+            channels_last: keep weights and activations in NHWC order.
+            checkpoint: recompute the UNet's blocks in the backward pass instead of keeping their activations.
+
+        Raises:
+            ValueError: xformers is asked for and cannot run.
+        """
+        networks = [self.unet] if self.pretrained is None else [self.unet, self.pretrained]
+        for network in networks:
+            if attention == "xformers":
+                _use_xformers(network)
+            if channels_last:
+                network.to(memory_format=torch.channels_last)
+            if checkpoint:
+                network.enable_gradient_checkpointing()
+            if compile == "blocks":
+                compile_blocks(network, (ResnetBlock2D, BasicTransformerBlock))
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._call = compiled(_call) if compile == "whole" else _call
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether a LoRA is trained, rather than all parameters."""
+        return self.pretrained is None
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by their names in the UNet, float32."""
+        return {n: p for n, p in self.unet.named_parameters() if not self.is_lora or "lora_" in n}
 
     def trainable(self) -> list[nn.Parameter]:
-        """The LoRA's parameters, float32."""
-        return [p for p in self.unet.parameters() if p.requires_grad]
+        """The trained parameters."""
+        return list(self.trained().values())
 
     def forward(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
-        """Output pair `[2N, …]` (unconditional rows first; `[N, …]` without guidance) in the UNet's dtype.
+        """Output pair `[2N, …]` (unconditional rows first; `[N, …]` without guidance) in `dtype`.
 
         Args:
             x: states `[N, C, H, W]`.
             timestep: `[N]` int64.
             prompt: `[N]` int64, prompt numbers from 0.
         """
-        return self._network(x, timestep, prompt)
-
-    def reference(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
-        """The same of the pretrained policy."""
-        with self.adapter_off():
-            return self._network(x, timestep, prompt)
-
-    @contextlib.contextmanager
-    def adapter_off(self) -> Iterator[None]:
-        """Within, `forward` is the reference policy."""
-        self.unet.disable_adapters()
-        try:
-            yield
-        finally:
-            self.unet.enable_adapters()
-
-    def _network(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
-        rows, x = len(x), x.to(self.unet.dtype)
+        rows, x = len(x), x.to(self.dtype, memory_format=self._memory_format)
         condition = prompt + 1
         if self.guidance_scale is not None:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
             condition = torch.cat([torch.zeros_like(prompt), condition])
-        output = self.unet(x, timestep, encoder_hidden_states=self.conditions[condition], return_dict=False)[0]
+        network = self.pretrained if self._reference and not self.is_lora else self.unet
+        mixed = network.dtype != self.dtype
+        with torch.autocast(x.device.type, self.dtype, enabled=mixed) if mixed else contextlib.nullcontext():
+            output = self._call(network, x, timestep, self.conditions[condition])
         return self.passes.watch(output, rows)
+
+    def reference(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        """The same of the pretrained policy."""
+        with self.pretrained_weights():
+            return self(x, timestep, prompt)
+
+    @contextlib.contextmanager
+    def pretrained_weights(self) -> Iterator[None]:
+        """Within, `forward` is the reference policy."""
+        self._reference = True
+        if self.is_lora:
+            self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self._reference = False
+            if self.is_lora:
+                self.unet.enable_adapters()
+
+    @contextlib.contextmanager
+    def constant_weights(self) -> Iterator[None]:
+        """Within, outputs carry no gradient to the parameters, and keep nothing for one."""
+        parameters = self.trainable()
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_()
+
+
+def _call(network: nn.Module, x: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+    return network(x, timestep, encoder_hidden_states=condition, return_dict=False)[0]
+
+
+def _use_xformers(network: nn.Module) -> None:
+    remedy = "use --compute.attention sdpa, or: pip install xformers"
+    try:
+        network.enable_xformers_memory_efficient_attention()
+    except (ImportError, ModuleNotFoundError) as error:
+        raise ValueError(f"compute.attention = 'xformers': the package is not installed; {remedy}") from error
+    except Exception as error:  # xformers raises of many kinds when its operators do not run here
+        raise ValueError(f"compute.attention = 'xformers': it does not run here ({error}); {remedy}") from error

@@ -15,7 +15,7 @@ quiet_libraries()
 
 from fastnabla.config import load_run  # noqa: E402
 from fastnabla.pictures import save_grid  # noqa: E402
-from fastnabla.pipeline import load_pipeline, use_scheduler  # noqa: E402
+from fastnabla.pipeline import load_pipeline, load_policy, use_scheduler  # noqa: E402
 from fastnabla.seeding import seed_of  # noqa: E402
 
 
@@ -49,8 +49,10 @@ def sample_run(config: SampleConfig) -> Path:
         ValueError: the folder is not a finished run, or its model cannot be loaded.
     """
     run = load_run(config.run)
-    if not (config.run / "lora").is_dir():
-        raise ValueError(f"{str(config.run)!r} has no lora/ yet: the run has not reached its first evaluation.")
+    if not any((config.run / trained).is_dir() for trained in ("lora", "unet")):
+        raise ValueError(
+            f"{str(config.run)!r} has no lora/ or unet/ yet: the run has not reached its first evaluation."
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(run.model.name, run.model.revision, getattr(torch, run.model.dtype)).to(device)
     use_scheduler(pipeline, run.sampler.scheduler)
@@ -77,7 +79,7 @@ def sample_run(config: SampleConfig) -> Path:
         return torch.cat(parts)
 
     columns = {"pretrained": images()}
-    pipeline.load_lora_weights(config.run / "lora")
+    load_policy(pipeline, config.run)
     columns["finetuned, same noise"] = images()
     output = config.output or config.run / "sample.png"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,9 @@ from fastnabla.telemetry import create_run_folder, print_error, quiet_libraries
 quiet_libraries()
 
 from fastnabla.config import PRESETS, TESTBED, TrainConfig, load_run, to_json  # noqa: E402
-from fastnabla.cost import cost_table  # noqa: E402
-from fastnabla.trainer import Trainer  # noqa: E402
+from fastnabla.cost import cost_table, measured_rate, update_cost  # noqa: E402
+from fastnabla.planner import planned, unit_costs  # noqa: E402
+from fastnabla.trainer import Trainer, device_of  # noqa: E402
 
 
 def parse(arguments: list[str]) -> TrainConfig:
@@ -42,10 +43,15 @@ def main(arguments: list[str]) -> int:
                 f"run = {str(run)!r}: exists already, and is never overwritten; name another or remove it."
             )
         resume = run is not None and run.exists()
+        config, plan = planned(config, device_of(config))
+        if plan is not None:
+            console.print(plan.table())
         trainer = Trainer(config)
         if config.dry_run:
             console.print_json(to_json(config))
-            console.print(cost_table(trainer))
+            costs = unit_costs(config)
+            rate = measured_rate(trainer.policy, costs, config.memory.micro_batch)
+            console.print(cost_table(update_cost(config, costs), plan, rate))
             return 0
         if not resume:
             run = create_run_folder(run, Path(config.model.name).name)

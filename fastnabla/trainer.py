@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,39 @@ from torch import Tensor
 
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.checkpoint import load_checkpoint, read_records, save_checkpoint
-from fastnabla.config import TrainConfig, to_json
+from fastnabla.compiling import compiled
+from fastnabla.config import RewardConfig, TrainConfig, to_json
 from fastnabla.decoder import Decoder
-from fastnabla.draws import draw_stratified, draw_uniform
+from fastnabla.draws import DRAWS
 from fastnabla.flow import build_flow
+from fastnabla.gpu_meter import GpuMeter
 from fastnabla.metrics.evaluation import Evaluator
 from fastnabla.metrics.probes import build_probe
 from fastnabla.optim import Optimizer
 from fastnabla.pictures import save_curves, save_grid
-from fastnabla.pipeline import encode_prompts, image_size, latent_shape, load_pipeline, save_lora, use_scheduler
+from fastnabla.pipeline import encode_prompts, image_size, latent_shape, load_pipeline, save_policy, use_scheduler
+from fastnabla.planner import planned
 from fastnabla.policy import Policy
-from fastnabla.prompts import assign_prompts, load_prompts
-from fastnabla.rewards import build_reward, check_reward
+from fastnabla.prompts import assign_prompts, load_run_prompts, warn_truncated
+from fastnabla.rewards import RewardSum, build_reward, check_reward
+from fastnabla.rewards.options import RewardOptions, parse_weights
 from fastnabla.rollout import sample
-from fastnabla.seeding import generator_of, seed_of
+from fastnabla.seeding import seed_of
 from fastnabla.step import BalanceStep, StepReport
 from fastnabla.telemetry import Tracker, progress_bar
 from fastnabla.transition import TransitionTable
 
-DRAWS: dict[str, Callable[[int, int, int, torch.Generator], Tensor]] = {
-    "stratified": draw_stratified,
-    "uniform": draw_uniform,
-}
+
+def device_of(config: TrainConfig) -> torch.device:
+    """Where the run `config` computes.
+
+    Raises:
+        ValueError: it names a GPU, and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda': torch sees no GPU here; use --device cpu.")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(found if config.device == "auto" else config.device)
 
 
 class Trainer:
@@ -48,23 +58,27 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        )
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device = 'cuda': torch sees no GPU here; use --device cpu.")
+        self.device = device_of(config)
+        self.config = config = planned(config, self.device)[0]
         if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
-        self.prompts = load_prompts(config.prompts.source)
-        self.reward = build_reward(config.reward.terms, self.device)
+        self.prompts = load_run_prompts(
+            config.prompts.source,
+            config.prompts.template,
+            config.prompts.held_out,
+            config.prompts.evaluation,
+            config.evaluation.prompts,
+            config.seed,
+        )
+        self.reward = _build_reward(config.reward, self.device)
         self.probe = build_probe(config.evaluation.probe, self.device)
 
         pipeline = load_pipeline(config.model.name, config.model.revision, getattr(torch, config.model.dtype))
         use_scheduler(pipeline, config.sampler.scheduler)
         self.table = TransitionTable.from_scheduler(pipeline.scheduler, config.sampler.steps, config.sampler.eta)
         self.table = self.table.to(self.device)
-        check_reward(self.reward, self.prompts, image_size(pipeline), self.device)
+        check_reward(self.reward, self.prompts.texts, image_size(pipeline), self.device)
+        warn_truncated(self.prompts.texts, pipeline.tokenizer)
         self.sample_shape = latent_shape(pipeline)
         pipeline.to(self.device)
 
@@ -72,7 +86,7 @@ class Trainer:
             torch.manual_seed(seed_of(config.seed, "weights", 0))
             self.policy = Policy(
                 pipeline.unet,
-                encode_prompts(pipeline, self.prompts),
+                encode_prompts(pipeline, self.prompts.texts),
                 config.sampler.guidance_scale,
                 config.lora.rank,
                 config.lora.targets,
@@ -82,7 +96,17 @@ class Trainer:
         )
         if self.flow is not None:
             self.flow.to(self.device)
-        self.decoder = Decoder(pipeline.vae, config.memory.decode_chunk, config.memory.checkpoint_decoder)
+        compile = config.compute.compile
+        if compile == "auto":
+            compile = "whole" if self.device.type == "cuda" else "none"
+        on_gpu = self.device.type == "cuda"
+        channels_last = on_gpu if config.compute.channels_last is None else config.compute.channels_last
+        self.policy.optimise(compile, config.compute.attention, channels_last, bool(config.memory.checkpoint_unet))
+        if self.flow is not None and compile == "whole":
+            self.flow.forward = compiled(self.flow.forward)
+        self.decoder = Decoder(
+            pipeline.vae, config.memory.decode_chunk, bool(config.memory.checkpoint_decoder), compile == "whole"
+        )
         self.buffer = TrajectoryBuffer(
             config.rollout.trajectories,
             len(self.table),
@@ -98,11 +122,12 @@ class Trainer:
             self.flow,
             self.decoder,
             self.reward,
-            self.prompts,
+            self.prompts.texts,
             self.table,
             config.objective,
             config.memory.micro_batch,
             config.backend,
+            share=config.rollout.draw == "runs",
         )
         self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow, config.updates)
         self.evaluator = Evaluator(
@@ -110,9 +135,11 @@ class Trainer:
             self.decoder,
             self.reward,
             self.probe,
-            self.prompts[: config.evaluation.prompts],
+            [self.prompts.texts[i] for i in self.prompts.evaluated],
             config.evaluation.samples,
+            config.memory.decode_chunk,
         )
+        pipeline.text_encoder.to("cpu")
 
     def train(self, run: Path, console: Console | None = None, resume: bool = False) -> list[dict[str, Any]]:
         """Run to the end, writing everything into the folder `run`; the metric records.
@@ -124,11 +151,13 @@ class Trainer:
         """
         config = self.config
         console = console or Console(quiet=True)
-        update = load_checkpoint(run, self.policy, self.flow, self.optimizer) if resume else 0
+        update = load_checkpoint(run, self.policy, self.flow, self.optimizer, self.reward) if resume else 0
         if not resume:
             (run / "config.json").write_text(to_json(config), encoding="utf-8")
         tracker = Tracker(run, config.tracker, dataclasses.asdict(config))
         tracker.records = read_records(run / "metrics.jsonl", update)
+        meter = GpuMeter(self.device)
+        meter.start()
 
         try:
             with progress_bar(console) as progress:
@@ -143,7 +172,7 @@ class Trainer:
 
                 self._advance = advance
                 begin("pretrained samples", 2 * len(self.evaluator.prompts) * len(self.table))
-                with self.policy.adapter_off():
+                with self.policy.pretrained_weights():
                     before = self.evaluator.images()
                     self.evaluator.set_prior(self.evaluator.images(noise=1))
                 if not tracker.records:
@@ -154,11 +183,12 @@ class Trainer:
                     rollout = self._rollout(update // config.rollout.updates)
                     for slots in torch.arange(config.rollout.trajectories).chunk(config.rollout.updates):
                         begin("step", 1)
-                        report = self.step(self.buffer.gather(self.buffer.transitions(slots)))
+                        selection = self.buffer.select(slots)
+                        report = self.step(selection)
                         norms = self.optimizer.update()
                         update += 1
                         advance(1)
-                        tracker.log("train", update, _metrics(report, rollout, norms))
+                        tracker.log("train", update, _metrics(report, rollout, norms), meter.read(len(selection)))
                         if not math.isfinite(tracker.records[-1]["loss"]):
                             raise FloatingPointError(
                                 f"the loss is not finite after update {update}; lower optimizer.learning_rate or "
@@ -171,10 +201,11 @@ class Trainer:
                         tracker.log("evaluate", update, self.evaluator.measure(after))
                         progress.update(overall, status=f"evaluated reward {tracker.records[-1]['reward']:.3f}")
                         self._write_pictures(run, tracker.records, update, before, after)
-                        save_lora(self.policy.unet, run / "lora")
+                        save_policy(self.policy, run, self.policy.dtype)
                     if self._due(update, config.checkpoint_every):
-                        save_checkpoint(run, update, self.policy, self.flow, self.optimizer)
+                        save_checkpoint(run, update, self.policy, self.flow, self.optimizer, self.reward)
         finally:
+            meter.close()
             tracker.close()
         table = final_table(tracker.records)
         (run / "table.md").write_text(_markdown(table), encoding="utf-8")
@@ -192,18 +223,22 @@ class Trainer:
         count = config.rollout.trajectories
         first = round_ * count
         self.buffer.clear()
-        prompt = assign_prompts(config.seed, first, count, len(self.prompts))
+        prompt = assign_prompts(config.seed, first, count, self.prompts.trained)
         draw = DRAWS[config.rollout.draw]
-        steps = draw(count, len(self.table), config.drawn_steps, generator_of(config.seed, "draws", round_))
+        steps = draw(seed_of(config.seed, "draws"), first, count, len(self.table), config.drawn_steps)
         seeds = [seed_of(config.seed, "noise", first + i) for i in range(count)]
         latents = self._sample(prompt, seeds, self.buffer, self.buffer.reserve(steps, prompt))
-        with torch.no_grad():
-            rewards = self.reward(self.decoder.decode(latents), [self.prompts[i] for i in prompt.tolist()])
+        texts = [self.prompts.texts[i] for i in prompt.tolist()]
+        parts = self.reward.parts(self.decoder.decode(latents), texts, config.memory.decode_chunk)
+        self.reward.observe(parts)
+        rewards = self.reward.total(parts)
         self.buffer.reward.copy_(rewards)
-        return {"rollout_reward": rewards.mean().item(), "rollout_reward_std": rewards.std().item()}
+        metrics = {"rollout_reward": rewards.mean().item(), "rollout_reward_std": rewards.std().item()}
+        return metrics | {f"rollout_reward_{name}": values.mean().item() for name, values in parts.items()}
 
     def _evaluation_sample(self, prompt: Tensor, noise: int) -> Tensor:
-        return self._sample(prompt, [seed_of(self.config.seed, "evaluation", noise, i) for i in range(len(prompt))])
+        numbers = prompt + self.prompts.evaluated.start
+        return self._sample(numbers, [seed_of(self.config.seed, "evaluation", noise, i) for i in range(len(prompt))])
 
     def _sample(
         self, prompt: Tensor, seeds: list[int], buffer: TrajectoryBuffer | None = None, slots: Tensor | None = None
@@ -232,6 +267,17 @@ class Trainer:
         columns = {"pretrained": before, f"after {update} updates, same noise": after}
         save_grid(run / "samples" / f"update-{update:04d}.png", columns, prompts)
         save_curves(run / "curves.png", records)
+
+
+def _build_reward(config: RewardConfig, device: torch.device) -> RewardSum:
+    options = RewardOptions(
+        weights=parse_weights(config.weights),
+        preprocess=config.preprocess,
+        checkpoint=config.checkpoint,
+        tf32=config.tf32,
+        random_init=config.random_init,
+    )
+    return build_reward(config.terms, device, options, config.normalise, config.clip)
 
 
 def _metrics(report: StepReport, rollout: dict[str, float], norms: dict[str, Tensor]) -> dict[str, float]:

@@ -105,6 +105,11 @@ class TransitionTable:
         build = _dpm_solver_table if name in _DPM_SOLVER else _ddim_table
         return build(scheduler, eta)
 
+    def is_chain(self) -> bool:
+        """Whether every step ends where the next begins: same timestep, same prediction of the clean sample."""
+        pairs = [(self.timestep_next, self.timestep), (self.c_next, self.c), (self.d_next, self.d)]
+        return all(torch.equal(then[:-1], now[1:]) for then, now in [*pairs, (self.alpha_bar_next, self.alpha_bar)])
+
     def to(self, device: torch.device | str) -> "TransitionTable":
         """The table with its columns on `device`; copied there once, however often it is asked for."""
         device = torch.device(device)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from fastnabla.batch import Transitions
 from fastnabla.decoder import Decoder
+from fastnabla.lora import ADAPTER
 from fastnabla.objective.backend import Backend
-from fastnabla.policy import ADAPTER, Policy
-from fastnabla.step import BalanceStep, Objective
+from fastnabla.objective.residual_db import Objective
+from fastnabla.policy import Policy
+from fastnabla.step import BalanceStep
 from fastnabla.transition import TransitionTable
 
 GOLDEN = Path(os.environ.get("FASTNABLA_GOLDEN") or Path(__file__).parent / "golden")
@@ -66,13 +68,19 @@ class GoldenStep:
     objective: Objective
     transitions: Transitions
 
-    def step(self, micro_batch: int, backend: Backend = "auto", **changes: Any) -> BalanceStep:
+    def step(self, micro_batch: int, backend: Backend = "auto", *, share: bool = False, **changes: Any) -> BalanceStep:
         """The step with these networks; `changes` to the objective."""
         prompts = [str(i) for i in range(self.meta["batch_size"])]
         objective = dataclasses.replace(self.objective, **changes)
-        return BalanceStep(
-            self.policy, self.flow, self.decoder, self.reward, prompts, self.table, objective, micro_batch, backend
-        )
+        networks = (self.policy, self.flow, self.decoder, self.reward)
+        return BalanceStep(*networks, prompts, self.table, objective, micro_batch, backend, share)
+
+    def to(self, device: str) -> "GoldenStep":
+        """With networks and table on `device`; the transitions stay."""
+        for network in (self.policy, self.flow, self.decoder, self.reward):
+            if network is not None:
+                network.to(device)
+        return dataclasses.replace(self, table=self.table.to(device))
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients under the golden names."""

@@ -11,6 +11,7 @@ from fastnabla.config import FlowConfig, OptimizerConfig
 from fastnabla.optim import Optimizer
 from fastnabla.pipeline import encode_prompts, load_pipeline
 from fastnabla.policy import Policy
+from fastnabla.rewards import build_reward
 
 
 def test_records_after_the_checkpoint_and_cut_lines_are_dropped(tmp_path: Path) -> None:
@@ -26,8 +27,8 @@ def test_unreadable_checkpoint_is_an_error_that_names_it(tmp_path: Path) -> None
     pipeline = load_pipeline("testbed")
     policy = Policy(pipeline.unet, encode_prompts(pipeline, ["a cat"]), 3.0)
     optimizer = Optimizer(policy, None, OptimizerConfig(), FlowConfig(), 10)
-    assert load_checkpoint(tmp_path, policy, None, optimizer) == 0
+    assert load_checkpoint(tmp_path, policy, None, optimizer, build_reward(["area"])) == 0
     torch.save({"update": 3}, tmp_path / FILE)
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read"):
-        load_checkpoint(tmp_path, policy, None, optimizer)
+        load_checkpoint(tmp_path, policy, None, optimizer, build_reward(["area"]))

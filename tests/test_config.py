@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from fastnabla.config import PRESETS, MemoryConfig, RolloutConfig, SamplerConfig, TrainConfig, from_json, to_json
-from fastnabla.step import Objective
+from fastnabla.objective.residual_db import Objective
 
 
 @pytest.mark.parametrize("preset", PRESETS)

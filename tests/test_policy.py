@@ -38,7 +38,7 @@ def test_pairs():
     condition = CONDITIONS[[0, 0, 0, 3, 1, 2]]
     expected = pretrained(torch.cat([X, X]), torch.cat([TIMESTEP, TIMESTEP]), condition)
     assert torch.equal(policy.reference(X, TIMESTEP, PROMPT), expected)
-    with policy.adapter_off():
+    with policy.pretrained_weights():
         assert torch.equal(policy(X, TIMESTEP, PROMPT), expected)
     assert not torch.allclose(policy(X, TIMESTEP, PROMPT), expected)
 
@@ -61,7 +61,7 @@ def test_starts_as_the_pretrained_policy():
 def test_adapter_comes_back_after_an_error():
     policy = perturbed()
     before = policy(X, TIMESTEP, PROMPT)
-    with pytest.raises(RuntimeError, match="within"), policy.adapter_off():
+    with pytest.raises(RuntimeError, match="within"), policy.pretrained_weights():
         raise RuntimeError("within")
     assert torch.equal(policy(X, TIMESTEP, PROMPT), before)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastnabla.buffer import TrajectoryBuffer
-from fastnabla.draws import draw_stratified
+from fastnabla.buffer_ops import draw_stratified
 from fastnabla.objective.gaussian import guide
 from fastnabla.rollout import sample
 from fastnabla.seeding import STREAMS, TrajectoryNoise, generator_of, seed_of
@@ -23,7 +23,7 @@ def policy():
 def rollout(policy, batch, seeds=SEEDS):
     """Finished latents and the buffered transitions; every step kept."""
     buffer = TrajectoryBuffer(5, 4, 5, SHAPE)
-    steps = draw_stratified(5, 4, 4, torch.Generator().manual_seed(0))
+    steps = draw_stratified(0, 0, 5, 4, 4)
     finished = sample(
         policy, TABLE, PROMPT, seeds, SHAPE, batch=batch, buffer=buffer, slots=buffer.reserve(steps, PROMPT)
     )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastnabla.objective.gaussian import guide
-from fastnabla.step import BalanceStep, Objective, StepReport
+from fastnabla.objective.residual_db import Objective
+from fastnabla.step import BalanceStep, StepReport
 from tests.checks import BACKENDS, assert_gradients
 from tests.golden import STEP_SETS, GoldenStep, load_step
 

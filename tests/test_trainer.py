@@ -19,8 +19,8 @@ from fastnabla.config import (
     TrainConfig,
 )
 from fastnabla.cost import planned_passes
+from fastnabla.objective.residual_db import Objective
 from fastnabla.seeding import seed_of
-from fastnabla.step import Objective
 from fastnabla.testbed import pipeline_folder
 from fastnabla.trainer import Trainer
 from tests.checks import BACKENDS
@@ -130,7 +130,7 @@ def test_saved_lora_gives_the_same_images_in_plain_diffusers(tmp_path: Path) -> 
     folder.mkdir()
     trainer.train(folder)
     ours = trainer.evaluator.images()
-    with trainer.policy.adapter_off():
+    with trainer.policy.pretrained_weights():
         pretrained = trainer.evaluator.images()
 
     pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder(), dtype=torch.float32, safety_checker=None)

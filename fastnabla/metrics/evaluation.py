@@ -25,6 +25,7 @@ class Evaluator:
         probe: see `fastnabla.metrics.probes`, or None.
         prompts: texts.
         samples: images per prompt.
+        chunk: most images scored at once; None for all.
     """
 
     def __init__(
@@ -35,7 +36,9 @@ class Evaluator:
         probe: Any | None,
         prompts: Sequence[str],
         samples: int,
+        chunk: int | None = None,
     ) -> None:
+        self.chunk = chunk
         self.sample, self.decoder, self.reward, self.probe = sample, decoder, reward, probe
         self.prompt = torch.arange(len(prompts)).repeat_interleave(samples)
         self.prompts = [prompts[i] for i in self.prompt.tolist()]
@@ -58,7 +61,7 @@ class Evaluator:
     @torch.no_grad()
     def measure(self, images: Tensor) -> dict[str, float]:
         """Metrics of `images`, as `images()` returns them, by name."""
-        parts = self.reward.parts(images, self.prompts)
+        parts = self.reward.parts(images, self.prompts, self.chunk)
         total = self.reward.total(parts)
         metrics = {"reward": total.mean().item(), "reward_std": total.std().item()}
         metrics |= {f"reward_{name}": values.mean().item() for name, values in parts.items()}

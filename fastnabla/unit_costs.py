@@ -1,0 +1,120 @@
+"""Arithmetic and memory of the networks' passes, from their shapes alone: nothing is computed."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastnabla.decoder import Decoder, decode_bytes
+from fastnabla.live_bytes import LiveBytes
+from fastnabla.shapes import TEXT_LENGTH, Shapes, pretended
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PassBytes:
+    """Memory of a pass with its backward passes, by row."""
+
+    kept: int
+    """What the graph keeps between forward and backward."""
+    peak: int
+    """The most that is in use at a time."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnitCosts:
+    """Costs of one transition's guided rows in the UNet and in g_φ, and of one image.
+
+    Operations are counted as matrix multiplications, convolutions and attention are: 2 for each multiply-add; bytes as
+    eager execution allocates them, without what a kernel needs for itself.
+
+    Args:
+        shapes: the networks.
+        guided: whether a transition has two rows, for classifier-free guidance.
+    """
+
+    shapes: Shapes
+    guided: bool
+
+    @functools.cached_property
+    def unet_flops(self) -> int:
+        """U: one forward pass of the UNet. A backward pass to the input or to a LoRA costs as much, to 3%."""
+        return _flops(lambda: self._unet("meta"))
+
+    @functools.cached_property
+    def decode_flops(self) -> int:
+        """A decode and its backward pass to the latents."""
+        decoder = Decoder(self.shapes.vae)
+
+        def decode() -> None:
+            latents = torch.empty(1, *self.shapes.sample_shape, device="meta", requires_grad=True)
+            decoder(latents).sum().backward()
+
+        return _flops(decode)
+
+    @functools.cached_property
+    def flow_flops(self) -> int:
+        """One forward pass of g_φ; 0 without."""
+        return _flops(lambda: self._flow("meta")) if self.shapes.flow is not None else 0
+
+    @functools.cache  # noqa: B019 (lives as long as the plan it is made for)
+    def unet_bytes(self, checkpoint: bool) -> PassBytes:
+        """The policy's pass at x: forward, to its input, to its parameters.
+
+        Args:
+            checkpoint: blocks are recomputed.
+        """
+        unet = self.shapes.unet
+        unet.enable_gradient_checkpointing() if checkpoint else unet.disable_gradient_checkpointing()
+        try:
+            with pretended(unet):
+                return _pass_bytes(lambda: self._unet("cpu"), unet)
+        finally:
+            unet.disable_gradient_checkpointing()
+
+    @functools.cached_property
+    def flow_bytes(self) -> PassBytes:
+        """A pass of g_φ with its backward pass to the parameters."""
+        flow = self.shapes.flow
+        if flow is None:
+            return PassBytes(0, 0)
+        with pretended(flow), torch.autocast("cpu", torch.bfloat16, enabled=self.shapes.dtype != torch.float32):
+            return _pass_bytes(lambda: self._flow("cpu"), flow)
+
+    @functools.cache  # noqa: B019
+    def decode_bytes(self, checkpoint: bool) -> int:
+        """Peak of a decode with backward; see `fastnabla.decoder.decode_bytes`."""
+        return decode_bytes(self.shapes.vae, self.shapes.sample_shape, self.shapes.dtype, checkpoint)
+
+    def _unet(self, device: str) -> tuple[Tensor, Tensor]:
+        rows = 2 if self.guided else 1
+        unet, dtype = self.shapes.unet, self.shapes.dtype
+        x = torch.empty(rows, *self.shapes.sample_shape, device=device, dtype=dtype, requires_grad=True)
+        text = torch.empty(rows, TEXT_LENGTH, unet.config.cross_attention_dim, device=device, dtype=dtype)
+        timestep = torch.empty(rows, device=device)
+        with torch.autocast("cpu", dtype, enabled=device == "cpu" and unet.dtype != dtype):
+            return x, unet(x.to(unet.dtype), timestep, encoder_hidden_states=text.to(unet.dtype), return_dict=False)[0]
+
+    def _flow(self, device: str) -> tuple[Tensor, Tensor]:
+        x = torch.empty(1, *self.shapes.sample_shape, device=device)
+        text = torch.empty(1, TEXT_LENGTH, self.shapes.unet.config.cross_attention_dim, device=device)
+        return x, self.shapes.flow(x, torch.empty(1, device=device), text)
+
+
+def _flops(compute: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        compute()
+    return counter.get_total_flops()
+
+
+def _pass_bytes(compute: Callable[[], tuple[Tensor, Tensor]], network: nn.Module) -> PassBytes:
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    with LiveBytes() as memory:
+        x, output = compute()
+        kept = memory.live
+        if x.requires_grad:
+            torch.autograd.grad(output, x, torch.ones_like(output), retain_graph=True)
+        torch.autograd.grad(output, parameters, torch.ones_like(output))
+    return PassBytes(kept, memory.peak)
