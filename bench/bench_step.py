@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench.naive import naive_step
+from fastnabla.buffer_ops import draw_stratified
 from fastnabla.config import PRESETS, MemoryConfig, RolloutConfig
-from fastnabla.draws import draw_stratified
 from fastnabla.objective.residual_db import Objective
 from fastnabla.rollout import sample
 from fastnabla.trainer import Trainer
@@ -31,7 +31,7 @@ def trainer() -> Trainer:
     for parameter in trainer.flow.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
     prompt = torch.arange(TRAJECTORIES) % len(trainer.prompts)
-    steps = draw_stratified(TRAJECTORIES, len(trainer.table), config.drawn_steps, generator)
+    steps = draw_stratified(0, 0, TRAJECTORIES, len(trainer.table), config.drawn_steps)
     slots = trainer.buffer.reserve(steps, prompt)
     seeds = list(range(TRAJECTORIES))
     sample(trainer.policy, trainer.table, prompt, seeds, trainer.sample_shape, buffer=trainer.buffer, slots=slots)

@@ -60,6 +60,12 @@ def condense(raws: list[dict[str, Any]], theme: str, tests: str | None) -> dict[
     return {"theme": theme, "date": date, "device": device, "GPU tests": tests, "benchmarks": benchmarks}
 
 
+def file_stem(theme: str, device: dict[str, Any], date: str) -> str:
+    """Name of the files of a theme, without their suffix."""
+    hardware = re.sub(r"[^a-z0-9]+", "-", device.get("hardware", "unknown").lower()).strip("-")
+    return f"{theme}_{hardware}_{date}"
+
+
 def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """Cells by operation, pass, shape and batch, in the order of `HEADER`."""
     cases: dict[tuple, dict[str, dict[str, Any]]] = {}
@@ -126,9 +132,9 @@ def markdown(summary: dict[str, Any], raw_file: str) -> str:
     lines = [f"# {summary['theme'].capitalize()}, {device.get('hardware', 'unknown hardware')}, {summary['date']}", ""]
     lines += [*(f"- {fact}" for fact in facts(summary)), f"- all numbers: `{raw_file}`", "", NOTES]
     if kernels := rows(summary):
-        lines += ["", KERNEL_NOTES, "", *_table(HEADER, kernels)]
+        lines += ["", KERNEL_NOTES, "", *markdown_table(HEADER, kernels)]
     if buffers := buffer_rows(summary):
-        lines += ["", BUFFER_NOTES, "", *_table(BUFFER_HEADER, buffers)]
+        lines += ["", BUFFER_NOTES, "", *markdown_table(BUFFER_HEADER, buffers)]
     others = [benchmark for benchmark in summary["benchmarks"] if not {"provider", "buffer"} & benchmark.keys()]
     if others:
         lines += ["", "| benchmark | median ms |", "|---|---|"]
@@ -136,7 +142,8 @@ def markdown(summary: dict[str, Any], raw_file: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(header: tuple[str, ...], table: list[tuple[str, ...]]) -> list[str]:
+def markdown_table(header: tuple[str, ...], table: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *table)]
 
 
@@ -177,8 +184,7 @@ def main() -> None:
     parser.add_argument("--tests", help="outcome of the GPU tests, to be kept with the numbers")
     options = parser.parse_args()
     summary = condense([json.loads(path.read_text()) for path in options.raw], options.theme, options.tests)
-    hardware = re.sub(r"[^a-z0-9]+", "-", summary["device"].get("hardware", "unknown").lower()).strip("-")
-    name = f"{options.theme}_{hardware}_{summary['date']}"
+    name = file_stem(options.theme, summary["device"], summary["date"])
     for folder in options.into:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")

@@ -40,6 +40,17 @@ class ModelConfig:
     """Hub revision; none for the default branch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the frozen networks' weights and arithmetic. The LoRA, the flow network and the loss stay float32."""
+    random_init: bool = False
+    """Random weights of Stable Diffusion 1.5's architecture, without a download: for dry runs, smoke tests and
+    benchmarks. `name` then only names the run."""
+
+    def __post_init__(self) -> None:
+        _require(
+            not (self.random_init and self.name == TESTBED),
+            "model.random_init",
+            self.random_init,
+            "the testbed has its weights in the package; use the preset stable-diffusion.",
+        )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -110,7 +121,7 @@ class FlowConfig:
     kind: Literal["unet", "conv", "none"] = "unet"
     """"unet": text-conditioned UNet (the reference's). "conv": four convolutions. "none": g ≡ 0, no reverse residual."""
     learning_rate: float = 1e-3
-    """Step size of AdamW for φ."""
+    """Step size for φ."""
     weight_decay: float = 1e-2
     """Decoupled weight decay of φ."""
 
@@ -193,12 +204,12 @@ class ComputeConfig:
     """How the networks compute; results do not depend on these beyond rounding."""
 
     compile: Literal["auto", "none", "blocks", "whole"] = "auto"
-    """torch.compile of UNet, decoder and flow network. "whole": a graph each, the fastest, some minutes to start.
-    "blocks": the UNet's and the decoder's blocks alone, which starts sooner. "auto": "whole" on a GPU, "none" on a CPU."""
+    """torch.compile. "whole": UNet, decoder and flow network, a graph each; minutes to start. "blocks": the UNet's blocks
+    alone, which starts sooner. "auto": "whole" on a GPU, "none" on a CPU."""
     attention: Attention = "sdpa"
     """"sdpa": torch's. "xformers": memory-efficient attention of that package (a GPU and the package are needed)."""
     channels_last: bool | None = None
-    """NHWC weights and activations, as convolutions on a GPU prefer. None: on a GPU."""
+    """NHWC weights and activations of the UNet, as convolutions on a GPU prefer. None: on a GPU."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

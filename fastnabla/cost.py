@@ -85,21 +85,31 @@ def update_cost(config: TrainConfig, costs: UnitCosts) -> UpdateCost:
     )
 
 
+PROBE_SECONDS = 5.0
+
+
 @torch.no_grad()
 def measured_rate(policy: Policy, costs: UnitCosts, rows: int) -> float:
-    """FLOP/s of the policy's forward pass over `rows` transitions: the median of three, after one to warm up."""
+    """FLOP/s of the policy's forward pass: the median of three after one to warm up, or a single one if it takes longer
+    than `PROBE_SECONDS`.
+
+    Args:
+        policy: on its device.
+        costs: of its networks.
+        rows: transitions in the pass on a GPU; on a CPU one will do.
+    """
     device, shapes = policy.conditions.device, costs.shapes
+    rows = rows if device.type == "cuda" else 1
     x = torch.randn(rows, *shapes.sample_shape, device=device)
     zeros = torch.zeros(rows, dtype=torch.int64, device=device)
-    seconds = []
-    for _ in range(4):
+    seconds: list[float] = []
+    while len(seconds) < 4 and sum(seconds) < PROBE_SECONDS:
         started = time.perf_counter()
         policy(x, zeros, zeros)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    policy.passes.rows = 0
-    return rows * costs.unet_flops / statistics.median(seconds[1:])
+    return rows * costs.unet_flops / statistics.median(seconds[1:] or seconds)
 
 
 def cost_table(cost: UpdateCost, plan: MemoryPlan | None, rate: float) -> Table:

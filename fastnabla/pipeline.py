@@ -1,6 +1,5 @@
 """Diffusers pipelines in and out: loading, schedulers, prompt embeddings, trained weights."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from diffusers.utils import convert_state_dict_to_diffusers, logging
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
+from fastnabla.config import ModelConfig
 from fastnabla.lora import ADAPTER
 from fastnabla.policy import Policy
+from fastnabla.random_init import random_pipeline
 from fastnabla.testbed import pipeline_folder
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -35,7 +36,7 @@ def load_pipeline(
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"model.name = {name!r}: no diffusers StableDiffusionPipeline could be loaded from it ({error}). Give a local "
-            f"folder with a model_index.json, 'testbed', or a hub id downloaded with: huggingface-cli download {name}"
+            f"folder with a model_index.json, 'testbed', or a hub id downloaded with: hf download {name}"
         ) from error
     missing = [part for part in PARTS if getattr(pipeline, part, None) is None]
     if missing:
@@ -45,6 +46,17 @@ def load_pipeline(
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pipeline_of(config: ModelConfig) -> StableDiffusionPipeline:
+    """The pipeline that `config` names, or one with random weights; see `load_pipeline`."""
+    dtype = getattr(torch, config.dtype)
+    if not config.random_init:
+        return load_pipeline(config.name, config.revision, dtype)
+    pipeline = random_pipeline(dtype)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False).eval()
     return pipeline
 
 
@@ -98,7 +110,9 @@ def latent_shape(pipeline: StableDiffusionPipeline) -> tuple[int, int, int]:
 def save_policy(policy: Policy, run: Path, dtype: torch.dtype) -> None:
     """Write what is trained into the folder `run`: a LoRA as lora/, or all parameters, as `dtype`, as unet/."""
     if not policy.is_lora:
-        copy.deepcopy(policy.unet).to(dtype).save_pretrained(run / "unet")
+        unet = UNet2DConditionModel.from_config(policy.unet.config).to(dtype)
+        unet.load_state_dict(policy.unet.state_dict())
+        unet.save_pretrained(run / "unet")
         return
     layers: dict[str, Any] = convert_state_dict_to_diffusers(
         get_peft_model_state_dict(policy.unet, adapter_name=ADAPTER)

@@ -1,6 +1,7 @@
 """Micro-batch, decode chunk and checkpointing that fit into a given memory, the fastest first."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from fastnabla.config import MemoryConfig, TrainConfig
 from fastnabla.optim import expected_state_bytes
+from fastnabla.rewards import PUBLISHED, RewardOptions, parse_term, published_class
 from fastnabla.shapes import shapes_of
 from fastnabla.unit_costs import UnitCosts
 
@@ -100,11 +102,10 @@ def plan_memory(
     for enough in ENOUGH:
         for checkpoint_unet, checkpoint_decoder in options:
             for chunk in _open(memory.decode_chunk, (4, 2, 1)):
-                step = _step(costs, 1, chunk, checkpoint_unet, checkpoint_decoder)
-                a_row = step["UNet and flow graphs"]
-                fitting = (room - step["decode of a chunk"]) // a_row
-                size = memory.micro_batch or min(most, fitting)
-                if size >= min(enough, most) and size <= fitting:
+                left = room - chunk * costs.decode_bytes(checkpoint_decoder)
+                sizes = range(min(enough, most), most + 1) if memory.micro_batch is None else (memory.micro_batch,)
+                fitting = [size for size in sizes if _graphs(costs, size, checkpoint_unet) <= left]
+                if fitting and (size := fitting[-1]) >= min(enough, most):
                     return MemoryPlan(
                         micro_batch=size,
                         decode_chunk=chunk,
@@ -138,13 +139,21 @@ def planned(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Mem
         }
         return dataclasses.replace(config, memory=dataclasses.replace(memory, **closed)), None
     budget = int(config.vram * 1e9) if config.vram is not None else free_bytes(device)
-    plan = plan_memory(config, unit_costs(config), budget, device)
+    plan = plan_memory(config, unit_costs(config), budget, device, reward_bytes(config.reward.terms))
     return dataclasses.replace(config, memory=plan.settings(memory)), plan
 
 
 def unit_costs(config: TrainConfig) -> UnitCosts:
     """Costs of the networks of `config`."""
     return UnitCosts(shapes_of(config), guided=config.sampler.guidance_scale != 1)
+
+
+def reward_bytes(terms: Sequence[str]) -> int:
+    """Bytes of the weights of the published rewards among `terms`; a reward of your own is not known before it is built,
+    and the activations of none are counted."""
+    meta, options = torch.device("meta"), RewardOptions(random_init=True)
+    names = [parse_term(term)[0] for term in terms]
+    return sum(_nbytes(published_class(name).build(meta, options)) for name in names if name in PUBLISHED)
 
 
 def _open(value: bool | int | None, choices: tuple) -> tuple:
@@ -173,11 +182,21 @@ def _step(
     costs: UnitCosts, micro_batch: int, chunk: int, checkpoint_unet: bool, checkpoint_decoder: bool
 ) -> dict[str, int]:
     """At the peak: the policy's graph, both of g_φ's rows, and a chunk being decoded beside them."""
-    unet = costs.unet_bytes(checkpoint_unet)
     return {
-        "UNet and flow graphs": micro_batch * (unet.peak + 2 * costs.flow_bytes.peak),
+        "UNet and flow graphs": _graphs(costs, micro_batch, checkpoint_unet),
         "decode of a chunk": chunk * costs.decode_bytes(checkpoint_decoder),
     }
+
+
+def _graphs(costs: UnitCosts, micro_batch: int, checkpoint_unet: bool) -> int:
+    """Linear between 1 and `MOST` transitions: what a pass takes whatever their number (gradients, weights cast by
+    autocast) is counted once, and in between a little more than is needed, since the peak is convex."""
+
+    def peak(size: int) -> int:
+        return costs.unet_bytes(checkpoint_unet, size).peak + costs.flow_bytes(2 * size).peak
+
+    most = max(MOST, micro_batch)
+    return peak(1) if micro_batch == 1 else peak(1) + (micro_batch - 1) * (peak(most) - peak(1)) // (most - 1)
 
 
 def _trained(network: nn.Module) -> list[nn.Parameter]:

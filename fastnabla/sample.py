@@ -15,7 +15,7 @@ quiet_libraries()
 
 from fastnabla.config import load_run  # noqa: E402
 from fastnabla.pictures import save_grid  # noqa: E402
-from fastnabla.pipeline import load_pipeline, load_policy, use_scheduler  # noqa: E402
+from fastnabla.pipeline import load_policy, pipeline_of, use_scheduler  # noqa: E402
 from fastnabla.seeding import seed_of  # noqa: E402
 
 
@@ -54,7 +54,7 @@ def sample_run(config: SampleConfig) -> Path:
             f"{str(config.run)!r} has no lora/ or unet/ yet: the run has not reached its first evaluation."
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = load_pipeline(run.model.name, run.model.revision, getattr(torch, run.model.dtype)).to(device)
+    pipeline = pipeline_of(run.model).to(device)
     use_scheduler(pipeline, run.sampler.scheduler)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastnabla.config import TESTBED, TrainConfig
 from fastnabla.flow import build_flow
 from fastnabla.lora import add_lora
+from fastnabla.random_init import UNET, VAE
 from fastnabla.testbed import pipeline_folder
 
 TEXT_LENGTH = 77
@@ -40,16 +42,8 @@ def shapes_of(config: TrainConfig) -> Shapes:
     Raises:
         ValueError: the files cannot be read.
     """
-    source = pipeline_folder() if config.model.name == TESTBED else config.model.name
     dtype = getattr(torch, config.model.dtype)
-    try:
-        unet_config = UNet2DConditionModel.load_config(source, subfolder="unet", revision=config.model.revision)
-        vae_config = AutoencoderKL.load_config(source, subfolder="vae", revision=config.model.revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.name = {config.model.name!r}: its configuration cannot be read ({error}). Give a local folder with a "
-            f"model_index.json, 'testbed', or a hub id downloaded with: huggingface-cli download {config.model.name}"
-        ) from error
+    unet_config, vae_config = (UNET, VAE) if config.model.random_init else _configurations(config)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config).to(dtype).requires_grad_(False)
         vae = AutoencoderKL.from_config(vae_config).to(dtype).requires_grad_(False)
@@ -59,6 +53,19 @@ def shapes_of(config: TrainConfig) -> Shapes:
     else:
         unet.float().requires_grad_()
     return Shapes(unet, vae, flow, dtype)
+
+
+def _configurations(config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    name, revision = config.model.name, config.model.revision
+    source = pipeline_folder() if name == TESTBED else name
+    try:
+        unet = UNet2DConditionModel.load_config(source, subfolder="unet", revision=revision)
+        return unet, AutoencoderKL.load_config(source, subfolder="vae", revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.name = {name!r}: its configuration cannot be read ({error}). Give a local folder with a "
+            f"model_index.json, 'testbed', or a hub id downloaded with: hf download {name}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -141,6 +141,7 @@ class BalanceStep:
                 continue
             gradients, *numbers = done
             self._accumulate(gradients)
+            del done, gradients  # else they are held while the next ones are made
             for lists, new in zip((losses, rows), numbers, strict=True):
                 for name, values in new.items():
                     lists[name].append(values)

@@ -23,7 +23,7 @@ from fastnabla.metrics.evaluation import Evaluator
 from fastnabla.metrics.probes import build_probe
 from fastnabla.optim import Optimizer
 from fastnabla.pictures import save_curves, save_grid
-from fastnabla.pipeline import encode_prompts, image_size, latent_shape, load_pipeline, save_policy, use_scheduler
+from fastnabla.pipeline import encode_prompts, image_size, latent_shape, pipeline_of, save_policy, use_scheduler
 from fastnabla.planner import planned
 from fastnabla.policy import Policy
 from fastnabla.prompts import assign_prompts, load_run_prompts, warn_truncated
@@ -73,7 +73,7 @@ class Trainer:
         self.reward = _build_reward(config.reward, self.device)
         self.probe = build_probe(config.evaluation.probe, self.device)
 
-        pipeline = load_pipeline(config.model.name, config.model.revision, getattr(torch, config.model.dtype))
+        pipeline = pipeline_of(config.model)
         use_scheduler(pipeline, config.sampler.scheduler)
         self.table = TransitionTable.from_scheduler(pipeline.scheduler, config.sampler.steps, config.sampler.eta)
         self.table = self.table.to(self.device)
@@ -176,8 +176,9 @@ class Trainer:
                     before = self.evaluator.images()
                     self.evaluator.set_prior(self.evaluator.images(noise=1))
                 if not tracker.records:
-                    tracker.log("evaluate", 0, self.evaluator.measure(before))
+                    tracker.log("evaluate", 0, self.evaluator.measure(before), meter.read(0))
 
+                meter.read(0)
                 while update < config.updates:
                     begin("rollout", config.rollout.trajectories * len(self.table))
                     rollout = self._rollout(update // config.rollout.updates)
@@ -198,7 +199,7 @@ class Trainer:
                     if self._due(update, config.evaluation.every):
                         begin("evaluation", len(self.evaluator.prompts) * len(self.table))
                         after = self.evaluator.images()
-                        tracker.log("evaluate", update, self.evaluator.measure(after))
+                        tracker.log("evaluate", update, self.evaluator.measure(after), meter.read(0))
                         progress.update(overall, status=f"evaluated reward {tracker.records[-1]['reward']:.3f}")
                         self._write_pictures(run, tracker.records, update, before, after)
                         save_policy(self.policy, run, self.policy.dtype)

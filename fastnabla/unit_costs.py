@@ -15,7 +15,7 @@ from fastnabla.shapes import TEXT_LENGTH, Shapes, pretended
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PassBytes:
-    """Memory of a pass with its backward passes, by row."""
+    """Memory of a pass with its backward passes, weights excepted."""
 
     kept: int
     """What the graph keeps between forward and backward."""
@@ -60,36 +60,37 @@ class UnitCosts:
         return _flops(lambda: self._flow("meta")) if self.shapes.flow is not None else 0
 
     @functools.cache  # noqa: B019 (lives as long as the plan it is made for)
-    def unet_bytes(self, checkpoint: bool) -> PassBytes:
+    def unet_bytes(self, checkpoint: bool, transitions: int = 1) -> PassBytes:
         """The policy's pass at x: forward, to its input, to its parameters.
 
         Args:
             checkpoint: blocks are recomputed.
+            transitions: in the pass.
         """
         unet = self.shapes.unet
         unet.enable_gradient_checkpointing() if checkpoint else unet.disable_gradient_checkpointing()
         try:
             with pretended(unet):
-                return _pass_bytes(lambda: self._unet("cpu"), unet)
+                return _pass_bytes(lambda: self._unet("cpu", transitions), unet)
         finally:
             unet.disable_gradient_checkpointing()
 
-    @functools.cached_property
-    def flow_bytes(self) -> PassBytes:
-        """A pass of g_φ with its backward pass to the parameters."""
+    @functools.cache  # noqa: B019
+    def flow_bytes(self, rows: int = 1) -> PassBytes:
+        """A pass of g_φ over `rows` states with its backward pass to the parameters."""
         flow = self.shapes.flow
         if flow is None:
             return PassBytes(0, 0)
         with pretended(flow), torch.autocast("cpu", torch.bfloat16, enabled=self.shapes.dtype != torch.float32):
-            return _pass_bytes(lambda: self._flow("cpu"), flow)
+            return _pass_bytes(lambda: self._flow("cpu", rows), flow)
 
     @functools.cache  # noqa: B019
     def decode_bytes(self, checkpoint: bool) -> int:
         """Peak of a decode with backward; see `fastnabla.decoder.decode_bytes`."""
         return decode_bytes(self.shapes.vae, self.shapes.sample_shape, self.shapes.dtype, checkpoint)
 
-    def _unet(self, device: str) -> tuple[Tensor, Tensor]:
-        rows = 2 if self.guided else 1
+    def _unet(self, device: str, transitions: int = 1) -> tuple[Tensor, Tensor]:
+        rows = transitions * (2 if self.guided else 1)
         unet, dtype = self.shapes.unet, self.shapes.dtype
         x = torch.empty(rows, *self.shapes.sample_shape, device=device, dtype=dtype, requires_grad=True)
         text = torch.empty(rows, TEXT_LENGTH, unet.config.cross_attention_dim, device=device, dtype=dtype)
@@ -97,10 +98,10 @@ class UnitCosts:
         with torch.autocast("cpu", dtype, enabled=device == "cpu" and unet.dtype != dtype):
             return x, unet(x.to(unet.dtype), timestep, encoder_hidden_states=text.to(unet.dtype), return_dict=False)[0]
 
-    def _flow(self, device: str) -> tuple[Tensor, Tensor]:
-        x = torch.empty(1, *self.shapes.sample_shape, device=device)
-        text = torch.empty(1, TEXT_LENGTH, self.shapes.unet.config.cross_attention_dim, device=device)
-        return x, self.shapes.flow(x, torch.empty(1, device=device), text)
+    def _flow(self, device: str, rows: int = 1) -> tuple[Tensor, Tensor]:
+        x = torch.empty(rows, *self.shapes.sample_shape, device=device)
+        text = torch.empty(rows, TEXT_LENGTH, self.shapes.unet.config.cross_attention_dim, device=device)
+        return x, self.shapes.flow(x, torch.empty(rows, device=device), text)
 
 
 def _flops(compute: Callable[[], object]) -> int:

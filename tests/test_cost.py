@@ -20,3 +20,27 @@ from fastnabla.objective.residual_db import Objective
 def test_plan(settings: dict, with_flow: bool, passes: tuple[int, int], decodes: tuple[int, int]) -> None:
     assert planned_passes(Objective(**settings), with_flow) == passes
     assert planned_decodes(Objective(**settings), with_flow) == decodes
+
+
+@pytest.mark.parametrize("run", [2, 4])
+@pytest.mark.parametrize(
+    ("settings", "with_flow", "each", "tail", "decodes"),
+    [
+        ({}, True, 6, 2, 1),
+        ({"reverse": 0.0}, True, 4, 2, 0),
+        ({}, False, 4, 2, 0),
+        ({"guidance": "lookahead_detached"}, True, 5, 1, 1),
+        ({"guidance": "lookahead_detached", "reverse": 0.0}, True, 3, 1, 0),
+    ],
+)
+def test_plan_of_runs(settings: dict, with_flow: bool, each: int, tail: int, decodes: int, run: int) -> None:
+    """(6 L + 2) / L passes and (L + 1) / L decodes with look-ahead, and so on; a run in two parts has two tails."""
+    objective = Objective(**settings)
+    for tails in (1, 2)[: run // 2]:
+        assert planned_passes(objective, with_flow, run, tails) == ((each * run + tail * tails) / run, 3)
+        assert planned_decodes(objective, with_flow, run, tails) == ((run + decodes * tails) / run, 1)
+
+
+def test_plan_of_runs_with_terminal_guidance() -> None:
+    assert planned_passes(Objective(guidance="terminal"), True, 4, 1) == (5, 3)
+    assert planned_decodes(Objective(guidance="terminal"), True, 4, 1) == (0, 1)

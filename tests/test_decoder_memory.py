@@ -148,17 +148,15 @@ def measure() -> dict[str, int]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux only")
 def test_resident_set():
-    """Measured: 251 MiB plain, 148 kept, 122 checkpointed."""
+    """Measured: 289 MiB plain, 133 kept and 108 checkpointed; 1.08 and 1.12 times what is predicted for these two."""
     root = Path(__file__).resolve().parent.parent
     command = [sys.executable, "-c", "import json, tests.test_decoder_memory as m; print(json.dumps(m.measure()))"]
     # glibc then returns every tensor's memory to the system as it is freed.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     output = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stdout
     measured = json.loads(output.splitlines()[-1])
-    print({name: size / 2**20 for name, size in measured.items()})
-    assert measured["kept"] < 0.7 * measured["plain"]
+    assert measured["kept"] < 0.65 * measured["plain"]
     assert measured["checkpoint"] < 0.93 * measured["kept"]
     for name, checkpoint in (("kept", False), ("checkpoint", True)):
         predicted = decode_bytes(mid_size(), MEASURED_LATENTS, torch.float32, checkpoint)
-        print(predicted / 2**20)
-        assert 0.9 < measured[name] / predicted < 1.6, f"{name}: {measured[name]} of {predicted} bytes"
+        assert 0.95 < measured[name] / predicted < 1.4, f"{name}: {measured[name]} of {predicted} bytes"

@@ -20,7 +20,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def test_unknown_model_names_the_field_and_the_download_command() -> None:
-    with pytest.raises(ValueError, match=r"model\.name = 'no/such/model'.*huggingface-cli download no/such/model"):
+    with pytest.raises(ValueError, match=r"model\.name = 'no/such/model'.*hf download no/such/model"):
         load_pipeline("no/such/model")
 
 

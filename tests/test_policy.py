@@ -1,9 +1,11 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
+from fastnabla.pipeline import save_policy
 from fastnabla.policy import Policy
-from tests.checks import randn
+from tests.checks import assert_gradients, randn, relative_error
 from tests.golden import STEP_SETS
 
 UNET = STEP_SETS[0] / "unet"
@@ -11,9 +13,9 @@ X, TIMESTEP, PROMPT = randn(3, 4, 8, 8), torch.tensor([901, 51, 1]), torch.tenso
 CONDITIONS = randn(4, 7, 16, seed=1)
 
 
-def build(guidance_scale: float | None = 5.0) -> Policy:
+def build(guidance_scale: float | None = 5.0, rank: int = 4) -> Policy:
     torch.manual_seed(0)
-    return Policy(UNet2DConditionModel.from_pretrained(UNET), CONDITIONS, guidance_scale, rank=4)
+    return Policy(UNet2DConditionModel.from_pretrained(UNET), CONDITIONS, guidance_scale, rank=rank)
 
 
 def perturbed(guidance_scale: float | None = 5.0) -> Policy:
@@ -97,3 +99,94 @@ def test_passes_are_counted_by_rows():
     with torch.no_grad():
         policy.reference(X[:2], TIMESTEP[:2], PROMPT[:2])
     assert policy.passes.rows == 11
+
+
+def outputs(policy: Policy) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Output pair, gradient of its squares' sum in x, and in the trained parameters, from one graph."""
+    x = X.clone().requires_grad_()
+    output = policy(x, TIMESTEP, PROMPT)
+    loss = output.float().square().sum()
+    (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+    trained = policy.trained()
+    return output.detach(), gradient, dict(zip(trained, torch.autograd.grad(loss, trained.values()), strict=True))
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_constant_weights(rank):
+    """The same output and gradient in x; none in the parameters, which come back as they were after an error."""
+    policy = perturbed() if rank else build(rank=0)
+    expected = outputs(policy)
+    x = X.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="within"), policy.constant_weights():
+        output = policy(x, TIMESTEP, PROMPT)
+        output.square().sum().backward()
+        raise RuntimeError("within")
+    torch.testing.assert_close(output.detach(), expected[0])
+    torch.testing.assert_close(x.grad, expected[1])
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in policy.trainable())
+    frozen = [parameter for parameter in policy.parameters() if not parameter.requires_grad]
+    assert len(frozen) + len(policy.trainable()) == len(list(policy.parameters()))
+    assert frozen, "those of the pretrained network"
+
+
+def test_full_finetuning():
+    """All parameters are trained; the reference stays where the policy began."""
+    policy = build(rank=0)
+    assert policy.trained().keys() == dict(UNet2DConditionModel.from_pretrained(UNET).named_parameters()).keys()
+    condition = CONDITIONS[[0, 0, 0, 3, 1, 2]]
+    expected = pretrained(torch.cat([X, X]), torch.cat([TIMESTEP, TIMESTEP]), condition)
+    assert torch.equal(policy(X, TIMESTEP, PROMPT), expected)
+    policy(X, TIMESTEP, PROMPT).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in policy.trainable())
+    torch.optim.SGD(policy.trainable(), lr=0.1).step()
+    assert not torch.allclose(policy(X, TIMESTEP, PROMPT), expected)
+    assert torch.equal(policy.reference(X, TIMESTEP, PROMPT), expected)
+    with policy.pretrained_weights():
+        assert torch.equal(policy(X, TIMESTEP, PROMPT), expected)
+
+
+def test_full_finetuning_of_a_half_precision_network():
+    """Computes in bfloat16 (to 5 % of float32's gradient), keeps master weights and gradients in float32."""
+    torch.manual_seed(0)
+    policy = Policy(UNet2DConditionModel.from_pretrained(UNET).bfloat16(), CONDITIONS.bfloat16(), 5.0, rank=0)
+    assert {parameter.dtype for parameter in policy.trainable()} == {torch.float32}
+    assert {parameter.dtype for parameter in policy.pretrained.parameters()} == {torch.bfloat16}
+    output, _, gradients = outputs(policy)
+    assert (output.dtype, policy.reference(X, TIMESTEP, PROMPT).dtype) == (torch.bfloat16, torch.bfloat16)
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    exact = outputs(build(rank=0))[2]
+    flat, expected = (torch.cat([part[name].flatten() for name in exact]) for part in (gradients, exact))
+    assert 1e-6 < relative_error(flat, expected) < 0.05
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="xformers may run on a GPU")
+def test_xformers_that_cannot_run():
+    with pytest.raises(ValueError, match=r"^compute\.attention = 'xformers': .*--compute\.attention sdpa"):
+        build().optimise(attention="xformers")
+
+
+@pytest.mark.parametrize("setting", ["channels_last", "checkpoint"])
+@pytest.mark.parametrize("rank", [4, 0])
+def test_settings_change_rounding_alone(setting, rank):
+    def policy():
+        return perturbed() if rank else build(rank=0)
+
+    optimised = policy()
+    optimised.optimise(**{setting: True})
+    output, gradient, gradients = outputs(optimised)
+    expected_output, expected_gradient, expected = outputs(policy())
+    assert relative_error(output, expected_output) < 1e-5
+    assert relative_error(gradient, expected_gradient) < 1e-5
+    assert_gradients(gradients, expected)
+    if setting == "channels_last":
+        assert optimised.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert optimised.unet.is_gradient_checkpointing == (setting == "checkpoint")
+
+
+def test_saves_all_parameters_of_whatever_layout(tmp_path):
+    policy = build(rank=0)
+    policy.optimise(channels_last=True)
+    save_policy(policy, tmp_path, torch.bfloat16)
+    saved = UNet2DConditionModel.from_pretrained(tmp_path / "unet", torch_dtype=torch.bfloat16)
+    assert all(torch.equal(p, policy.trained()[name].bfloat16()) for name, p in saved.named_parameters())
+    assert {parameter.dtype for parameter in policy.trainable()} == {torch.float32}
