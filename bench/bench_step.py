@@ -7,8 +7,9 @@ import torch
 
 from bench.naive import naive_step
 from fastnabla.buffer_ops import draw_stratified
-from fastnabla.config import PRESETS, MemoryConfig, RolloutConfig
+from fastnabla.config import MemoryConfig, RolloutConfig
 from fastnabla.objective.residual_db import Objective
+from fastnabla.presets import PRESETS
 from fastnabla.rollout import sample
 from fastnabla.trainer import Trainer
 

@@ -1,4 +1,4 @@
-"""The typed configuration of a run, and the presets that start one.
+"""The typed configuration of a run.
 
 Every field's text is its `--help`. A configuration that is constructed is valid in itself; what can only be
 checked against a model, a reward or the disk is checked before any work is done, by the part that knows.
@@ -40,6 +40,9 @@ class ModelConfig:
     """Hub revision; none for the default branch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the frozen networks' weights and arithmetic. The LoRA, the flow network and the loss stay float32."""
+    tiny_decoder: str | None = None
+    """Folder or hub id of an AutoencoderTiny (as madebyollin/taesd) that decodes, in place of the VAE, for the gradients of
+    the training step: an approximation at a seventeenth of the arithmetic. Rewards that are reported stay the VAE's."""
     random_init: bool = False
     """Random weights of Stable Diffusion 1.5's architecture, without a download: for dry runs, smoke tests and
     benchmarks. `name` then only names the run."""
@@ -395,29 +398,3 @@ def load_run(run: Path) -> TrainConfig:
         return from_json((run / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{str(run)!r} is not a run folder ({error}).") from error
-
-
-PRESETS: dict[str, tuple[str, TrainConfig]] = {
-    TESTBED: (
-        "The embedded testbed: larger animals, of any hue. Minutes on a laptop's CPU.",
-        TrainConfig(
-            updates=18,
-            model=ModelConfig(name=TESTBED, dtype="float32"),
-            sampler=SamplerConfig(steps=20, guidance_scale=3.0),
-            reward=RewardConfig(terms=("area=8", "classifier=1")),
-            prompts=PromptConfig(source="animals"),
-            objective=Objective(beta=200.0, weighting="sigma", trust_region=1.0),
-            rollout=RolloutConfig(fraction=0.2, updates=1, batch=64),
-            flow=FlowConfig(kind="conv"),
-            optimizer=OptimizerConfig(learning_rate=1e-2, beta2=0.95, schedule="linear", warmup=3),
-            memory=MemoryConfig(micro_batch=64, decode_chunk=64),
-            evaluation=EvaluationConfig(every=6, samples=16, probe=TESTBED),
-        ),
-    ),
-    "stable-diffusion": (
-        "Stable Diffusion 1.5 and its like, with the settings of the reference implementation; give it "
-        "--prompts.source and --reward.terms.",
-        TrainConfig(),
-    ),
-}
-"""Name → (description, configuration): the subcommands of `python -m fastnabla.train`."""

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import convert_state_dict_to_diffusers, logging
 from peft import get_peft_model_state_dict
 from torch import Tensor
@@ -58,6 +64,21 @@ def pipeline_of(config: ModelConfig) -> StableDiffusionPipeline:
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
     return pipeline
+
+
+def load_tiny_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:
+    """The `AutoencoderTiny` in the folder `name`, or of that name on the hub.
+
+    Raises:
+        ValueError: it cannot be found or loaded.
+    """
+    try:
+        return AutoencoderTiny.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"model.tiny_decoder = {name!r}: no diffusers AutoencoderTiny could be loaded from it ({error}). Give a local "
+            f"folder, or a hub id downloaded with: hf download {name}"
+        ) from error
 
 
 def use_scheduler(pipeline: StableDiffusionPipeline, kind: str) -> None:

@@ -10,9 +10,10 @@ from fastnabla.telemetry import create_run_folder, print_error, quiet_libraries
 
 quiet_libraries()
 
-from fastnabla.config import PRESETS, TESTBED, TrainConfig, load_run, to_json  # noqa: E402
+from fastnabla.config import TESTBED, TrainConfig, load_run, to_json  # noqa: E402
 from fastnabla.cost import cost_table, measured_rate, update_cost  # noqa: E402
 from fastnabla.planner import planned, unit_costs  # noqa: E402
+from fastnabla.presets import PRESETS  # noqa: E402
 from fastnabla.trainer import Trainer, device_of  # noqa: E402
 
 

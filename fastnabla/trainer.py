@@ -23,7 +23,15 @@ from fastnabla.metrics.evaluation import Evaluator
 from fastnabla.metrics.probes import build_probe
 from fastnabla.optim import Optimizer
 from fastnabla.pictures import save_curves, save_grid
-from fastnabla.pipeline import encode_prompts, image_size, latent_shape, pipeline_of, save_policy, use_scheduler
+from fastnabla.pipeline import (
+    encode_prompts,
+    image_size,
+    latent_shape,
+    load_tiny_decoder,
+    pipeline_of,
+    save_policy,
+    use_scheduler,
+)
 from fastnabla.planner import planned
 from fastnabla.policy import Policy
 from fastnabla.prompts import assign_prompts, load_run_prompts, warn_truncated
@@ -107,6 +115,10 @@ class Trainer:
         self.decoder = Decoder(
             pipeline.vae, config.memory.decode_chunk, bool(config.memory.checkpoint_decoder), compile == "whole"
         )
+        guiding = self.decoder
+        if config.model.tiny_decoder is not None:
+            tiny = load_tiny_decoder(config.model.tiny_decoder, self.policy.dtype).to(self.device)
+            guiding = Decoder(tiny, config.memory.decode_chunk, compile=compile == "whole")
         self.buffer = TrajectoryBuffer(
             config.rollout.trajectories,
             len(self.table),
@@ -120,7 +132,7 @@ class Trainer:
         self.step = BalanceStep(
             self.policy,
             self.flow,
-            self.decoder,
+            guiding,
             self.reward,
             self.prompts.texts,
             self.table,

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from fastnabla.config import PRESETS, MemoryConfig, RolloutConfig, SamplerConfig, TrainConfig, from_json, to_json
+from fastnabla.config import MemoryConfig, RolloutConfig, SamplerConfig, TrainConfig, from_json, to_json
 from fastnabla.objective.residual_db import Objective
+from fastnabla.presets import PRESETS
 
 
 @pytest.mark.parametrize("preset", PRESETS)

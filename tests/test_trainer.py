@@ -6,20 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from fastnabla.config import (
-    PRESETS,
-    EvaluationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    SamplerConfig,
-    TrainConfig,
-)
+from fastnabla.config import EvaluationConfig, ModelConfig, OptimizerConfig, RolloutConfig, SamplerConfig, TrainConfig
 from fastnabla.cost import planned_passes
 from fastnabla.objective.residual_db import Objective
+from fastnabla.presets import PRESETS
 from fastnabla.seeding import seed_of
 from fastnabla.testbed import pipeline_folder
 from fastnabla.trainer import Trainer
@@ -217,3 +210,23 @@ def test_kernels_do_not_change_the_run(backend: str, run: Path, tmp_path: Path) 
         for name, value in plain.items():
             close = pytest.approx(value, rel=2e-3, abs=1e-6) if isinstance(value, float) else value
             assert fused[name] == close, name
+
+
+def test_a_tiny_decoder_guides_and_the_vae_reports(run: Path, tmp_path: Path) -> None:
+    widths = (8, 8, 8)
+    blocks = {"encoder_block_out_channels": widths, "decoder_block_out_channels": widths}
+    counts = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
+    AutoencoderTiny(**blocks, **counts).save_pretrained(tmp_path / "tiny")
+    model = dataclasses.replace(small().model, tiny_decoder=str(tmp_path / "tiny"))
+    folder = train(
+        small(model=model, updates=2, evaluation=dataclasses.replace(small().evaluation, every=0)), tmp_path / "run"
+    )
+    first, others = (json.loads((f / "metrics.jsonl").read_text().splitlines()[1]) for f in (folder, run))
+    assert first["rollout_reward"] == pytest.approx(others["rollout_reward"], rel=1e-5)
+    assert first["norm_reward"] != pytest.approx(others["norm_reward"], rel=0.01)
+
+
+def test_a_tiny_decoder_that_is_not_there() -> None:
+    model = dataclasses.replace(small().model, tiny_decoder="no/such/decoder")
+    with pytest.raises(ValueError, match=r"model\.tiny_decoder = 'no/such/decoder'"):
+        Trainer(small(model=model))

@@ -27,19 +27,19 @@ WAITING = {
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where a tensor that would be on the GPU, one with a state's dtype or made from one, decides on the host.
+    """Fails where the host reads a float tensor, or indexes one by a mask.
 
-    On a CPU all tensors are on the host, and the step's own planning must be told apart: it touches integers alone, which
-    come from the selection's host columns; so waiting operations on floats fail, and indexing by a mask.
+    On a CPU everything is on the host. The step's own planning touches integers alone, the selection's host columns, so
+    floats stand for what would be on the GPU.
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kind = function.overloadpacket
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if kind in WAITING and first is not None and (first.is_floating_point() or first.dtype == torch.bool):
-            assert not first.is_floating_point(), f"{kind} of a float tensor"
-        if kind is torch.ops.aten.index and any(i is not None and i.dtype == torch.bool for i in args[1]):
-            assert not first.is_floating_point(), "states indexed by a mask"
+        if first is not None and first.is_floating_point():
+            assert kind not in WAITING, f"{kind} of a float tensor"
+            by_mask = kind is torch.ops.aten.index and any(i is not None and i.dtype == torch.bool for i in args[1])
+            assert not by_mask, "floats indexed by a mask"
         return function(*args, **(kwargs or {}))
 
 
