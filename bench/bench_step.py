@@ -31,7 +31,7 @@ def trainer() -> Trainer:
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
     for parameter in trainer.flow.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-    prompt = torch.arange(TRAJECTORIES) % len(trainer.prompts)
+    prompt = torch.arange(TRAJECTORIES) % trainer.prompts.trained
     steps = draw_stratified(0, 0, TRAJECTORIES, len(trainer.table), config.drawn_steps)
     slots = trainer.buffer.reserve(steps, prompt)
     seeds = list(range(TRAJECTORIES))

@@ -59,6 +59,16 @@ def test_dry_run_prints_configuration_and_cost_and_writes_nothing(capsys: pytest
         (["--resume", "missing"], "missing"),
         (["--run", "."], "run"),
         (["--tracker", "wandb"], "tracker"),
+        (["--prompts.template", "a photo"], "prompts.template"),
+        (["--prompts.held-out", "0.001"], "prompts.held_out"),
+        (["--prompts.held-out", "2"], "prompts.held_out"),
+        (["--prompts.evaluation", "missing.txt"], "prompts.evaluation"),
+        (["--vram", "0.001"], "vram"),
+        (["--vram", "-1"], "vram"),
+        (["--model.random-init", "--seed=0"], "model.random_init"),
+        (["--optimizer.name", "paged_adamw8bit"], "optimizer.name"),
+        (["--compute.attention", "xformers"], "compute.attention"),
+        (["--reward.clip", "0"], "reward.clip"),
     ],
     ids=lambda value: value[0].strip("-") + "=" + value[1] if isinstance(value, list) else "",
 )
@@ -103,3 +113,16 @@ def test_unknown_preset_is_refused() -> None:
 def test_sample_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert sample.main(["nowhere"]) == 2
     assert "not a run folder" in capsys.readouterr().err
+
+
+def test_a_plan_is_printed_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: object) -> None:
+        raise ValueError("loading starts here")
+
+    monkeypatch.setattr("fastnabla.trainer.pipeline_of", load)
+    assert train.main(["testbed", "--vram", "4", "--memory.micro-batch", "8"]) == 2
+    printed = capsys.readouterr()
+    assert "memory plan for 4.0 GB" in printed.out
+    assert "loading starts here" in printed.err
