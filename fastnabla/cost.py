@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fastnabla.config import TrainConfig
 from fastnabla.objective.residual_db import Objective
+from fastnabla.optim import expected_state_bytes
 from fastnabla.planner import MemoryPlan
 from fastnabla.policy import Policy
 from fastnabla.unit_costs import UnitCosts
@@ -53,6 +54,8 @@ class UpdateCost:
     """U, forward only."""
     rollout_flops: float
     step_flops: float
+    state_bytes: int
+    """Of the optimizer."""
 
 
 def update_cost(config: TrainConfig, costs: UnitCosts) -> UpdateCost:
@@ -82,6 +85,7 @@ def update_cost(config: TrainConfig, costs: UnitCosts) -> UpdateCost:
         # Finished samples are decoded once, forward only, for their rewards.
         rollout_flops=rollout_passes * costs.unet_flops + per_update * costs.decode_flops / 2,
         step_flops=step,
+        state_bytes=expected_state_bytes(config.optimizer.name, costs.trained_sizes),
     )
 
 
@@ -139,6 +143,7 @@ def cost_table(cost: UpdateCost, plan: MemoryPlan | None, rate: float) -> Table:
             "UNet, decoder, flow network; not the rewards",
         ),
         ("arithmetic of a transition", f"{cost.step_flops / (inner + last) / 1e12:.4g} TFLOP", "without the rollout"),
+        ("optimizer's state", f"{cost.state_bytes / 2**20:.1f} MiB", "after the first update"),
         ("measured rate", f"{rate / 1e12:.4g} TFLOP/s", "the policy's forward pass, just now"),
         ("expected time", f"{total / rate:.1f} s", "rollout and step at that rate; not the rewards, nor evaluation"),
     ):

@@ -162,8 +162,7 @@ def _open(value: bool | int | None, choices: tuple) -> tuple:
 
 def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device) -> dict[str, int]:
     shapes = costs.shapes
-    trained = [p for network in (shapes.unet, shapes.flow) if network is not None for p in _trained(network)]
-    sizes = [parameter.numel() for parameter in trained]
+    sizes = costs.trained_sizes
     frozen_copy = 0 if config.lora.rank else sum(p.numel() for p in shapes.unet.parameters()) * shapes.dtype.itemsize
     states = min(2 * (config.drawn_steps + 1), config.sampler.steps + 1)
     elements = config.rollout.trajectories * torch.Size(shapes.sample_shape).numel()
@@ -197,10 +196,6 @@ def _graphs(costs: UnitCosts, micro_batch: int, checkpoint_unet: bool) -> int:
 
     most = max(MOST, micro_batch)
     return peak(1) if micro_batch == 1 else peak(1) + (micro_batch - 1) * (peak(most) - peak(1)) // (most - 1)
-
-
-def _trained(network: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def _nbytes(network: nn.Module | None) -> int:

@@ -38,6 +38,12 @@ class UnitCosts:
     shapes: Shapes
     guided: bool
 
+    @property
+    def trained_sizes(self) -> list[int]:
+        """Elements of each trained tensor."""
+        networks = [network for network in (self.shapes.unet, self.shapes.flow) if network is not None]
+        return [p.numel() for network in networks for p in network.parameters() if p.requires_grad]
+
     @functools.cached_property
     def unet_flops(self) -> int:
         """U: one forward pass of the UNet. A backward pass to the input or to a LoRA costs as much, to 3%."""
