@@ -118,7 +118,7 @@ class BalanceStep:
 
         Raises:
             ValueError: terminal guidance, and a trajectory's last transition is not in the batch.
-            torch.OutOfMemoryError: even one transition and one decoded image at a time do not fit.
+            torch.OutOfMemoryError: not even one transition at a time fits.
         """
         selection = transitions.select() if isinstance(transitions, Transitions) else transitions
         total, num_steps = total or len(selection), len(self.table)
@@ -164,24 +164,16 @@ class BalanceStep:
         try:
             return self._micro_step(selection, micro, total, terminal)
         except torch.OutOfMemoryError:
-            if len(micro.rows) == 1 and self.decoder.chunk == 1:
+            if len(micro.rows) == 1:
                 raise
             return None
 
     def _shrink(self, size: int) -> None:
-        """Have less in memory from now on, after `size` transitions were too many."""
-        if size > 1:
-            self.micro_batch = (size + 1) // 2
-        else:
-            self.decoder.chunk = 1
+        """Take smaller micro-batches from now on, after `size` transitions were too many."""
+        self.micro_batch = (size + 1) // 2
         if self.policy.conditions.is_cuda:
             torch.cuda.empty_cache()
-        logger.warning(
-            "out of memory with %d transitions in a micro-batch; going on with %d, and %s images decoded at once",
-            size,
-            self.micro_batch,
-            self.decoder.chunk or "all",
-        )
+        logger.warning("out of memory with %d transitions in a micro-batch; going on with %d", size, self.micro_batch)
 
     def _accumulate(self, gradients: tuple[Tensor, ...]) -> None:
         for parameter in self.parameters:

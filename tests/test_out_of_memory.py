@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from fastnabla.decoder import Decoder
 from fastnabla.step import BalanceStep
 from tests.checks import assert_gradients
 from tests.golden import STEP_SETS, GoldenStep, load_step
@@ -37,9 +36,8 @@ class Limited(nn.Module):
         return values
 
 
-def limited(golden: GoldenStep, most: int, backwards: bool, chunk: int | None = None) -> GoldenStep:
-    decoder = Decoder(golden.decoder.vae, chunk)
-    return dataclasses.replace(golden, reward=Limited(golden.reward, most, backwards), decoder=decoder)
+def limited(golden: GoldenStep, most: int, backwards: bool) -> GoldenStep:
+    return dataclasses.replace(golden, reward=Limited(golden.reward, most, backwards))
 
 
 def clear(step: BalanceStep) -> None:
@@ -62,7 +60,7 @@ def test_halves_and_repeats(backwards, share, caplog):
     clear(step)
     report = step(transitions)
     assert tight.reward.failures >= 1
-    assert step.micro_batch <= 2  # two transitions have up to four images
+    assert step.micro_batch == 3  # half of the six inner ones; as many images are decoded at once
     assert_gradients(golden.gradients(), gradients)
     assert len(report.rows["trust"]) == len(transitions)
     torch.testing.assert_close(report.losses["loss"], expected.losses["loss"], rtol=1e-5, atol=0)
@@ -89,17 +87,8 @@ def test_gradients_of_earlier_calls_stay():
     assert_gradients(golden.gradients(), twice)
 
 
-def test_a_single_transition_decodes_one_image_at_a_time():
-    golden = load_once(GOLDEN)
-    tight = limited(golden, 1, False, chunk=2)
-    step = tight.step(1)
-    clear(step)
-    step(golden.transitions)
-    assert tight.decoder.chunk == 1
-
-
 def test_gives_up_when_nothing_is_left_to_halve():
     golden = load_once(GOLDEN)
-    step = limited(golden, 0, False, chunk=1).step(4)
+    step = limited(golden, 0, False).step(4)
     with pytest.raises(torch.OutOfMemoryError, match="simulated"):
         step(golden.transitions)
