@@ -22,6 +22,7 @@ from fastnabla.durable import move_files, write_file
 from fastnabla.ema import FOLDER, WeightAverage
 from fastnabla.gpu_meter import GpuMeter
 from fastnabla.guards import Guard, finite_samples
+from fastnabla.inner_epochs import learning_order
 from fastnabla.methods import METHODS
 from fastnabla.metrics.evaluation import Evaluator
 from fastnabla.metrics.probes import build_probe
@@ -98,7 +99,7 @@ class Trainer:
         self.source: Source = NewTrajectories(config.seed, config.rollout.trajectories, self.prompts.trained)
         if method.stores:
             self.buffer = TrajectoryBuffer(
-                config.rollout.trajectories,
+                config.rollout.trajectories * (1 + config.rollout.replay),
                 len(self.table),
                 config.drawn_steps + 1,
                 self.sample_shape,
@@ -107,7 +108,10 @@ class Trainer:
                 output_block=config.memory.output_block,
                 timestep=self.table.timestep,
             )
-            self.source = StoredTrajectories(self._rollout, self.buffer)
+            if config.rollout.epochs > 1 and method.has_reference:
+                self.buffer.keep_reference(with_product=config.has_flow and config.objective.reverse > 0)
+            settings = (config.rollout.trajectories, config.rounds, config.rollout.replay)
+            self.source = StoredTrajectories(self._rollout, self.buffer, *settings)
         self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow, config.updates)
         decay = config.optimizer.ema
         self.ema = None if decay is None else WeightAverage(self.policy.trained(), decay)
@@ -157,6 +161,7 @@ class Trainer:
         checkpoints = Checkpoints(run, state, fingerprint(config, self.prompts), config.checkpoint_keep)
         done = checkpoints.load() if resume else Progress()
         update, rollout = done.update, done.rollout
+        self.source.rollouts[:] = done.rollouts
         if not resume:
             if (run / "config.json").exists():
                 raise RunFolderError(f"run = {str(run)!r}: a run was begun there; resume it, or name another folder.")
@@ -170,7 +175,7 @@ class Trainer:
         def save() -> None:
             tracker.flush()
             started = time.perf_counter()
-            size = checkpoints.save(Progress(update, rollout))
+            size = checkpoints.save(Progress(update, rollout, self.source.rollouts))
             cost = {"checkpoint_seconds": time.perf_counter() - started, "checkpoint_bytes": size}
             tracker.measure("checkpoint", update, cost)
 
@@ -196,7 +201,6 @@ class Trainer:
                     tracker.log("evaluate", 0, evaluator.measure(before), meter.read(0))
 
                 meter.read(0)
-                parts = torch.arange(config.rollout.trajectories).chunk(config.rollout.updates)
                 while True:
                     if rollout is None and update > 0:
                         if self._due(update, config.evaluation.every) and not tracker.has("evaluate", update):
@@ -212,13 +216,14 @@ class Trainer:
                             save()
                         if passed or update == config.updates:
                             break
-                    round_ = update // config.rollout.updates
+                    round_, place = divmod(update, config.rollout.updates_per_round)
                     if rollout is None:
                         begin("rollout", config.rollout.trajectories * len(self.table))
                         rollout = self.source.collect(round_)
                     stop.check()
                     begin("step", 1)
-                    selection = self.source.select(round_, parts[update % config.rollout.updates])
+                    numbers = learning_order(config.seed, round_, config.rollout)[place]
+                    selection = self.source.select(round_, numbers, again=place >= config.rollout.updates)
                     report = self.step(selection)
                     update += 1
                     norms = self.optimizer.update(functools.partial(guard.accepts, update, report))
@@ -229,7 +234,8 @@ class Trainer:
                     tracker.log("train", update, metrics, meter.read(len(selection)))
                     guard.check(update)
                     progress.update(overall, completed=update, status=f"reward {metrics['rollout_reward']:.3f}")
-                    if update % config.rollout.updates == 0:
+                    if place + 1 == config.rollout.updates_per_round:
+                        self.source.finish()
                         rollout = None
         except Stopped:
             if update > checkpoints.saved:
@@ -267,27 +273,27 @@ class Trainer:
 
     def _due(self, update: int, every: int) -> bool:
         """Whether something done every so many updates (0: only at the end) is to be done after this rollout's."""
-        before = update - self.config.rollout.updates
+        before = update - self.config.rollout.updates_per_round
         return update == self.config.updates or (every > 0 and update // every > before // every)
 
-    def _rollout(self, round_: int) -> dict[str, float]:
-        """Fill the buffer with trajectories of the current policy; statistics of their rewards."""
+    def _rollout(self, number: int) -> dict[str, float]:
+        """Sample rollout `number` with the current policy, into the buffer; statistics of its rewards."""
         config = self.config
         count = config.rollout.trajectories
-        first = round_ * count
-        self.buffer.clear()
+        first = number * count
         prompt = assign_prompts(config.seed, first, count, self.prompts.trained)
         draw = DRAWS[config.rollout.draw]
         steps = draw(seed_of(config.seed, "draws"), first, count, len(self.table), config.drawn_steps)
         seeds = [seed_of(config.seed, "noise", first + i) for i in range(count)]
-        latents = self._sample(prompt, seeds, self.buffer, self.buffer.reserve(steps, prompt))
+        slots = self.buffer.reserve(steps, prompt, epoch=number)
+        latents = self._sample(prompt, seeds, self.buffer, slots)
         texts = [self.prompts.texts[i] for i in prompt.tolist()]
         parts = self.reward.parts(self.decoder.decode(latents), texts, config.memory.decode_chunk)
         finite = finite_samples(latents, parts, texts).to(latents.device)
         rewards = self.reward.total(parts)[finite]
         sound = {name: values[finite] for name, values in parts.items()}
         self.reward.observe(sound)
-        self.buffer.reward.copy_(torch.where(finite, self.reward.shape(parts), float("nan")))
+        self.buffer.reward[slots.to(self.device)] = torch.where(finite, self.reward.shape(parts), float("nan"))
         metrics = {"rollout_reward": rewards.mean().item(), "rollout_reward_std": rewards.std().item()}
         return metrics | {f"rollout_reward_{name}": values.mean().item() for name, values in sound.items()}
 
