@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from fastnabla.compat.recipe import reference_recipe
 from fastnabla.methods import METHODS
 from fastnabla.objective.backend import Backend
 from fastnabla.objective.direct import Direct
@@ -53,6 +54,10 @@ class TrainConfig:
     run's own are refused if results depend on them, and named and ignored otherwise."""
     seed: int = 0
     """Seed of all randomness."""
+    reference_compat: bool = False
+    """The authors' implementation to the letter, to reproduce its runs and measure what differs: sets rollout.replay = 1,
+    optimizer.applications = 2, prompts.draw = independent, flow.start = random, reward.preprocess = reference and reward.tf32,
+    and refuses what it does not have. Of residual-db and db. docs/stable-diffusion.md explains each."""
     updates: int = 200
     """Optimizer updates in all; a multiple of rollout.updates · rollout.epochs."""
     checkpoint_every: int = 5
@@ -90,6 +95,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.method in METHODS, "method", self.method, f"must be one of {', '.join(METHODS)}.")
+        if self.reference_compat:
+            for name, section in reference_recipe(self).items():
+                setattr(self, name, section)
         METHODS[self.method].check(self)
         for name, value in _whole_numbers(self):
             _require(abs(value) <= LARGEST, name, value, f"must be at most {LARGEST}.")

@@ -55,7 +55,7 @@ def build_networks(pipeline: Pipeline, prompts: RunPrompts, config: TrainConfig,
     use_scheduler(pipeline, config.sampler.scheduler)
     table = TransitionTable.from_scheduler(pipeline.scheduler, config.sampler.steps, config.sampler.eta)
     pipeline.to(device)
-    used = used_prompts(prompts, config.seed, config.sampled_trajectories)
+    used = used_prompts(prompts, config.seed, config.sampled_trajectories, config.prompts.draw)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.seed, "weights", 0))
         policy = Policy(
@@ -69,7 +69,7 @@ def build_networks(pipeline: Pipeline, prompts: RunPrompts, config: TrainConfig,
         encoder.to("cpu")
     channels, memory = latent_shape(pipeline)[0], config.memory
     kind = config.flow.kind if config.has_flow else "none"
-    flow = build_flow(kind, channels, policy.conditions.width, seed_of(config.seed, "weights", 1))
+    flow = build_flow(kind, channels, policy.conditions.width, seed_of(config.seed, "weights", 1), config.flow.start)
     if flow is not None:
         flow.to(device)
 

@@ -96,7 +96,8 @@ class Trainer:
         method = METHODS[config.method]
         self.step = method.build(config, networks, self.reward, self.prompts.texts)
         self.buffer: TrajectoryBuffer | None = None
-        self.source: Source = NewTrajectories(config.seed, config.rollout.trajectories, self.prompts.trained)
+        count, draw = config.rollout.trajectories, config.prompts.draw
+        self.source: Source = NewTrajectories(config.seed, count, self.prompts.trained, draw)
         if method.stores:
             self.buffer = TrajectoryBuffer(
                 config.rollout.trajectories * (1 + config.rollout.replay),
@@ -281,7 +282,7 @@ class Trainer:
         config = self.config
         count = config.rollout.trajectories
         first = number * count
-        prompt = assign_prompts(config.seed, first, count, self.prompts.trained)
+        prompt = assign_prompts(config.seed, first, count, self.prompts.trained, config.prompts.draw)
         draw = DRAWS[config.rollout.draw]
         steps = draw(seed_of(config.seed, "draws"), first, count, len(self.table), config.drawn_steps)
         seeds = [seed_of(config.seed, "noise", first + i) for i in range(count)]
