@@ -30,6 +30,9 @@ from fastnabla.sections import TESTBED  # noqa: E402
 from fastnabla.signals import Stopped, StopSignals  # noqa: E402
 from fastnabla.trainer import Trainer, device_of  # noqa: E402
 
+DIVERGED = 4
+"""Exit status of a run that ends because its numbers are not finite."""
+
 
 def parse(arguments: list[str]) -> TrainConfig:
     """The configuration of a command line; the testbed's preset if none is named."""
@@ -133,7 +136,7 @@ def train_to_the_end(trainer: Trainer, run: Path, console: Console, resume: bool
         return 1
     except FloatingPointError as error:
         print_error(f"{error} The newest checkpoint is from before that.")
-        return 1
+        return DIVERGED
     except CheckpointError as error:
         print_error(error)
         return 1
