@@ -54,7 +54,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of all randomness."""
     updates: int = 200
-    """Optimizer updates in all; a multiple of rollout.updates."""
+    """Optimizer updates in all; a multiple of rollout.updates. With optimizer.schedule = constant a run can be extended: give
+    more with --resume auto, or in its config.json."""
     checkpoint_every: int = 5
     """Updates between checkpoints, at most; a killed run goes on from the last one."""
     checkpoint_keep: int = 2

@@ -30,7 +30,7 @@ from fastnabla.pictures import save_curves, save_grid
 from fastnabla.pipeline import image_size, pipeline_of, save_policy, tokenizers
 from fastnabla.planner import planned
 from fastnabla.prompts import RunPrompts, assign_prompts, load_run_prompts, warn_truncated
-from fastnabla.resuming import fingerprint
+from fastnabla.resuming import check_length, fingerprint
 from fastnabla.rewards import RewardSum, build_reward, check_reward
 from fastnabla.rewards.options import RewardOptions, parse_weights
 from fastnabla.rollout import sample
@@ -135,7 +135,8 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written, or none can be read.
             FloatingPointError: more updates than allowed were not finite.
             RewardError: a reward fails.
-            RunFolderError: another process writes into the folder, or without `resume`, a run was begun there.
+            RunFolderError: another process writes into the folder; without `resume`, a run was begun there; with it, the
+                run has done more updates than it should have.
         """
         with locked(run):
             return self._train(run, console or Console(quiet=True), resume, stop or StopSignals())
@@ -153,6 +154,7 @@ class Trainer:
         checkpoints = Checkpoints(run, state, fingerprint(config, self.prompts), config.checkpoint_keep)
         done = checkpoints.load() if resume else Progress()
         update, rollout = done.update, done.rollout
+        check_length(update, config.updates)
         if not resume:
             if (run / "config.json").exists():
                 raise RunFolderError(f"run = {str(run)!r}: a run was begun there; resume it, or name another folder.")
