@@ -320,7 +320,7 @@ def _build_reward(config: RewardConfig, random_init: bool, device: torch.device)
         tf32=config.tf32,
         random_init=random_init,
     )
-    return build_reward(config.terms, device, options, config.normalise, config.clip)
+    return build_reward(config.terms, device, options, config.normalise, config.clip, config.timeout)
 
 
 def _metrics(report: StepReport, rollout: dict[str, float], norms: dict[str, Tensor]) -> dict[str, float]:
