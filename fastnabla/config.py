@@ -6,6 +6,7 @@ checked against a model, a reward or the disk is checked before any work is done
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,9 @@ class TrainConfig:
     """Checkpoints kept; if the newest is found damaged, the one before it is used."""
     max_skipped: int = 5
     """Updates in a row that may be skipped because their loss or gradients are not finite; then the run ends."""
+    spike_factor: float | None = 10.0
+    """Warn where the loss or a gradient's norm is so many times the median of the last 50 updates, and count it as `spikes`;
+    None for never. Nothing else follows from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU if there is one."""
     backend: Backend = "auto"
@@ -112,6 +116,12 @@ class TrainConfig:
             "updates",
             self.updates,
             f"must be a multiple of rollout.updates = {self.rollout.updates}.",
+        )
+        _require(
+            self.spike_factor is None or 1 < self.spike_factor < math.inf,
+            "spike_factor",
+            self.spike_factor,
+            "must be above 1 and finite, or None.",
         )
         drawn, steps = self.drawn_steps, self.sampler.steps
         _require(

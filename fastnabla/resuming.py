@@ -19,6 +19,7 @@ WITHOUT_EFFECT = (
     "checkpoint_every",
     "checkpoint_keep",
     "max_skipped",
+    "spike_factor",
     "reward.timeout",
     "evaluation.stop_below_diversity",
     "evaluation.stop_above_prior",

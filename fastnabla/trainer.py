@@ -39,6 +39,7 @@ from fastnabla.run_table import decimals, final_table, markdown
 from fastnabla.sections import RewardConfig
 from fastnabla.seeding import seed_of
 from fastnabla.signals import Stopped, StopSignals
+from fastnabla.spikes import count_spikes
 from fastnabla.telemetry import Tracker, progress_bar
 from fastnabla.trajectories import NewTrajectories, Source, StoredTrajectories
 
@@ -221,6 +222,8 @@ class Trainer:
                     norms = self.optimizer.update(functools.partial(guard.accepts, update, report))
                     progress.advance(phase)
                     metrics = _metrics(report, rollout, norms) | {"skipped": int(guard.skipped > 0)}
+                    watched = (tracker.records, config.spike_factor, report, self.prompts.texts, guard.timestep)
+                    metrics["spikes"] = count_spikes(update, metrics, *watched)
                     tracker.log("train", update, metrics, meter.read(len(selection)))
                     guard.check(update)
                     progress.update(overall, completed=update, status=f"reward {metrics['rollout_reward']:.3f}")
