@@ -66,6 +66,9 @@ class TrainConfig:
     spike_factor: float | None = 10.0
     """Warn where the loss or a gradient's norm is so many times the median of the last 50 updates, and count it as `spikes`;
     None for never. Nothing else follows from it."""
+    dump_anomalies: bool = False
+    """Write the first 3 updates that are skipped so into RUN/anomalies, for `python -m fastnabla.reproduce`: transitions,
+    trained weights before, configuration and prompts; at most 2 GiB each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU if there is one."""
     backend: Backend = "auto"

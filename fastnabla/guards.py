@@ -55,7 +55,7 @@ class Guard:
             self.skipped = 0
             return True
         self.skipped += 1
-        self._sources, self._remedy = _trace(report, norms, self.prompts, self.timestep)
+        self._sources, self._remedy = trace(report, norms, self.prompts, self.timestep)
         logger.warning("update %d is skipped, %d in a row by now: not finite %s", update, self.skipped, self._sources)
         return False
 
@@ -72,10 +72,17 @@ class Guard:
             )
 
 
-def _trace(
+def trace(
     report: StepReport, norms: dict[str, Tensor], prompts: Sequence[str], timestep: Sequence[int]
 ) -> tuple[str, str]:
-    """What is not finite, in words, and what to do about it."""
+    """What of a step is not finite, in words, and what to do about it; waits for the device.
+
+    Args:
+        report: the step's.
+        norms: of gradients, by name.
+        prompts: texts of the prompt numbers.
+        timestep: timesteps by step.
+    """
     rows = {name: values.cpu() for name, values in report.rows.items()}
     bad = {name: ~values.isfinite() for name, values in rows.items()}
     found = torch.stack(list(bad.values())).any(0).nonzero().flatten().tolist()

@@ -20,6 +20,7 @@ WITHOUT_EFFECT = (
     "checkpoint_keep",
     "max_skipped",
     "spike_factor",
+    "dump_anomalies",
     "reward.timeout",
     "evaluation.stop_below_diversity",
     "evaluation.stop_above_prior",

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastnabla.accumulation import StepReport
+from fastnabla.anomaly import Anomalies
 from fastnabla.bounds import BoundPassed, passed_bound, require_measurable
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.checkpoint import Checkpoints, Progress, TrainState
@@ -163,6 +164,7 @@ class Trainer:
             write_file(run / "config.json", to_json(config))
         tracker = Tracker(run, config.tracker, dataclasses.asdict(config), update)
         guard = Guard(self.prompts.texts, self.table.timestep, config.max_skipped, tracker.last_in_a_row("skipped"))
+        anomalies = Anomalies(policy=self.policy, flow=self.flow, reward=self.reward, step=self.step)
         meter = GpuMeter(self.device)
         meter.start()
 
@@ -217,6 +219,7 @@ class Trainer:
                     stop.check()
                     begin("step", 1)
                     selection = self.source.select(round_, parts[update % config.rollout.updates])
+                    remembered = anomalies.before() if config.dump_anomalies else {}
                     report = self.step(selection)
                     update += 1
                     norms = self.optimizer.update(functools.partial(guard.accepts, update, report))
@@ -225,6 +228,8 @@ class Trainer:
                     watched = (tracker.records, config.spike_factor, report, self.prompts.texts, guard.timestep)
                     metrics["spikes"] = count_spikes(update, metrics, *watched)
                     tracker.log("train", update, metrics, meter.read(len(selection)))
+                    if config.dump_anomalies and guard.skipped:
+                        anomalies.write(run, update, selection, remembered, config, self.prompts)
                     guard.check(update)
                     progress.update(overall, completed=update, status=f"reward {metrics['rollout_reward']:.3f}")
                     if update % config.rollout.updates == 0:
