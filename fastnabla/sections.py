@@ -230,8 +230,18 @@ class RewardConfig:
     """Weigh terms in units of their spread over the rollouts so far."""
     clip: float | None = None
     """Largest absolute value of the reward that is trained on; beyond it there is no gradient."""
+    timeout: float | None = 1800.0
+    """Seconds that one call of a reward may take, before the run ends with an error that names it; None for no limit. A
+    call on at most memory.decode_chunk images takes seconds; half an hour is for one that compiles or downloads something
+    first."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.timeout is None or 0 < self.timeout <= 1e6,
+            "reward.timeout",
+            self.timeout,
+            "must be positive and at most 1e6, or None.",
+        )
         _require(self.clip is None or 0 < self.clip < math.inf, "reward.clip", self.clip, "must be positive, or None.")
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastnabla.accumulation import StepReport
+from fastnabla.anomaly import Anomalies
 from fastnabla.bounds import BoundPassed, passed_bound, require_measurable
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.checkpoint import Checkpoints, Progress, TrainState
@@ -30,7 +31,7 @@ from fastnabla.pictures import save_curves, save_grid
 from fastnabla.pipeline import image_size, pipeline_of, save_policy, tokenizers
 from fastnabla.planner import planned
 from fastnabla.prompts import RunPrompts, assign_prompts, load_run_prompts, warn_truncated
-from fastnabla.resuming import fingerprint
+from fastnabla.resuming import check_length, fingerprint
 from fastnabla.rewards import RewardSum, build_reward, check_reward
 from fastnabla.rewards.options import RewardOptions, parse_weights
 from fastnabla.rollout import sample
@@ -39,6 +40,7 @@ from fastnabla.run_table import decimals, final_table, markdown
 from fastnabla.sections import RewardConfig
 from fastnabla.seeding import seed_of
 from fastnabla.signals import Stopped, StopSignals
+from fastnabla.spikes import count_spikes
 from fastnabla.telemetry import Tracker, progress_bar
 from fastnabla.trajectories import NewTrajectories, Source, StoredTrajectories
 
@@ -135,7 +137,8 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written, or none can be read.
             FloatingPointError: more updates than allowed were not finite.
             RewardError: a reward fails.
-            RunFolderError: another process writes into the folder, or without `resume`, a run was begun there.
+            RunFolderError: another process writes into the folder; without `resume`, a run was begun there; with it, the
+                run has done more updates than it should have.
         """
         with locked(run):
             return self._train(run, console or Console(quiet=True), resume, stop or StopSignals())
@@ -153,6 +156,7 @@ class Trainer:
         checkpoints = Checkpoints(run, state, fingerprint(config, self.prompts), config.checkpoint_keep)
         done = checkpoints.load() if resume else Progress()
         update, rollout = done.update, done.rollout
+        check_length(update, config.updates)
         if not resume:
             if (run / "config.json").exists():
                 raise RunFolderError(f"run = {str(run)!r}: a run was begun there; resume it, or name another folder.")
@@ -160,6 +164,7 @@ class Trainer:
             write_file(run / "config.json", to_json(config))
         tracker = Tracker(run, config.tracker, dataclasses.asdict(config), update)
         guard = Guard(self.prompts.texts, self.table.timestep, config.max_skipped, tracker.last_in_a_row("skipped"))
+        anomalies = Anomalies(policy=self.policy, flow=self.flow, reward=self.reward, step=self.step)
         meter = GpuMeter(self.device)
         meter.start()
 
@@ -214,12 +219,17 @@ class Trainer:
                     stop.check()
                     begin("step", 1)
                     selection = self.source.select(round_, parts[update % config.rollout.updates])
+                    remembered = anomalies.before() if config.dump_anomalies else {}
                     report = self.step(selection)
                     update += 1
                     norms = self.optimizer.update(functools.partial(guard.accepts, update, report))
                     progress.advance(phase)
                     metrics = _metrics(report, rollout, norms) | {"skipped": int(guard.skipped > 0)}
+                    watched = (tracker.records, config.spike_factor, report, self.prompts.texts, guard.timestep)
+                    metrics["spikes"] = count_spikes(update, metrics, *watched)
                     tracker.log("train", update, metrics, meter.read(len(selection)))
+                    if config.dump_anomalies and guard.skipped:
+                        anomalies.write(run, update, selection, remembered, config, self.prompts)
                     guard.check(update)
                     progress.update(overall, completed=update, status=f"reward {metrics['rollout_reward']:.3f}")
                     if update % config.rollout.updates == 0:
@@ -318,7 +328,7 @@ def _build_reward(config: RewardConfig, random_init: bool, device: torch.device)
         tf32=config.tf32,
         random_init=random_init,
     )
-    return build_reward(config.terms, device, options, config.normalise, config.clip)
+    return build_reward(config.terms, device, options, config.normalise, config.clip, config.timeout)
 
 
 def _metrics(report: StepReport, rollout: dict[str, float], norms: dict[str, Tensor]) -> dict[str, float]:
