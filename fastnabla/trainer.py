@@ -20,6 +20,7 @@ from fastnabla.checkpoint import Checkpoints, Progress, TrainState
 from fastnabla.config import TrainConfig, to_json
 from fastnabla.draws import DRAWS
 from fastnabla.durable import move_files, write_file
+from fastnabla.ema import FOLDER, WeightAverage
 from fastnabla.gpu_meter import GpuMeter
 from fastnabla.guards import Guard, finite_samples
 from fastnabla.methods import METHODS
@@ -110,6 +111,8 @@ class Trainer:
             )
             self.source = StoredTrajectories(self._rollout, self.buffer)
         self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow, config.updates)
+        decay = config.optimizer.ema
+        self.ema = None if decay is None else WeightAverage(self.policy.trained(), decay)
         self.evaluator = Evaluator(
             self._evaluation_sample,
             self.decoder,
@@ -152,6 +155,7 @@ class Trainer:
             reward=self.reward,
             step=self.step,
             buffer=self.buffer,
+            ema=self.ema,
         )
         checkpoints = Checkpoints(run, state, fingerprint(config, self.prompts), config.checkpoint_keep)
         done = checkpoints.load() if resume else Progress()
@@ -201,7 +205,8 @@ class Trainer:
                 while True:
                     if rollout is None and update > 0:
                         if self._due(update, config.evaluation.every) and not tracker.has("evaluate", update):
-                            begin("evaluation", len(evaluator.prompts) * len(self.table))
+                            models = 1 if self.ema is None else 2
+                            begin("evaluation", models * len(evaluator.prompts) * len(self.table))
                             self._evaluate(run, tracker, update, before, meter)
                             progress.update(
                                 overall, status=f"evaluated reward {decimals(tracker.records[-1]['reward'])}"
@@ -223,6 +228,8 @@ class Trainer:
                     report = self.step(selection)
                     update += 1
                     norms = self.optimizer.update(functools.partial(guard.accepts, update, report))
+                    if self.ema is not None and not guard.skipped:
+                        self.ema.update()
                     progress.advance(phase)
                     metrics = _metrics(report, rollout, norms) | {"skipped": int(guard.skipped > 0)}
                     watched = (tracker.records, config.spike_factor, report, self.prompts.texts, guard.timestep)
@@ -252,12 +259,19 @@ class Trainer:
         """Measure the policy and write its pictures and weights; the record comes last, and says that all is done."""
         after = self.evaluator.images()
         metrics = self.evaluator.measure(after)
-        records = [*tracker.records, {"phase": "evaluate", "update": update, **metrics}]
-        self._write_pictures(run, records, update, before, after)
+        columns = {"pretrained": before, f"after {update} updates, same noise": after}
         partial = run / ".weights.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         save_policy(self.policy, partial, self.policy.dtype)
+        if self.ema is not None:
+            with self.ema.applied():
+                columns["averaged weights, same noise"] = averaged = self.evaluator.images()
+                metrics |= {f"ema_{name}": value for name, value in self.evaluator.measure(averaged).items()}
+                (partial / FOLDER).mkdir()
+                save_policy(self.policy, partial / FOLDER, self.policy.dtype)
+        records = [*tracker.records, {"phase": "evaluate", "update": update, **metrics}]
+        self._write_pictures(run, records, update, columns)
         move_files(partial, run)
         tracker.log("evaluate", update, metrics, meter.read(0))
 
@@ -311,11 +325,10 @@ class Trainer:
         """Report progress; `train` replaces it."""
 
     def _write_pictures(
-        self, run: Path, records: list[dict[str, Any]], update: int, before: Tensor, after: Tensor
+        self, run: Path, records: list[dict[str, Any]], update: int, columns: dict[str, Tensor]
     ) -> None:
         (run / "samples").mkdir(exist_ok=True)
         prompts = self.evaluator.prompts[:: self.config.evaluation.samples]
-        columns = {"pretrained": before, f"after {update} updates, same noise": after}
         save_grid(run / "samples" / f"update-{update:04d}.png", columns, prompts)
         save_curves(run / "curves.png", records)
 
