@@ -158,13 +158,14 @@ class World:
             self._all_reduce(whole)
         return whole.bool() if flags else whole
 
+    def span(self, count: int) -> tuple[Tensor, int]:
+        """Places `[count]` of this rank's `count` rows among all ranks' in the order of ranks, and how many all are."""
+        counts = self.assemble(torch.tensor([count]), torch.tensor([self.rank]), self.size)
+        return int(counts[: self.rank].sum()) + torch.arange(count), int(counts.sum())
+
     def concatenate(self, rows: Tensor) -> Tensor:
         """All ranks' rows `[n, …]`, in the order of ranks, on every rank; each may have another n."""
-        if self.size == 1:
-            return rows
-        counts = self.assemble(torch.tensor([len(rows)]), torch.tensor([self.rank]), self.size)
-        first = int(counts[: self.rank].sum())
-        return self.assemble(rows, torch.arange(first, first + len(rows)), int(counts.sum()))
+        return self.assemble(rows, *self.span(len(rows)))
 
     def tell(self, value: Callable[[], T]) -> T:
         """What `value()`, asked on rank 0 alone, returns: JSON data. Alone, as it is; else as JSON gives it back."""
