@@ -9,8 +9,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastnabla.distributed import ALONE, World
 from fastnabla.objective.backend import Backend, select
 from fastnabla.policy import Policy
+from fastnabla.whole_batch import whole_counts, whole_rows
 
 logger = logging.getLogger("fastnabla")
 T = TypeVar("T")
@@ -67,6 +69,9 @@ class Accumulation:
 
     kinds: tuple[str, ...] = ("inner", "last")
     """Of rows."""
+    world: World = ALONE
+    """Whose ranks each call the step, with their share of a batch: its means are over all of it, and so are its reports.
+    The gradients are this rank's share of the sum."""
 
     def __init__(self, policy: Policy, flow: nn.Module | None, micro_batch: int, backend: Backend) -> None:
         self.policy, self.flow, self.micro_batch = policy, flow, micro_batch
@@ -114,7 +119,9 @@ class Accumulation:
             counts[part.kind] += len(part.rows)
 
         sums = {name: torch.stack(values).sum() for name, values in losses.items()}
-        joined = {name: torch.cat(values) for name, values in rows.items()}
+        self.world.sum_(list(sums.values()))
+        joined = whole_rows(self.world, {name: torch.cat(values) for name, values in rows.items()})
+        counts, passes = whole_counts(self.world, counts, passes)
         return StepReport(
             losses=sums | {"loss": torch.stack(list(sums.values())).sum()},
             rows=joined,

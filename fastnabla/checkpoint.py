@@ -7,6 +7,7 @@ any instant; what decays on the disk is found out, and the checkpoint before it 
 """
 
 import dataclasses
+import io
 import logging
 import pickle
 import shutil
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 import fastnabla
 from fastnabla.accumulation import Accumulation
 from fastnabla.buffer import TrajectoryBuffer
+from fastnabla.distributed import ALONE, World
 from fastnabla.durable import DamagedError, remove_folder, verify_folder, write_folder
 from fastnabla.ema import WeightAverage
 from fastnabla.optim import Optimizer
 from fastnabla.policy import Policy
+from fastnabla.pooled_buffer import PooledBuffer
 from fastnabla.rewards import RewardSum
 
 logger = logging.getLogger("fastnabla")
@@ -43,7 +46,7 @@ class TrainState:
     optimizer: Optimizer
     reward: RewardSum
     step: Accumulation
-    buffer: TrajectoryBuffer | None
+    buffer: TrajectoryBuffer | PooledBuffer | None
     """None for a method that stores no trajectories."""
     ema: WeightAverage | None = None
 
@@ -93,10 +96,12 @@ class Checkpoints:
         state: what is saved and restored.
         configuration: what identifies the run's configuration; see `fastnabla.resuming.fingerprint`.
         keep: how many are kept.
+        world: whose ranks all save and load together. Rank 0 alone writes and reads.
     """
 
-    def __init__(self, run: Path, state: TrainState, configuration: str, keep: int) -> None:
+    def __init__(self, run: Path, state: TrainState, configuration: str, keep: int, world: World = ALONE) -> None:
         self.folder, self.state, self.configuration, self.keep = run / FOLDER, state, configuration, keep
+        self.world = world
         self.saved = 0
         """The update that the newest one is of."""
 
@@ -109,6 +114,12 @@ class Checkpoints:
         state = self.state.state_dict() | dataclasses.asdict(progress)
         if progress.rollout is not None and self.state.buffer is not None:
             state["buffer"] = self.state.buffer.state_dict()
+        size = self._write(state, progress) if self.world.is_main else 0
+        self.saved = progress.update
+        self.world.barrier()  # else one of the others may end, and with it all, before it is written
+        return size
+
+    def _write(self, state: dict[str, Any], progress: Progress) -> int:
         facts = {"update": progress.update, "version": fastnabla.__version__, "configuration": self.configuration}
         folder = self.folder / f"update-{progress.update:06d}"
         size = _nbytes(state)
@@ -120,7 +131,6 @@ class Checkpoints:
                 f"{_free(self.folder.parent)} are free there. The checkpoints before it are intact: make room, or lower "
                 "checkpoint_keep, and resume."
             ) from error
-        self.saved = progress.update
         present = _all(self.folder)
         # What is numbered higher is damaged, or this run would have gone on from there.
         newest = present[: present.index(folder) + 1][-self.keep :]
@@ -137,21 +147,28 @@ class Checkpoints:
         Raises:
             CheckpointError: there are some and all are damaged, or the newest is of another configuration.
         """
+        folder = self.world.tell(self._newest)
+        return Progress() if folder is None else self._restore(self.folder / folder)
+
+    def _newest(self) -> str | None:
+        """Name of the folder to restore."""
         newest = newest_checkpoint(self.folder.parent)
         if newest is not None:
-            folder, manifest = newest
-            self._check_origin(folder, manifest)
-            return self._restore(folder)
+            self._check_origin(*newest)
+            return newest[0].name
         if (old := self.folder.parent / "checkpoint.pt").exists():
             raise CheckpointError(
                 f"the checkpoint {old} is of an earlier version of fastnabla; resume it with that one."
             )
-        return Progress()
+        return None
 
     def _restore(self, folder: Path) -> Progress:
         device = next(iter(self.state.policy.trained().values())).device
+        file = folder / FILE
+        if self.world.size > 1:
+            file = io.BytesIO(self.world.tell_bytes(file.read_bytes))
         try:
-            state: dict[str, Any] = torch.load(folder / FILE, map_location=device, weights_only=True)
+            state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
             self.state.load_state_dict(state)
             if "buffer" in state:
                 self.state.buffer.load_state_dict(state["buffer"])
