@@ -92,7 +92,8 @@ def test_same_update_on_1_2_and_4_processes(tmp_path: Path) -> None:
 def first_step(world: World, config: TrainConfig) -> dict:
     trainer = Trainer(config, world=world)
     rollout = trainer.source.collect(0)
-    report = trainer.step(trainer.source.select(0, trainer.parts[0]))
+    rollout = trainer.config.rollout
+    report = trainer.step(trainer.source.select(0, shares(trainer.world, rollout.trajectories, rollout.updates)[0]))
     world.sum_([parameter.grad for parameter in trainer.step.parameters])
     numbers = {name: value.item() for name, value in (report.losses | report.statistics).items()}
     counts = {f"rows {kind}": count for kind, count in report.counts.items()}
@@ -123,5 +124,7 @@ def test_an_update_needs_a_trajectory_for_each_process() -> None:
     world.rank, world.size = 2, 3
     assert [part.tolist() for part in shares(world, 10, 2)] == [[4], [9]]
     world.size = 6
-    with pytest.raises(ValueError, match=r"rollout\.trajectories = 10: gives an update 5 .* the 6 processes.* least 12"):
+    with pytest.raises(
+        ValueError, match=r"rollout\.trajectories = 10: gives an update 5 .* the 6 processes.* least 12"
+    ):
         shares(world, 10, 2)
