@@ -1,6 +1,6 @@
 """The state of a run between two updates, in folders RUN/checkpoints/update-000010, the newest few of which are kept.
 
-All randomness is a function of the seed and the update, so this is everything: what is trained of the policy, flow
+All randomness is a function of the seed and the update, so this is everything: what is trained of the policy, its average, flow
 network, optimizer and schedule, the rewards' running statistics, the method's own, the micro-batch that fits into memory, and, between two
 updates of one rollout, the rollout. A folder appears whole or not at all (`fastnabla.durable`), so a run can be killed at
 any instant; what decays on the disk is found out, and the checkpoint before it taken.
@@ -20,6 +20,7 @@ import fastnabla
 from fastnabla.accumulation import Accumulation
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.durable import DamagedError, remove_folder, verify_folder, write_folder
+from fastnabla.ema import WeightAverage
 from fastnabla.optim import Optimizer
 from fastnabla.policy import Policy
 from fastnabla.rewards import RewardSum
@@ -44,6 +45,7 @@ class TrainState:
     step: Accumulation
     buffer: TrajectoryBuffer | None
     """None for a method that stores no trajectories."""
+    ema: WeightAverage | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """All of it but the buffer, which is empty after the last update of a rollout."""
@@ -55,6 +57,7 @@ class TrainState:
             "reward": self.reward.state_dict(),
             "micro_batch": self.step.micro_batch,
             "step": self.step.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else {},
         }
 
     @torch.no_grad()
@@ -68,6 +71,8 @@ class TrainState:
         self.reward.load_state_dict(state["reward"])
         self.step.micro_batch = state["micro_batch"]
         self.step.load_state_dict(state["step"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,7 +168,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"the checkpoint {folder}, of fastnabla {manifest['version']}, is of another configuration than this run "
                 f"with fastnabla {fastnabla.__version__}: put config.json and prompts.json (and the version) back as they "
-                "were, or start a new run."
+                "were, or start a new run. The number of updates may change with optimizer.schedule = 'constant' alone."
             )
 
 

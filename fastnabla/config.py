@@ -6,6 +6,7 @@ checked against a model, a reward or the disk is checked before any work is done
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,13 +55,20 @@ class TrainConfig:
     seed: int = 0
     """Seed of all randomness."""
     updates: int = 200
-    """Optimizer updates in all; a multiple of rollout.updates."""
+    """Optimizer updates in all; a multiple of rollout.updates. With optimizer.schedule = constant a run can be extended: give
+    more with --resume auto, or in its config.json."""
     checkpoint_every: int = 5
     """Updates between checkpoints, at most; a killed run goes on from the last one."""
     checkpoint_keep: int = 2
     """Checkpoints kept; if the newest is found damaged, the one before it is used."""
     max_skipped: int = 5
     """Updates in a row that may be skipped because their loss or gradients are not finite; then the run ends."""
+    spike_factor: float | None = 10.0
+    """Warn where the loss or a gradient's norm is so many times the median of the last 50 updates, and count it as `spikes`;
+    None for never. Nothing else follows from it."""
+    dump_anomalies: bool = False
+    """Write the first 3 updates that are skipped so into RUN/anomalies, for `python -m fastnabla.reproduce`: transitions,
+    trained weights before, configuration and prompts; at most 2 GiB each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU if there is one."""
     backend: Backend = "auto"
@@ -111,6 +119,12 @@ class TrainConfig:
             "updates",
             self.updates,
             f"must be a multiple of rollout.updates = {self.rollout.updates}.",
+        )
+        _require(
+            self.spike_factor is None or 1 < self.spike_factor < math.inf,
+            "spike_factor",
+            self.spike_factor,
+            "must be above 1 and finite, or None.",
         )
         drawn, steps = self.drawn_steps, self.sampler.steps
         _require(

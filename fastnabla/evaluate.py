@@ -22,12 +22,15 @@ from fastnabla.printable import printable  # noqa: E402
 from fastnabla.run_evaluation import EvaluationOptions, RunEvaluation  # noqa: E402
 
 FILE = "evaluation.json"
+AVERAGED_FILE = "evaluation-ema.json"
+"""Of the averaged weights."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvaluateConfig(EvaluationOptions):
     """Measure finetuned models beside their pretrained ones, and beside p_ref · exp(βr) as the pretrained model's samples
-    show it. Writes evaluation.json into every run folder; docs/evaluation.md explains the numbers."""
+    show it. Writes evaluation.json (of averaged weights, evaluation-ema.json) into every run folder; docs/evaluation.md
+    explains the numbers."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN…")]
     """Run folders of `python -m fastnabla.train`."""
@@ -62,8 +65,13 @@ def evaluate_run(run: Path, options: EvaluationOptions, others: Sequence[Path], 
         task = progress.add_task(_label(run), total=evaluation.steps, status="")
         result = evaluation.measure(functools.partial(progress.advance, task))
         progress.update(task, completed=evaluation.steps)
-    write_file(run / FILE, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_file(run / file_of(options), json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
+
+
+def file_of(options: EvaluationOptions) -> str:
+    """Name of the file that the results go to."""
+    return AVERAGED_FILE if options.weights == "ema" else FILE
 
 
 def result_tables(results: Sequence[dict[str, Any]]) -> list[Table]:
@@ -133,7 +141,7 @@ def main(arguments: list[str]) -> int:
         return 130
     for table in result_tables(results):
         console.print(table)
-    print_plain(console, "wrote " + ", ".join(str(run / FILE) for run in config.runs))
+    print_plain(console, "wrote " + ", ".join(str(run / file_of(config)) for run in config.runs))
     return 0
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastnabla.printable import printable
 
 CURVES = {
-    "reward": ("evaluate", ("reward",), "mean reward"),
+    "reward": ("evaluate", ("reward", "ema_reward"), "mean reward"),
     "diversity": ("evaluate", ("hue_entropy", "pairwise_distance"), "relative to the pretrained model"),
     "distance from the prior": ("evaluate", ("prior_distance",), "Fréchet distance, probe features"),
     "losses": (

@@ -175,11 +175,13 @@ def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device) -> dict[
     sizes = costs.trained_sizes
     frozen_copy = 0 if config.lora.rank else sum(p.numel() for p in shapes.unet.parameters()) * shapes.dtype.itemsize
     buffer = buffer_bytes(config, torch.Size(shapes.sample_shape), config.rollout.trajectories)
+    averaged = sum(p.numel() for p in shapes.unet.parameters() if p.requires_grad) if config.optimizer.ema else 0
     on_device = METHODS[config.method].stores and (config.memory.buffer == "device" or device.type == "cpu")
     return {
         "networks": sum(_nbytes(network) for network in (shapes.unet, shapes.vae, shapes.flow)) + frozen_copy,
         "gradients": 4 * sum(sizes),
         f"state of {config.optimizer.name}": expected_state_bytes(config.optimizer.name, sizes),
+        "average of the weights": 4 * averaged,
         "trajectory buffer": buffer if on_device else 0,
         "CUDA context (assumed)": CUDA_CONTEXT if device.type == "cuda" or config.vram else 0,
     }

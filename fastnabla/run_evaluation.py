@@ -11,6 +11,7 @@ from torch import Tensor
 import fastnabla
 from fastnabla.checkpoint import load_reward_statistics
 from fastnabla.config import load_run
+from fastnabla.ema import WeightsName, weights_folder
 from fastnabla.metrics.divergence import TrajectoryDivergence
 from fastnabla.metrics.evaluation import Evaluator
 from fastnabla.metrics.measures import Measures, concatenate, measure_images
@@ -51,6 +52,8 @@ class EvaluationOptions:
     """Trajectories sampled at once; None: the run's rollout.batch."""
     probe: str | None = None
     """Network that measures diversity and distances, as evaluation.probe of the run; None: the run's."""
+    weights: WeightsName = "raw"
+    """Which of the finetuned weights: "raw", as the last update left them, or "ema", their average (optimizer.ema)."""
 
     def __post_init__(self) -> None:
         for name, least in (("samples_per_prompt", 2), ("reference_samples", 4), ("batch", 1), ("seed", 0)):
@@ -78,12 +81,13 @@ class RunEvaluation:
 
     def __init__(self, run: Path, options: EvaluationOptions, others: Sequence[Path] = ()) -> None:
         config = load_run(run)
-        require_policy(run)
+        weights = weights_folder(run, options.weights, config.optimizer.ema)
+        require_policy(weights)
         if options.probe is not None:
             config.evaluation = dataclasses.replace(config.evaluation, probe=options.probe)
         self.run, self.options, self.others = run, options, others
         self.trainer = Trainer(config, RunPrompts.load(run / "prompts.json"))
-        read_policy(self.trainer.policy, run)
+        read_policy(self.trainer.policy, weights)
         if config.reward.normalise:
             load_reward_statistics(run, self.trainer.reward)
 

@@ -16,13 +16,14 @@ def final_table(records: list[dict[str, Any]]) -> Table:
     for name, value in last.items():
         if name in ("phase", "update"):
             continue
-        before, change = first.get(name), ""
+        measure = name.removeprefix("ema_")
+        before, change = first.get(measure), ""
         if before is not None and value is not None:
-            if name != "reward":
+            if measure != "reward":
                 change = f"{value / before:.0%}" if before else ""
             elif first.get("reward_std"):
                 change = f"{(value - before) / first['reward_std']:+.2f} std of pretrained"
-        table.add_row(escape(name), decimals(before) if name in first else "", decimals(value), change)
+        table.add_row(escape(name), decimals(before) if measure in first else "", decimals(value), change)
     return table
 
 

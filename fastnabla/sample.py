@@ -14,6 +14,7 @@ from fastnabla.telemetry import print_error, print_plain, quiet_libraries
 quiet_libraries()
 
 from fastnabla.config import load_run  # noqa: E402
+from fastnabla.ema import WeightsName, weights_folder  # noqa: E402
 from fastnabla.pictures import save_grid  # noqa: E402
 from fastnabla.pipeline import load_policy, pipeline_of, require_policy, use_scheduler  # noqa: E402
 from fastnabla.prompts.loading import checked_prompt  # noqa: E402
@@ -34,6 +35,8 @@ class SampleConfig:
     """Seed of the noise."""
     batch: int = 64
     """Images sampled at once."""
+    weights: WeightsName = "raw"
+    """Which of the finetuned weights: "raw", as the last update left them, or "ema", their average (optimizer.ema)."""
     output: Path | None = None
     """PNG to write; None: sample.png in the run folder."""
 
@@ -55,7 +58,8 @@ def sample_run(config: SampleConfig) -> Path:
         ValueError: the folder is not a finished run, or its model cannot be loaded.
     """
     run = load_run(config.run)
-    require_policy(config.run)
+    weights = weights_folder(config.run, config.weights, run.optimizer.ema)
+    require_policy(weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = pipeline_of(run.model).to(device)
     use_scheduler(pipeline, run.sampler.scheduler)
@@ -82,7 +86,7 @@ def sample_run(config: SampleConfig) -> Path:
         return torch.cat(parts)
 
     columns = {"pretrained": images()}
-    load_policy(pipeline, config.run)
+    load_policy(pipeline, weights)
     columns["finetuned, same noise"] = images()
     output = config.output or config.run / "sample.png"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -155,10 +155,14 @@ class OptimizerConfig:
     whatever its gradient's worth; a warm-up spares the model that random push."""
     max_grad_norm: float = 1.0
     """Gradients of LoRA and of flow network are each scaled down to this norm."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the trained weights, such as 0.99, over about 1 / (1 − ema) updates. It is
+    evaluated beside the weights themselves, and saved as ema/lora or ema/unet. None: no average."""
 
     def __post_init__(self) -> None:
         _require_positive("optimizer", self, "learning_rate", "max_grad_norm")
         _require(self.warmup >= 0, "optimizer.warmup", self.warmup, "must not be negative.")
+        _require(self.ema is None or 0 < self.ema < 1, "optimizer.ema", self.ema, "must be in (0, 1), or None.")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1).")
         _require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "must be finite, ≥ 0.")
@@ -230,8 +234,18 @@ class RewardConfig:
     """Weigh terms in units of their spread over the rollouts so far."""
     clip: float | None = None
     """Largest absolute value of the reward that is trained on; beyond it there is no gradient."""
+    timeout: float | None = 1800.0
+    """Seconds that one call of a reward may take, before the run ends with an error that names it; None for no limit. A
+    call on at most memory.decode_chunk images takes seconds; half an hour is for one that compiles or downloads something
+    first."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.timeout is None or 0 < self.timeout <= 1e6,
+            "reward.timeout",
+            self.timeout,
+            "must be positive and at most 1e6, or None.",
+        )
         _require(self.clip is None or 0 < self.clip < math.inf, "reward.clip", self.clip, "must be positive, or None.")
 
 

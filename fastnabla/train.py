@@ -20,15 +20,19 @@ from fastnabla.bounds import BoundPassed  # noqa: E402
 from fastnabla.checkpoint import CheckpointError  # noqa: E402
 from fastnabla.config import TrainConfig, load_run, to_json  # noqa: E402
 from fastnabla.cost import cost_table, measured_rate, update_cost  # noqa: E402
+from fastnabla.durable import write_file  # noqa: E402
 from fastnabla.planner import planned, unit_costs  # noqa: E402
 from fastnabla.presets import PRESETS  # noqa: E402
 from fastnabla.prompts import RunPrompts  # noqa: E402
-from fastnabla.resuming import AUTO, is_unbegun, run_to_resume  # noqa: E402
+from fastnabla.resuming import AUTO, is_unbegun, run_to_resume, updates_of  # noqa: E402
 from fastnabla.rewards.sum import RewardError  # noqa: E402
 from fastnabla.run_lock import RunFolderError, locked  # noqa: E402
 from fastnabla.sections import TESTBED  # noqa: E402
 from fastnabla.signals import Stopped, StopSignals  # noqa: E402
 from fastnabla.trainer import Trainer, device_of  # noqa: E402
+
+DIVERGED = 4
+"""Exit status of a run that ends because its numbers are not finite."""
 
 
 def parse(arguments: list[str]) -> TrainConfig:
@@ -71,7 +75,8 @@ def main(arguments: list[str]) -> int:
         run, resume = config.run, run_to_resume(config)
         if resume is not None:
             run, notes = resume
-            config = dataclasses.replace(load_run(run), dry_run=config.dry_run)
+            own = load_run(run)
+            config = dataclasses.replace(own, dry_run=config.dry_run, updates=updates_of(config, own))
             with locked(run):  # refused now, rather than when all is loaded
                 pass
             for note in notes:
@@ -90,6 +95,9 @@ def main(arguments: list[str]) -> int:
             rate = measured_rate(trainer.policy, costs, config.memory.micro_batch)
             console.print(cost_table(update_cost(config, costs), plan, rate))
             return 0
+        if resume and config.updates != own.updates:
+            with locked(run):
+                write_file(run / "config.json", to_json(dataclasses.replace(own, updates=config.updates)))
         if run is None or not run.exists():
             run = create_run_folder(run, Path(config.model.name).name)
     except ValueError as error:
@@ -133,7 +141,7 @@ def train_to_the_end(trainer: Trainer, run: Path, console: Console, resume: bool
         return 1
     except FloatingPointError as error:
         print_error(f"{error} The newest checkpoint is from before that.")
-        return 1
+        return DIVERGED
     except CheckpointError as error:
         print_error(error)
         return 1

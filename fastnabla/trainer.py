@@ -13,12 +13,14 @@ from rich.console import Console
 from torch import Tensor
 
 from fastnabla.accumulation import StepReport
+from fastnabla.anomaly import Anomalies
 from fastnabla.bounds import BoundPassed, passed_bound, require_measurable
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.checkpoint import Checkpoints, Progress, TrainState
 from fastnabla.config import TrainConfig, to_json
 from fastnabla.draws import DRAWS
 from fastnabla.durable import move_files, write_file
+from fastnabla.ema import FOLDER, WeightAverage
 from fastnabla.gpu_meter import GpuMeter
 from fastnabla.guards import Guard, finite_samples
 from fastnabla.methods import METHODS
@@ -30,7 +32,7 @@ from fastnabla.pictures import save_curves, save_grid
 from fastnabla.pipeline import image_size, pipeline_of, save_policy, tokenizers
 from fastnabla.planner import planned
 from fastnabla.prompts import RunPrompts, assign_prompts, load_run_prompts, warn_truncated
-from fastnabla.resuming import fingerprint
+from fastnabla.resuming import check_length, fingerprint
 from fastnabla.rewards import RewardSum, build_reward, check_reward
 from fastnabla.rewards.options import RewardOptions, parse_weights
 from fastnabla.rollout import sample
@@ -39,6 +41,7 @@ from fastnabla.run_table import decimals, final_table, markdown
 from fastnabla.sections import RewardConfig
 from fastnabla.seeding import seed_of
 from fastnabla.signals import Stopped, StopSignals
+from fastnabla.spikes import count_spikes
 from fastnabla.telemetry import Tracker, progress_bar
 from fastnabla.trajectories import NewTrajectories, Source, StoredTrajectories
 
@@ -108,6 +111,8 @@ class Trainer:
             )
             self.source = StoredTrajectories(self._rollout, self.buffer)
         self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow, config.updates)
+        decay = config.optimizer.ema
+        self.ema = None if decay is None else WeightAverage(self.policy.trained(), decay)
         self.evaluator = Evaluator(
             self._evaluation_sample,
             self.decoder,
@@ -135,7 +140,8 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written, or none can be read.
             FloatingPointError: more updates than allowed were not finite.
             RewardError: a reward fails.
-            RunFolderError: another process writes into the folder, or without `resume`, a run was begun there.
+            RunFolderError: another process writes into the folder; without `resume`, a run was begun there; with it, the
+                run has done more updates than it should have.
         """
         with locked(run):
             return self._train(run, console or Console(quiet=True), resume, stop or StopSignals())
@@ -149,10 +155,12 @@ class Trainer:
             reward=self.reward,
             step=self.step,
             buffer=self.buffer,
+            ema=self.ema,
         )
         checkpoints = Checkpoints(run, state, fingerprint(config, self.prompts), config.checkpoint_keep)
         done = checkpoints.load() if resume else Progress()
         update, rollout = done.update, done.rollout
+        check_length(update, config.updates)
         if not resume:
             if (run / "config.json").exists():
                 raise RunFolderError(f"run = {str(run)!r}: a run was begun there; resume it, or name another folder.")
@@ -160,6 +168,7 @@ class Trainer:
             write_file(run / "config.json", to_json(config))
         tracker = Tracker(run, config.tracker, dataclasses.asdict(config), update)
         guard = Guard(self.prompts.texts, self.table.timestep, config.max_skipped, tracker.last_in_a_row("skipped"))
+        anomalies = Anomalies(policy=self.policy, flow=self.flow, reward=self.reward, step=self.step)
         meter = GpuMeter(self.device)
         meter.start()
 
@@ -196,7 +205,8 @@ class Trainer:
                 while True:
                     if rollout is None and update > 0:
                         if self._due(update, config.evaluation.every) and not tracker.has("evaluate", update):
-                            begin("evaluation", len(evaluator.prompts) * len(self.table))
+                            models = 1 if self.ema is None else 2
+                            begin("evaluation", models * len(evaluator.prompts) * len(self.table))
                             self._evaluate(run, tracker, update, before, meter)
                             progress.update(
                                 overall, status=f"evaluated reward {decimals(tracker.records[-1]['reward'])}"
@@ -214,12 +224,19 @@ class Trainer:
                     stop.check()
                     begin("step", 1)
                     selection = self.source.select(round_, parts[update % config.rollout.updates])
+                    remembered = anomalies.before() if config.dump_anomalies else {}
                     report = self.step(selection)
                     update += 1
                     norms = self.optimizer.update(functools.partial(guard.accepts, update, report))
+                    if self.ema is not None and not guard.skipped:
+                        self.ema.update()
                     progress.advance(phase)
                     metrics = _metrics(report, rollout, norms) | {"skipped": int(guard.skipped > 0)}
+                    watched = (tracker.records, config.spike_factor, report, self.prompts.texts, guard.timestep)
+                    metrics["spikes"] = count_spikes(update, metrics, *watched)
                     tracker.log("train", update, metrics, meter.read(len(selection)))
+                    if config.dump_anomalies and guard.skipped:
+                        anomalies.write(run, update, selection, remembered, config, self.prompts)
                     guard.check(update)
                     progress.update(overall, completed=update, status=f"reward {metrics['rollout_reward']:.3f}")
                     if update % config.rollout.updates == 0:
@@ -242,12 +259,19 @@ class Trainer:
         """Measure the policy and write its pictures and weights; the record comes last, and says that all is done."""
         after = self.evaluator.images()
         metrics = self.evaluator.measure(after)
-        records = [*tracker.records, {"phase": "evaluate", "update": update, **metrics}]
-        self._write_pictures(run, records, update, before, after)
+        columns = {"pretrained": before, f"after {update} updates, same noise": after}
         partial = run / ".weights.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         save_policy(self.policy, partial, self.policy.dtype)
+        if self.ema is not None:
+            with self.ema.applied():
+                columns["averaged weights, same noise"] = averaged = self.evaluator.images()
+                metrics |= {f"ema_{name}": value for name, value in self.evaluator.measure(averaged).items()}
+                (partial / FOLDER).mkdir()
+                save_policy(self.policy, partial / FOLDER, self.policy.dtype)
+        records = [*tracker.records, {"phase": "evaluate", "update": update, **metrics}]
+        self._write_pictures(run, records, update, columns)
         move_files(partial, run)
         tracker.log("evaluate", update, metrics, meter.read(0))
 
@@ -301,11 +325,10 @@ class Trainer:
         """Report progress; `train` replaces it."""
 
     def _write_pictures(
-        self, run: Path, records: list[dict[str, Any]], update: int, before: Tensor, after: Tensor
+        self, run: Path, records: list[dict[str, Any]], update: int, columns: dict[str, Tensor]
     ) -> None:
         (run / "samples").mkdir(exist_ok=True)
         prompts = self.evaluator.prompts[:: self.config.evaluation.samples]
-        columns = {"pretrained": before, f"after {update} updates, same noise": after}
         save_grid(run / "samples" / f"update-{update:04d}.png", columns, prompts)
         save_curves(run / "curves.png", records)
 
@@ -318,7 +341,7 @@ def _build_reward(config: RewardConfig, random_init: bool, device: torch.device)
         tf32=config.tf32,
         random_init=random_init,
     )
-    return build_reward(config.terms, device, options, config.normalise, config.clip)
+    return build_reward(config.terms, device, options, config.normalise, config.clip, config.timeout)
 
 
 def _metrics(report: StepReport, rollout: dict[str, float], norms: dict[str, Tensor]) -> dict[str, float]:

@@ -56,6 +56,10 @@ class AnalyticConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {smallest}.")
         if not 0 <= self.flow_learning_rate < float("inf"):
             raise ValueError(f"flow_learning_rate = {self.flow_learning_rate}: must be finite, and not negative.")
+        if self.optimizer.ema is not None:
+            raise ValueError(
+                f"optimizer.ema = {self.optimizer.ema}: the analytic testbed measures the weights themselves; leave it None."
+            )
         drawn, strata = self.drawn_steps, self.rollout.draw == "stratified"
         if drawn < 1 or (self.steps % drawn if strata else drawn >= self.steps):
             raise ValueError(

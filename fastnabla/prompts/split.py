@@ -23,11 +23,15 @@ class RunPrompts:
     evaluated: range
     """Numbers that are evaluated."""
 
-    def save(self, path: Path) -> None:
-        """Write them as JSON."""
+    def to_json(self) -> str:
+        """What `load` reads, a prompt a line."""
         evaluated = [self.evaluated.start, self.evaluated.stop]
         values = {"trained": self.trained, "evaluated": evaluated, "texts": self.texts}
-        write_file(path, json.dumps(values, ensure_ascii=False, indent=0) + "\n")
+        return json.dumps(values, ensure_ascii=False, indent=0) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write them as JSON."""
+        write_file(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> "RunPrompts":
