@@ -7,6 +7,7 @@ any instant; what decays on the disk is found out, and the checkpoint before it 
 """
 
 import dataclasses
+import functools
 import logging
 import pickle
 import shutil
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import fastnabla
+from fastnabla import large_tensors
 from fastnabla.accumulation import Accumulation
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.durable import DamagedError, remove_folder, verify_folder, write_folder
 from fastnabla.ema import WeightAverage
+from fastnabla.large_tensors import LargeTensors, write_tensors
 from fastnabla.optim import Optimizer
 from fastnabla.policy import Policy
 from fastnabla.rewards import RewardSum
@@ -63,8 +66,9 @@ class TrainState:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become what `state_dict` gave, in a run of the same configuration."""
-        for name, parameter in self.policy.trained().items():
-            parameter.copy_(state["policy"][name])
+        with self.policy.updating():
+            for name, parameter in self.policy.trained().items():
+                parameter.copy_(state["policy"][name])
         if self.flow is not None:
             self.flow.load_state_dict(state["flow"])
         self.optimizer.load_state_dict(state["optimizer"], state["schedule"])
@@ -97,6 +101,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, state: TrainState, configuration: str, keep: int) -> None:
         self.folder, self.state, self.configuration, self.keep = run / FOLDER, state, configuration, keep
+        self.large = None if state.policy.is_lora else LargeTensors(state.policy, state.optimizer, state.ema)
         self.saved = 0
         """The update that the newest one is of."""
 
@@ -111,9 +116,11 @@ class Checkpoints:
             state["buffer"] = self.state.buffer.state_dict()
         facts = {"update": progress.update, "version": fastnabla.__version__, "configuration": self.configuration}
         folder = self.folder / f"update-{progress.update:06d}"
-        size = _nbytes(state)
+        state, large = (state, {}) if self.large is None else self.large.take_out(state)
+        size = _nbytes([state, large])
+        fill = functools.partial(_write_large, large) if large else None
         try:
-            write_folder(folder, {FILE: lambda file: torch.save(state, file)}, facts)
+            write_folder(folder, {FILE: lambda file: torch.save(state, file)}, facts, fill)
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint {folder} cannot be written: {error.strerror or error}. It needs {size:,} bytes, and "
@@ -152,6 +159,8 @@ class Checkpoints:
         device = next(iter(self.state.policy.trained().values())).device
         try:
             state: dict[str, Any] = torch.load(folder / FILE, map_location=device, weights_only=True)
+            if self.large is not None:
+                state = self.large.put_back(state, folder / large_tensors.FOLDER)
             self.state.load_state_dict(state)
             if "buffer" in state:
                 self.state.buffer.load_state_dict(state["buffer"])
@@ -208,6 +217,10 @@ def load_reward_statistics(run: Path, reward: RewardSum) -> None:
     if newest is None:
         raise ValueError(f"reward.normalise needs the run's statistics, and {str(run)!r} has no checkpoint.")
     reward.load_state_dict(torch.load(newest[0] / FILE, map_location="cpu", weights_only=True)["reward"])
+
+
+def _write_large(tensors: dict[str, Tensor], folder: Path) -> None:
+    write_tensors(folder / large_tensors.FOLDER, tensors)
 
 
 def _all(checkpoints: Path) -> list[Path]:
