@@ -8,9 +8,11 @@ any instant; what decays on the disk is found out, and the checkpoint before it 
 
 import dataclasses
 import functools
+import io
 import logging
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ import fastnabla
 from fastnabla import large_tensors
 from fastnabla.accumulation import Accumulation
 from fastnabla.buffer import TrajectoryBuffer
-from fastnabla.durable import DamagedError, remove_folder, verify_folder, write_folder
+from fastnabla.distributed import ALONE, World
+from fastnabla.durable import DamagedError, partial_folder, remove_folder, verify_folder, write_folder
 from fastnabla.ema import WeightAverage
 from fastnabla.large_tensors import LargeTensors, write_tensors
 from fastnabla.optim import Optimizer
 from fastnabla.policy import Policy
+from fastnabla.pooled_buffer import PooledBuffer
 from fastnabla.rewards import RewardSum
 
 logger = logging.getLogger("fastnabla")
@@ -46,7 +50,7 @@ class TrainState:
     optimizer: Optimizer
     reward: RewardSum
     step: Accumulation
-    buffer: TrajectoryBuffer | None
+    buffer: TrajectoryBuffer | PooledBuffer | None
     """None for a method that stores no trajectories."""
     ema: WeightAverage | None = None
 
@@ -97,10 +101,13 @@ class Checkpoints:
         state: what is saved and restored.
         configuration: what identifies the run's configuration; see `fastnabla.resuming.fingerprint`.
         keep: how many are kept.
+        world: whose ranks all save and load together. Rank 0 alone writes; and reads, but for what is trained if that is not a
+            LoRA: each reads it, and if it is sharded writes its share, on a file system that they have in common.
     """
 
-    def __init__(self, run: Path, state: TrainState, configuration: str, keep: int) -> None:
+    def __init__(self, run: Path, state: TrainState, configuration: str, keep: int, world: World = ALONE) -> None:
         self.folder, self.state, self.configuration, self.keep = run / FOLDER, state, configuration, keep
+        self.world = world
         self.large = None if state.policy.is_lora else LargeTensors(state.policy, state.optimizer, state.ema)
         self.saved = 0
         """The update that the newest one is of."""
@@ -114,11 +121,22 @@ class Checkpoints:
         state = self.state.state_dict() | dataclasses.asdict(progress)
         if progress.rollout is not None and self.state.buffer is not None:
             state["buffer"] = self.state.buffer.state_dict()
-        facts = {"update": progress.update, "version": fastnabla.__version__, "configuration": self.configuration}
-        folder = self.folder / f"update-{progress.update:06d}"
         state, large = (state, {}) if self.large is None else self.large.take_out(state)
-        size = _nbytes([state, large])
-        fill = functools.partial(_write_large, large) if large else None
+        folder, fill = self.folder / f"update-{progress.update:06d}", None
+        if large:
+            fill = functools.partial(_write_large, large)
+        if self.world.is_main:
+            self._write(folder, state, progress, fill, _nbytes([state, large]))
+        elif self.state.policy.is_sharded:
+            fill(partial_folder(folder))
+        self.saved = progress.update
+        self.world.barrier()  # else one of the others may end, and with it all, before it is written
+        return _nbytes([state, large])
+
+    def _write(
+        self, folder: Path, state: dict[str, Any], progress: Progress, fill: Callable[[Path], None] | None, size: int
+    ) -> None:
+        facts = {"update": progress.update, "version": fastnabla.__version__, "configuration": self.configuration}
         try:
             write_folder(folder, {FILE: lambda file: torch.save(state, file)}, facts, fill)
         except OSError as error:
@@ -127,14 +145,12 @@ class Checkpoints:
                 f"{_free(self.folder.parent)} are free there. The checkpoints before it are intact: make room, or lower "
                 "checkpoint_keep, and resume."
             ) from error
-        self.saved = progress.update
         present = _all(self.folder)
         # What is numbered higher is damaged, or this run would have gone on from there.
         newest = present[: present.index(folder) + 1][-self.keep :]
         for path in present:
             if path not in newest:
                 remove_folder(path)
-        return size
 
     def load(self) -> Progress:
         """Restore the newest checkpoint that is as it was written; no progress if none was ever saved.
@@ -144,21 +160,28 @@ class Checkpoints:
         Raises:
             CheckpointError: there are some and all are damaged, or the newest is of another configuration.
         """
+        folder = self.world.tell(self._newest)
+        return Progress() if folder is None else self._restore(self.folder / folder)
+
+    def _newest(self) -> str | None:
+        """Name of the folder to restore."""
         newest = newest_checkpoint(self.folder.parent)
         if newest is not None:
-            folder, manifest = newest
-            self._check_origin(folder, manifest)
-            return self._restore(folder)
+            self._check_origin(*newest)
+            return newest[0].name
         if (old := self.folder.parent / "checkpoint.pt").exists():
             raise CheckpointError(
                 f"the checkpoint {old} is of an earlier version of fastnabla; resume it with that one."
             )
-        return Progress()
+        return None
 
     def _restore(self, folder: Path) -> Progress:
         device = next(iter(self.state.policy.trained().values())).device
+        file = folder / FILE
+        if self.world.size > 1:
+            file = io.BytesIO(self.world.tell_bytes(file.read_bytes))
         try:
-            state: dict[str, Any] = torch.load(folder / FILE, map_location=device, weights_only=True)
+            state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
             if self.large is not None:
                 state = self.large.put_back(state, folder / large_tensors.FOLDER)
             self.state.load_state_dict(state)

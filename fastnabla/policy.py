@@ -21,8 +21,7 @@ from fastnabla.conditions import Conditions
 from fastnabla.lora import LORA_TARGETS, add_lora
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
+    from fastnabla.distributed import World
     from fastnabla.sharding import ShardedNetwork
 
 Attention = Literal["sdpa", "xformers"]
@@ -87,24 +86,20 @@ class Policy(nn.Module):
         self._reference = False
         self.twice_differentiable = True
 
-    def shard(self, mesh: DeviceMesh) -> None:
+    def shard(self, world: World) -> None:
         """Keep of all weights only this process's share, but for what a phase of the run computes with.
 
         The finetuned network is whole outside `updating`, the reference within `whole_reference`. Where `dtype` is of half
         precision the whole weights are too, and no longer cast by autocast.
 
         Args:
-            mesh: the processes, all of which have the same weights.
-
-        Raises:
-            ValueError: a LoRA is trained.
+            world: the processes, which all have the same weights, and train all of them.
         """
-        if self.is_lora:
-            raise ValueError("memory.shard = True: a LoRA is trained; it is too small to be split. Leave it None.")
         from fastnabla.sharding import ShardedNetwork
 
-        self.shards = ShardedNetwork(self.unet, mesh, self.dtype)
-        self.pretrained_shards = ShardedNetwork(self.pretrained, mesh, self.dtype)
+        device = self.conditions.device
+        self.shards = ShardedNetwork(self.unet, world, device, self.dtype)
+        self.pretrained_shards = ShardedNetwork(self.pretrained, world, device, self.dtype)
         self.shards.gather()
 
     def optimise(
@@ -148,6 +143,11 @@ class Policy(nn.Module):
     def is_lora(self) -> bool:
         """Whether a LoRA is trained, rather than all parameters."""
         return self.pretrained is None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process has its share of the weights alone."""
+        return self.shards is not None
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by their names in the UNet, float32; `DTensor`s if they are sharded."""

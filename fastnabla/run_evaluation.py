@@ -133,7 +133,7 @@ class RunEvaluation:
         )
         recorder: Recorder | None = None
 
-        def sampler(prompt: Tensor, noise: int) -> Tensor:
+        def sampler(rows: Tensor, noise: int) -> Tensor:
             count = options.samples_per_prompt
             return self._sample(numbers, range(count), noise, recorder).flatten(0, 1)
 

@@ -14,12 +14,13 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.nn import functional
+
+from fastnabla.distributed import World
 
 BUCKET = 2**24
 """Elements of gradients, in float32, that are sent at once."""
@@ -30,22 +31,22 @@ class ShardedNetwork:
 
     Args:
         network: with the same weights on every process: a diffusers UNet, each of whose blocks is gathered by itself.
-            Its parameters become `DTensor`s, on the mesh's device.
-        mesh: the processes, one-dimensional.
+            Its parameters become `DTensor`s.
+        world: the processes.
+        device: where the network is to be: a CPU, or the GPU that this process uses.
         dtype: what is computed in.
     """
 
-    def __init__(self, network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, world: World, device: torch.device, dtype: torch.dtype) -> None:
+        mesh = init_device_mesh(device.type, (world.size,))
         precision = MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False)
         for part in (*network.down_blocks, network.mid_block, *network.up_blocks, network):
             fully_shard(part, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
         network.set_reshard_after_backward(False)
-        self.network, self.mesh = network, mesh
+        self.network, self.world, self.mesh = network, world, mesh
         self.parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
         self.shards: dict[str, nn.Parameter] = dict(network.named_parameters())
         """The parameters, `DTensor`s, by name; whole or not, the same objects."""
-        # On a GPU processes must not wait for their devices to know whether there is more to come.
-        self._count_group = mesh.get_group() if mesh.device_type == "cpu" else dist.new_group(backend="gloo")
 
     def gather(self) -> None:
         """Make the weights whole. Every process calls it."""
@@ -72,9 +73,7 @@ class ShardedNetwork:
         Returns:
             Whether any process had some.
         """
-        contributing = torch.tensor([int(gradients is not None)])
-        dist.all_reduce(contributing, group=self._count_group)
-        if not contributing.item():
+        if not self.world.most(int(gradients is not None)):
             return False
         shards = list(self.shards.values())
         for shard in shards:

@@ -128,7 +128,7 @@ class BalanceStep(Accumulation):
             torch.OutOfMemoryError: not even one transition at a time fits.
         """
         selection = transitions.select() if isinstance(transitions, Transitions) else transitions
-        total, num_steps = total or len(selection), len(self.table)
+        total, num_steps = total or self.world.total(len(selection)), len(self.table)
         terminal = self._terminal_scores(selection) if self.objective.guidance == "terminal" else None
         with self.policy.whole_reference() if self.backward_policy.passes else contextlib.nullcontext():
             return self._accumulate(

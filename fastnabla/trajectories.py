@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fastnabla.buffer import TrajectoryBuffer
@@ -39,7 +40,8 @@ class Source(Protocol):
         """Do what a round begins with; its metrics."""
 
     def select(self, round_: int, slots: Tensor) -> Any:
-        """What a training step is called with, for the trajectories numbered `slots [n]` of the round, from 0."""
+        """What a training step is called with, for the trajectories numbered `slots [n]` of the round, from 0; of those
+        that are this rank's."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class StoredTrajectories:
     rollout: Callable[[int], dict[str, float]]
     """Samples the trajectories of a round into the buffer; its metrics."""
     buffer: TrajectoryBuffer
+    slots: Tensor
+    """Numbers of the trajectories that are in the buffer, in its order: rising, on the host."""
 
     def collect(self, round_: int) -> dict[str, float]:
         """As `Source`."""
@@ -56,7 +60,7 @@ class StoredTrajectories:
 
     def select(self, round_: int, slots: Tensor) -> Any:
         """As `Source`: the drawn transitions, to be gathered when they are needed."""
-        return self.buffer.select(slots)
+        return self.buffer.select(torch.searchsorted(self.slots, slots))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

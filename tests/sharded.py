@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from fastnabla.batch import Transitions
 from fastnabla.conditions import Conditions
 from fastnabla.decoder import Decoder
+from fastnabla.distributed import ALONE, World
 from fastnabla.flow import build_flow
 from fastnabla.objective.residual_db import Objective
 from fastnabla.optim import Optimizer
@@ -26,20 +26,21 @@ UPDATES = 3
 
 @dataclasses.dataclass
 class Run:
+    world: World
     policy: Policy
     step: BalanceStep
     optimizer: Optimizer
 
 
-def build(processes: int = 0, dtype: torch.dtype = torch.float32, rank: int = 0, **objective: Any) -> Run:
-    """Sharded over so many processes, or not. The policy is away from its reference, so that no term is rounding alone."""
+def build(world: World = ALONE, dtype: torch.dtype = torch.float32, **objective: Any) -> Run:
+    """Sharded over the ranks, or not. The policy is away from its reference, so that no term is rounding alone."""
     pipeline = random_pipeline(TINY["sd15"], {"default": torch.float32})
-    policy = Policy(pipeline.unet.to(dtype), Conditions(randn(3, 5, 16).to(dtype)), 3.0, rank)
+    policy = Policy(pipeline.unet.to(dtype), Conditions(randn(3, 5, 16).to(dtype)), 3.0, rank=0)
     with torch.no_grad():
         for number, parameter in enumerate(policy.trainable()):
             parameter += 0.05 * randn(*parameter.shape, seed=number)
-    if processes:
-        policy.shard(init_device_mesh("cpu", (processes,)))
+    if world.size > 1:
+        policy.shard(world)
     flow = build_flow("conv", 4, policy.conditions.width, seed=1)
     step = BalanceStep(
         policy,
@@ -51,8 +52,9 @@ def build(processes: int = 0, dtype: torch.dtype = torch.float32, rank: int = 0,
         Objective(**{"beta": 10.0, "trust_region": 0.1} | objective),
         micro_batch=2,
     )
+    step.world = world
     config = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=1e-2)
-    return Run(policy, step, Optimizer(policy, flow, config, FlowConfig(), UPDATES))
+    return Run(world, policy, step, Optimizer(policy, flow, config, FlowConfig(), UPDATES))
 
 
 def transitions(number: int) -> Transitions:
@@ -73,14 +75,11 @@ def transitions(number: int) -> Transitions:
     )
 
 
-def update(run: Run, number: int, rows: Tensor, sum_flow: bool) -> dict[str, Tensor]:
+def update(run: Run, number: int, rows: Tensor) -> dict[str, Tensor]:
     """Norms of the gradients of all transitions of update `number`, of which this process computes those numbered
     `rows`."""
-    whole = transitions(number)
-    run.step(whole[rows], total=len(whole))
-    if sum_flow:
-        for parameter in run.step.flow_parameters:
-            torch.distributed.all_reduce(parameter.grad)
+    run.step(transitions(number)[rows])
+    run.world.sum_([parameter.grad for parameter in run.step.replicated])
     with run.policy.updating():
         return run.optimizer.update()
 

@@ -9,25 +9,27 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fastnabla.checkpoint import FILE, TrainState
+from fastnabla.distributed import ALONE, World
 from fastnabla.durable import DamagedError, partial_folder, verify_folder, write_folder
 from fastnabla.ema import WeightAverage
 from fastnabla.large_tensors import FOLDER, LargeTensors, read_tensors, write_tensors
 from fastnabla.rewards import build_reward
 from tests.checks import relative_error
-from tests.processes import on_processes
+from tests.ranks import on_ranks
 from tests.sharded import build, full, update
 
 ROWS = {1: [torch.arange(10)], 2: [torch.arange(4), torch.arange(4, 10)]}
 
 
 class Saved:
-    """A run with an average of its weights, on `size` processes, and what a checkpoint keeps of it."""
+    """A run with an average of its weights, and what a checkpoint keeps of it."""
 
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-        self.run = build(size if size > 1 else 0)
+    def __init__(self, world: World = ALONE) -> None:
+        self.world, self.run = world, build(world)
         policy, step, optimizer = self.run.policy, self.run.step, self.run.optimizer
         self.ema = WeightAverage(policy.trained(), 0.5, policy.updating)
         self.state = TrainState(
@@ -42,7 +44,7 @@ class Saved:
         self.large = LargeTensors(policy, optimizer, self.ema)
 
     def update(self, number: int) -> None:
-        update(self.run, number, ROWS[self.size][self.rank], sum_flow=self.size > 1)
+        update(self.run, number, ROWS[self.world.size][self.world.rank])
         self.ema.update()
 
     def save(self, folder: Path) -> None:
@@ -51,7 +53,7 @@ class Saved:
         def fill(partial: Path) -> None:
             write_tensors(partial / FOLDER, large)
 
-        if self.rank == 0:
+        if self.world.is_main:
             write_folder(folder, {FILE: functools.partial(torch.save, rest)}, {}, fill)
         else:
             fill(partial_folder(folder))
@@ -66,9 +68,9 @@ class Saved:
         return full(large) | {f"flow.{n}": p.detach().clone() for n, p in self.run.step.flow.named_parameters()}
 
 
-def resume_from_one(rank: int, folder: Path) -> dict[str, Any]:
+def resume_from_one(folder: Path, world: World) -> dict[str, Any]:
     """What one process saved, as two have it, and what they have after an update more; both saved again."""
-    saved = Saved(rank, 2).load(folder / "one")
+    saved = Saved(world).load(folder / "one")
     before = saved.everything()
     saved.save(folder / "two")
     saved.update(2)
@@ -85,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Saved:
     """After two updates, saved."""
-    one = Saved(0, 1)
+    one = Saved()
     for number in range(2):
         one.update(number)
     one.save(folder / "one")
@@ -94,7 +96,7 @@ def one(folder: Path) -> Saved:
 
 @pytest.fixture(scope="module")
 def two(one: Saved, folder: Path) -> list[dict[str, Any]]:
-    return on_processes(2, resume_from_one, folder)
+    return on_ranks(folder / "ranks", 2, functools.partial(resume_from_one, folder))
 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -107,7 +109,7 @@ def test_any_number_of_processes_goes_on(one: Saved, two: list[dict[str, Any]], 
     on one."""
     saved = one.everything()
     assert {name.split(".")[0] for name in saved} == {"policy", "ema", "optimizer", "flow"}
-    again = Saved(0, 1).load(folder / "two")
+    again = Saved().load(folder / "two")
     assert_equal(again.everything(), saved)
     one.update(2)
     again.update(2)
@@ -165,12 +167,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         write_tensors(Path("/dev/null/a"), {"weight": torch.zeros(4, 2)})
 
 
-def uneven(rank: int, folder: Path) -> dict[str, Tensor]:
+def uneven(folder: Path, world: World) -> dict[str, Tensor]:
     """A tensor with fewer rows than processes, and one that does not divide."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (world.size,))
     values = {"single": torch.arange(3.0).view(1, 3), "odd": torch.arange(10.0).view(5, 2)}
     tensors = {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in values.items()}
     write_tensors(folder, tensors)
@@ -180,5 +179,5 @@ def uneven(rank: int, folder: Path) -> dict[str, Tensor]:
 
 
 def test_rows_need_not_divide(tmp_path: Path) -> None:
-    for result in on_processes(2, uneven, tmp_path / "odd"):
+    for result in on_ranks(tmp_path, 2, functools.partial(uneven, tmp_path / "odd")):
         assert_equal(result, {"single": torch.arange(3.0).view(1, 3), "odd": torch.arange(10.0).view(5, 2)})

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fastnabla.distributed import World
 from fastnabla.optim import build_algorithm
 from tests.checks import relative_error
-from tests.processes import on_processes
+from tests.ranks import on_ranks
 from tests.sharded import UPDATES, Run, build, full, transitions, update
 
 ROWS = (torch.tensor([0, 1, 2, 3, 4, 5, 7]), torch.tensor([6, 8, 9]))
@@ -21,8 +22,7 @@ def gradients(run: Run, rows: Tensor = ALL) -> dict[str, Tensor]:
     """Whole gradients of the policy over the transitions of update 0, of which this process computes some."""
     for parameter in run.step.parameters:
         parameter.grad = None
-    whole = transitions(0)
-    run.step(whole[rows], total=len(whole))
+    run.step(transitions(0)[rows])
     return {name: parameter.grad for name, parameter in run.policy.trained().items()}
 
 
@@ -36,9 +36,9 @@ def nbytes(tensors: list[Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in own)
 
 
-def updates(run: Run, rows: Tensor, sum_flow: bool) -> list[float]:
+def updates(run: Run, rows: Tensor) -> list[float]:
     """Norms of the policy's gradients."""
-    return [update(run, number, rows, sum_flow)["grad_norm_lora"].item() for number in range(UPDATES)]
+    return [update(run, number, rows)["grad_norm_lora"].item() for number in range(UPDATES)]
 
 
 def out_of_memory_once(run: Run) -> None:
@@ -53,16 +53,16 @@ def out_of_memory_once(run: Run) -> None:
     run.step.reward = wrapped
 
 
-def sharded(rank: int) -> dict[str, Any]:
-    run = build(2)
-    policy, rows = run.policy, ROWS[rank]
+def sharded(world: World) -> dict[str, Any]:
+    run = build(world)
+    policy, rows = run.policy, ROWS[world.rank]
     first = gradients(run, rows)
-    if rank == 1:
+    if world.rank == 1:
         out_of_memory_once(run)
     kept = {"gradients": nbytes(list(first.values())), "gradient": full(first), "again": full(gradients(run, rows))}
     kept["micro_batch"], run.step.micro_batch = run.step.micro_batch, 2
     run.optimizer.algorithm.zero_grad()
-    kept |= {"norms": updates(run, rows, sum_flow=True), "weights": full(policy.trained())}
+    kept |= {"norms": updates(run, rows), "weights": full(policy.trained())}
     weights, states = policy.weights(), [run.optimizer.algorithm.state[p] for p in policy.trainable()]
     kept["moments"] = nbytes([moment for state in states for moment in state.values() if moment.ndim])
     kept["computed with"] = {n: w.detach() for n, w in zip(policy.trained(), weights, strict=True)}
@@ -71,17 +71,26 @@ def sharded(rank: int) -> dict[str, Any]:
     with policy.updating():
         kept["whole while updating"] = nbytes(weights)
 
-    half = build(2, torch.bfloat16)
+    kept["refused"] = []
+    for refused in (
+        lambda: policy.optimise(compile="whole"),
+        lambda: build_algorithm("adamw8bit", [{"params": policy.trainable(), "lr": 1.0}], (0.9, 0.99)),
+    ):
+        with pytest.raises(ValueError) as caught:
+            refused()
+        kept["refused"].append(str(caught.value))
+
+    half = build(world, torch.bfloat16)
     kept["half"] = full(gradients(half, rows))
     kept["half weights"] = {n: w.detach() for n, w in zip(half.policy.trained(), half.policy.weights(), strict=True)}
-    second = build(2, reverse_second_order=True)
+    second = build(world, reverse_second_order=True)
     kept["second order"] = full(gradients(second, rows))
     return kept
 
 
 @pytest.fixture(scope="module")
-def results() -> list[dict[str, Any]]:
-    return on_processes(2, sharded)
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(tmp_path_factory.mktemp("ranks"), 2, sharded)
 
 
 def test_gradients_equal_those_of_one_process(results: list[dict[str, Any]]) -> None:
@@ -103,7 +112,7 @@ def test_updates_equal_those_of_one_process(results: list[dict[str, Any]]) -> No
     """Weights to rounding; their movement to what AdamW makes of it, where it divides by gradients close to 0."""
     run = build()
     before = joined(run.policy.trained())
-    norms = updates(run, ALL, sum_flow=False)
+    norms = updates(run, ALL)
     after = joined(run.policy.trained())
     for result in results:
         assert result["norms"] == pytest.approx(norms, rel=1e-5)
@@ -134,21 +143,7 @@ def test_half_precision(results: list[dict[str, Any]]) -> None:
         assert relative_error(joined(result["half"]), expected) < 1.5 * error < 0.1
 
 
-def refusals(rank: int) -> list[str]:
-    run, said = build(1), []
-    for refused in (
-        lambda: run.policy.optimise(compile="whole"),
-        lambda: build_algorithm("adamw8bit", [{"params": run.policy.trainable(), "lr": 1.0}], (0.9, 0.99)),
-        lambda: build(1, rank=4),
-    ):
-        with pytest.raises(ValueError) as caught:
-            refused()
-        said.append(str(caught.value))
-    return said
-
-
-def test_refuses_what_cannot_be_sharded() -> None:
-    compiling, moments, lora = on_processes(1, refusals)[0]
+def test_refuses_what_cannot_be_sharded(results: list[dict[str, Any]]) -> None:
+    compiling, moments = results[0]["refused"]
     assert "compute.compile = 'whole'" in compiling and "blocks" in compiling
-    assert "optimizer.name = 'adamw8bit'" in moments and "adamw" in moments
-    assert "memory.shard = True" in lora and "LoRA" in lora
+    assert "optimizer.name = 'adamw8bit'" in moments and "'adamw'" in moments
