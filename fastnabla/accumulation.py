@@ -14,7 +14,7 @@ from fastnabla.objective.backend import Backend, select
 from fastnabla.policy import Policy, add_gradients
 from fastnabla.whole_batch import whole_counts, whole_rows
 
-logger = logging.getLogger("fastnabla")
+logger = logging.getLogger("fastnabla.process")
 T = TypeVar("T")
 
 

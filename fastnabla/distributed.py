@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -35,6 +36,11 @@ LIMIT = timedelta(hours=1)
 """For one to wait for the others, as while the first evaluates; those that die are found sooner, by `fastnabla.watch`."""
 
 
+CPU = torch.device("cpu")
+PATIENCE = 10.0
+"""Seconds within which a process that another has lost says why, if it can."""
+
+
 class LostProcess(RuntimeError):
     """Another process of the run can no longer be reached: it was killed, or its machine is gone."""
 
@@ -54,12 +60,12 @@ class World:
         """Ranks on this machine."""
 
     @classmethod
-    def start(cls, place: Place, cuda: bool = False) -> "World":
+    def start(cls, place: Place, device: torch.device = CPU) -> "World":
         """Meet the other processes. `leave` is the end of it.
 
         Args:
             place: of this process; alone, nothing is started.
-            cuda: whether gradients are on GPUs.
+            device: where it computes, a GPU's with its number.
 
         Raises:
             ValueError: they do not come.
@@ -69,7 +75,10 @@ class World:
         os.environ |= {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)}
         try:
             store, _, _ = next(dist.rendezvous(f"env://?rank={place.rank}&world_size={place.size}", timeout=START))
-            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            backend = "gloo"
+            if device.type == "cuda":
+                backend = "cpu:gloo,cuda:nccl"
+                torch.cuda.set_device(device)
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=LIMIT)
         except RuntimeError as error:
             raise ValueError(
@@ -100,6 +109,8 @@ class World:
         if self.watch is None:
             show()
             return
+        if isinstance(error, LostProcess):
+            time.sleep(PATIENCE)  # the watch ends this process meanwhile, if another says why it is gone
         self.watch.failed = True
         if self.watch.is_first():
             show()
@@ -215,7 +226,7 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostProcess(str(error)) from error
+        raise LostProcess(f"another process can no longer be reached: was it killed? ({error})") from error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

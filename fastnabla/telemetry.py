@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fastnabla.distributed import World
 from fastnabla.durable import write_file
 from fastnabla.printable import printable
 from fastnabla.records import Records, finite
@@ -38,6 +39,21 @@ def print_error(error: Exception | str) -> None:
     console = Console(stderr=True)
     console.print("[bold red]error[/]: ", end="")
     print_plain(console, str(error))
+
+
+def log_as(world: World) -> None:
+    """Let rank 0 alone log what all ranks would, and each process, by its name, what happens to it alone (the logger
+    `fastnabla.process`)."""
+    if world.size == 1:
+        return
+
+    def named(record: logging.LogRecord) -> bool:
+        record.msg = f"{world.name}: {record.msg}"
+        return True
+
+    logging.getLogger("fastnabla.process").addFilter(named)
+    if not world.is_main:
+        logging.getLogger("fastnabla").addFilter(lambda record: False)
 
 
 def print_plain(console: Console, text: str, style: str | None = None) -> None:

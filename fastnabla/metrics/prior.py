@@ -58,7 +58,8 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     This is a distance to the pretrained model's own samples in some network's features, not the FID of a data set.
     It is biased upwards for few samples: compare equal counts.
     """
-    metric = FrechetInceptionDistance(feature=_Features(features.shape[1]))
+    # Of these samples alone: else torchmetrics adds those of other ranks, and waits for ranks that have none.
+    metric = FrechetInceptionDistance(feature=_Features(features.shape[1]), sync_on_compute=False)
     metric.update(reference.double().cpu(), real=True)
     metric.update(features.double().cpu(), real=False)
     return metric.compute().item()
