@@ -7,10 +7,12 @@ any instant; what decays on the disk is found out, and the checkpoint before it 
 """
 
 import dataclasses
+import functools
 import io
 import logging
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 import fastnabla
+from fastnabla import large_tensors
 from fastnabla.accumulation import Accumulation
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.distributed import ALONE, World
-from fastnabla.durable import DamagedError, remove_folder, verify_folder, write_folder
+from fastnabla.durable import DamagedError, partial_folder, remove_folder, verify_folder, write_folder
 from fastnabla.ema import WeightAverage
+from fastnabla.large_tensors import LargeTensors, write_tensors
 from fastnabla.optim import Optimizer
 from fastnabla.policy import Policy
 from fastnabla.pooled_buffer import PooledBuffer
@@ -66,8 +70,9 @@ class TrainState:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become what `state_dict` gave, in a run of the same configuration."""
-        for name, parameter in self.policy.trained().items():
-            parameter.copy_(state["policy"][name])
+        with self.policy.updating():
+            for name, parameter in self.policy.trained().items():
+                parameter.copy_(state["policy"][name])
         if self.flow is not None:
             self.flow.load_state_dict(state["flow"])
         self.optimizer.load_state_dict(state["optimizer"], state["schedule"])
@@ -98,12 +103,14 @@ class Checkpoints:
         state: what is saved and restored.
         configuration: what identifies the run's configuration; see `fastnabla.resuming.fingerprint`.
         keep: how many are kept.
-        world: whose ranks all save and load together. Rank 0 alone writes and reads.
+        world: whose ranks all save and load together. Rank 0 alone writes; and reads, but for what is trained if that is not a
+            LoRA: each reads it, and if it is sharded writes its share, on a file system that they have in common.
     """
 
     def __init__(self, run: Path, state: TrainState, configuration: str, keep: int, world: World = ALONE) -> None:
         self.folder, self.state, self.configuration, self.keep = run / FOLDER, state, configuration, keep
         self.world = world
+        self.large = None if state.policy.is_lora else LargeTensors(state.policy, state.optimizer, state.ema)
         self.saved = 0
         """The update that the newest one is of."""
 
@@ -116,17 +123,24 @@ class Checkpoints:
         state = self.state.state_dict() | dataclasses.asdict(progress)
         if progress.rollouts:
             state["buffer"] = self.state.buffer.state_dict()
-        size = self._write(state, progress) if self.world.is_main else 0
+        state, large = (state, {}) if self.large is None else self.large.take_out(state)
+        folder, fill = self.folder / f"update-{progress.update:06d}", None
+        if large:
+            fill = functools.partial(_write_large, large)
+        if self.world.is_main:
+            self._write(folder, state, progress, fill, _nbytes([state, large]))
+        elif self.state.policy.is_sharded:
+            fill(partial_folder(folder))
         self.saved = progress.update
         self.world.barrier()  # else one of the others may end, and with it all, before it is written
-        return size
+        return _nbytes([state, large])
 
-    def _write(self, state: dict[str, Any], progress: Progress) -> int:
+    def _write(
+        self, folder: Path, state: dict[str, Any], progress: Progress, fill: Callable[[Path], None] | None, size: int
+    ) -> None:
         facts = {"update": progress.update, "version": fastnabla.__version__, "configuration": self.configuration}
-        folder = self.folder / f"update-{progress.update:06d}"
-        size = _nbytes(state)
         try:
-            write_folder(folder, {FILE: lambda file: torch.save(state, file)}, facts)
+            write_folder(folder, {FILE: lambda file: torch.save(state, file)}, facts, fill)
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint {folder} cannot be written: {error.strerror or error}. It needs {size:,} bytes, and "
@@ -139,7 +153,6 @@ class Checkpoints:
         for path in present:
             if path not in newest:
                 remove_folder(path)
-        return size
 
     def load(self) -> Progress:
         """Restore the newest checkpoint that is as it was written; no progress if none was ever saved.
@@ -171,6 +184,8 @@ class Checkpoints:
             file = io.BytesIO(self.world.tell_bytes(file.read_bytes))
         try:
             state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+            if self.large is not None:
+                state = self.large.put_back(state, folder / large_tensors.FOLDER)
             self.state.load_state_dict(state)
             if "buffer" in state:
                 self.state.buffer.load_state_dict(state["buffer"])
@@ -227,6 +242,10 @@ def load_reward_statistics(run: Path, reward: RewardSum) -> None:
     if newest is None:
         raise ValueError(f"reward.normalise needs the run's statistics, and {str(run)!r} has no checkpoint.")
     reward.load_state_dict(torch.load(newest[0] / FILE, map_location="cpu", weights_only=True)["reward"])
+
+
+def _write_large(tensors: dict[str, Tensor], folder: Path) -> None:
+    write_tensors(folder / large_tensors.FOLDER, tensors)
 
 
 def _all(checkpoints: Path) -> list[Path]:

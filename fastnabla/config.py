@@ -99,6 +99,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.method in METHODS, "method", self.method, f"must be one of {', '.join(METHODS)}.")
         METHODS[self.method].check(self)
+        _require(
+            not (self.memory.shard and self.lora.rank),
+            "memory.shard",
+            self.memory.shard,
+            f"a LoRA is trained (lora.rank = {self.lora.rank}): its few MB are not worth splitting, and the network itself has "
+            "no gradients or moments. Leave it None, or train all parameters with --lora.rank 0.",
+        )
         for name, value in _whole_numbers(self):
             _require(abs(value) <= LARGEST, name, value, f"must be at most {LARGEST}.")
         _require(0 <= self.seed < 2**64, "seed", self.seed, "must be at least 0, and below 2**64.")
@@ -144,6 +151,10 @@ class TrainConfig:
             _require(
                 drawn < steps, "rollout.fraction", self.rollout.fraction, "must leave out a step to draw uniformly."
             )
+
+    def is_sharded(self, processes: int) -> bool:
+        """Whether weights, gradients and moments are split over so many processes."""
+        return self.lora.rank == 0 and self.memory.shard is not False and processes > 1
 
     @property
     def drawn_steps(self) -> int:

@@ -204,6 +204,11 @@ class MemoryConfig:
     """Keep the sampling policy's outputs, which only the trust region needs, in 8 bits, with a scale for each block of
     64, 128 or 256 elements: off by at most 1/254 of the block's largest. None: in float32."""
 
+    shard: bool | None = None
+    """Of a run of several processes that trains all parameters (lora.rank 0): split weights, gradients and AdamW's moments
+    over them (FSDP2), so that each keeps its share, and the whole weights only in the dtype that is computed in. None:
+    where it can be. False: every process keeps everything, as for a LoRA."""
+
     def __post_init__(self) -> None:
         for name in ("micro_batch", "decode_chunk"):
             value = getattr(self, name)

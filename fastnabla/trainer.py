@@ -38,6 +38,7 @@ from fastnabla.planner import planned
 from fastnabla.pooled_buffer import PooledBuffer
 from fastnabla.prompts import RunPrompts, assign_prompts, load_run_prompts, warn_truncated
 from fastnabla.records import Records
+from fastnabla.require import require
 from fastnabla.resuming import check_length, fingerprint
 from fastnabla.require import require
 from fastnabla.rewards import RewardSum, build_reward, check_reward
@@ -97,11 +98,18 @@ class Trainer:
         self.reward = _build_reward(config.reward, config.model.random_init, self.device)
         self.probe = build_probe(config.evaluation.probe, self.device)
         require_measurable(config.evaluation, self.probe)
+        require(
+            not (config.dump_anomalies and config.is_sharded(world.size)),
+            "dump_anomalies",
+            config.dump_anomalies,
+            f"the weights are split over {world.size} processes, and an update's folder has them all; leave it False, or use "
+            "--memory.shard False.",
+        )
 
         pipeline = pipeline_of(config.model)
         check_reward(self.reward, self.prompts.texts, image_size(pipeline), self.device)
         warn_truncated(self.prompts.texts, *tokenizers(pipeline))
-        networks = build_networks(pipeline, self.prompts, config, self.device)
+        networks = build_networks(pipeline, self.prompts, config, self.device, world)
         self.policy, self.flow, self.decoder = networks.policy, networks.flow, networks.decoder
         self.table, self.sample_shape = networks.table, networks.sample_shape
         method = METHODS[config.method]
@@ -126,7 +134,7 @@ class Trainer:
             self.source = StoredTrajectories(self._rollout, self.buffer, *settings)
         self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow, config.updates)
         decay = config.optimizer.ema
-        self.ema = None if decay is None else WeightAverage(self.policy.trained(), decay)
+        self.ema = None if decay is None else WeightAverage(self.policy.trained(), decay, self.policy.updating)
         self.evaluator = Evaluator(
             self._evaluation_sample,
             self.decoder,
@@ -215,7 +223,7 @@ class Trainer:
 
                 self._advance = advance
                 begin("pretrained samples", 2 * len(evaluator.share) * len(self.table))
-                with self.policy.pretrained_weights():
+                with self.policy.whole_reference(), self.policy.pretrained_weights():
                     before, prior = evaluator.images(), evaluator.images(noise=1)
                 if world.is_main:
                     evaluator.set_prior(prior)
@@ -250,9 +258,10 @@ class Trainer:
                     selection = self.source.select(round_, numbers, again=place >= config.rollout.updates)
                     remembered = anomalies.before() if config.dump_anomalies else {}
                     report = self.step(selection)
-                    world.sum_([parameter.grad for parameter in self.step.parameters])
+                    world.sum_([parameter.grad for parameter in self.step.replicated])
                     update += 1
-                    norms = self.optimizer.update(functools.partial(guard.accepts, update, report))
+                    with self.policy.updating():
+                        norms = self.optimizer.update(functools.partial(guard.accepts, update, report))
                     if self.ema is not None and not guard.skipped:
                         self.ema.update()
                     progress.advance(phase)
@@ -295,19 +304,20 @@ class Trainer:
         if self.world.is_main:
             records = [*tracker.records, {"phase": "evaluate", "update": update, **metrics}]
             self._write_pictures(run, records, update, columns)
-            self._write_weights(run)
+        self._write_weights(run)
         tracker.log("evaluate", update, metrics, meter.read(0))
 
     def _write_weights(self, run: Path) -> None:
-        partial = run / ".weights.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        save_policy(self.policy, partial, self.policy.dtype)
+        partial, main = run / ".weights.partial", self.world.is_main
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        save_policy(self.policy, partial, self.policy.dtype, main)
         if self.ema is not None:
-            (partial / FOLDER).mkdir()
             with self.ema.applied():
-                save_policy(self.policy, partial / FOLDER, self.policy.dtype)
-        move_files(partial, run)
+                save_policy(self.policy, partial / FOLDER, self.policy.dtype, main)
+        if main:
+            move_files(partial, run)
 
     def _due(self, update: int, every: int) -> bool:
         """Whether something done every so many updates (0: only at the end) is to be done after this rollout's."""

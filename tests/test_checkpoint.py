@@ -1,5 +1,6 @@
 """Checkpoints of a run: which are kept, which is taken, and what is said of the others."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from tests.test_durable import fill
 
 class Stub:
     """What a checkpoint sees of a policy."""
+
+    is_lora = True
+    updating = contextlib.nullcontext
 
     def __init__(self) -> None:
         self.weight = nn.Parameter(torch.zeros(70, 96))
