@@ -40,7 +40,6 @@ from fastnabla.prompts import RunPrompts, assign_prompts, load_run_prompts, warn
 from fastnabla.records import Records
 from fastnabla.require import require
 from fastnabla.resuming import check_length, fingerprint
-from fastnabla.require import require
 from fastnabla.rewards import RewardSum, build_reward, check_reward
 from fastnabla.rewards.options import RewardOptions, parse_weights
 from fastnabla.rollout import sample
