@@ -123,5 +123,7 @@ def test_an_update_needs_a_trajectory_for_each_process() -> None:
     world.rank, world.size = 2, 3
     assert [part.tolist() for part in shares(world, 10, 2)] == [[4], [9]]
     world.size = 6
-    with pytest.raises(ValueError, match=r"rollout\.trajectories = 10: gives an update 5 .* the 6 processes.* least 12"):
+    with pytest.raises(
+        ValueError, match=r"rollout\.trajectories = 10: gives an update 5 .* the 6 processes.* least 12"
+    ):
         shares(world, 10, 2)
