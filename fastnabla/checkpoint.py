@@ -1,8 +1,8 @@
 """The state of a run between two updates, in folders RUN/checkpoints/update-000010, the newest few of which are kept.
 
 All randomness is a function of the seed and the update, so this is everything: what is trained of the policy, its average, flow
-network, optimizer and schedule, the rewards' running statistics, the method's own, the micro-batch that fits into memory, and, between two
-updates of one rollout, the rollout. A folder appears whole or not at all (`fastnabla.durable`), so a run can be killed at
+network, optimizer and schedule, the rewards' running statistics, the method's own, the micro-batch that fits into memory, and the
+rollouts that are yet to be learned from. A folder appears whole or not at all (`fastnabla.durable`), so a run can be killed at
 any instant; what decays on the disk is found out, and the checkpoint before it taken.
 """
 
@@ -55,7 +55,7 @@ class TrainState:
     ema: WeightAverage | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it but the buffer, which is empty after the last update of a rollout."""
+        """All of it but the buffer, which may be empty."""
         return {
             "policy": {name: parameter.detach() for name, parameter in self.policy.trained().items()},
             "flow": self.flow.state_dict() if self.flow is not None else {},
@@ -91,6 +91,8 @@ class Progress:
     """Updates done."""
     rollout: dict[str, float] | None = None
     """Metrics of the rollout whose trajectories are not used up yet, if there is one."""
+    rollouts: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    """Of all rollouts in the buffer, oldest first."""
 
 
 class Checkpoints:
@@ -119,7 +121,7 @@ class Checkpoints:
             CheckpointError: it cannot be written. Those that were there still are.
         """
         state = self.state.state_dict() | dataclasses.asdict(progress)
-        if progress.rollout is not None and self.state.buffer is not None:
+        if progress.rollouts:
             state["buffer"] = self.state.buffer.state_dict()
         state, large = (state, {}) if self.large is None else self.large.take_out(state)
         folder, fill = self.folder / f"update-{progress.update:06d}", None
@@ -188,7 +190,7 @@ class Checkpoints:
             if "buffer" in state:
                 self.state.buffer.load_state_dict(state["buffer"])
             self.saved = state["update"]
-            return Progress(state["update"], state["rollout"])
+            return Progress(state["update"], state["rollout"], state["rollouts"])
         except (KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"the checkpoint {folder} is as it was written, and does not fit this run ({type(error).__name__}: {error}); "

@@ -55,8 +55,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of all randomness."""
     updates: int = 200
-    """Optimizer updates in all; a multiple of rollout.updates. With optimizer.schedule = constant a run can be extended: give
-    more with --resume auto, or in its config.json."""
+    """Optimizer updates in all; a multiple of rollout.updates · rollout.epochs. With optimizer.schedule = constant a run can
+    be extended: give more with --resume auto, or in its config.json."""
     checkpoint_every: int = 5
     """Updates between checkpoints, at most; a killed run goes on from the last one."""
     checkpoint_keep: int = 2
@@ -122,10 +122,10 @@ class TrainConfig:
         for name in ("updates", "checkpoint_every", "checkpoint_keep", "max_skipped"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1.")
         _require(
-            self.updates % self.rollout.updates == 0,
+            self.updates % self.rollout.updates_per_round == 0,
             "updates",
             self.updates,
-            f"must be a multiple of rollout.updates = {self.rollout.updates}.",
+            f"must be a multiple of rollout.updates · rollout.epochs = {self.rollout.updates_per_round}.",
         )
         _require(
             self.spike_factor is None or 1 < self.spike_factor < math.inf,
@@ -162,9 +162,14 @@ class TrainConfig:
         return int(self.sampler.steps * self.rollout.fraction + 1e-9)
 
     @property
+    def rounds(self) -> int:
+        """Rollouts of the whole run, each with its updates."""
+        return self.updates // self.rollout.updates_per_round
+
+    @property
     def sampled_trajectories(self) -> int:
         """Trajectories that the whole run samples to train on."""
-        return self.updates // self.rollout.updates * self.rollout.trajectories
+        return self.rounds * self.rollout.trajectories
 
     @property
     def has_flow(self) -> bool:

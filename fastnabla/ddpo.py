@@ -83,7 +83,7 @@ class PolicyGradientStep(Accumulation):
         if not bool(finite.any()):
             raise ValueError("no trajectory has a finite reward: set buffer.reward before a policy gradient.")
         limit, advantage = self.settings.advantage_clip, torch.zeros_like(rewards, dtype=torch.float64)
-        advantage[finite] = self.statistics.advantages(prompts[finite], rewards[finite])
+        advantage[finite] = self.statistics.advantages(prompts[finite], rewards[finite], selection.again)
         return count, advantage.clamp(-limit, limit)[own][place].float()
 
     def _share(self, selection: Selection, micro: MicroBatch, advantage: Tensor, scale: Tensor) -> Share:

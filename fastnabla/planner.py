@@ -172,6 +172,14 @@ def buffer_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: in
     return int(trajectories * sample_shape.numel() * (4 * states + outputs))
 
 
+def cache_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: int) -> int:
+    """Of what later inner epochs have of the reference network, in float32 (`fastnabla.reference_cache`)."""
+    if config.rollout.epochs == 1 or not METHODS[config.method].has_reference:
+        return 0
+    with_product = config.has_flow and config.objective.reverse > 0
+    return 4 * (1 + with_product) * trajectories * (config.drawn_steps + 1) * sample_shape.numel()
+
+
 def _open(value: bool | int | None, choices: tuple) -> tuple:
     return choices if value is None else (value,)
 
@@ -180,7 +188,8 @@ def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device) -> dict[
     shapes = costs.shapes
     sizes = costs.trained_sizes
     frozen_copy = 0 if config.lora.rank else sum(p.numel() for p in shapes.unet.parameters()) * shapes.dtype.itemsize
-    buffer = buffer_bytes(config, torch.Size(shapes.sample_shape), config.rollout.trajectories)
+    stored = config.rollout.trajectories * (1 + config.rollout.replay)
+    buffer = buffer_bytes(config, torch.Size(shapes.sample_shape), stored)
     averaged = sum(p.numel() for p in shapes.unet.parameters() if p.requires_grad) if config.optimizer.ema else 0
     on_device = METHODS[config.method].stores and (config.memory.buffer == "device" or device.type == "cpu")
     return {
@@ -189,6 +198,7 @@ def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device) -> dict[
         f"state of {config.optimizer.name}": expected_state_bytes(config.optimizer.name, sizes),
         "average of the weights": 4 * averaged,
         "trajectory buffer": buffer if on_device else 0,
+        "reference network's outputs": cache_bytes(config, torch.Size(shapes.sample_shape), stored),
         "CUDA context (assumed)": CUDA_CONTEXT if device.type == "cuda" or config.vram else 0,
     }
 

@@ -25,6 +25,7 @@ from fastnabla.durable import move_files, write_file
 from fastnabla.ema import FOLDER, WeightAverage
 from fastnabla.gpu_meter import GpuMeter
 from fastnabla.guards import Guard, finite_samples
+from fastnabla.inner_epochs import learning_order
 from fastnabla.launch import Place
 from fastnabla.methods import METHODS
 from fastnabla.metrics.evaluation import Evaluator
@@ -83,9 +84,12 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, prompts: RunPrompts | None = None, world: World = ALONE) -> None:
         self.device, self.world = device_of(config, world.place), world
-        self.parts = shares(world, config.rollout.trajectories, config.rollout.updates)
-        """Numbers of this rank's trajectories of a rollout, by update."""
-        self.slots = torch.cat(self.parts)
+        self.slots = torch.cat(shares(world, config.rollout.trajectories, config.rollout.updates))
+        """Numbers of this rank's trajectories of a rollout."""
+        for field, alone in (("replay", 0), ("epochs", 1)):
+            value = getattr(config.rollout, field)
+            remedy = f"several processes learn from their newest rollout, once: use {alone}, or one process."
+            require(world.size == 1 or value == alone, f"rollout.{field}", value, remedy)
         self.config = config = planned(config, self.device)[0]
         if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
@@ -114,7 +118,7 @@ class Trainer:
         self.source: Source = NewTrajectories(config.seed, config.rollout.trajectories, self.prompts.trained)
         if method.stores:
             self.buffer = TrajectoryBuffer(
-                len(self.slots),
+                len(self.slots) * (1 + config.rollout.replay),
                 len(self.table),
                 config.drawn_steps + 1,
                 self.sample_shape,
@@ -123,7 +127,10 @@ class Trainer:
                 output_block=config.memory.output_block,
                 timestep=self.table.timestep,
             )
-            self.source = StoredTrajectories(self._rollout, self.buffer, self.slots)
+            if config.rollout.epochs > 1 and method.has_reference:
+                self.buffer.keep_reference(with_product=config.has_flow and config.objective.reverse > 0)
+            settings = (self.slots, config.rounds, config.rollout.replay)
+            self.source = StoredTrajectories(self._rollout, self.buffer, *settings)
         self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow, config.updates)
         decay = config.optimizer.ema
         self.ema = None if decay is None else WeightAverage(self.policy.trained(), decay, self.policy.updating)
@@ -181,6 +188,7 @@ class Trainer:
         done = checkpoints.load() if resume else Progress()
         update, rollout = done.update, done.rollout
         check_length(update, config.updates)
+        self.source.rollouts[:] = done.rollouts
         if not resume and world.is_main:
             if (run / "config.json").exists():
                 raise RunFolderError(f"run = {str(run)!r}: a run was begun there; resume it, or name another folder.")
@@ -196,7 +204,7 @@ class Trainer:
         def save() -> None:
             tracker.flush()
             started = time.perf_counter()
-            size = checkpoints.save(Progress(update, rollout))
+            size = checkpoints.save(Progress(update, rollout, self.source.rollouts))
             cost = {"checkpoint_seconds": time.perf_counter() - started, "checkpoint_bytes": size}
             tracker.measure("checkpoint", update, cost)
 
@@ -238,13 +246,15 @@ class Trainer:
                             save()
                         if passed or update == config.updates:
                             break
-                    round_ = update // config.rollout.updates
+                    round_, place = divmod(update, config.rollout.updates_per_round)
                     if rollout is None:
                         begin("rollout", len(self.slots) * len(self.table))
                         rollout = self.source.collect(round_)
                     stop.check(world)
                     begin("step", 1)
-                    selection = self.source.select(round_, self.parts[update % config.rollout.updates])
+                    numbers = learning_order(config.seed, round_, config.rollout)[place]
+                    numbers = numbers[torch.isin(numbers, self.slots)]
+                    selection = self.source.select(round_, numbers, again=place >= config.rollout.updates)
                     remembered = anomalies.before() if config.dump_anomalies else {}
                     report = self.step(selection)
                     world.sum_([parameter.grad for parameter in self.step.replicated])
@@ -262,7 +272,8 @@ class Trainer:
                         anomalies.write(run, update, selection, remembered, config, self.prompts)
                     guard.check(update)
                     progress.update(overall, completed=update, status=f"reward {metrics['rollout_reward']:.3f}")
-                    if update % config.rollout.updates == 0:
+                    if place + 1 == config.rollout.updates_per_round:
+                        self.source.finish()
                         rollout = None
         except Stopped:
             if update > checkpoints.saved:
@@ -309,20 +320,20 @@ class Trainer:
 
     def _due(self, update: int, every: int) -> bool:
         """Whether something done every so many updates (0: only at the end) is to be done after this rollout's."""
-        before = update - self.config.rollout.updates
+        before = update - self.config.rollout.updates_per_round
         return update == self.config.updates or (every > 0 and update // every > before // every)
 
-    def _rollout(self, round_: int) -> dict[str, float]:
-        """Fill the buffer with trajectories of the current policy; statistics of all ranks' rewards."""
+    def _rollout(self, number: int) -> dict[str, float]:
+        """Sample rollout `number` with the current policy, into the buffer; statistics of all ranks' rewards."""
         config, own = self.config, self.slots
         count = config.rollout.trajectories
-        first = round_ * count
-        self.buffer.clear()
+        first = number * count
         prompt = assign_prompts(config.seed, first, count, self.prompts.trained)
         draw = DRAWS[config.rollout.draw]
         steps = draw(seed_of(config.seed, "draws"), first, count, len(self.table), config.drawn_steps)
         seeds = [seed_of(config.seed, "noise", first + i) for i in own.tolist()]
-        latents = self._sample(prompt[own], seeds, self.buffer, self.buffer.reserve(steps[own], prompt[own]))
+        slots = self.buffer.reserve(steps[own], prompt[own], epoch=number)
+        latents = self._sample(prompt[own], seeds, self.buffer, slots)
         texts = [self.prompts.texts[i] for i in prompt.tolist()]
         images = self.decoder.decode(latents)
         parts = self.reward.parts(images, [texts[i] for i in own.tolist()], config.memory.decode_chunk)
@@ -336,7 +347,8 @@ class Trainer:
         rewards = self.reward.total(sound)
         self.reward.observe(sound)
         shaped = self.reward.shape(parts)
-        self.buffer.reward.copy_(torch.where(finite[own].to(shaped.device), shaped, float("nan")))
+        shaped = torch.where(finite[own].to(shaped.device), shaped, float("nan"))
+        self.buffer.reward[slots.to(self.device)] = shaped
         metrics = {"rollout_reward": rewards.mean().item(), "rollout_reward_std": rewards.std().item()}
         return metrics | {f"rollout_reward_{name}": values.mean().item() for name, values in sound.items()}
 

@@ -92,7 +92,8 @@ def test_same_update_on_1_2_and_4_processes(tmp_path: Path) -> None:
 def first_step(world: World, config: TrainConfig) -> dict:
     trainer = Trainer(config, world=world)
     rollout = trainer.source.collect(0)
-    report = trainer.step(trainer.source.select(0, trainer.parts[0]))
+    settings = trainer.config.rollout
+    report = trainer.step(trainer.source.select(0, shares(trainer.world, settings.trajectories, settings.updates)[0]))
     world.sum_([parameter.grad for parameter in trainer.step.parameters])
     numbers = {name: value.item() for name, value in (report.losses | report.statistics).items()}
     counts = {f"rows {kind}": count for kind, count in report.counts.items()}
