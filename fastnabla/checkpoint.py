@@ -3,23 +3,27 @@
 All randomness is a function of the seed and the update, so this is everything: what is trained of the policy, flow
 network, optimizer and schedule, the rewards' running statistics, the method's own, the micro-batch that fits into memory, and, between two
 updates of one rollout, the rollout. A folder appears whole or not at all (`fastnabla.durable`), so a run can be killed at
-any instant; what decays on the disk is found out, and the checkpoint before it taken.
+any instant; what decays on the disk is found out, and the checkpoint before it taken. It is written by a thread, from a
+copy: training waits for the copy alone.
 """
 
 import dataclasses
 import logging
 import pickle
 import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fastnabla
 from fastnabla.accumulation import Accumulation
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.durable import DamagedError, remove_folder, verify_folder, write_folder
+from fastnabla.host_copy import host_copy, nbytes
 from fastnabla.optim import Optimizer
 from fastnabla.policy import Policy
 from fastnabla.rewards import RewardSum
@@ -93,20 +97,58 @@ class Checkpoints:
     def __init__(self, run: Path, state: TrainState, configuration: str, keep: int) -> None:
         self.folder, self.state, self.configuration, self.keep = run / FOLDER, state, configuration, keep
         self.saved = 0
-        """The update that the newest one is of."""
+        """The update that the newest one is of, which may still be being written."""
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: tuple[Future[dict[str, float]], int] | None = None
+        self._costs: list[dict[str, float]] = []
 
-    def save(self, progress: Progress) -> int:
-        """Write the state as it is now, then remove all but the newest `keep`; its bytes.
+    def save(self, progress: Progress) -> None:
+        """Copy the state as it is now to the host, and write it while training goes on; then remove all but the newest
+        `keep`. Waits for the one before.
 
         Raises:
-            CheckpointError: it cannot be written. Those that were there still are.
+            CheckpointError: the one before could not be written. Those that were there still are.
         """
-        state = self.state.state_dict() | dataclasses.asdict(progress)
+        started = time.perf_counter()
+        self._collect()
+        state = host_copy(self.state.state_dict()) | dataclasses.asdict(progress)
         if progress.rollout is not None and self.state.buffer is not None:
             state["buffer"] = self.state.buffer.state_dict()
         facts = {"update": progress.update, "version": fastnabla.__version__, "configuration": self.configuration}
-        folder = self.folder / f"update-{progress.update:06d}"
-        size = _nbytes(state)
+        stall = time.perf_counter() - started
+        self._writing = self._writer.submit(self._write, state, facts, started, stall), self.saved
+        self.saved = progress.update
+
+    def written(self, wait: bool = False) -> list[dict[str, float]]:
+        """What the checkpoints that have been written since the last call took: "update"; "checkpoint_stall_seconds", that
+        `save` took; "checkpoint_seconds" from its beginning until it was on the disk; "checkpoint_bytes".
+
+        Args:
+            wait: for the one that is being written.
+
+        Raises:
+            CheckpointError: it could not be. Those that were there still are.
+        """
+        if wait or (self._writing is not None and self._writing[0].done()):
+            self._collect()
+        costs, self._costs = self._costs, []
+        return costs
+
+    def close(self) -> None:
+        """Wait for what is being written, whatever comes of it."""
+        self._writer.shutdown()
+
+    def _collect(self) -> None:
+        if self._writing is not None:
+            (writing, before), self._writing = self._writing, None
+            try:
+                self._costs.append(writing.result())
+            except Exception:
+                self.saved = before
+                raise
+
+    def _write(self, state: dict[str, Any], facts: dict[str, Any], started: float, stall: float) -> dict[str, float]:
+        folder, size = self.folder / f"update-{facts['update']:06d}", nbytes(state)
         try:
             write_folder(folder, {FILE: lambda file: torch.save(state, file)}, facts)
         except OSError as error:
@@ -115,14 +157,15 @@ class Checkpoints:
                 f"{_free(self.folder.parent)} are free there. The checkpoints before it are intact: make room, or lower "
                 "checkpoint_keep, and resume."
             ) from error
-        self.saved = progress.update
+        seconds = time.perf_counter() - started
         present = _all(self.folder)
         # What is numbered higher is damaged, or this run would have gone on from there.
         newest = present[: present.index(folder) + 1][-self.keep :]
         for path in present:
             if path not in newest:
                 remove_folder(path)
-        return size
+        costs = {"checkpoint_stall_seconds": stall, "checkpoint_seconds": seconds, "checkpoint_bytes": size}
+        return {"update": facts["update"], **costs}
 
     def load(self) -> Progress:
         """Restore the newest checkpoint that is as it was written; no progress if none was ever saved.
@@ -216,11 +259,3 @@ def _free(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free:,}"
     except OSError:
         return "an unknown number"
-
-
-def _nbytes(state: Any) -> int:
-    """Bytes of all tensors in nested dictionaries and lists."""
-    if isinstance(state, Tensor):
-        return state.numel() * state.element_size()
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return sum(map(_nbytes, values))

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +169,11 @@ class Trainer:
 
         def save() -> None:
             tracker.flush()
-            started = time.perf_counter()
-            size = checkpoints.save(Progress(update, rollout))
-            cost = {"checkpoint_seconds": time.perf_counter() - started, "checkpoint_bytes": size}
-            tracker.measure("checkpoint", update, cost)
+            checkpoints.save(Progress(update, rollout))
+
+        def note_written(wait: bool = False) -> None:
+            for cost in checkpoints.written(wait):
+                tracker.measure("checkpoint", cost.pop("update"), cost)
 
         try:
             with progress_bar(console) as progress:
@@ -211,6 +211,7 @@ class Trainer:
                         if due and update > checkpoints.saved:
                             save()
                         if passed or update == config.updates:
+                            note_written(wait=True)
                             break
                     round_ = update // config.rollout.updates
                     if rollout is None:
@@ -231,14 +232,17 @@ class Trainer:
                     if config.dump_anomalies and guard.skipped:
                         anomalies.write(run, update, selection, remembered, config, self.prompts)
                     guard.check(update)
+                    note_written()
                     progress.update(overall, completed=update, status=f"reward {metrics['rollout_reward']:.3f}")
                     if update % config.rollout.updates == 0:
                         rollout = None
         except Stopped:
             if update > checkpoints.saved:
                 save()
+            note_written(wait=True)
             raise
         finally:
+            checkpoints.close()
             meter.close()
             tracker.close()
         table = final_table(tracker.records)
