@@ -21,6 +21,7 @@ from rich.text import Text
 
 from fastnabla.durable import write_file
 from fastnabla.printable import printable
+from fastnabla.wandb_run import wandb_run_id
 
 logger = logging.getLogger("fastnabla")
 
@@ -149,7 +150,10 @@ class Tracker:
 
             # Without these it uploads the working tree's uncommitted changes and the script.
             settings = {"disable_git": True, "disable_code": True}
-            self._wandb = wandb.init(dir=str(folder), config=config, name=printable(folder.name), settings=settings)
+            same = {"id": wandb_run_id(folder), "resume": "allow"}  # begins it if W&B does not know it
+            self._wandb = wandb.init(
+                dir=str(folder), config=config, name=printable(folder.name), settings=settings, **same
+            )
 
     def has(self, phase: str, update: int) -> bool:
         """Whether there is such a record."""
