@@ -14,8 +14,8 @@ help: ## say what the targets do
 train: .venv/stamp ## finetune; without ARGS the embedded testbed, for others see ARGS=--help
 	$(BIN)/python -m fastnabla.train $(ARGS)
 
-test: .venv/stamp ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/stamp ## run the tests, a file to a process
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: .venv/stamp ## run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)

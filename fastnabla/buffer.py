@@ -351,7 +351,7 @@ class TrajectoryBuffer:
         """Everything in the buffer, on the host; waits for the device."""
         self._wait()
         tensors = {name: getattr(self, name).cpu().clone() for name in self._tensors()}
-        numbers = {"geometry": self._geometry(), "first": self._first, "live": self._live}
+        numbers = {"geometry": self.geometry(self.capacity), "first": self._first, "live": self._live}
         cached = {} if self.reference is None else {"reference": self.reference.state_dict()}
         return numbers | cached | tensors
 
@@ -361,8 +361,9 @@ class TrajectoryBuffer:
         Raises:
             ValueError: it is of a buffer with other arguments, or is not complete. Nothing has been changed then.
         """
-        if state.get("geometry") != self._geometry():
-            raise ValueError(f"the state is of a buffer of {state.get('geometry')}, this is one of {self._geometry()}")
+        geometry = self.geometry(self.capacity)
+        if state.get("geometry") != geometry:
+            raise ValueError(f"the state is of a buffer of {state.get('geometry')}, this is one of {geometry}")
         cached = () if self.reference is None else ("reference",)
         missing = {"first", "live", *cached, *self._tensors()} - state.keys()
         if missing:
@@ -383,9 +384,10 @@ class TrajectoryBuffer:
     def _tensors(self) -> list[str]:
         return [name for name, value in vars(self).items() if isinstance(value, Tensor)]
 
-    def _geometry(self) -> str:
+    def geometry(self, capacity: int) -> str:
+        """What a state must agree in, of a buffer like this for so many trajectories."""
         return (
-            f"capacity {self.capacity}, {self.num_steps} steps, {self.kept} kept, sample_shape {self.sample_shape}, "
+            f"capacity {capacity}, {self.num_steps} steps, {self.kept} kept, sample_shape {self.sample_shape}, "
             f"{self.x.dtype}, output_block {self.output_block}"
         )
 

@@ -1,10 +1,9 @@
 """`python -m fastnabla.compare --methods residual-db draft …`: methods at one budget, and the picture of what they keep."""
 
 import dataclasses
-import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,13 @@ quiet_libraries()
 
 from fastnabla.comparison.plan import Plan, PlannedRun, make_plan  # noqa: E402
 from fastnabla.comparison.report import NAME, Report  # noqa: E402
-from fastnabla.config import MethodName, load_run  # noqa: E402
+from fastnabla.comparison.training import train_all, train_in_processes  # noqa: E402
+from fastnabla.config import MethodName  # noqa: E402
 from fastnabla.evaluate import FILE, evaluate_run  # noqa: E402
 from fastnabla.presets import PRESETS  # noqa: E402
-from fastnabla.prompts import RunPrompts  # noqa: E402
-from fastnabla.resuming import run_to_resume  # noqa: E402
+from fastnabla.require import require  # noqa: E402
 from fastnabla.run_evaluation import EvaluationOptions  # noqa: E402
 from fastnabla.sections import TESTBED  # noqa: E402
-from fastnabla.train import train_to_the_end  # noqa: E402
-from fastnabla.trainer import Trainer  # noqa: E402
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -60,8 +57,16 @@ class CompareConfig:
         default_factory=lambda: EvaluationOptions(samples_per_prompt=8, reference_samples=64)
     )
     """How, with `evaluate`; small numbers of samples by default."""
+    jobs: int = 1
+    """Runs trained at a time, each in a process with its share of the cores, and a GPU of its own as long as there are
+    some. On a CPU two processes of one thread are faster than one of two."""
+    only: tuple[str, ...] = ()
+    """Train these runs (draft-seed-0, …) and write no page, as one of several machines that share a folder would."""
     dry_run: bool = False
     """Print what each method would spend, and stop."""
+
+    def __post_init__(self) -> None:
+        require(self.jobs >= 1, "jobs", self.jobs, "must be at least 1.")
 
     def plan(self) -> Plan:
         """The runs, whose folders are theirs or free.
@@ -79,6 +84,8 @@ class CompareConfig:
             points=self.points,
             settings=self.set,
         )
+        if self.only:
+            plan = plan.restricted_to(self.only)
         plan.check_folders()
         return plan
 
@@ -88,23 +95,37 @@ class CompareConfig:
         return self.run or Path("runs") / f"compare-{self.preset}"
 
 
-def train_planned(run: PlannedRun, console: Console, go_on: str) -> int:
-    """Begin the run, or go on with it; the exit status.
+def train(
+    config: CompareConfig,
+    plan: Plan,
+    arguments: Sequence[str],
+    console: Console,
+    ended: Callable[[PlannedRun], None],
+) -> int:
+    """Train the runs of the `plan` that are not done; the exit status.
 
     Raises:
-        ValueError: its model, prompts, reward or probe cannot be built.
+        ValueError: a run's model, prompts, reward or probe cannot be built.
     """
-    resumed = run_to_resume(run.config) is not None
-    config = load_run(run.folder) if resumed else run.config
-    trainer = Trainer(config, RunPrompts.load(run.folder / "prompts.json") if resumed else None)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    return train_to_the_end(trainer, run.folder, console, resumed, go_on)
+    waiting = [run for run in plan.runs if not run.done]
+    jobs = min(config.jobs, len(waiting))
+    if jobs <= 1:
+        return train_all(waiting, console, ended)
+
+    def command(run: PlannedRun) -> list[str]:
+        return [sys.executable, "-m", "fastnabla.compare", *arguments, "--only", run.folder.name]
+
+    return train_in_processes(waiting, jobs, command, console, ended)
 
 
-def evaluated(plan: Plan, options: EvaluationOptions, console: Console) -> dict[str, list[dict[str, Any]]]:
-    """Results of `fastnabla.evaluate`, by method and seed; measured where a run has none of these `options`."""
-    folders, results = [run.folder for run in plan.runs], {}
-    for run in plan.runs:
+def evaluated(
+    runs: Sequence[PlannedRun], options: EvaluationOptions, console: Console
+) -> dict[str, list[dict[str, Any]]]:
+    """Results of `fastnabla.evaluate` of the runs that are done, by method and seed; measured where a run has none of these
+    `options`."""
+    runs = [run for run in runs if run.done]
+    folders, results = [run.folder for run in runs], {}
+    for run in runs:
         result = stored_evaluation(run.folder, options)
         if result is None:
             others = [folder for folder in folders if folder != run.folder]
@@ -131,17 +152,21 @@ def main(arguments: Sequence[str]) -> int:
         console.print(plan.table())
         if config.dry_run:
             return 0
-        for number, run in enumerate(plan.runs, 1):
-            if run.done:
-                continue
-            console.print(f"run {number} of {len(plan.runs)}: {run.folder}", markup=False, soft_wrap=True)
-            status = train_planned(run, console, "the same command")
-            if status:
-                return status
-            gc.collect()  # the last run's networks, before the next one's are built
-        evaluations = evaluated(plan, config.target, console) if config.evaluate else {}
-        report = Report.read(plan, evaluations)
+        ended = [run for run in plan.runs if run.done]
+
+        def write_so_far(run: PlannedRun) -> None:
+            ended.append(run)
+            if not config.only:
+                Report.read(plan, ended, {}).write(config.folder)
+
+        status = train(config, plan, arguments, console, write_so_far)
+        if status or config.only:
+            return status
+        evaluations = evaluated(ended, config.target, console) if config.evaluate else {}
+        report = Report.read(plan, ended, evaluations)
         report.write(config.folder)
+        if not report.points:
+            raise ValueError(f"nothing to compare: {' '.join(report.remarks)}")
     except (ValueError, FileNotFoundError) as error:
         print_error(error)
         return 2

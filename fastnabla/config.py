@@ -6,6 +6,7 @@ checked against a model, a reward or the disk is checked before any work is done
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,13 +60,20 @@ class TrainConfig:
     optimizer.applications = 2, prompts.draw = independent, flow.start = random, reward.preprocess = reference and reward.tf32,
     and refuses what it does not have. Of residual-db and db. docs/stable-diffusion.md explains each."""
     updates: int = 200
-    """Optimizer updates in all; a multiple of rollout.updates · rollout.epochs."""
+    """Optimizer updates in all; a multiple of rollout.updates · rollout.epochs. With optimizer.schedule = constant a run can
+    be extended: give more with --resume auto, or in its config.json."""
     checkpoint_every: int = 5
     """Updates between checkpoints, at most; a killed run goes on from the last one."""
     checkpoint_keep: int = 2
     """Checkpoints kept; if the newest is found damaged, the one before it is used."""
     max_skipped: int = 5
     """Updates in a row that may be skipped because their loss or gradients are not finite; then the run ends."""
+    spike_factor: float | None = 10.0
+    """Warn where the loss or a gradient's norm is so many times the median of the last 50 updates, and count it as `spikes`;
+    None for never. Nothing else follows from it."""
+    dump_anomalies: bool = False
+    """Write the first 3 updates that are skipped so into RUN/anomalies, for `python -m fastnabla.reproduce`: transitions,
+    trained weights before, configuration and prompts; at most 2 GiB each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU if there is one."""
     backend: Backend = "auto"
@@ -99,6 +107,13 @@ class TrainConfig:
             for name, section in reference_recipe(self).items():
                 setattr(self, name, section)
         METHODS[self.method].check(self)
+        _require(
+            not (self.memory.shard and self.lora.rank),
+            "memory.shard",
+            self.memory.shard,
+            f"a LoRA is trained (lora.rank = {self.lora.rank}): its few MB are not worth splitting, and the network itself has "
+            "no gradients or moments. Leave it None, or train all parameters with --lora.rank 0.",
+        )
         for name, value in _whole_numbers(self):
             _require(abs(value) <= LARGEST, name, value, f"must be at most {LARGEST}.")
         _require(0 <= self.seed < 2**64, "seed", self.seed, "must be at least 0, and below 2**64.")
@@ -120,6 +135,12 @@ class TrainConfig:
             self.updates,
             f"must be a multiple of rollout.updates · rollout.epochs = {self.rollout.updates_per_round}.",
         )
+        _require(
+            self.spike_factor is None or 1 < self.spike_factor < math.inf,
+            "spike_factor",
+            self.spike_factor,
+            "must be above 1 and finite, or None.",
+        )
         drawn, steps = self.drawn_steps, self.sampler.steps
         _require(
             drawn >= 1,
@@ -138,6 +159,10 @@ class TrainConfig:
             _require(
                 drawn < steps, "rollout.fraction", self.rollout.fraction, "must leave out a step to draw uniformly."
             )
+
+    def is_sharded(self, processes: int) -> bool:
+        """Whether weights, gradients and moments are split over so many processes."""
+        return self.lora.rank == 0 and self.memory.shard is not False and processes > 1
 
     @property
     def drawn_steps(self) -> int:

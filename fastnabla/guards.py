@@ -55,7 +55,7 @@ class Guard:
             self.skipped = 0
             return True
         self.skipped += 1
-        self._sources, self._remedy = _trace(report, norms, self.prompts, self.timestep)
+        self._sources, self._remedy = trace(report, norms, self.prompts, self.timestep)
         logger.warning("update %d is skipped, %d in a row by now: not finite %s", update, self.skipped, self._sources)
         return False
 
@@ -72,16 +72,22 @@ class Guard:
             )
 
 
-def _trace(
+def trace(
     report: StepReport, norms: dict[str, Tensor], prompts: Sequence[str], timestep: Sequence[int]
 ) -> tuple[str, str]:
-    """What is not finite, in words, and what to do about it."""
+    """What of a step is not finite, in words, and what to do about it; waits for the device.
+
+    Args:
+        report: the step's.
+        norms: of gradients, by name.
+        prompts: texts of the prompt numbers.
+        timestep: timesteps by step.
+    """
     rows = {name: values.cpu() for name, values in report.rows.items()}
     bad = {name: ~values.isfinite() for name, values in rows.items()}
     found = torch.stack(list(bad.values())).any(0).nonzero().flatten().tolist()
     sources = [
-        f"are {', '.join(name for name in bad if bad[name][row])}{_at(rows, row, timestep)} of a sample for "
-        f"{prompts[rows['prompt'][row]]!r}"
+        f"are {', '.join(name for name in bad if bad[name][row])}{place(rows, row, prompts, timestep)}"
         for row in found[:TOLD]
     ]
     if len(found) > TOLD:
@@ -94,9 +100,10 @@ def _trace(
     return "; ".join(sources), remedy
 
 
-def _at(rows: dict[str, Tensor], row: int, timestep: Sequence[int]) -> str:
-    """The timestep of a transition; nothing for a method whose rows are whole trajectories."""
-    return f" at timestep {timestep[rows['step_index'][row]]}" if "step_index" in rows else ""
+def place(rows: dict[str, Tensor], row: int, prompts: Sequence[str], timestep: Sequence[int]) -> str:
+    """Where row `row` of a step's `rows` comes from, in words; no timestep for a method whose rows are whole trajectories."""
+    at = f" at timestep {timestep[rows['step_index'][row]]}" if "step_index" in rows else ""
+    return f"{at} of a sample for {prompts[rows['prompt'][row]]!r}"
 
 
 def finite_samples(latents: Tensor, parts: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:

@@ -134,8 +134,13 @@ def plan_memory(
     )
 
 
-def planned(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, MemoryPlan | None]:
+def planned(config: TrainConfig, device: torch.device, processes: int = 1) -> tuple[TrainConfig, MemoryPlan | None]:
     """`config` with its memory settings filled in, and the plan; None if nothing was open and no `vram` given.
+
+    Args:
+        config: the run.
+        device: where it will run.
+        processes: that have to share the memory of a CPU's machine.
 
     Raises:
         DoesNotFit: see `plan_memory`.
@@ -148,7 +153,8 @@ def planned(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Mem
             "checkpoint_unet": bool(memory.checkpoint_unet),
         }
         return dataclasses.replace(config, memory=dataclasses.replace(memory, **closed)), None
-    budget = int(config.vram * 1e9) if config.vram is not None else free_bytes(device)
+    shared = processes if device.type == "cpu" else 1
+    budget = int(config.vram * 1e9) if config.vram is not None else free_bytes(device) // shared
     costs = unit_costs(config)
     plan = plan_memory(config, costs, budget, device, reward_bytes(config.reward, costs.shapes.pixels))
     return dataclasses.replace(config, memory=plan.settings(memory)), plan

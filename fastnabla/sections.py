@@ -212,6 +212,11 @@ class MemoryConfig:
     """Keep the sampling policy's outputs, which only the trust region needs, in 8 bits, with a scale for each block of
     64, 128 or 256 elements: off by at most 1/254 of the block's largest. None: in float32."""
 
+    shard: bool | None = None
+    """Of a run of several processes that trains all parameters (lora.rank 0): split weights, gradients and AdamW's moments
+    over them (FSDP2), so that each keeps its share, and the whole weights only in the dtype that is computed in. None:
+    where it can be. False: every process keeps everything, as for a LoRA."""
+
     def __post_init__(self) -> None:
         for name in ("micro_batch", "decode_chunk"):
             value = getattr(self, name)
@@ -256,8 +261,18 @@ class RewardConfig:
     """Weigh terms in units of their spread over the rollouts so far."""
     clip: float | None = None
     """Largest absolute value of the reward that is trained on; beyond it there is no gradient."""
+    timeout: float | None = 1800.0
+    """Seconds that one call of a reward may take, before the run ends with an error that names it; None for no limit. A
+    call on at most memory.decode_chunk images takes seconds; half an hour is for one that compiles or downloads something
+    first."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.timeout is None or 0 < self.timeout <= 1e6,
+            "reward.timeout",
+            self.timeout,
+            "must be positive and at most 1e6, or None.",
+        )
         _require(self.clip is None or 0 < self.clip < math.inf, "reward.clip", self.clip, "must be positive, or None.")
 
 

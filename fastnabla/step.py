@@ -130,13 +130,14 @@ class BalanceStep(Accumulation):
             torch.OutOfMemoryError: not even one transition at a time fits.
         """
         selection = transitions.select() if isinstance(transitions, Transitions) else transitions
-        total, num_steps = total or len(selection), len(self.table)
+        total, num_steps = total or self.world.total(len(selection)), len(self.table)
         terminal = self._terminal_scores(selection) if self.objective.guidance == "terminal" else None
-        return self._accumulate(
-            len(selection),
-            lambda rows, size: [part.of(rows) for part in cut(selection[rows], num_steps, size, self.share)],
-            lambda micro: self._micro_step(selection, micro, total, terminal),
-        )
+        with self.policy.whole_reference() if self.backward_policy.passes else contextlib.nullcontext():
+            return self._accumulate(
+                len(selection),
+                lambda rows, size: [part.of(rows) for part in cut(selection[rows], num_steps, size, self.share)],
+                lambda micro: self._micro_step(selection, micro, total, terminal),
+            )
 
     def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         means = {name: rows[name].mean() for name in STATISTICS if name.startswith("norm")}

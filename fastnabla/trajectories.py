@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fastnabla.buffer import TrajectoryBuffer
@@ -47,7 +48,7 @@ class Source(Protocol):
 
         Args:
             round_: the round.
-            numbers: of its trajectories, `[n]` from 0.
+            numbers: of its trajectories, `[n]` from 0; of those that are this rank's.
             again: whether an earlier inner epoch has gone over them.
         """
 
@@ -67,8 +68,8 @@ class StoredTrajectories:
     """Samples rollout number n into the buffer; its metrics."""
     buffer: TrajectoryBuffer
     """With room for `replay` + 1 rollouts."""
-    trajectories: int
-    """In a rollout."""
+    slots: Tensor
+    """Numbers of the trajectories of a rollout that are in the buffer, in its order: rising, on the host."""
     rounds: int
     """Of the run."""
     replay: int = 0
@@ -90,12 +91,13 @@ class StoredTrajectories:
 
     def select(self, round_: int, numbers: Tensor, again: bool = False) -> Any:
         """As `Source`: the drawn transitions, to be gathered when they are needed."""
-        selection = self.buffer.select(self.buffer.slots()[numbers])  # the round's are the oldest
+        places = torch.searchsorted(self.slots, numbers)
+        selection = self.buffer.select(self.buffer.slots()[places])  # the round's are the oldest
         return dataclasses.replace(selection, again=again)
 
     def finish(self) -> None:
         """As `Source`: the rollout has been used up."""
-        self.buffer.forget(self.trajectories)
+        self.buffer.forget(len(self.slots))
         del self.rollouts[0]
 
 

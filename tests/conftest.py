@@ -1,8 +1,12 @@
-"""Without a GPU, Triton's kernels run in its interpreter, on CPU tensors."""
+"""Without a GPU, Triton's kernels run in its interpreter, on CPU tensors. Test processes share the cores."""
 
 import os
 
-import torch
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if PROCESSES > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // PROCESSES)))
+
+import torch  # noqa: E402 - reads the number of threads
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, so before any import of them

@@ -7,12 +7,20 @@ import os
 import re
 import shlex
 import signal
+import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
 from fastnabla import compare
+from fastnabla.comparison.plan import make_plan
+from fastnabla.comparison.points import read_lines
+from fastnabla.comparison.training import train_in_processes
+from fastnabla.guards import Guard
 from fastnabla.optim import Optimizer
 from fastnabla.run_evaluation import EvaluationOptions
 from fastnabla.trainer import Trainer
@@ -177,7 +185,11 @@ def test_an_interrupted_comparison_goes_on(done: Path, tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Optimizer, "update", stopping)
         assert compare.main(arguments) == 128 + signal.SIGTERM
-    assert len(calls) == 7 and not (folder / "comparison.json").exists()
+    assert len(calls) == 7
+    so_far = values(folder)
+    assert {point["method"] for point in so_far["points"]} == {"residual-db"}
+    assert so_far["remarks"] == ["draft-seed-0 has not ended."]
+    assert "draft-seed-0 has not ended." in (folder / "comparison.html").read_text(encoding="utf-8")
     first = (folder / "residual-db-seed-0/metrics.jsonl").stat().st_mtime_ns
     assert compare.main(arguments) == 0
     assert (folder / "residual-db-seed-0/metrics.jsonl").stat().st_mtime_ns == first
@@ -186,6 +198,56 @@ def test_an_interrupted_comparison_goes_on(done: Path, tmp_path: Path, monkeypat
     ours, theirs = ([p for p in values(f)["points"] if p["seed"] == 0] for f in (folder, done))
     assert [p | {"seconds": 0} for p in ours] == [p | {"seconds": 0} for p in theirs]
     assert all((p["seconds"] > 0) == (p["update"] > 0) for p in ours)
+
+
+def test_a_run_that_diverges_does_not_end_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first method's loss is not finite from its second update on; the other trains, and the page says so."""
+    folder, calls, accepts = tmp_path / "diverging", [], Guard.accepts
+
+    def diverging(self, update: int, report, norms) -> bool:
+        calls.append(update)
+        if len(calls) == 2:
+            report = dataclasses.replace(report, losses=report.losses | {"loss": torch.tensor(float("nan"))})
+        return accepts(self, update, report, norms)
+
+    monkeypatch.setattr(Guard, "accepts", diverging)
+    assert compare.main([*command(folder, "--seeds=1"), "max_skipped=1"]) == 0
+    found = values(folder)
+    assert [point["update"] for point in found["points"] if point["method"] == "residual-db"] == [0, 1]
+    assert max(point["update"] for point in found["points"] if point["method"] == "draft") == 8
+    assert found["remarks"] == ["residual-db-seed-0 ended early; its last evaluation is of 1 updates."]
+
+
+def test_runs_in_processes_are_the_same(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "processes"
+    assert compare.main(command(folder, "--seeds=1", "--jobs=2")) == 0
+    for run in ("residual-db-seed-0", "draft-seed-0"):
+        ours, theirs = (read_lines(f / run / "metrics.jsonl") for f in (folder, done))
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a.pop("phase"), a.keys()) == (b.pop("phase"), b.keys())
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-4, nan_ok=True)  # of another number of threads
+        assert "updates" in (folder / f"{run}.log").read_text(encoding="utf-8")
+    assert values(folder)["remarks"] == []
+
+
+def test_a_process_that_fails_ends_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_plan("testbed", ["residual-db", "draft"], 1, tmp_path).runs
+    sleeping = [sys.executable, "-c", "import time; time.sleep(100)"]
+    failing = [sys.executable, "-c", "raise SystemExit(7)"]
+    commands, ended = {run[0].folder: sleeping, run[1].folder: failing}, []
+    started = time.monotonic()
+    assert train_in_processes(run, 2, lambda each: commands[each.folder], Console(), ended.append) == 7
+    assert time.monotonic() - started < 50 and ended == []
+    assert "ended with status 7" in " ".join(capsys.readouterr().out.split())
+
+
+def test_only_trains_the_runs_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "only"
+    assert compare.main(command(folder, "--seeds=1", "--only=draft-seed-0")) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["draft-seed-0"]
+    assert compare.main(command(folder, "--seeds=1", "--only=draft-seed-1")) == 2
+    assert "only = 'draft-seed-1': the runs are residual-db-seed-0, draft-seed-0." in capsys.readouterr().err
 
 
 def _no_pictures(self, run: Path, records: list, update: int, *_) -> None:

@@ -13,17 +13,22 @@ from fastnabla.prompts import RunPrompts
 
 
 def document(
-    plan: Plan, points: Sequence[Point], evaluations: Mapping[str, Sequence[dict[str, Any]]], plots: Mapping[str, bytes]
+    plan: Plan,
+    points: Sequence[Point],
+    remarks: Sequence[str],
+    evaluations: Mapping[str, Sequence[dict[str, Any]]],
+    plots: Mapping[str, bytes],
 ) -> str:
-    """The page of a finished comparison.
+    """The page of a comparison.
 
     Args:
         plan: its runs, in whose folders prompts and pictures are.
-        points: of all of them.
+        points: of all that have ended.
+        remarks: on the others.
         evaluations: method → results of `fastnabla.evaluate`, one a seed; empty if there are none.
         plots: PNGs, "reward" and, if diversity was measured, "fronts".
     """
-    parts = [*_setup(plan, points), page.heading("Reward by what it cost")]
+    parts = [*_setup(plan, points, remarks), page.heading("Reward by what it cost")]
     parts += [
         page.picture(plots["reward"], f"{CURVES} {COST}"),
         page.table(final_sheet(points)),
@@ -39,10 +44,11 @@ def document(
     return page.page(f"Methods compared: {plan.preset}", parts)
 
 
-def _setup(plan: Plan, points: Sequence[Point]) -> list[str]:
+def _setup(plan: Plan, points: Sequence[Point], remarks: Sequence[str]) -> list[str]:
     """What was compared, at what budget."""
-    config = plan.runs[0].config
-    prompts = RunPrompts.load(plan.runs[0].folder / "prompts.json")
+    begun = next(run for run in plan.runs if (run.config.method, run.config.seed) == (points[0].method, points[0].seed))
+    config = begun.config
+    prompts = RunPrompts.load(begun.folder / "prompts.json")
     seeds = len({point.seed for point in points})
     budget = (
         "the same number of updates of each method, whatever they spend"
@@ -58,7 +64,7 @@ def _setup(plan: Plan, points: Sequence[Point]) -> list[str]:
         f"Evaluated on {config.evaluation.samples} samples each of: "
         + ", ".join(prompts.texts[number] for number in prompts.evaluated),
     )
-    return [page.listing(facts), page.table(_budget(plan, points))]
+    return [page.listing([*facts, *remarks]), page.table(_budget(plan, points))]
 
 
 def _budget(plan: Plan, points: Sequence[Point]) -> Sheet:

@@ -67,6 +67,18 @@ class Plan:
             if run_to_resume(run.config) is None and run.folder.exists() and not is_unbegun(run.folder):
                 raise ValueError(f"run = {str(run.folder)!r}: exists and is no run; name another folder, or remove it.")
 
+    def restricted_to(self, names: Sequence[str]) -> "Plan":
+        """With the runs whose folders have these names alone.
+
+        Raises:
+            ValueError: a run has no such name.
+        """
+        known = {run.folder.name: run for run in self.runs}
+        for name in names:
+            if name not in known:
+                raise ValueError(f"only = {name!r}: the runs are {', '.join(known)}.")
+        return dataclasses.replace(self, runs=tuple(known[name] for name in dict.fromkeys(names)))
+
     @property
     def common_settings(self) -> list[str]:
         """In which all methods differ from the preset, FIELD = VALUE."""
@@ -88,7 +100,7 @@ class Plan:
         )
         for column in ("method", "runs", "done", "U an update", "updates", "U a run", "own settings"):
             table.add_column(column, justify="left" if column in ("method", "own settings") else "right")
-        for method in self.methods:
+        for method in dict.fromkeys(run.config.method for run in self.runs):
             runs = self.of(method)
             config = runs[0].config
             each = update_passes(config)

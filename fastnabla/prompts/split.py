@@ -23,11 +23,15 @@ class RunPrompts:
     evaluated: range
     """Numbers that are evaluated."""
 
-    def save(self, path: Path) -> None:
-        """Write them as JSON."""
+    def to_json(self) -> str:
+        """What `load` reads, a prompt a line."""
         evaluated = [self.evaluated.start, self.evaluated.stop]
         values = {"trained": self.trained, "evaluated": evaluated, "texts": self.texts}
-        write_file(path, json.dumps(values, ensure_ascii=False, indent=0) + "\n")
+        return json.dumps(values, ensure_ascii=False, indent=0) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write them as JSON."""
+        write_file(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> "RunPrompts":
@@ -37,13 +41,22 @@ class RunPrompts:
             ValueError: the file cannot be read, or is not what `save` writes.
         """
         try:
-            values = parse(path.read_text(encoding="utf-8"))
-            start, stop = values["evaluated"]
-            prompts = cls(texts=values["texts"], trained=values["trained"], evaluated=range(start, stop))
-            prompts.check()
-            return prompts
+            return cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{str(path)!r} cannot be read ({error}); it has the prompts of the run.") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunPrompts":
+        """What `to_json` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is none.
+        """
+        values = parse(text)
+        start, stop = values["evaluated"]
+        prompts = cls(texts=values["texts"], trained=values["trained"], evaluated=range(start, stop))
+        prompts.check()
+        return prompts
 
     def check(self) -> None:
         """Make sure that these are prompts, numbered.

@@ -75,6 +75,7 @@ def build_reward(
     options: RewardOptions = DEFAULTS,
     normalise: bool = False,
     clip: float | None = None,
+    timeout: float | None = None,
 ) -> RewardSum:
     """The weighted sum of `terms`, on `device`.
 
@@ -84,6 +85,7 @@ def build_reward(
         options: settings of the rewards with networks.
         normalise: see `RewardSum`.
         clip: see `RewardSum`.
+        timeout: see `RewardSum`.
 
     Raises:
         ValueError: no terms, an unknown name, a path that cannot be imported, a bad weight; weights for a reward that
@@ -104,7 +106,7 @@ def build_reward(
                 f"{', '.join(PUBLISHED)}."
             )
     built = {name: (_find(name, torch.device(device), options), weight) for name, weight in weights.items()}
-    return RewardSum(built, normalise, clip)
+    return RewardSum(built, normalise, clip, timeout)
 
 
 def _find(name: str, device: torch.device, options: RewardOptions) -> RewardFunction:

@@ -25,7 +25,7 @@ def check_reward(
     generator = torch.Generator().manual_seed(0)
     for name, (function, _) in reward.terms.items():
         images = torch.rand(2, 3, *image_size, generator=generator).to(device).requires_grad_()
-        values = score(name, function, images, prompts)
+        values = score(name, function, images, prompts, reward.timeout)
         if not torch.isfinite(values).all():
             raise ValueError(f"reward {name!r} returned {values.tolist()} on random images; it must be finite.")
         (gradient,) = torch.autograd.grad(values.sum(), images, allow_unused=True)

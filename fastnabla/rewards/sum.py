@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnabla.time_limit import time_limit
+
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 """Images `[B, 3, H, W]` in [0, 1] and B prompts to rewards `[B]`, differentiable in the images."""
 SMALLEST_STD = 1e-6
@@ -52,29 +54,35 @@ class RewardSum:
         normalise: weigh the terms in units of their spread over all rewards observed.
         clip: largest absolute value of the sum that is trained on: in units of the normalised terms with `normalise`,
             else of the raw ones. An image outside has no gradient.
+        timeout: seconds that a call of a term may take; None for no limit.
 
     Raises:
         ValueError: `clip` is not positive and finite.
     """
 
     def __init__(
-        self, terms: dict[str, tuple[RewardFunction, float]], normalise: bool = False, clip: float | None = None
+        self,
+        terms: dict[str, tuple[RewardFunction, float]],
+        normalise: bool = False,
+        clip: float | None = None,
+        timeout: float | None = None,
     ) -> None:
         if clip is not None and not 0 < clip < math.inf:
             raise ValueError(f"reward.clip = {clip!r}: must be positive and finite, or None.")
-        self.terms, self.normalise, self.clip = terms, normalise, clip
+        self.terms, self.normalise, self.clip, self.timeout = terms, normalise, clip, timeout
         self.moments = {name: RunningMoments() for name in terms}
 
     def parts(self, images: Tensor, prompts: Sequence[str], chunk: int | None = None) -> dict[str, Tensor]:
         """Every term's raw, unweighted values `[B]`; of at most `chunk` images at once, if given.
 
         Raises:
-            RewardError: a term fails, returns other than a tensor `[B]`, or has no gradient where one is wanted.
+            RewardError: a term fails, takes too long, returns other than a tensor `[B]`, or has no gradient where one is
+                wanted.
         """
         size = chunk or max(len(images), 1)
-        starts = range(0, max(len(images), 1), size)
+        parts = [slice(i, i + size) for i in range(0, max(len(images), 1), size)]
         return {
-            name: torch.cat([score(name, reward, images[i : i + size], prompts[i : i + size]) for i in starts])
+            name: torch.cat([score(name, reward, images[part], prompts[part], self.timeout) for part in parts])
             for name, (reward, _) in self.terms.items()
         }
 
@@ -119,20 +127,27 @@ class RewardSum:
             vars(self.moments[name]).update(values)
 
 
-def score(name: str, reward: RewardFunction, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """What the reward called `name` gives.
+def score(
+    name: str, reward: RewardFunction, images: Tensor, prompts: Sequence[str], timeout: float | None = None
+) -> Tensor:
+    """What the reward called `name` gives; see `fastnabla.time_limit` for the `timeout`, in seconds.
 
     Raises:
-        RewardError: it fails, returns other than a tensor `[B]`, or has no gradient and the images want one.
+        RewardError: it fails, takes longer, returns other than a tensor `[B]`, or has no gradient and the images want one.
     """
-    try:
-        values = reward(images, prompts)
-    except torch.OutOfMemoryError:  # the caller makes room
-        raise
-    except Exception as error:
-        raise RewardError(
-            f"reward {name!r} failed on images {tuple(images.shape)}: {type(error).__name__}: {error}."
-        ) from error
+    late = RewardError(
+        f"reward {name!r} did not come back from {len(images)} images within reward.timeout = {timeout} s. If it needs "
+        "longer, raise that, or make it None (null in config.json) for no limit."
+    )
+    with time_limit(timeout, late):
+        try:
+            values = reward(images, prompts)
+        except torch.OutOfMemoryError:  # the caller makes room
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"reward {name!r} failed on images {tuple(images.shape)}: {type(error).__name__}: {error}."
+            ) from error
     count = len(images)
     if not isinstance(values, Tensor) or tuple(values.shape) != (count,):
         found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
