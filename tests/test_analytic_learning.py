@@ -51,7 +51,7 @@ def test_balance_reaches_the_target_and_only_as_it_is(method, factor, objective,
     subject, (first, last) = trained(config, BALANCE[method])
     left = last["mode_mass_error"] / first["mode_mass_error"]
     moved = (last["reward"] - first["reward"]) / (subject.target.mean_reward(subject.reward) - first["reward"])
-    assert (left < 0.42 and 0.65 < moved < 1.3) == reaches, (left, moved)
+    assert (left < 0.5 and 0.55 < moved < 1.3) == reaches, (left, moved)
 
 
 @pytest.mark.parametrize("method", CLIMB)

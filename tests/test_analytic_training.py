@@ -13,8 +13,10 @@ from fastnabla.analytic.experiment import Experiment
 from fastnabla.analytic.settings import SETTINGS, settings
 from fastnabla.analytic.training import updates
 from fastnabla.methods import METHODS
+from fastnabla.sections import RolloutConfig
 
 QUICK = ["--updates=4", "--steps=4", "--width=8", "--samples=64", "--rollout.trajectories=8", "--rollout.fraction=0.5"]
+QUICK += ["--rollout.updates=4"]
 
 
 def test_the_command_line_writes_everything(tmp_path, monkeypatch, capsys):
@@ -59,8 +61,9 @@ def test_comparison_writes_a_line_for_each_method(tmp_path, capsys):
 def test_passes_are_those_that_the_methods_plan():
     """An update's 32 trajectories of T = 50 steps: draft runs through them, with a graph for K = 10 of the steps; ddpo has
     a rollout of four updates' trajectories before the first, and then 26 transitions of each."""
+    rollout = RolloutConfig(trajectories=128, fraction=0.5, updates=4)
     for method, expected in {"draft": [32 * 60] * 2, "ddpo": [4 * 32 * 50 + 32 * 26 * 2, 32 * 26 * 2]}.items():
-        records = itertools.islice(updates(Experiment(settings(method))), 2)
+        records = itertools.islice(updates(Experiment(settings(method, rollout=rollout))), 2)
         assert [record["passes"] for record in records] == expected
 
 
@@ -77,7 +80,7 @@ def test_equal_seeds_give_equal_runs(tmp_path, monkeypatch):
     [
         (["--updates", "0"], "updates"),
         (["--updates", "6", "--rollout.updates", "4"], "updates"),
-        (["--steps", "7"], "rollout.fraction"),
+        (["--steps", "11"], "rollout.fraction"),
         (["--rollout.fraction", "0.001"], "rollout.fraction"),
         (["--flow-learning-rate", "-1"], "flow_learning_rate"),
         (["--objective.beta", "-1"], "objective.beta"),

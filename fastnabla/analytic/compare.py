@@ -23,6 +23,7 @@ from fastnabla.analytic.spread import effective_number  # noqa: E402
 from fastnabla.analytic.training import measure, train  # noqa: E402
 from fastnabla.durable import write_file  # noqa: E402
 from fastnabla.run_table import markdown  # noqa: E402
+from fastnabla.sections import RolloutConfig  # noqa: E402
 
 COLUMNS = ("mode masses, × floor", "sliced W₁, × floor", "modes", "width", "reward", "U / 1000", "core-seconds")
 
@@ -41,6 +42,9 @@ class CompareConfig:
     """Seed of the training."""
     samples: int = 4096
     """Samples of an evaluation."""
+    rollout: RolloutConfig = dataclasses.field(
+        default_factory=lambda: RolloutConfig(trajectories=128, fraction=0.5, updates=4, batch=1024)
+    )
     folder: Path | None = None
     """Where a folder for each method, table.md and samples.png go; must not exist. None: the next free
     runs/analytic-2d-001, …"""
@@ -51,8 +55,8 @@ class CompareConfig:
         Raises:
             ValueError: a setting is impossible.
         """
-        fields = {"dimension": self.dimension, "updates": self.updates, "seed": self.seed, "samples": self.samples}
-        every = max(1, self.updates // 10)
+        fields = {name: getattr(self, name) for name in ("dimension", "updates", "seed", "samples", "rollout")}
+        every = max(1, self.updates // 5)
         return {name: Experiment(settings(name, evaluate_every=every, **fields)) for name in self.methods}
 
 

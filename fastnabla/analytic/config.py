@@ -30,7 +30,7 @@ class AnalyticConfig:
     them by --method NAME --help."""
     dimension: Literal[2, 16] = 2
     """2: four modes on a ring. 16: six random modes."""
-    updates: int = 1000
+    updates: int = 3200
     """Optimizer updates."""
     seed: int = 0
     """Seed of the training. Evaluations have noise of their own, the same for all seeds."""
@@ -46,7 +46,7 @@ class AnalyticConfig:
     reward_factor: float = 1.0
     """The method is told so many times the reward, while the target stays: to see what a wrong scale does, or below 0 a
     wrong sign."""
-    evaluate_every: int = 250
+    evaluate_every: int = 400
     """Updates between evaluations."""
     samples: int = 4096
     """Samples of an evaluation: the more, the lower the Monte-Carlo floor, and the smaller the errors that show."""
@@ -57,7 +57,7 @@ class AnalyticConfig:
         default_factory=lambda: OptimizerConfig(learning_rate=1e-2, beta2=0.95, weight_decay=0.0, schedule="cosine")
     )
     rollout: RolloutConfig = dataclasses.field(
-        default_factory=lambda: RolloutConfig(trajectories=128, fraction=0.5, updates=4, batch=1024)
+        default_factory=lambda: RolloutConfig(trajectories=128, fraction=0.2, updates=8, batch=1024)
     )
     direct: Direct = dataclasses.field(default_factory=Direct)
     policy_gradient: PolicyGradient = dataclasses.field(default_factory=PolicyGradient)
