@@ -9,10 +9,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastnabla.distributed import ALONE, World
 from fastnabla.objective.backend import Backend, select
-from fastnabla.policy import Policy
+from fastnabla.policy import Policy, add_gradients
+from fastnabla.whole_batch import whole_counts, whole_rows
 
-logger = logging.getLogger("fastnabla")
+logger = logging.getLogger("fastnabla.process")
 T = TypeVar("T")
 
 
@@ -67,11 +69,17 @@ class Accumulation:
 
     kinds: tuple[str, ...] = ("inner", "last")
     """Of rows."""
+    world: World = ALONE
+    """Whose ranks each call the step, with their share of a batch: its means are over all of it, and so are its reports.
+    The gradients are this rank's share of the sum."""
 
     def __init__(self, policy: Policy, flow: nn.Module | None, micro_batch: int, backend: Backend) -> None:
         self.policy, self.flow, self.micro_batch = policy, flow, micro_batch
         self.kernels = select(backend, policy.conditions.device)
-        self.parameters = policy.trainable() + (list(flow.parameters()) if flow is not None else [])
+        self.flow_parameters = list(flow.parameters()) if flow is not None else []
+        self.parameters = policy.trainable() + self.flow_parameters
+        self.replicated = self.flow_parameters if policy.is_sharded else self.parameters
+        """Parameters whose gradients are not yet added up over the ranks after a step."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the step remembers from one call to the next, for `torch.save`."""
@@ -112,9 +120,13 @@ class Accumulation:
             del done  # else its gradients are held while the next ones are made
             passes[part.kind] += self.policy.passes.rows - before
             counts[part.kind] += len(part.rows)
+        while self.policy.accumulate(None):  # of other processes, that have more parts
+            pass
 
         sums = {name: torch.stack(values).sum() for name, values in losses.items()}
-        joined = {name: torch.cat(values) for name, values in rows.items()}
+        self.world.sum_(list(sums.values()))
+        joined = whole_rows(self.world, {name: torch.cat(values) for name, values in rows.items()})
+        counts, passes = whole_counts(self.world, counts, passes)
         return StepReport(
             losses=sums | {"loss": torch.stack(list(sums.values())).sum()},
             rows=joined,
@@ -151,10 +163,10 @@ class Accumulation:
 
     def _gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         """Of a scalar, by parameter; zeros where it does not depend on one."""
-        return torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
+        weights = [*self.policy.weights(), *self.flow_parameters]
+        return torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
 
     def _add(self, gradients: Sequence[Tensor]) -> None:
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        torch._foreach_add_([parameter.grad for parameter in self.parameters], list(gradients))
+        count = len(gradients) - len(self.flow_parameters)
+        self.policy.accumulate(gradients[:count])
+        add_gradients(self.flow_parameters, gradients[count:])

@@ -12,8 +12,10 @@ from torch import Tensor
 from fastnabla.batch import Transitions
 from fastnabla.objective.backend import Operations
 from fastnabla.objective.balance import Weights
+from fastnabla.objective.gaussian import guide
 from fastnabla.objective.noising import check_is_ddpm, noising_output, noising_reverse
 from fastnabla.policy import Policy
+from fastnabla.reference_cache import CachedRows
 from fastnabla.transition import TransitionRows, TransitionTable
 
 
@@ -24,7 +26,7 @@ class BackwardPolicy(Protocol):
     """U for the output, and U for the product."""
 
     def __call__(
-        self, x: Tensor, batch: Transitions, row: TransitionRows, with_reverse: bool
+        self, x: Tensor, batch: Transitions, row: TransitionRows, with_reverse: bool, cached: CachedRows | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Output pair `[2n, …]` (`[n, …]` without guidance) and product `[n, …]`, both without gradient.
 
@@ -33,6 +35,7 @@ class BackwardPolicy(Protocol):
             batch: the transitions.
             row: their rows of the table.
             with_reverse: whether the product is needed.
+            cached: where an earlier inner epoch has kept what a network gave, and else to keep it; None for nowhere.
         """
 
 
@@ -51,9 +54,22 @@ class PretrainedReversal:
         self.policy, self.kernels, self.weights = policy, kernels, weights
 
     def __call__(
+        self, x: Tensor, batch: Transitions, row: TransitionRows, with_reverse: bool, cached: CachedRows | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `BackwardPolicy`. Nothing here depends on the policy, nor on φ, so that what was kept is what would be
+        computed, but for the rounding of another micro-batch."""
+        known = None if cached is None else cached.read()
+        if known is not None:
+            o, vjp = known
+            return o if self.weights.guidance_scale is None else torch.cat([o, o]), vjp if with_reverse else None
+        output, vjp = self._computed(x, batch, row, with_reverse)
+        if cached is not None:
+            cached.write(guide(output, self.weights.guidance_scale), vjp)
+        return output, vjp
+
+    def _computed(
         self, x: Tensor, batch: Transitions, row: TransitionRows, with_reverse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """As `BackwardPolicy`."""
         with torch.set_grad_enabled(with_reverse):
             output = self.policy.reference(x, row.timestep, batch.prompt)
         if not with_reverse:
@@ -82,7 +98,7 @@ class NoisingKernel:
         self.guided = guided
 
     def __call__(
-        self, x: Tensor, batch: Transitions, row: TransitionRows, with_reverse: bool
+        self, x: Tensor, batch: Transitions, row: TransitionRows, with_reverse: bool, cached: CachedRows | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """As `BackwardPolicy`."""
         o = noising_output(batch.x, batch.x_next, row)

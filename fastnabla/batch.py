@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastnabla.reference_cache import CachedRows
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Transitions:
@@ -57,6 +59,10 @@ class Selection:
     """`[M]` int64, on the host."""
     gather: Callable[[Tensor], Transitions]
     """The transitions at positions `[m]` int64 (on the host) of the selection, on the device."""
+    reference: CachedRows | None = None
+    """Where the reference network's part of them is kept for later inner epochs, if it is."""
+    again: bool = False
+    """Whether an earlier inner epoch has gone over them."""
 
     def __len__(self) -> int:
         return len(self.step_index)
@@ -68,4 +74,6 @@ class Selection:
             trajectory=self.trajectory[rows],
             prompt=self.prompt[rows],
             gather=lambda of: self.gather(rows[of]),
+            reference=None if self.reference is None else self.reference[rows],
+            again=self.again,
         )

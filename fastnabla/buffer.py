@@ -2,7 +2,7 @@
 
 Which steps of a trajectory are kept is drawn before it is sampled. Neighbouring steps share the state between them,
 so a trajectory with K kept steps stores at most 2K states, each once. The buffer is a ring: trajectories leave it
-oldest first, at once (on-policy training) or when room is needed (replay).
+oldest first, when they have been learned from or when room is needed.
 
 Data moves through the operations of `fastnabla.buffer_ops`, one launch each: C++ and CUDA, or plain torch.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastnabla import buffer_ops
 from fastnabla.batch import Selection, Transitions
+from fastnabla.reference_cache import ReferenceCache
 
 Storage = Literal["device", "pinned", "prefetch"]
 
@@ -95,6 +96,7 @@ class TrajectoryBuffer:
         self._host_prompt = self.prompt if on_host else self.prompt.cpu()
         self._appended = torch.zeros(capacity, dtype=torch.int64)
         self._first = self._live = 0
+        self.reference: ReferenceCache | None = None
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(self.device) if storage == "prefetch" and not on_host else None
 
@@ -121,19 +123,43 @@ class TrajectoryBuffer:
         """Slots of the trajectories, oldest first, `[n]` int64 on the host."""
         return (self._first + torch.arange(self._live)) % self.capacity
 
+    def keep_reference(self, with_product: bool) -> None:
+        """From now on keep what the reference network gives for each transition, to be used in later inner epochs.
+
+        Args:
+            with_product: its vector-Jacobian products too.
+        """
+        geometry = (self.capacity, self.kept, self.sample_shape)
+        self.reference = ReferenceCache(*geometry, with_product, self.device)
+
     def clear(self) -> None:
         """Forget all trajectories; the slabs stay."""
         with self._lock:
             self._forget(self._live)
             self._first = 0
 
-    def _forget(self, count: int) -> None:
-        gone = self.slots()[:count]
+    def forget(self, count: int, newest: bool = False) -> None:
+        """Forget the `count` oldest trajectories, or the newest, complete or not.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        if not 0 <= count <= self._live:
+            raise ValueError(f"count = {count}: must be between 0 and {self._live}, the trajectories that are there")
+        with self._lock:
+            self._forget(count, newest)
+
+    def _forget(self, count: int, newest: bool = False) -> None:
+        gone = self.slots()[self._live - count :] if newest else self.slots()[:count]
         for table, nothing in ((self._state_at, -1), (self._output_at, -1), (self.reward, float("nan"))):
             table[gone.to(table.device)] = nothing
         self._host_state_at[gone] = self._host_output_at[gone] = -1
         self._appended[gone] = 0
-        self._first, self._live = (self._first + count) % self.capacity, self._live - count
+        if self.reference is not None:
+            self.reference.forget(gone)
+        self._live -= count
+        if not newest:
+            self._first = (self._first + count) % self.capacity
 
     def reserve(self, steps: Tensor, prompt: Tensor, epoch: int = 0, evict: bool = False) -> Tensor:
         """Slots `[B]` for trajectories that will keep `steps [B, K]` of prompts `prompt [B]`.
@@ -247,6 +273,7 @@ class TrajectoryBuffer:
             trajectory=slots,
             prompt=self._host_prompt[slots],
             gather=lambda rows: self.gather(index[rows]),
+            reference=None if self.reference is None else self.reference.of(index),
         )
 
     def gather(self, index: Tensor, dtype: torch.dtype | None = None) -> Transitions:
@@ -324,7 +351,9 @@ class TrajectoryBuffer:
         """Everything in the buffer, on the host; waits for the device."""
         self._wait()
         tensors = {name: getattr(self, name).cpu().clone() for name in self._tensors()}
-        return {"geometry": self._geometry(), "first": self._first, "live": self._live, **tensors}
+        numbers = {"geometry": self.geometry(self.capacity), "first": self._first, "live": self._live}
+        cached = {} if self.reference is None else {"reference": self.reference.state_dict()}
+        return numbers | cached | tensors
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become what `state_dict` saved.
@@ -332,15 +361,19 @@ class TrajectoryBuffer:
         Raises:
             ValueError: it is of a buffer with other arguments, or is not complete. Nothing has been changed then.
         """
-        if state.get("geometry") != self._geometry():
-            raise ValueError(f"the state is of a buffer of {state.get('geometry')}, this is one of {self._geometry()}")
-        missing = {"first", "live", *self._tensors()} - state.keys()
+        geometry = self.geometry(self.capacity)
+        if state.get("geometry") != geometry:
+            raise ValueError(f"the state is of a buffer of {state.get('geometry')}, this is one of {geometry}")
+        cached = () if self.reference is None else ("reference",)
+        missing = {"first", "live", *cached, *self._tensors()} - state.keys()
         if missing:
             raise ValueError(f"the state lacks {', '.join(sorted(missing))}")
         self._wait()
         with self._lock:
             for name in self._tensors():
                 getattr(self, name).copy_(state[name])
+            if self.reference is not None:
+                self.reference.load_state_dict(state["reference"])
             self._first, self._live = state["first"], state["live"]
 
     def _wait(self) -> None:
@@ -351,9 +384,10 @@ class TrajectoryBuffer:
     def _tensors(self) -> list[str]:
         return [name for name, value in vars(self).items() if isinstance(value, Tensor)]
 
-    def _geometry(self) -> str:
+    def geometry(self, capacity: int) -> str:
+        """What a state must agree in, of a buffer like this for so many trajectories."""
         return (
-            f"capacity {self.capacity}, {self.num_steps} steps, {self.kept} kept, sample_shape {self.sample_shape}, "
+            f"capacity {capacity}, {self.num_steps} steps, {self.kept} kept, sample_shape {self.sample_shape}, "
             f"{self.x.dtype}, output_block {self.output_block}"
         )
 

@@ -55,8 +55,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of all randomness."""
     updates: int = 200
-    """Optimizer updates in all; a multiple of rollout.updates. With optimizer.schedule = constant a run can be extended: give
-    more with --resume auto, or in its config.json."""
+    """Optimizer updates in all; a multiple of rollout.updates · rollout.epochs. With optimizer.schedule = constant a run can
+    be extended: give more with --resume auto, or in its config.json."""
     checkpoint_every: int = 5
     """Updates between checkpoints, at most; a killed run goes on from the last one."""
     checkpoint_keep: int = 2
@@ -99,6 +99,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.method in METHODS, "method", self.method, f"must be one of {', '.join(METHODS)}.")
         METHODS[self.method].check(self)
+        _require(
+            not (self.memory.shard and self.lora.rank),
+            "memory.shard",
+            self.memory.shard,
+            f"a LoRA is trained (lora.rank = {self.lora.rank}): its few MB are not worth splitting, and the network itself has "
+            "no gradients or moments. Leave it None, or train all parameters with --lora.rank 0.",
+        )
         for name, value in _whole_numbers(self):
             _require(abs(value) <= LARGEST, name, value, f"must be at most {LARGEST}.")
         _require(0 <= self.seed < 2**64, "seed", self.seed, "must be at least 0, and below 2**64.")
@@ -115,10 +122,10 @@ class TrainConfig:
         for name in ("updates", "checkpoint_every", "checkpoint_keep", "max_skipped"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1.")
         _require(
-            self.updates % self.rollout.updates == 0,
+            self.updates % self.rollout.updates_per_round == 0,
             "updates",
             self.updates,
-            f"must be a multiple of rollout.updates = {self.rollout.updates}.",
+            f"must be a multiple of rollout.updates · rollout.epochs = {self.rollout.updates_per_round}.",
         )
         _require(
             self.spike_factor is None or 1 < self.spike_factor < math.inf,
@@ -145,15 +152,24 @@ class TrainConfig:
                 drawn < steps, "rollout.fraction", self.rollout.fraction, "must leave out a step to draw uniformly."
             )
 
+    def is_sharded(self, processes: int) -> bool:
+        """Whether weights, gradients and moments are split over so many processes."""
+        return self.lora.rank == 0 and self.memory.shard is not False and processes > 1
+
     @property
     def drawn_steps(self) -> int:
         """Steps drawn from each trajectory besides the last: K − 1."""
         return int(self.sampler.steps * self.rollout.fraction + 1e-9)
 
     @property
+    def rounds(self) -> int:
+        """Rollouts of the whole run, each with its updates."""
+        return self.updates // self.rollout.updates_per_round
+
+    @property
     def sampled_trajectories(self) -> int:
         """Trajectories that the whole run samples to train on."""
-        return self.updates // self.rollout.updates * self.rollout.trajectories
+        return self.rounds * self.rollout.trajectories
 
     @property
     def has_flow(self) -> bool:

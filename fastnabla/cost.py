@@ -22,7 +22,7 @@ class UpdateCost:
     """What an optimizer update costs on average, its share of the rollout included."""
 
     step: StepCost
-    rollout_passes: int
+    rollout_passes: float
     """U, forward only."""
     rollout_flops: float
     step_flops: float
@@ -37,9 +37,10 @@ def update_trajectories(config: TrainConfig) -> int:
     return config.rollout.trajectories // config.rollout.updates
 
 
-def rollout_passes(config: TrainConfig) -> int:
+def rollout_passes(config: TrainConfig) -> float:
     """U of an update's share of its rollout, forward only; 0 of a method whose step samples on its own."""
-    return update_trajectories(config) * config.sampler.steps if METHODS[config.method].stores else 0
+    each = update_trajectories(config) * config.sampler.steps / config.rollout.epochs
+    return each if METHODS[config.method].stores else 0
 
 
 def update_cost(config: TrainConfig, costs: UnitCosts) -> UpdateCost:
@@ -47,7 +48,7 @@ def update_cost(config: TrainConfig, costs: UnitCosts) -> UpdateCost:
     method, rollout = METHODS[config.method], rollout_passes(config)
     step = method.cost(config)
     # Finished samples are decoded once, forward only, for their rewards.
-    rollout_decodes = update_trajectories(config) / 2 if method.stores else 0
+    rollout_decodes = update_trajectories(config) / 2 / config.rollout.epochs if method.stores else 0
     return UpdateCost(
         step=step,
         rollout_passes=rollout,
@@ -101,7 +102,7 @@ def cost_table(cost: UpdateCost, plan: MemoryPlan | None, rate: float) -> Table:
     rows = sum(step.rows.values())
     for row in (
         ("rows of the step", f"{rows:g}", ", ".join(f"{count:g} {kind}" for kind, count in step.rows.items())),
-        ("rollout", f"{cost.rollout_passes} U", f"{cost.rollout_flops / 1e12:.4g} TFLOP"),
+        ("rollout", f"{cost.rollout_passes:g} U", f"{cost.rollout_flops / 1e12:.4g} TFLOP"),
         ("training step", f"{step.total(step.passes):g} U", sum_of(step.passes)),
         ("decodes with backward", f"{step.total(step.decodes):g}", f"{sum_of(step.decodes)}; one without is half"),
         (

@@ -71,17 +71,20 @@ class PolicyGradientStep(Accumulation):
         )
 
     def _advantages(self, selection: Selection) -> tuple[int, Tensor]:
-        """Number of trajectories, and the clipped advantage of each transition, `[M]` on the host."""
+        """Number of all ranks' trajectories, and the clipped advantage of each transition, `[M]` on the host."""
         slots, place = selection.trajectory.unique(return_inverse=True)
         one = torch.empty(len(slots), dtype=torch.int64)
         one[place] = torch.arange(len(place))
         rewards = torch.cat([selection.gather(rows).reward.cpu() for rows in one.split(self.micro_batch)])
+        own, count = self.world.span(len(slots))
+        rewards = self.world.assemble(rewards, own, count)
+        prompts = self.world.assemble(selection.prompt[one], own, count)
         finite = rewards.isfinite()
         if not bool(finite.any()):
             raise ValueError("no trajectory has a finite reward: set buffer.reward before a policy gradient.")
         limit, advantage = self.settings.advantage_clip, torch.zeros_like(rewards, dtype=torch.float64)
-        advantage[finite] = self.statistics.advantages(selection.prompt[one][finite], rewards[finite])
-        return len(slots), advantage.clamp(-limit, limit)[place].float()
+        advantage[finite] = self.statistics.advantages(prompts[finite], rewards[finite], selection.again)
+        return count, advantage.clamp(-limit, limit)[own][place].float()
 
     def _share(self, selection: Selection, micro: MicroBatch, advantage: Tensor, scale: Tensor) -> Share:
         batch, w = selection.gather(micro.rows), self.policy.guidance_scale

@@ -177,7 +177,7 @@ class DirectStep(Accumulation):
         Raises:
             torch.OutOfMemoryError: not even one trajectory at a time fits.
         """
-        total = total or len(trajectories)
+        total = total or self.world.total(len(trajectories))
         return self._accumulate(
             len(trajectories),
             lambda rows, size: [_Rows(part) for part in rows.split(size)],

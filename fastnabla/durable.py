@@ -89,13 +89,22 @@ def move_files(source: Path, target: Path) -> None:
     shutil.rmtree(source)
 
 
-def write_folder(folder: Path, files: Mapping[str, Write], facts: Mapping[str, Any]) -> None:
+def partial_folder(folder: Path) -> Path:
+    """Where `write_folder` writes it."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def write_folder(
+    folder: Path, files: Mapping[str, Write], facts: Mapping[str, Any], fill: Callable[[Path], None] | None = None
+) -> None:
     """Write `folder`, replacing one of that name.
 
     Args:
         folder: to be written. What crashes left of such writes in its parent is removed.
         files: what writes each file, by name.
         facts: what else the manifest says, JSON.
+        fill: writes further files, below the folder that it is given, and flushes them to the disk, as other processes may
+            do meanwhile.
 
     Raises:
         OSError: it cannot be written; there is no trace of it then.
@@ -104,10 +113,14 @@ def write_folder(folder: Path, files: Mapping[str, Write], facts: Mapping[str, A
     parent.mkdir(exist_ok=True)
     for leftover in (*parent.glob(".*.partial"), *parent.glob(".*.old")):
         _remove(leftover)
-    partial = parent / f".{folder.name}.partial"
+    partial = partial_folder(folder)
     try:
         partial.mkdir()
-        entries = {name: _write(partial / name, write) for name, write in files.items()}
+        filled = {}
+        if fill is not None:
+            fill(partial)
+            filled = {str(path.relative_to(partial)): _entry(path) for path in _flushed(partial)}
+        entries = filled | {name: _write(partial / name, write) for name, write in files.items()}
         _write(partial / MANIFEST, lambda file: file.write(_sealed({**facts, "files": entries}).encode()))
         fsync_folder(partial)
         replaced = _set_aside(folder) if os.path.lexists(folder) else None
@@ -119,6 +132,21 @@ def write_folder(folder: Path, files: Mapping[str, Write], facts: Mapping[str, A
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _flushed(folder: Path) -> list[Path]:
+    """The files below `folder`, whose names are on the disk."""
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
+        if path.is_dir():
+            fsync_folder(path)
+    return [path for path in paths if path.is_file()]
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """Size and digest of a file as it is."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def remove_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ count, so no number of updates is too small for it. Of a LoRA, A and B are avera
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,10 +41,16 @@ class WeightAverage:
     Args:
         parameters: what is averaged, by name.
         decay: d, in (0, 1).
+        changing: within which the parameters may be changed; see `fastnabla.policy.Policy.updating`.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay, self.updates = parameters, decay, 0
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        decay: float,
+        changing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        self.parameters, self.decay, self.changing, self.updates = parameters, decay, changing, 0
         self.average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     @torch.no_grad()
@@ -65,10 +71,11 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, parameter in self.parameters.items():
-            values = parameter.clone()
-            parameter.copy_(self.average[name])
-            self.average[name].copy_(values)
+        with self.changing():
+            for name, parameter in self.parameters.items():
+                values = parameter.clone()
+                parameter.copy_(self.average[name])
+                self.average[name].copy_(values)
 
     def state_dict(self) -> dict[str, Any]:
         """For `torch.save`."""

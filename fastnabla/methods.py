@@ -37,6 +37,8 @@ class Method:
     """Whether it learns from stored transitions of a rollout; else its step samples on its own."""
     has_flow: bool = False
     """Whether a flow network is trained too."""
+    has_reference: bool = False
+    """Whether its step runs the pretrained network, whose part later inner epochs have from a cache."""
     graphs: Callable[[TrainConfig], int] = lambda config: 1
     """UNet graphs of each row of a micro-batch that are alive at once."""
     check: Callable[[TrainConfig], None] = lambda config: None
@@ -75,7 +77,9 @@ def _balance(noising: bool) -> Method:
         if config.rollout.draw == "runs":
             run = config.drawn_steps
             tails += (run - 1) / (config.sampler.steps - 1)  # runs that go on at the first step
-        passes = planned_passes(objective, with_flow, run, tails, noising)
+        settings, epochs = (objective, with_flow, run, tails, noising), config.rollout.epochs
+        first, later = planned_passes(*settings), planned_passes(*settings, cached=True)
+        passes = [(one + (epochs - 1) * other) / epochs for one, other in zip(first, later, strict=True)]
         decodes = planned_decodes(objective, with_flow, run, tails)
         flow_passes = 3 * (rows["inner"] * (1 + tails / run if objective.reverse > 0 else 1) + rows["last"])
         return StepCost(
@@ -99,7 +103,7 @@ def _balance(noising: bool) -> Method:
         """A graph, and that of its backward pass: 2.3 times the memory on the testbed, attention's matrices included."""
         return 3 if config.objective.reverse_second_order else 1
 
-    return Method(build=build, cost=cost, has_flow=True, graphs=graphs, check=check)
+    return Method(build=build, cost=cost, has_flow=True, has_reference=not noising, graphs=graphs, check=check)
 
 
 def _require_noising(config: TrainConfig) -> None:
@@ -152,6 +156,10 @@ def _direct(
             config.reward.normalise,
             f"method = {config.method!r} has no rollout whose rewards could be seen before they are trained on.",
         )
+        for name, only in (("replay", 0), ("epochs", 1)):
+            value = getattr(config.rollout, name)
+            problem = f"method = {config.method!r} samples in its step, and stores nothing to learn from again; leave it {only}."
+            require(value == only, f"rollout.{name}", value, problem)
         check(config)
 
     return Method(build=build, cost=cost, stores=False, graphs=graphs or copies, check=check_all)

@@ -8,6 +8,7 @@ from torch import nn
 from fastnabla.compiling import compiled
 from fastnabla.config import TrainConfig
 from fastnabla.decoder import Decoder
+from fastnabla.distributed import ALONE, World
 from fastnabla.flow import build_flow
 from fastnabla.model_files import Pipeline
 from fastnabla.pipeline import (
@@ -40,7 +41,9 @@ class Networks:
     """(C, H, W) of the latents."""
 
 
-def build_networks(pipeline: Pipeline, prompts: RunPrompts, config: TrainConfig, device: torch.device) -> Networks:
+def build_networks(
+    pipeline: Pipeline, prompts: RunPrompts, config: TrainConfig, device: torch.device, world: World = ALONE
+) -> Networks:
     """The networks of the run `config`, made of `pipeline`, whose UNet is finetuned in place.
 
     Args:
@@ -48,6 +51,7 @@ def build_networks(pipeline: Pipeline, prompts: RunPrompts, config: TrainConfig,
         prompts: of which those that the run will see are encoded.
         config: with its memory settings planned.
         device: where to compute.
+        world: the ranks that train together, and share the weights if all are trained.
 
     Raises:
         ValueError: the sampler, the tiny decoder or the attention asked for cannot be had.
@@ -65,6 +69,8 @@ def build_networks(pipeline: Pipeline, prompts: RunPrompts, config: TrainConfig,
             config.lora.rank,
             config.lora.targets,
         ).to(device)
+    if config.is_sharded(world.size):
+        policy.shard(world)
     for encoder in text_encoders(pipeline):
         encoder.to("cpu")
     channels, memory = latent_shape(pipeline)[0], config.memory
@@ -73,7 +79,7 @@ def build_networks(pipeline: Pipeline, prompts: RunPrompts, config: TrainConfig,
     if flow is not None:
         flow.to(device)
 
-    compile, channels_last = _chosen(config.compute, device)
+    compile, channels_last = _chosen(config.compute, device, policy.is_sharded)
     policy.optimise(compile, config.compute.attention, channels_last, bool(memory.checkpoint_unet))
     whole = compile == "whole"
     if flow is not None and whole:
@@ -92,10 +98,10 @@ def build_networks(pipeline: Pipeline, prompts: RunPrompts, config: TrainConfig,
     )
 
 
-def _chosen(compute: ComputeConfig, device: torch.device) -> tuple[str, bool]:
+def _chosen(compute: ComputeConfig, device: torch.device, sharded: bool) -> tuple[str, bool]:
     """What to compile, and whether to keep channels last."""
     on_gpu = device.type == "cuda"
     compile = compute.compile
     if compile == "auto":
-        compile = "whole" if on_gpu else "none"
+        compile = ("blocks" if sharded else "whole") if on_gpu else "none"
     return compile, on_gpu if compute.channels_last is None else compute.channels_last

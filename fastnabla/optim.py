@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastnabla.policy import Policy
 from fastnabla.sections import FlowConfig, OptimizerConfig
@@ -120,8 +121,9 @@ class Optimizer:
 
     def _clip(self, parameters: Iterable[Tensor]) -> Tensor:
         """Scale the gradients to the bound; their norm before. The host reads nothing: a norm that is not finite
-        scales them to NaN, which the loss shows."""
-        return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, error_if_nonfinite=False, foreach=True)
+        scales them to NaN, which the loss shows. Of sharded gradients it is the norm over all processes."""
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, error_if_nonfinite=False, foreach=True)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def build_algorithm(name: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
@@ -172,6 +174,12 @@ def _check_parameters(name: str, parameters: Iterable[Tensor]) -> None:
             raise ValueError(
                 f"optimizer.name = {name!r}: takes parameters of {takes} on a CPU or a GPU, and one is "
                 f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}; convert or move it."
+            )
+        if name != "adamw" and isinstance(parameter, DTensor):
+            raise ValueError(
+                f"optimizer.name = {name!r}: its moments have a scale for each {BLOCK} elements of a process's share, so that "
+                "a run could not be resumed on another number of processes; use 'adamw', whose 8 bytes a parameter are "
+                "sharded, or --memory.shard False."
             )
         if name == "paged_adamw8bit" and not parameter.is_cuda:
             raise ValueError(

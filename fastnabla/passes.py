@@ -12,7 +12,7 @@ class StepCost:
     rows: dict[str, float]
     """Rows by kind, in expectation: transitions that are "inner" or "last", or whole trajectories."""
     passes: dict[str, float]
-    """U of each."""
+    """U of each, on average over inner epochs."""
     decodes: dict[str, float]
     """Decodes with backward of each; one without backward is half of one."""
     flow_passes: float = 0.0
@@ -24,7 +24,12 @@ class StepCost:
 
 
 def planned_passes(
-    objective: Objective, with_flow: bool, run: int = 1, tails: float = 1, noising: bool = False
+    objective: Objective,
+    with_flow: bool,
+    run: int = 1,
+    tails: float = 1,
+    noising: bool = False,
+    cached: bool = False,
 ) -> tuple[float, float]:
     """U per inner and per last transition of residual ∇-DB, or ∇-DB (the table in `fastnabla.step`).
 
@@ -34,10 +39,11 @@ def planned_passes(
         run: L, adjacent transitions that share passes.
         tails: of them, how many are followed by none.
         noising: whether the backward policy is the noising kernel, which takes no pass.
+        cached: whether an earlier inner epoch has kept what the reference network gave.
     """
     lookahead, ahead = objective.guidance == "lookahead", objective.guidance != "terminal"
     with_reverse = with_flow and objective.reverse > 0
-    reference = not noising
+    reference = not noising and not cached
     reverse = (1 + reference) * with_reverse
     second_order = (2 + lookahead) * (with_reverse and objective.reverse_second_order)
     at_next_states = ahead * (1 + lookahead) * tails / run

@@ -15,6 +15,7 @@ from diffusers import (
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from fastnabla.architectures import architecture_of
@@ -152,12 +153,28 @@ def latent_shape(pipeline: Pipeline) -> tuple[int, int, int]:
     return pipeline.unet.config.in_channels, side, side
 
 
-def save_policy(policy: Policy, run: Path, dtype: torch.dtype) -> None:
-    """Write what is trained into the folder `run`: a LoRA as lora/, or all parameters, as `dtype`, as unet/."""
+def save_policy(policy: Policy, run: Path, dtype: torch.dtype, write: bool = True) -> None:
+    """Write what is trained into the folder `run`: a LoRA as lora/, or all parameters, as `dtype`, as unet/.
+
+    Args:
+        policy: if it is sharded, every process calls this.
+        run: made if it is not there.
+        dtype: of all parameters.
+        write: whether this process does.
+    """
     if not policy.is_lora:
-        unet = UNet2DConditionModel.from_config(policy.unet.config).to(dtype)
-        unet.load_state_dict(policy.unet.state_dict())
-        unet.save_pretrained(run / "unet")
+        weights = {}
+        for name, parameter in policy.trained().items():
+            weight = parameter.detach().to(dtype)
+            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            if write:
+                weights[name] = weight.cpu()
+        if write:
+            unet = UNet2DConditionModel.from_config(policy.unet.config).to(dtype)
+            unet.load_state_dict(weights)
+            unet.save_pretrained(run / "unet")
+        return
+    if not write:
         return
     # With PEFT's names: diffusers' older ones exist for attention alone, and a file with both loads incompletely.
     layers = get_peft_model_state_dict(policy.unet, adapter_name=ADAPTER)

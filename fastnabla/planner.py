@@ -134,8 +134,13 @@ def plan_memory(
     )
 
 
-def planned(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, MemoryPlan | None]:
+def planned(config: TrainConfig, device: torch.device, processes: int = 1) -> tuple[TrainConfig, MemoryPlan | None]:
     """`config` with its memory settings filled in, and the plan; None if nothing was open and no `vram` given.
+
+    Args:
+        config: the run.
+        device: where it will run.
+        processes: that have to share the memory of a CPU's machine.
 
     Raises:
         DoesNotFit: see `plan_memory`.
@@ -148,7 +153,8 @@ def planned(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, Mem
             "checkpoint_unet": bool(memory.checkpoint_unet),
         }
         return dataclasses.replace(config, memory=dataclasses.replace(memory, **closed)), None
-    budget = int(config.vram * 1e9) if config.vram is not None else free_bytes(device)
+    shared = processes if device.type == "cpu" else 1
+    budget = int(config.vram * 1e9) if config.vram is not None else free_bytes(device) // shared
     costs = unit_costs(config)
     plan = plan_memory(config, costs, budget, device, reward_bytes(config.reward, costs.shapes.pixels))
     return dataclasses.replace(config, memory=plan.settings(memory)), plan
@@ -166,6 +172,14 @@ def buffer_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: in
     return int(trajectories * sample_shape.numel() * (4 * states + outputs))
 
 
+def cache_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: int) -> int:
+    """Of what later inner epochs have of the reference network, in float32 (`fastnabla.reference_cache`)."""
+    if config.rollout.epochs == 1 or not METHODS[config.method].has_reference:
+        return 0
+    with_product = config.has_flow and config.objective.reverse > 0
+    return 4 * (1 + with_product) * trajectories * (config.drawn_steps + 1) * sample_shape.numel()
+
+
 def _open(value: bool | int | None, choices: tuple) -> tuple:
     return choices if value is None else (value,)
 
@@ -174,7 +188,8 @@ def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device) -> dict[
     shapes = costs.shapes
     sizes = costs.trained_sizes
     frozen_copy = 0 if config.lora.rank else sum(p.numel() for p in shapes.unet.parameters()) * shapes.dtype.itemsize
-    buffer = buffer_bytes(config, torch.Size(shapes.sample_shape), config.rollout.trajectories)
+    stored = config.rollout.trajectories * (1 + config.rollout.replay)
+    buffer = buffer_bytes(config, torch.Size(shapes.sample_shape), stored)
     averaged = sum(p.numel() for p in shapes.unet.parameters() if p.requires_grad) if config.optimizer.ema else 0
     on_device = METHODS[config.method].stores and (config.memory.buffer == "device" or device.type == "cpu")
     return {
@@ -183,6 +198,7 @@ def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device) -> dict[
         f"state of {config.optimizer.name}": expected_state_bytes(config.optimizer.name, sizes),
         "average of the weights": 4 * averaged,
         "trajectory buffer": buffer if on_device else 0,
+        "reference network's outputs": cache_bytes(config, torch.Size(shapes.sample_shape), stored),
         "CUDA context (assumed)": CUDA_CONTEXT if device.type == "cuda" or config.vram else 0,
     }
 

@@ -4,10 +4,12 @@ With a LoRA both share all weights: the reference is the network with its adapte
 the reference is a second, frozen network.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -17,6 +19,10 @@ from torch import Tensor, nn
 from fastnabla.compiling import Compile, compile_blocks, compiled
 from fastnabla.conditions import Conditions
 from fastnabla.lora import LORA_TARGETS, add_lora
+
+if TYPE_CHECKING:
+    from fastnabla.distributed import World
+    from fastnabla.sharding import ShardedNetwork
 
 Attention = Literal["sdpa", "xformers"]
 
@@ -67,6 +73,8 @@ class Policy(nn.Module):
         self.guidance_scale = None if guidance_scale == 1 else guidance_scale
         self.dtype = unet.dtype
         self.pretrained = None
+        self.shards: ShardedNetwork | None = None
+        self.pretrained_shards: ShardedNetwork | None = None
         if rank:
             add_lora(unet, rank, targets)
         else:
@@ -77,6 +85,22 @@ class Policy(nn.Module):
         self._call = _call
         self._reference = False
         self.twice_differentiable = True
+
+    def shard(self, world: World) -> None:
+        """Keep of all weights only this process's share, but for what a phase of the run computes with.
+
+        The finetuned network is whole outside `updating`, the reference within `whole_reference`. Where `dtype` is of half
+        precision the whole weights are too, and no longer cast by autocast.
+
+        Args:
+            world: the processes, which all have the same weights, and train all of them.
+        """
+        from fastnabla.sharding import ShardedNetwork
+
+        device = self.conditions.device
+        self.shards = ShardedNetwork(self.unet, world, device, self.dtype)
+        self.pretrained_shards = ShardedNetwork(self.pretrained, world, device, self.dtype)
+        self.shards.gather()
 
     def optimise(
         self,
@@ -94,13 +118,18 @@ class Policy(nn.Module):
             checkpoint: recompute the UNet's blocks in the backward pass instead of keeping their activations.
 
         Raises:
-            ValueError: xformers is asked for and cannot run.
+            ValueError: xformers is asked for and cannot run, or a whole graph of a network that is sharded.
         """
+        if compile == "whole" and self.shards is not None:
+            raise ValueError(
+                "compute.compile = 'whole': not of a network that is sharded over processes; use blocks, or none, or "
+                "--memory.shard False."
+            )
         networks = [self.unet] if self.pretrained is None else [self.unet, self.pretrained]
         for network in networks:
             if attention == "xformers":
                 _use_xformers(network)
-            if channels_last:
+            if channels_last and self.shards is None:  # FSDP2 gathers into contiguous weights
                 network.to(memory_format=torch.channels_last)
             if checkpoint:
                 network.enable_gradient_checkpointing()
@@ -115,13 +144,37 @@ class Policy(nn.Module):
         """Whether a LoRA is trained, rather than all parameters."""
         return self.pretrained is None
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process has its share of the weights alone."""
+        return self.shards is not None
+
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by their names in the UNet, float32."""
+        """The trained parameters by their names in the UNet, float32; `DTensor`s if they are sharded."""
+        if self.shards is not None:
+            return self.shards.shards
         return {n: p for n, p in self.unet.named_parameters() if not self.is_lora or "lora_" in n}
 
     def trainable(self) -> list[nn.Parameter]:
         """The trained parameters."""
         return list(self.trained().values())
+
+    def weights(self) -> list[nn.Parameter]:
+        """What gradients are taken to, in the order of `trainable`: the same, or if they are sharded, what is gathered of
+        them, in `dtype`."""
+        return self.trainable() if self.shards is None else self.shards.weights()
+
+    def accumulate(self, gradients: Sequence[Tensor] | None) -> bool:
+        """Add gradients of `weights` to the `.grad` of `trainable`.
+
+        If they are sharded, it adds the sum over the processes, which all call it equally often: with None when they have
+        no more, until it says that none had any.
+        """
+        if self.shards is not None:
+            return self.shards.accumulate(gradients)
+        if gradients is not None:
+            add_gradients(self.trainable(), gradients)
+        return gradients is not None
 
     def forward(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
         """Output pair `[2N, …]` (unconditional rows first; `[N, …]` without guidance) in `dtype`.
@@ -162,7 +215,7 @@ class Policy(nn.Module):
     @contextlib.contextmanager
     def constant_weights(self) -> Iterator[None]:
         """Within, outputs carry no gradient to the parameters, and keep nothing for one."""
-        parameters = self.trainable()
+        parameters = self.weights()
         for parameter in parameters:
             parameter.requires_grad_(False)
         try:
@@ -170,6 +223,35 @@ class Policy(nn.Module):
         finally:
             for parameter in parameters:
                 parameter.requires_grad_()
+
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """Within, the trained parameters may be changed, and nothing computed if they are sharded."""
+        if self.shards is None:
+            yield
+            return
+        self.shards.release()
+        yield
+        self.shards.gather()
+
+    @contextlib.contextmanager
+    def whole_reference(self) -> Iterator[None]:
+        """Within, the reference policy can be computed if it is sharded, too."""
+        if self.pretrained_shards is None:
+            yield
+            return
+        self.pretrained_shards.gather()
+        yield
+        self.pretrained_shards.release()
+
+
+def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """Add `gradients` to the parameters' `.grad`."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if parameters:
+        torch._foreach_add_([parameter.grad for parameter in parameters], list(gradients))
 
 
 def _call(network: nn.Module, x: Tensor, timestep: Tensor, conditions: dict[str, Any]) -> Tensor:

@@ -22,13 +22,13 @@ class PromptStatistics:
         self.rewards = torch.full((prompts, window), float("nan"), dtype=torch.float64)
         self.seen = torch.zeros(prompts, dtype=torch.int64)
 
-    def advantages(self, prompt: Tensor, reward: Tensor) -> Tensor:
+    def advantages(self, prompt: Tensor, reward: Tensor, again: bool = False) -> Tensor:
         """Take in the rewards `[n]` of samples of prompts `prompt [n]` (int64), and return them less their mean and over
         their standard deviation, `[n]` float64: those of the prompt's latest rewards, or while it has fewer than
-        `min_count`, those of `reward`.
+        `min_count`, those of `reward`. If they are seen `again`, they are not taken in a second time.
         """
         reward = reward.double()
-        for number, value in zip(prompt.tolist(), reward.tolist(), strict=True):
+        for number, value in zip(prompt.tolist(), reward.tolist(), strict=True) if not again else ():
             self.rewards[number, self.seen[number] % self.rewards.shape[1]] = value
             self.seen[number] += 1
         kept = self.rewards[prompt]

@@ -82,13 +82,22 @@ class RolloutConfig:
     steps from a random one on, the last but one followed by the first; neighbours share network passes and decodes, so
     that a transition costs less, and tells less."""
     updates: int = 2
-    """Optimizer updates per rollout, each on its own share of the trajectories; divides their number."""
+    """Optimizer updates per rollout and inner epoch, each on its own share of the trajectories; divides their number."""
     batch: int = 16
     """Trajectories sampled at once; memory only, the samples do not depend on it."""
+    epochs: int = 1
+    """Inner epochs: how often a rollout's trajectories are gone over, each time for `updates` updates, split among them
+    anew from the second on. The drawn steps stay, and with them what the reference network gives, which is computed
+    once: a transition of a later inner epoch costs 2 passes less, of 7."""
+    replay: int = 0
+    """Age, in rounds, of the trajectories that are learned from. 0: those of the round's own rollout (on-policy). 1, as the
+    reference implementation without saying so: those of the rollout of the round before. The buffer is as many rollouts
+    larger."""
 
     def __post_init__(self) -> None:
-        for name in ("trajectories", "updates", "batch"):
+        for name in ("trajectories", "updates", "batch", "epochs"):
             _require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "must be at least 1.")
+        _require(self.replay >= 0, "rollout.replay", self.replay, "must not be negative.")
         _require(0 < self.fraction <= 1, "rollout.fraction", self.fraction, "must be in (0, 1].")
         _require(
             self.trajectories % self.updates == 0,
@@ -96,6 +105,11 @@ class RolloutConfig:
             self.updates,
             f"must divide rollout.trajectories = {self.trajectories}.",
         )
+
+    @property
+    def updates_per_round(self) -> int:
+        """Updates from one rollout to the next."""
+        return self.updates * self.epochs
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -189,6 +203,11 @@ class MemoryConfig:
     output_block: int | None = None
     """Keep the sampling policy's outputs, which only the trust region needs, in 8 bits, with a scale for each block of
     64, 128 or 256 elements: off by at most 1/254 of the block's largest. None: in float32."""
+
+    shard: bool | None = None
+    """Of a run of several processes that trains all parameters (lora.rank 0): split weights, gradients and AdamW's moments
+    over them (FSDP2), so that each keeps its share, and the whole weights only in the dtype that is computed in. None:
+    where it can be. False: every process keeps everything, as for a LoRA."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "decode_chunk"):

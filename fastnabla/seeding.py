@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STREAMS = ("noise", "draws", "prompts", "weights", "evaluation")
+STREAMS = ("noise", "draws", "prompts", "weights", "evaluation", "order")
 
 
 def seed_of(seed: int, stream: str, *key: int) -> int:

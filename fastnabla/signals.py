@@ -8,6 +8,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Self
 
+from fastnabla.distributed import ALONE, World
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -35,12 +37,14 @@ class StopSignals:
         self._interrupts = 0
         self._before = {}
 
-    def check(self) -> None:
-        """Call it where the run can stop.
+    def check(self, world: World = ALONE) -> None:
+        """Call it where the run can stop; with `world`, where all its ranks do, and all stop if one was asked to.
 
         Raises:
             Stopped: it was asked to.
         """
+        if number := world.most(self.received or 0):
+            self.received = signal.Signals(number)
         if self.received is not None:
             raise Stopped(self.received)
 

@@ -13,7 +13,9 @@ U is one pass (forward, or backward to the input or to the parameters) of the UN
 | backward to the parameters                    | 1                 | 1               | 1               | 1    |
 | **U**                                         | **7**             | **6**           | **5**           | **3**|
 
-Plain ∇-DB knows its backward policy in closed form: without the first two rows it is 5, 4, 3 and 2 U. With the reverse
+Plain ∇-DB knows its backward policy in closed form: without the first two rows it is 5, 4, 3 and 2 U. So it is in later
+inner epochs of residual ∇-DB (`rollout.epochs`): neither row depends on the policy, and both are kept from the first
+(`fastnabla.reference_cache`). With the reverse
 residual's gradient to θ (second order, ρ > 0) an inner transition is also differentiated through the policy's
 vector-Jacobian product, which is as much arithmetic as 2 U, and with look-ahead has another product, since the reward's
 part is then taken apart: 10, 8 and 7 U.
@@ -128,13 +130,14 @@ class BalanceStep(Accumulation):
             torch.OutOfMemoryError: not even one transition at a time fits.
         """
         selection = transitions.select() if isinstance(transitions, Transitions) else transitions
-        total, num_steps = total or len(selection), len(self.table)
+        total, num_steps = total or self.world.total(len(selection)), len(self.table)
         terminal = self._terminal_scores(selection) if self.objective.guidance == "terminal" else None
-        return self._accumulate(
-            len(selection),
-            lambda rows, size: [part.of(rows) for part in cut(selection[rows], num_steps, size, self.share)],
-            lambda micro: self._micro_step(selection, micro, total, terminal),
-        )
+        with self.policy.whole_reference() if self.backward_policy.passes else contextlib.nullcontext():
+            return self._accumulate(
+                len(selection),
+                lambda rows, size: [part.of(rows) for part in cut(selection[rows], num_steps, size, self.share)],
+                lambda micro: self._micro_step(selection, micro, total, terminal),
+            )
 
     def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         means = {name: rows[name].mean() for name in STATISTICS if name.startswith("norm")}
@@ -175,7 +178,8 @@ class BalanceStep(Accumulation):
         else:
             settings = {"through_unet": objective.guidance == "lookahead", "here": with_reverse}
             ahead = LookAhead(policy, self._pixel_gradient, self.table, micro, batch, prompts, **settings)
-        output_ref, vjp_ref = self.backward_policy(x, batch, row, with_reverse)
+        cached = None if selection.reference is None else selection.reference[micro.rows]
+        output_ref, vjp_ref = self.backward_policy(x, batch, row, with_reverse, cached)
         output = policy(x, row.timestep, batch.prompt)
         if ahead is not None:
             reward = ahead.scores(x, output)

@@ -7,7 +7,6 @@ measured of the machine go to `timing.jsonl`.
 import glob
 import json
 import logging
-import math
 import os
 import re
 import time
@@ -19,8 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fastnabla.distributed import World
 from fastnabla.durable import write_file
 from fastnabla.printable import printable
+from fastnabla.records import Records, finite
+from fastnabla.wandb_run import wandb_run_id
 
 logger = logging.getLogger("fastnabla")
 
@@ -38,6 +40,21 @@ def print_error(error: Exception | str) -> None:
     console = Console(stderr=True)
     console.print("[bold red]error[/]: ", end="")
     print_plain(console, str(error))
+
+
+def log_as(world: World) -> None:
+    """Let rank 0 alone log what all ranks would, and each process, by its name, what happens to it alone (the logger
+    `fastnabla.process`)."""
+    if world.size == 1:
+        return
+
+    def named(record: logging.LogRecord) -> bool:
+        record.msg = f"{world.name}: {record.msg}"
+        return True
+
+    logging.getLogger("fastnabla.process").addFilter(named)
+    if not world.is_main:
+        logging.getLogger("fastnabla").addFilter(lambda record: False)
 
 
 def print_plain(console: Console, text: str, style: str | None = None) -> None:
@@ -97,14 +114,7 @@ def _checked(record: Any) -> dict[str, Any]:
         raise ValueError("not a record")
     if not all(value is None or isinstance(value, int | float) for name, value in record.items() if name != "phase"):
         raise ValueError("not numbers")
-    return _finite(record)
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """`record` as JSON can have it: None for numbers that are not finite."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }
+    return finite(record)
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -125,7 +135,7 @@ def tracker_keys(names: Iterable[str]) -> dict[str, str]:
     return keys
 
 
-class Tracker:
+class Tracker(Records):
     """Metrics to `metrics.jsonl` and to TensorBoard or Weights & Biases, one record an update.
 
     Args:
@@ -149,29 +159,16 @@ class Tracker:
 
             # Without these it uploads the working tree's uncommitted changes and the script.
             settings = {"disable_git": True, "disable_code": True}
-            self._wandb = wandb.init(dir=str(folder), config=config, name=printable(folder.name), settings=settings)
-
-    def has(self, phase: str, update: int) -> bool:
-        """Whether there is such a record."""
-        return any((record["phase"], record["update"]) == (phase, update) for record in reversed(self.records))
-
-    def last_in_a_row(self, name: str) -> int:
-        """How many of the last training records have the metric `name` not 0."""
-        values = [record.get(name, 0) for record in self.records if record["phase"] == "train"]
-        return next((i for i, value in enumerate(reversed(values)) if not value), len(values))
+            same = {"id": wandb_run_id(folder), "resume": "allow"}  # begins it if W&B does not know it
+            self._wandb = wandb.init(
+                dir=str(folder), config=config, name=printable(folder.name), settings=settings, **same
+            )
 
     def log(self, phase: str, update: int, metrics: dict[str, float], measured: dict[str, float] | None = None) -> None:
-        """Append a record, e.g. of phase "train", after `update` updates.
-
-        Args:
-            phase, update: what the record is of.
-            metrics: what the seed determines, by name. Those that are not finite are recorded as None.
-            measured: what it does not, e.g. a reading of `GpuMeter`; under "gpu/" in TensorBoard and W&B.
-        """
-        record = _finite({"phase": phase, "update": update, **metrics})
+        """As `Records`, and to the files; what was `measured` under "gpu/" in TensorBoard and W&B."""
+        super().log(phase, update, metrics)
         measured = measured or {}
-        self.records.append(record)
-        self._append("metrics.jsonl", record)
+        self._append("metrics.jsonl", self.records[-1])
         self.measure(phase, update, measured)
         values = {f"{phase}/{name}": value for name, value in metrics.items()}
         values |= {f"gpu/{name}": value for name, value in measured.items()}
@@ -186,7 +183,7 @@ class Tracker:
     def measure(self, phase: str, update: int, measured: dict[str, float]) -> None:
         """Append to `timing.jsonl` alone what was measured of a phase."""
         seconds = time.perf_counter() - self.started
-        self._append("timing.jsonl", _finite({"phase": phase, "update": update, "seconds": seconds, **measured}))
+        self._append("timing.jsonl", finite({"phase": phase, "update": update, "seconds": seconds, **measured}))
 
     def flush(self) -> None:
         """Flush `metrics.jsonl` to the disk: a checkpoint must not be there before the records up to it."""

@@ -39,8 +39,12 @@ def update_traffic(config: TrainConfig, costs: UnitCosts, cost: StepCost) -> dic
     if METHODS[config.method].stores:
         sampled = trajectories * config.sampler.steps / batch * costs.unet_traffic(batch).forward
         sampled += trajectories / chunk * decoder.forward
+        sampled /= rollout.epochs
         # Stored in the rollout; x, x' and the output of each transition are read and written when it is gathered.
-        stored = buffer_bytes(config, shape, trajectories) + 3 * 2 * 4 * sum(cost.rows.values()) * shape.numel()
+        stored = (
+            buffer_bytes(config, shape, trajectories) // rollout.epochs
+            + 3 * 2 * 4 * sum(cost.rows.values()) * shape.numel()
+        )
     return {
         "rollout": round(sampled),
         "network passes of the step": round(step),

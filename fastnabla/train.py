@@ -1,27 +1,33 @@
 """`python -m fastnabla.train [PRESET] [--field value …]`: finetune a diffusion model. Without arguments: the testbed."""
 
+import contextlib
 import dataclasses
 import errno
 import os
 import shlex
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import tyro
 from rich.console import Console
 
-from fastnabla.telemetry import create_run_folder, print_error, print_plain, quiet_libraries
+from fastnabla.telemetry import create_run_folder, log_as, print_error, print_plain, quiet_libraries
 
 quiet_libraries()
 
 from fastnabla.bounds import BoundPassed  # noqa: E402
 from fastnabla.checkpoint import CheckpointError  # noqa: E402
-from fastnabla.config import TrainConfig, load_run, to_json  # noqa: E402
+from fastnabla.config import TrainConfig, from_json, load_run, to_json  # noqa: E402
 from fastnabla.cost import cost_table, measured_rate, update_cost  # noqa: E402
+from fastnabla.devices import device_of  # noqa: E402
+from fastnabla.distributed import World  # noqa: E402
 from fastnabla.durable import write_file  # noqa: E402
-from fastnabla.planner import planned, unit_costs  # noqa: E402
+from fastnabla.launch import Place  # noqa: E402
+from fastnabla.planner import MemoryPlan, planned, unit_costs  # noqa: E402
 from fastnabla.presets import PRESETS  # noqa: E402
 from fastnabla.prompts import RunPrompts  # noqa: E402
 from fastnabla.resuming import AUTO, is_unbegun, run_to_resume, updates_of  # noqa: E402
@@ -29,14 +35,19 @@ from fastnabla.rewards.sum import RewardError  # noqa: E402
 from fastnabla.run_lock import RunFolderError, locked  # noqa: E402
 from fastnabla.sections import TESTBED  # noqa: E402
 from fastnabla.signals import Stopped, StopSignals  # noqa: E402
-from fastnabla.trainer import Trainer, device_of  # noqa: E402
+from fastnabla.trainer import Trainer  # noqa: E402
 
 DIVERGED = 4
 """Exit status of a run that ends because its numbers are not finite."""
 
+T = TypeVar("T")
+
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The configuration of a command line; the testbed's preset if none is named."""
+    """The configuration of a command line; the testbed's preset if none is named. A ``--`` before it is left out: torchrun
+    wants one, where it takes our --run for one of its own options, and some versions of Python pass it on."""
+    if arguments[:1] == ["--"]:
+        arguments = arguments[1:]
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = [TESTBED, *arguments]
     description = (
@@ -48,14 +59,47 @@ def parse(arguments: list[str]) -> TrainConfig:
     )
 
 
-def _built(config: TrainConfig, prompts: RunPrompts | None) -> Trainer:
+def _start(config: TrainConfig, local_size: int, console: Console) -> dict[str, Any]:
+    """What depends on folders, and on what memory is free, as JSON data: rank 0 finds it out for all.
+
+    Args:
+        config: of the command line.
+        local_size: processes on this machine.
+        console: where notes and the memory plan go.
+
+    Raises:
+        ValueError: the run cannot be begun, or gone on with.
+    """
+    run, resume = config.run, run_to_resume(config)
+    if resume is not None:
+        run, notes = resume
+        own = load_run(run)
+        config = dataclasses.replace(own, dry_run=config.dry_run, updates=updates_of(config, own))
+        with locked(run):  # refused now, rather than when all is loaded
+            pass
+        for note in notes:
+            print_plain(console, note, "yellow")
+    elif run is not None and run.exists() and not (config.resume == AUTO and is_unbegun(run)):
+        raise ValueError(f"run = {str(run)!r}: exists already, and is never overwritten; name another or remove it.")
+    config, plan = planned(config, device_of(config), local_size)
+    if plan is not None:
+        console.print(plan.table())
+    return {
+        "config": to_json(config),
+        "plan": None if plan is None else dataclasses.asdict(plan),
+        "run": None if run is None else str(run),
+        "prompts": None if resume is None else RunPrompts.load(run / "prompts.json").to_json(),
+    }
+
+
+def _built(config: TrainConfig, prompts: RunPrompts | None, world: World) -> Trainer:
     """The trainer.
 
     Raises:
         ValueError: something in the configuration is wrong, or asks for more memory than there is.
     """
     try:
-        return Trainer(config, prompts)
+        return Trainer(config, prompts, world)
     except (MemoryError, RuntimeError) as error:
         # On a CPU, torch's is a RuntimeError as any other.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
@@ -68,47 +112,95 @@ def _built(config: TrainConfig, prompts: RunPrompts | None) -> Trainer:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; the exit status."""
-    console = Console()
+    """Run the command line, in this process, with the others if it is one of several; the exit status."""
     try:
-        config = parse(arguments)
-        run, resume = config.run, run_to_resume(config)
-        if resume is not None:
-            run, notes = resume
-            own = load_run(run)
-            config = dataclasses.replace(own, dry_run=config.dry_run, updates=updates_of(config, own))
-            with locked(run):  # refused now, rather than when all is loaded
-                pass
-            for note in notes:
-                print_plain(console, note, "yellow")
-        elif run is not None and run.exists() and not (config.resume == AUTO and is_unbegun(run)):
-            raise ValueError(
-                f"run = {str(run)!r}: exists already, and is never overwritten; name another or remove it."
-            )
-        config, plan = planned(config, device_of(config))
-        if plan is not None:
-            console.print(plan.table())
-        trainer = _built(config, RunPrompts.load(run / "prompts.json") if resume else None)
-        if config.dry_run:
-            console.print_json(to_json(config))
-            costs = unit_costs(config)
-            rate = measured_rate(trainer.policy, costs, config.memory.micro_batch)
-            console.print(cost_table(update_cost(config, costs), plan, rate))
-            return 0
-        if resume and config.updates != own.updates:
-            with locked(run):
-                write_file(run / "config.json", to_json(dataclasses.replace(own, updates=config.updates)))
-        if run is None or not run.exists():
-            run = create_run_folder(run, Path(config.model.name).name)
+        place = Place.of()
+        config = parse(arguments) if place.rank == 0 else _silently(parse, arguments)
+        world = World.start(place, device_of(config, place))
     except ValueError as error:
         print_error(error)
         return 2
-    print_plain(console, f"writing to {run}; {trainer.step.kernels.name} between network passes, on {trainer.device}")
+    log_as(world)
+    try:
+        status = _run(config, world)
+    except Exception as error:
+        if world.size == 1:
+            raise
+        fail(world, error, f"{type(error).__name__}: {error}", error)
+        status = 1
+    return world.leave(status)
+
+
+def _silently(function: Callable[..., T], *arguments: Any) -> T:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        return function(*arguments)
+
+
+def _run(config: TrainConfig, world: World) -> int:
+    console = Console(quiet=not world.is_main)
+    try:
+        start = world.tell(lambda: _start(config, world.local_size, console))
+        config, prompts = from_json(start["config"]), start["prompts"]
+        trainer = _built(config, None if prompts is None else RunPrompts.from_json(prompts), world)
+        if config.dry_run:
+            if world.is_main:
+                _print_costs(trainer, start["plan"], console)
+            return 0
+        run = Path(world.tell(lambda: str(_folder(config, start["run"]))))
+    except ValueError as error:
+        fail(world, error)
+        return 2
+    many = f" and {world.size - 1} more" if world.size > 1 else ""
+    kernels = trainer.step.kernels.name
+    print_plain(console, f"writing to {run}; {kernels} between network passes, on {trainer.device}{many}")
     command = f"python -m fastnabla.train --resume {shlex.quote(str(run))}"
-    status = train_to_the_end(trainer, run, console, resume is not None, command)
+    status = train_to_the_end(trainer, run, console, prompts is not None, command)
     if status == 0:
         print_plain(console, f"samples, curves, LoRA and metrics are in {run}")
     return status
+
+
+def _folder(config: TrainConfig, run: str | None) -> Path:
+    if run is not None and Path(run).exists():
+        _extend(Path(run), config.updates)
+        return Path(run)
+    return create_run_folder(None if run is None else Path(run), Path(config.model.name).name)
+
+
+def _extend(run: Path, updates: int) -> None:
+    """Let the run in the folder `run`, if one was begun there, have so many updates."""
+    if is_unbegun(run):
+        return
+    own = load_run(run)
+    if own.updates != updates:
+        with locked(run):
+            write_file(run / "config.json", to_json(dataclasses.replace(own, updates=updates)))
+
+
+def _print_costs(trainer: Trainer, plan: dict[str, Any] | None, console: Console) -> None:
+    config = trainer.config
+    console.print_json(to_json(config))
+    costs = unit_costs(config)
+    rate = measured_rate(trainer.policy, costs, config.memory.micro_batch)
+    console.print(cost_table(update_cost(config, costs), plan and MemoryPlan(**plan), rate))
+
+
+def fail(world: World, error: BaseException, message: str | None = None, cause: BaseException | None = None) -> None:
+    """Print why this process ends, and end the other ranks.
+
+    Args:
+        world: the ranks.
+        error: why.
+        message: what to print; what `error` says if None.
+        cause: whose traceback is printed before.
+    """
+
+    def show() -> None:
+        if cause is not None:
+            traceback.print_exception(cause)
+        print_error(f"{world.name}: {message or error}" if world.size > 1 else message or str(error))
+
+    world.fail(error, show)
 
 
 def train_to_the_end(trainer: Trainer, run: Path, console: Console, resume: bool, command: str) -> int:
@@ -126,35 +218,36 @@ def train_to_the_end(trainer: Trainer, run: Path, console: Console, resume: bool
         print_plain(console, f"stopped by {stopped}, all is saved; {go_on}")
         return stopped.status
     except BoundPassed as passed:
-        print_error(
-            f"{passed}. All is saved: look at the pictures in {run}. To train on nonetheless, loosen that bound in its "
-            f"config.json, or make it null, and {go_on}"
-        )
+        if trainer.world.is_main:
+            print_error(
+                f"{passed}. All is saved: look at the pictures in {run}. To train on nonetheless, loosen that bound in its "
+                f"config.json, or make it null, and {go_on}"
+            )
         return BoundPassed.STATUS
     except RunFolderError as error:
-        print_error(error)
+        fail(trainer.world, error)
         return 2
     except RewardError as error:
-        if error.__cause__ is not None:
-            traceback.print_exception(error.__cause__)
-        print_error(f"{error} The newest checkpoint is intact: mend it, and {go_on}")
+        message = f"{error} The newest checkpoint is intact: mend it, and {go_on}"
+        fail(trainer.world, error, message, error.__cause__)
         return 1
     except FloatingPointError as error:
-        print_error(f"{error} The newest checkpoint is from before that.")
+        fail(trainer.world, error, f"{error} The newest checkpoint is from before that.")
         return DIVERGED
     except CheckpointError as error:
-        print_error(error)
+        fail(trainer.world, error)
         return 1
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print_error(f"{error.strerror} in {run}. The newest checkpoint is intact: make room, and {go_on}")
+            message = f"{error.strerror} in {run}. The newest checkpoint is intact: make room, and {go_on}"
         elif error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(run):
-            print_error(f"{os.fsdecode(error.filename)!r} cannot be used: {error.strerror}. Put it right, and {go_on}")
+            message = f"{os.fsdecode(error.filename)!r} cannot be used: {error.strerror}. Put it right, and {go_on}"
         else:
             raise
+        fail(trainer.world, error, message)
         return 1
-    except KeyboardInterrupt:
-        print_plain(console, f"interrupted; {go_on}")
+    except KeyboardInterrupt as error:
+        trainer.world.fail(error, lambda: print_plain(console, f"interrupted; {go_on}"))
         return 130
     return 0
 

@@ -1,10 +1,10 @@
-"""The training loop: rollout → updates → evaluation → checkpoint, straight down."""
+"""The training loop: rollout → updates → evaluation → checkpoint, straight down; on every rank."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,16 @@ from fastnabla.anomaly import Anomalies
 from fastnabla.bounds import BoundPassed, passed_bound, require_measurable
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.checkpoint import Checkpoints, Progress, TrainState
+from fastnabla.collecting import Rollouts, Sampler, shares
 from fastnabla.config import TrainConfig, to_json
-from fastnabla.draws import DRAWS
+from fastnabla.devices import device_of
+from fastnabla.distributed import ALONE, World
 from fastnabla.durable import move_files, write_file
 from fastnabla.ema import FOLDER, WeightAverage
 from fastnabla.gpu_meter import GpuMeter
-from fastnabla.guards import Guard, finite_samples
+from fastnabla.guards import Guard
+from fastnabla.inner_epochs import learning_order
+from fastnabla.inputs import prompts_of, reward_of
 from fastnabla.methods import METHODS
 from fastnabla.metrics.evaluation import Evaluator
 from fastnabla.metrics.probes import build_probe
@@ -31,31 +35,19 @@ from fastnabla.optim import Optimizer
 from fastnabla.pictures import save_curves, save_grid
 from fastnabla.pipeline import image_size, pipeline_of, save_policy, tokenizers
 from fastnabla.planner import planned
-from fastnabla.prompts import RunPrompts, assign_prompts, load_run_prompts, warn_truncated
+from fastnabla.pooled_buffer import PooledBuffer
+from fastnabla.prompts import RunPrompts, warn_truncated
+from fastnabla.records import Records
+from fastnabla.require import require
 from fastnabla.resuming import check_length, fingerprint
-from fastnabla.rewards import RewardSum, build_reward, check_reward
-from fastnabla.rewards.options import RewardOptions, parse_weights
-from fastnabla.rollout import sample
+from fastnabla.rewards import check_reward
 from fastnabla.run_lock import RunFolderError, locked
 from fastnabla.run_table import decimals, final_table, markdown
-from fastnabla.sections import RewardConfig
 from fastnabla.seeding import seed_of
 from fastnabla.signals import Stopped, StopSignals
 from fastnabla.spikes import count_spikes
 from fastnabla.telemetry import Tracker, progress_bar
 from fastnabla.trajectories import NewTrajectories, Source, StoredTrajectories
-
-
-def device_of(config: TrainConfig) -> torch.device:
-    """Where the run `config` computes.
-
-    Raises:
-        ValueError: it names a GPU, and there is none.
-    """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda': torch sees no GPU here; use --device cpu.")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(found if config.device == "auto" else config.device)
 
 
 class Trainer:
@@ -66,41 +58,50 @@ class Trainer:
     Args:
         config: the run's.
         prompts: an interrupted run's, from its folder; None to load those that `config` names.
+        world: the ranks that train together; each builds its own.
 
     Raises:
         ValueError: something in the configuration is wrong; the message names the field and a remedy.
     """
 
-    def __init__(self, config: TrainConfig, prompts: RunPrompts | None = None) -> None:
-        self.device = device_of(config)
+    def __init__(self, config: TrainConfig, prompts: RunPrompts | None = None, world: World = ALONE) -> None:
+        self.device, self.world = device_of(config, world.place), world
+        self.slots = torch.cat(shares(world, config.rollout.trajectories, config.rollout.updates))
+        """Numbers of this rank's trajectories of a rollout."""
+        for field, alone in (("replay", 0), ("epochs", 1)):
+            value = getattr(config.rollout, field)
+            remedy = f"several processes learn from their newest rollout, once: use {alone}, or one process."
+            require(world.size == 1 or value == alone, f"rollout.{field}", value, remedy)
         self.config = config = planned(config, self.device)[0]
         if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
-        self.prompts = prompts or load_run_prompts(
-            config.prompts.source,
-            config.prompts.template,
-            config.prompts.held_out,
-            config.prompts.evaluation,
-            config.evaluation.prompts,
-            config.seed,
-        )
-        self.reward = _build_reward(config.reward, config.model.random_init, self.device)
+        self.prompts = prompts or RunPrompts.from_json(world.tell(lambda: prompts_of(config).to_json()))
+        self.reward = reward_of(config.reward, config.model.random_init, self.device)
         self.probe = build_probe(config.evaluation.probe, self.device)
         require_measurable(config.evaluation, self.probe)
+        require(
+            not (config.dump_anomalies and config.is_sharded(world.size)),
+            "dump_anomalies",
+            config.dump_anomalies,
+            f"the weights are split over {world.size} processes, and an update's folder has them all; leave it False, or use "
+            "--memory.shard False.",
+        )
 
         pipeline = pipeline_of(config.model)
         check_reward(self.reward, self.prompts.texts, image_size(pipeline), self.device)
         warn_truncated(self.prompts.texts, *tokenizers(pipeline))
-        networks = build_networks(pipeline, self.prompts, config, self.device)
+        networks = build_networks(pipeline, self.prompts, config, self.device, world)
         self.policy, self.flow, self.decoder = networks.policy, networks.flow, networks.decoder
         self.table, self.sample_shape = networks.table, networks.sample_shape
         method = METHODS[config.method]
         self.step = method.build(config, networks, self.reward, self.prompts.texts)
+        self.step.world = world
+        self.sampler = Sampler(config, self.policy, self.table, self.sample_shape, world)
         self.buffer: TrajectoryBuffer | None = None
         self.source: Source = NewTrajectories(config.seed, config.rollout.trajectories, self.prompts.trained)
         if method.stores:
             self.buffer = TrajectoryBuffer(
-                config.rollout.trajectories,
+                len(self.slots) * (1 + config.rollout.replay),
                 len(self.table),
                 config.drawn_steps + 1,
                 self.sample_shape,
@@ -109,10 +110,14 @@ class Trainer:
                 output_block=config.memory.output_block,
                 timestep=self.table.timestep,
             )
-            self.source = StoredTrajectories(self._rollout, self.buffer)
+            if config.rollout.epochs > 1 and method.has_reference:
+                self.buffer.keep_reference(with_product=config.has_flow and config.objective.reverse > 0)
+            rollouts = Rollouts(self.sampler, self.decoder, self.reward, self.prompts, self.buffer, self.slots)
+            settings = (self.slots, config.rounds, config.rollout.replay)
+            self.source = StoredTrajectories(rollouts, self.buffer, *settings)
         self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow, config.updates)
         decay = config.optimizer.ema
-        self.ema = None if decay is None else WeightAverage(self.policy.trained(), decay)
+        self.ema = None if decay is None else WeightAverage(self.policy.trained(), decay, self.policy.updating)
         self.evaluator = Evaluator(
             self._evaluation_sample,
             self.decoder,
@@ -121,6 +126,7 @@ class Trainer:
             [self.prompts.texts[i] for i in self.prompts.evaluated],
             config.evaluation.samples,
             config.memory.decode_chunk,
+            world,
         )
 
     def train(
@@ -143,30 +149,36 @@ class Trainer:
             RunFolderError: another process writes into the folder; without `resume`, a run was begun there; with it, the
                 run has done more updates than it should have.
         """
-        with locked(run):
+        with locked(run) if self.world.is_main else contextlib.nullcontext():
             return self._train(run, console or Console(quiet=True), resume, stop or StopSignals())
 
     def _train(self, run: Path, console: Console, resume: bool, stop: StopSignals) -> list[dict[str, Any]]:
-        config, evaluator = self.config, self.evaluator
+        config, evaluator, world = self.config, self.evaluator, self.world
+        self.sampler.stop = stop
+        buffer = self.buffer
+        if buffer is not None and world.size > 1:
+            buffer = PooledBuffer(buffer, world, self.slots, config.rollout.trajectories)
         state = TrainState(
             policy=self.policy,
             flow=self.flow,
             optimizer=self.optimizer,
             reward=self.reward,
             step=self.step,
-            buffer=self.buffer,
+            buffer=buffer,
             ema=self.ema,
         )
-        checkpoints = Checkpoints(run, state, fingerprint(config, self.prompts), config.checkpoint_keep)
+        checkpoints = Checkpoints(run, state, fingerprint(config, self.prompts), config.checkpoint_keep, world)
         done = checkpoints.load() if resume else Progress()
         update, rollout = done.update, done.rollout
         check_length(update, config.updates)
-        if not resume:
+        self.source.rollouts[:] = done.rollouts
+        if not resume and world.is_main:
             if (run / "config.json").exists():
                 raise RunFolderError(f"run = {str(run)!r}: a run was begun there; resume it, or name another folder.")
             self.prompts.save(run / "prompts.json")
             write_file(run / "config.json", to_json(config))
-        tracker = Tracker(run, config.tracker, dataclasses.asdict(config), update)
+        tracker = Tracker(run, config.tracker, dataclasses.asdict(config), update) if world.is_main else Records()
+        tracker.records = world.tell(lambda: tracker.records)
         guard = Guard(self.prompts.texts, self.table.timestep, config.max_skipped, tracker.last_in_a_row("skipped"))
         anomalies = Anomalies(policy=self.policy, flow=self.flow, reward=self.reward, step=self.step)
         meter = GpuMeter(self.device)
@@ -174,10 +186,11 @@ class Trainer:
 
         def save() -> None:
             tracker.flush()
-            started = time.perf_counter()
-            size = checkpoints.save(Progress(update, rollout))
-            cost = {"checkpoint_seconds": time.perf_counter() - started, "checkpoint_bytes": size}
-            tracker.measure("checkpoint", update, cost)
+            checkpoints.save(Progress(update, rollout, self.source.rollouts))
+
+        def note_written(wait: bool = False) -> None:
+            for cost in checkpoints.written(wait):
+                tracker.measure("checkpoint", cost.pop("update"), cost)
 
         try:
             with progress_bar(console) as progress:
@@ -191,22 +204,22 @@ class Trainer:
                     progress.advance(phase, count)
                     stop.check()
 
-                self._advance = advance
-                begin("pretrained samples", 2 * len(evaluator.prompts) * len(self.table))
-                with self.policy.pretrained_weights():
-                    before = evaluator.images()
-                    evaluator.set_prior(evaluator.images(noise=1))
+                self.sampler.advance = advance
+                begin("pretrained samples", 2 * len(evaluator.share) * len(self.table))
+                with self.policy.whole_reference(), self.policy.pretrained_weights():
+                    before, prior = evaluator.images(), evaluator.images(noise=1)
+                if world.is_main:
+                    evaluator.set_prior(prior)
                 tracker.measure("start", update, {})
                 if not tracker.has("evaluate", 0):
-                    tracker.log("evaluate", 0, evaluator.measure(before), meter.read(0))
+                    tracker.log("evaluate", 0, world.tell(lambda: evaluator.measure(before)), meter.read(0))
 
                 meter.read(0)
-                parts = torch.arange(config.rollout.trajectories).chunk(config.rollout.updates)
                 while True:
                     if rollout is None and update > 0:
                         if self._due(update, config.evaluation.every) and not tracker.has("evaluate", update):
                             models = 1 if self.ema is None else 2
-                            begin("evaluation", models * len(evaluator.prompts) * len(self.table))
+                            begin("evaluation", models * len(evaluator.share) * len(self.table))
                             self._evaluate(run, tracker, update, before, meter)
                             progress.update(
                                 overall, status=f"evaluated reward {decimals(tracker.records[-1]['reward'])}"
@@ -216,18 +229,23 @@ class Trainer:
                         if due and update > checkpoints.saved:
                             save()
                         if passed or update == config.updates:
+                            note_written(wait=True)
                             break
-                    round_ = update // config.rollout.updates
+                    round_, place = divmod(update, config.rollout.updates_per_round)
                     if rollout is None:
-                        begin("rollout", config.rollout.trajectories * len(self.table))
+                        begin("rollout", len(self.slots) * len(self.table))
                         rollout = self.source.collect(round_)
-                    stop.check()
+                    stop.check(world)
                     begin("step", 1)
-                    selection = self.source.select(round_, parts[update % config.rollout.updates])
+                    numbers = learning_order(config.seed, round_, config.rollout)[place]
+                    numbers = numbers[torch.isin(numbers, self.slots)]
+                    selection = self.source.select(round_, numbers, again=place >= config.rollout.updates)
                     remembered = anomalies.before() if config.dump_anomalies else {}
                     report = self.step(selection)
+                    world.sum_([parameter.grad for parameter in self.step.replicated])
                     update += 1
-                    norms = self.optimizer.update(functools.partial(guard.accepts, update, report))
+                    with self.policy.updating():
+                        norms = self.optimizer.update(functools.partial(guard.accepts, update, report))
                     if self.ema is not None and not guard.skipped:
                         self.ema.update()
                     progress.advance(phase)
@@ -235,94 +253,67 @@ class Trainer:
                     watched = (tracker.records, config.spike_factor, report, self.prompts.texts, guard.timestep)
                     metrics["spikes"] = count_spikes(update, metrics, *watched)
                     tracker.log("train", update, metrics, meter.read(len(selection)))
-                    if config.dump_anomalies and guard.skipped:
+                    if config.dump_anomalies and guard.skipped and world.is_main:
                         anomalies.write(run, update, selection, remembered, config, self.prompts)
                     guard.check(update)
+                    note_written()
                     progress.update(overall, completed=update, status=f"reward {metrics['rollout_reward']:.3f}")
-                    if update % config.rollout.updates == 0:
+                    if place + 1 == config.rollout.updates_per_round:
+                        self.source.finish()
                         rollout = None
         except Stopped:
             if update > checkpoints.saved:
                 save()
+            note_written(wait=True)
             raise
         finally:
+            checkpoints.close()
             meter.close()
             tracker.close()
         table = final_table(tracker.records)
-        write_file(run / "table.md", markdown(table))
+        if world.is_main:
+            write_file(run / "table.md", markdown(table))
         console.print(table)
         if passed:
             raise BoundPassed(passed)
         return tracker.records
 
-    def _evaluate(self, run: Path, tracker: Tracker, update: int, before: Tensor, meter: GpuMeter) -> None:
+    def _evaluate(self, run: Path, tracker: Records, update: int, before: Tensor, meter: GpuMeter) -> None:
         """Measure the policy and write its pictures and weights; the record comes last, and says that all is done."""
         after = self.evaluator.images()
-        metrics = self.evaluator.measure(after)
         columns = {"pretrained": before, f"after {update} updates, same noise": after}
-        partial = run / ".weights.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        save_policy(self.policy, partial, self.policy.dtype)
+        metrics = self.world.tell(lambda: self.evaluator.measure(after))
         if self.ema is not None:
             with self.ema.applied():
                 columns["averaged weights, same noise"] = averaged = self.evaluator.images()
-                metrics |= {f"ema_{name}": value for name, value in self.evaluator.measure(averaged).items()}
-                (partial / FOLDER).mkdir()
-                save_policy(self.policy, partial / FOLDER, self.policy.dtype)
-        records = [*tracker.records, {"phase": "evaluate", "update": update, **metrics}]
-        self._write_pictures(run, records, update, columns)
-        move_files(partial, run)
+            found = self.world.tell(lambda: self.evaluator.measure(averaged))
+            metrics |= {f"ema_{name}": value for name, value in found.items()}
+        if self.world.is_main:
+            records = [*tracker.records, {"phase": "evaluate", "update": update, **metrics}]
+            self._write_pictures(run, records, update, columns)
+        self._write_weights(run)
         tracker.log("evaluate", update, metrics, meter.read(0))
+
+    def _write_weights(self, run: Path) -> None:
+        partial, main = run / ".weights.partial", self.world.is_main
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        save_policy(self.policy, partial, self.policy.dtype, main)
+        if self.ema is not None:
+            with self.ema.applied():
+                save_policy(self.policy, partial / FOLDER, self.policy.dtype, main)
+        if main:
+            move_files(partial, run)
 
     def _due(self, update: int, every: int) -> bool:
         """Whether something done every so many updates (0: only at the end) is to be done after this rollout's."""
-        before = update - self.config.rollout.updates
+        before = update - self.config.rollout.updates_per_round
         return update == self.config.updates or (every > 0 and update // every > before // every)
 
-    def _rollout(self, round_: int) -> dict[str, float]:
-        """Fill the buffer with trajectories of the current policy; statistics of their rewards."""
-        config = self.config
-        count = config.rollout.trajectories
-        first = round_ * count
-        self.buffer.clear()
-        prompt = assign_prompts(config.seed, first, count, self.prompts.trained)
-        draw = DRAWS[config.rollout.draw]
-        steps = draw(seed_of(config.seed, "draws"), first, count, len(self.table), config.drawn_steps)
-        seeds = [seed_of(config.seed, "noise", first + i) for i in range(count)]
-        latents = self._sample(prompt, seeds, self.buffer, self.buffer.reserve(steps, prompt))
-        texts = [self.prompts.texts[i] for i in prompt.tolist()]
-        parts = self.reward.parts(self.decoder.decode(latents), texts, config.memory.decode_chunk)
-        finite = finite_samples(latents, parts, texts).to(latents.device)
-        rewards = self.reward.total(parts)[finite]
-        sound = {name: values[finite] for name, values in parts.items()}
-        self.reward.observe(sound)
-        self.buffer.reward.copy_(torch.where(finite, self.reward.shape(parts), float("nan")))
-        metrics = {"rollout_reward": rewards.mean().item(), "rollout_reward_std": rewards.std().item()}
-        return metrics | {f"rollout_reward_{name}": values.mean().item() for name, values in sound.items()}
-
-    def _evaluation_sample(self, prompt: Tensor, noise: int) -> Tensor:
-        numbers = prompt + self.prompts.evaluated.start
-        return self._sample(numbers, [seed_of(self.config.seed, "evaluation", noise, i) for i in range(len(prompt))])
-
-    def _sample(
-        self, prompt: Tensor, seeds: list[int], buffer: TrajectoryBuffer | None = None, slots: Tensor | None = None
-    ) -> Tensor:
-        return sample(
-            self.policy,
-            self.table,
-            prompt,
-            seeds,
-            self.sample_shape,
-            batch=self.config.rollout.batch,
-            buffer=buffer,
-            slots=slots,
-            on_step=self._advance,
-            backend=self.config.backend,
-        )
-
-    def _advance(self, count: int) -> None:
-        """Report progress; `train` replaces it."""
+    def _evaluation_sample(self, rows: Tensor, noise: int) -> Tensor:
+        numbers = self.evaluator.prompt[rows] + self.prompts.evaluated.start
+        return self.sampler(numbers, [seed_of(self.config.seed, "evaluation", noise, i) for i in rows.tolist()])
 
     def _write_pictures(
         self, run: Path, records: list[dict[str, Any]], update: int, columns: dict[str, Tensor]
@@ -331,17 +322,6 @@ class Trainer:
         prompts = self.evaluator.prompts[:: self.config.evaluation.samples]
         save_grid(run / "samples" / f"update-{update:04d}.png", columns, prompts)
         save_curves(run / "curves.png", records)
-
-
-def _build_reward(config: RewardConfig, random_init: bool, device: torch.device) -> RewardSum:
-    options = RewardOptions(
-        weights=parse_weights(config.weights),
-        preprocess=config.preprocess,
-        checkpoint=config.checkpoint,
-        tf32=config.tf32,
-        random_init=random_init,
-    )
-    return build_reward(config.terms, device, options, config.normalise, config.clip, config.timeout)
 
 
 def _metrics(report: StepReport, rollout: dict[str, float], norms: dict[str, Tensor]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fastnabla.buffer import TrajectoryBuffer
@@ -35,31 +36,71 @@ class Trajectories:
 class Source(Protocol):
     """Where the trajectories of a round of updates come from."""
 
+    rollouts: list[dict[str, float]]
+    """Metrics of the rollouts that are stored to be learned from, oldest first: this round's, and those ahead of it."""
+
     def collect(self, round_: int) -> dict[str, float]:
-        """Do what a round begins with; its metrics."""
+        """Do what a round begins with; metrics of what it learns from."""
 
-    def select(self, round_: int, slots: Tensor) -> Any:
-        """What a training step is called with, for the trajectories numbered `slots [n]` of the round, from 0."""
+    def select(self, round_: int, numbers: Tensor, again: bool = False) -> Any:
+        """What a training step is called with.
+
+        Args:
+            round_: the round.
+            numbers: of its trajectories, `[n]` from 0; of those that are this rank's.
+            again: whether an earlier inner epoch has gone over them.
+        """
+
+    def finish(self) -> None:
+        """Do what a round ends with."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class StoredTrajectories:
-    """A rollout's."""
+    """Rollouts, of which a round learns from the one `replay` rounds before its own.
+
+    Rollouts are numbered by the round that learns from them. Those that the first rounds need, 0 to `replay`, are all
+    sampled before round 0; then each round samples one ahead, until the last round has its own.
+    """
 
     rollout: Callable[[int], dict[str, float]]
-    """Samples the trajectories of a round into the buffer; its metrics."""
+    """Samples rollout number n into the buffer; its metrics."""
     buffer: TrajectoryBuffer
+    """With room for `replay` + 1 rollouts."""
+    slots: Tensor
+    """Numbers of the trajectories of a rollout that are in the buffer, in its order: rising, on the host."""
+    rounds: int
+    """Of the run."""
+    replay: int = 0
+    rollouts: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def collect(self, round_: int) -> dict[str, float]:
-        """As `Source`."""
-        return self.rollout(round_)
+        """As `Source`. A rollout that is interrupted leaves nothing in the buffer."""
+        if not self.rollouts:
+            self.buffer.clear()
+        last = min(round_ + self.replay, self.rounds - 1)
+        for number in range(round_ + len(self.rollouts), last + 1):
+            before = len(self.buffer)
+            try:
+                self.rollouts.append(self.rollout(number))
+            except BaseException:
+                self.buffer.forget(len(self.buffer) - before, newest=True)
+                raise
+        return self.rollouts[0]
 
-    def select(self, round_: int, slots: Tensor) -> Any:
+    def select(self, round_: int, numbers: Tensor, again: bool = False) -> Any:
         """As `Source`: the drawn transitions, to be gathered when they are needed."""
-        return self.buffer.select(slots)
+        places = torch.searchsorted(self.slots, numbers)
+        selection = self.buffer.select(self.buffer.slots()[places])  # the round's are the oldest
+        return dataclasses.replace(selection, again=again)
+
+    def finish(self) -> None:
+        """As `Source`: the rollout has been used up."""
+        self.buffer.forget(len(self.slots))
+        del self.rollouts[0]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class NewTrajectories:
     """The same trajectories, by prompt and noise, that a rollout would sample, not sampled yet."""
 
@@ -68,17 +109,21 @@ class NewTrajectories:
     """In a round."""
     prompts: int
     """Prompts trained on."""
+    rollouts: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def collect(self, round_: int) -> dict[str, float]:
         """As `Source`: nothing."""
         return {}
 
-    def select(self, round_: int, slots: Tensor) -> Trajectories:
+    def select(self, round_: int, numbers: Tensor, again: bool = False) -> Trajectories:
         """As `Source`."""
         first = round_ * self.count
-        numbers = [first + slot for slot in slots.tolist()]
+        seeds = [first + number for number in numbers.tolist()]
         return Trajectories(
-            prompt=assign_prompts(self.seed, first, self.count, self.prompts)[slots],
-            noise=[seed_of(self.seed, "noise", number) for number in numbers],
-            draws=[seed_of(self.seed, "draws", number) for number in numbers],
+            prompt=assign_prompts(self.seed, first, self.count, self.prompts)[numbers],
+            noise=[seed_of(self.seed, "noise", number) for number in seeds],
+            draws=[seed_of(self.seed, "draws", number) for number in seeds],
         )
+
+    def finish(self) -> None:
+        """As `Source`: nothing."""

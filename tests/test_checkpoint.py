@@ -1,5 +1,6 @@
 """Checkpoints of a run: which are kept, which is taken, and what is said of the others."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from tests.test_durable import fill
 
 class Stub:
     """What a checkpoint sees of a policy."""
+
+    is_lora, is_sharded = True, False
+    updating = contextlib.nullcontext
 
     def __init__(self) -> None:
         self.weight = nn.Parameter(torch.zeros(70, 96))
@@ -63,6 +67,7 @@ def update(checkpoints: Checkpoints, number: int) -> None:
     state.step.micro_batch = 8 - number
     state.step.seen += number
     checkpoints.save(Progress(number))
+    checkpoints.written(wait=True)
 
 
 def kept(run: Path) -> list[int]:
@@ -109,6 +114,7 @@ def test_numbers_beyond_six_digits_come_last(tmp_path: Path) -> None:
     checkpoints = build(tmp_path)
     for number in (999_999, 1_000_000):
         checkpoints.save(Progress(number))
+        checkpoints.written(wait=True)
     assert build(tmp_path).load().update == 1_000_000
 
 

@@ -19,8 +19,8 @@ def update_passes(config: TrainConfig) -> float:
 
 def updates_within(config: TrainConfig, passes: float) -> int:
     """Updates, in whole rollouts, that take at most `passes` U; at least those of one rollout."""
-    rollout = update_passes(config) * config.rollout.updates
-    return max(1, int(passes / rollout + 1e-9)) * config.rollout.updates
+    updates = config.rollout.updates_per_round
+    return max(1, int(passes / (update_passes(config) * updates) + 1e-9)) * updates
 
 
 def measured_passes(config: TrainConfig, record: dict[str, Any]) -> float:

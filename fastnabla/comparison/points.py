@@ -53,7 +53,7 @@ def read_points(run: PlannedRun) -> list[Point]:
                     seed=config.seed,
                     update=update,
                     passes=passes,
-                    trajectories=update * update_trajectories(config),
+                    trajectories=update * update_trajectories(config) // config.rollout.epochs,
                     transitions=transitions,
                     seconds=seconds,
                     metrics={name: value for name, value in record.items() if name not in NOT_METRICS},

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastnabla.decoder import Decoder
+from fastnabla.distributed import ALONE, World
 from fastnabla.metrics.diversity import hue_entropy, mean_distance, pairwise_distance
 from fastnabla.metrics.measures import Measures, measure_images, probe_features
 from fastnabla.metrics.prior import frechet_distance
@@ -14,7 +15,7 @@ from fastnabla.metrics.vendi import mean_vendi_score
 from fastnabla.rewards import RewardSum
 
 LatentSampler = Callable[[Tensor, int], Tensor]
-"""Prompt numbers `[N]` and a number that selects the noise → finished latents `[N, C, H, W]`."""
+"""Which of an evaluator's samples `[n]`, and a number that selects the noise → finished latents `[n, C, H, W]`."""
 
 
 class Evaluator:
@@ -28,6 +29,7 @@ class Evaluator:
         prompts: texts.
         samples: images per prompt.
         chunk: most images scored at once; None for all.
+        world: whose ranks sample a share each.
     """
 
     def __init__(
@@ -39,16 +41,21 @@ class Evaluator:
         prompts: Sequence[str],
         samples: int,
         chunk: int | None = None,
+        world: World = ALONE,
     ) -> None:
-        self.chunk = chunk
+        self.chunk, self.world = chunk, world
         self.sample, self.decoder, self.reward, self.probe = sample, decoder, reward, probe
         self.prompt = torch.arange(len(prompts)).repeat_interleave(samples)
         self.prompts = [prompts[i] for i in self.prompt.tolist()]
+        self.share = world.share(len(self.prompt))
+        """Samples that are this rank's."""
         self.prior_features: Tensor | None = None
 
     def images(self, noise: int = 0) -> Tensor:
-        """Images `[prompts * samples, 3, H, W]` of the policy as it is, prompt by prompt."""
-        return self.decoder.decode(self.sample(self.prompt, noise))
+        """Images `[prompts * samples, 3, H, W]` of the policy as it is, prompt by prompt; on every rank all of them."""
+        rows = self.share if len(self.share) else torch.zeros(1, dtype=torch.int64)  # one too many, for its shape
+        images = self.decoder.decode(self.sample(rows, noise))
+        return self.world.assemble(images[: len(self.share)], self.share, len(self.prompt))
 
     @torch.no_grad()
     def set_prior(self, images: Tensor) -> None:

@@ -34,7 +34,7 @@ class Objective:
     flow network alone."""
     trust_region: float = 1000.0
     """κ, weight of the squared distance to the outputs of the policy that sampled. ≥ 0. It acts from the second
-    update of a rollout on: in the first the two policies are the same."""
+    update of a rollout on: in the first the two policies are the same, but with rollout.replay."""
 
     def __post_init__(self) -> None:
         for name in ("beta", "strength", "reverse", "trust_region"):

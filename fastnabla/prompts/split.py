@@ -41,13 +41,22 @@ class RunPrompts:
             ValueError: the file cannot be read, or is not what `save` writes.
         """
         try:
-            values = parse(path.read_text(encoding="utf-8"))
-            start, stop = values["evaluated"]
-            prompts = cls(texts=values["texts"], trained=values["trained"], evaluated=range(start, stop))
-            prompts.check()
-            return prompts
+            return cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{str(path)!r} cannot be read ({error}); it has the prompts of the run.") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunPrompts":
+        """What `to_json` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is none.
+        """
+        values = parse(text)
+        start, stop = values["evaluated"]
+        prompts = cls(texts=values["texts"], trained=values["trained"], evaluated=range(start, stop))
+        prompts.check()
+        return prompts
 
     def check(self) -> None:
         """Make sure that these are prompts, numbered.

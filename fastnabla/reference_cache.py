@@ -1,0 +1,87 @@
+"""What later inner epochs need not compute again: the reference network's part of a transition.
+
+Its guided output o_ref at x, and its vector-Jacobian product ``J_refᵀ λ b e_ref`` with ``e_ref = (x' − a x − b o_ref)/σ²``,
+depend on the transition, the sampler and λ alone: not on the policy, nor on φ. Both are stored in float32, o_ref after
+guidance, which is all that the residuals see of an output pair.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ReferenceCache:
+    """Slabs for the transitions of a `TrajectoryBuffer`, on the device that trains.
+
+    Args:
+        capacity, kept, sample_shape: the buffer's.
+        with_product: keep the products too.
+        device: where they are.
+    """
+
+    def __init__(
+        self, capacity: int, kept: int, sample_shape: tuple[int, ...], with_product: bool, device: torch.device
+    ) -> None:
+        shape = (capacity * kept, *sample_shape)
+        self.kept = kept
+        self.output = torch.zeros(shape, device=device)
+        self.product = torch.zeros(shape, device=device) if with_product else None
+        self.known = torch.zeros(capacity * kept, dtype=torch.bool)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slabs."""
+        return sum(slab.nbytes for slab in (self.output, self.product) if slab is not None)
+
+    def forget(self, slots: Tensor) -> None:
+        """Forget the transitions of the trajectories in `slots [n]`, on the host."""
+        self.known.view(-1, self.kept)[slots] = False
+
+    def of(self, index: Tensor) -> "CachedRows":
+        """The places of the transitions numbered `index [M]` int64, on the host."""
+        return CachedRows(cache=self, index=index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, on the host."""
+        tensors = {"output": self.output, "product": self.product, "known": self.known}
+        return {name: None if tensor is None else tensor.cpu().clone() for name, tensor in tensors.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become what `state_dict` gave."""
+        for name, tensor in (("output", self.output), ("product", self.product), ("known", self.known)):
+            if tensor is not None:
+                tensor.copy_(state[name])
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CachedRows:
+    """Places of M transitions in a cache."""
+
+    cache: ReferenceCache
+    index: Tensor
+    """`[M]` int64, on the host."""
+
+    def __getitem__(self, rows: Tensor) -> "CachedRows":
+        return CachedRows(cache=self.cache, index=self.index[rows])
+
+    def read(self) -> tuple[Tensor, Tensor | None] | None:
+        """Guided outputs and products `[M, C, H, W]`, both float32; None if not all are known. Nobody waits for the
+        device."""
+        if not bool(self.cache.known[self.index].all()):
+            return None
+        at = self._on_device()
+        return self.cache.output[at], None if self.cache.product is None else self.cache.product[at]
+
+    @torch.no_grad()
+    def write(self, output: Tensor, product: Tensor | None) -> None:
+        """Keep guided outputs and, where there are any, products `[M, C, H, W]`."""
+        at = self._on_device()
+        self.cache.output[at] = output.float()
+        if product is not None:
+            self.cache.product[at] = product.float()
+        self.cache.known[self.index] = True
+
+    def _on_device(self) -> Tensor:
+        return self.index.to(self.cache.output.device, non_blocking=True)

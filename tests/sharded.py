@@ -1,0 +1,89 @@
+"""A tiny UNet trained whole, its step and its data, the same on every process; and one update, sharded or not."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnabla.batch import Transitions
+from fastnabla.conditions import Conditions
+from fastnabla.decoder import Decoder
+from fastnabla.distributed import ALONE, World
+from fastnabla.flow import build_flow
+from fastnabla.objective.residual_db import Objective
+from fastnabla.optim import Optimizer
+from fastnabla.policy import Policy
+from fastnabla.random_init import random_pipeline
+from fastnabla.sections import FlowConfig, OptimizerConfig
+from fastnabla.step import BalanceStep
+from tests.checks import ddim_table, randn
+from tests.families import TINY
+
+STEPS = 5
+UPDATES = 3
+
+
+@dataclasses.dataclass
+class Run:
+    world: World
+    policy: Policy
+    step: BalanceStep
+    optimizer: Optimizer
+
+
+def build(world: World = ALONE, dtype: torch.dtype = torch.float32, **objective: Any) -> Run:
+    """Sharded over the ranks, or not. The policy is away from its reference, so that no term is rounding alone."""
+    pipeline = random_pipeline(TINY["sd15"], {"default": torch.float32})
+    policy = Policy(pipeline.unet.to(dtype), Conditions(randn(3, 5, 16).to(dtype)), 3.0, rank=0)
+    with torch.no_grad():
+        for number, parameter in enumerate(policy.trainable()):
+            parameter += 0.05 * randn(*parameter.shape, seed=number)
+    if world.size > 1:
+        policy.shard(world)
+    flow = build_flow("conv", 4, policy.conditions.width, seed=1)
+    step = BalanceStep(
+        policy,
+        flow,
+        Decoder(pipeline.vae.requires_grad_(False), 2),
+        lambda images, prompts: images.square().mean((1, 2, 3)) + images[:, 0].mean((1, 2)),
+        ["a", "b", "c"],
+        ddim_table(STEPS),
+        Objective(**{"beta": 10.0, "trust_region": 0.1} | objective),
+        micro_batch=2,
+    )
+    step.world = world
+    config = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=1e-2)
+    return Run(world, policy, step, Optimizer(policy, flow, config, FlowConfig(), UPDATES))
+
+
+def transitions(number: int) -> Transitions:
+    """Those of an update: seven inner ones and three last ones, for which micro-batches have no common size."""
+    rows = 10
+    step_index = torch.tensor([0, 1, 2, 3, 1, 2, 0, 4, 4, 4])
+    shape = (rows, 4, 8, 8)
+    return Transitions(
+        x=randn(*shape, seed=10 * number),
+        x_next=randn(*shape, seed=10 * number + 1),
+        model_output=randn(*shape, seed=10 * number + 2),
+        step_index=step_index,
+        prompt=torch.arange(rows) % 2,
+        trajectory=torch.arange(rows),
+        timestep=torch.zeros(rows, dtype=torch.int64),
+        reward=torch.zeros(rows),
+        epoch=torch.zeros(rows, dtype=torch.int64),
+    )
+
+
+def update(run: Run, number: int, rows: Tensor) -> dict[str, Tensor]:
+    """Norms of the gradients of all transitions of update `number`, of which this process computes those numbered
+    `rows`."""
+    run.step(transitions(number)[rows])
+    run.world.sum_([parameter.grad for parameter in run.step.replicated])
+    with run.policy.updating():
+        return run.optimizer.update()
+
+
+def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors of what may be sharded."""
+    return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for n, t in tensors.items()}
