@@ -3,16 +3,17 @@
 All randomness is a function of the seed and the update, so this is everything: what is trained of the policy, its average, flow
 network, optimizer and schedule, the rewards' running statistics, the method's own, the micro-batch that fits into memory, and the
 rollouts that are yet to be learned from. A folder appears whole or not at all (`fastnabla.durable`), so a run can be killed at
-any instant; what decays on the disk is found out, and the checkpoint before it taken.
+any instant; what decays on the disk is found out, and the checkpoint before it taken. It is written by a thread, from a
+copy: training waits for the copy alone.
 """
 
 import dataclasses
-import functools
 import io
 import logging
 import pickle
 import shutil
-from collections.abc import Callable
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.distributed import ALONE, World
 from fastnabla.durable import DamagedError, partial_folder, remove_folder, verify_folder, write_folder
 from fastnabla.ema import WeightAverage
+from fastnabla.host_copy import host_copy, nbytes
 from fastnabla.large_tensors import LargeTensors, write_tensors
 from fastnabla.optim import Optimizer
 from fastnabla.policy import Policy
@@ -112,47 +114,96 @@ class Checkpoints:
         self.world = world
         self.large = None if state.policy.is_lora else LargeTensors(state.policy, state.optimizer, state.ema)
         self.saved = 0
-        """The update that the newest one is of."""
+        """The update that the newest one is of, which may still be being written."""
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: tuple[Future[dict[str, float]], float, int] | None = None
+        """The newest, seconds that training waited for it, and the update that the one before is of."""
+        self._costs: list[dict[str, float]] = []
 
-    def save(self, progress: Progress) -> int:
-        """Write the state as it is now, then remove all but the newest `keep`; its bytes.
+    def save(self, progress: Progress) -> None:
+        """Copy the state as it is now to the host, and write it while training goes on; then remove all but the newest
+        `keep`. Waits for the one before. What is sharded is written before this returns, as all processes take part.
 
         Raises:
-            CheckpointError: it cannot be written. Those that were there still are.
+            CheckpointError: this one, or the one before, could not be written. Those that were there still are.
         """
+        started = time.perf_counter()
+        self._collect()
         state = self.state.state_dict() | dataclasses.asdict(progress)
         if progress.rollouts:
             state["buffer"] = self.state.buffer.state_dict()
         state, large = (state, {}) if self.large is None else self.large.take_out(state)
-        folder, fill = self.folder / f"update-{progress.update:06d}", None
-        if large:
-            fill = functools.partial(_write_large, large)
-        if self.world.is_main:
-            self._write(folder, state, progress, fill, _nbytes([state, large]))
-        elif self.state.policy.is_sharded:
-            fill(partial_folder(folder))
+        if self.state.policy.is_sharded:
+            self._write_shares(state, large, progress.update, started)
+        elif self.world.is_main:
+            state, large = host_copy([state, large])
+            stall = time.perf_counter() - started
+            writing = self._writer.submit(self._write, state, large, progress.update, started)
+            self._writing = writing, stall, self.saved
         self.saved = progress.update
-        self.world.barrier()  # else one of the others may end, and with it all, before it is written
-        return _nbytes([state, large])
 
-    def _write(
-        self, folder: Path, state: dict[str, Any], progress: Progress, fill: Callable[[Path], None] | None, size: int
-    ) -> None:
-        facts = {"update": progress.update, "version": fastnabla.__version__, "configuration": self.configuration}
+    def written(self, wait: bool = False) -> list[dict[str, float]]:
+        """What the checkpoints that have been written since the last call took: "update"; "checkpoint_stall_seconds", that
+        `save` took; "checkpoint_seconds" from its beginning until it was on the disk; "checkpoint_bytes". Of rank 0 alone.
+
+        Args:
+            wait: for the one that is being written.
+
+        Raises:
+            CheckpointError: it could not be. Those that were there still are.
+        """
+        if wait or (self._writing is not None and self._writing[0].done()):
+            self._collect()
+        costs, self._costs = self._costs, []
+        return costs
+
+    def close(self) -> None:
+        """Wait for what is being written, whatever comes of it."""
+        self._writer.shutdown()
+
+    def _collect(self) -> None:
+        if self._writing is not None:
+            (writing, stall, before), self._writing = self._writing, None
+            try:
+                self._costs.append(writing.result() | {"checkpoint_stall_seconds": stall})
+            except Exception:
+                self.saved = before
+                raise
+
+    def _write_shares(self, state: dict[str, Any], large: dict[str, Tensor], update: int, started: float) -> None:
+        if self.world.is_main:
+            costs = self._write(state, large, update, started)
+            self._costs.append(costs | {"checkpoint_stall_seconds": costs["checkpoint_seconds"]})
+        else:
+            write_tensors(partial_folder(self._folder(update)) / large_tensors.FOLDER, large)
+        self.world.barrier()  # else one of the others may end, and with it all, before it is written
+
+    def _write(self, state: dict[str, Any], large: dict[str, Tensor], update: int, started: float) -> dict[str, float]:
+        folder, size = self._folder(update), nbytes([state, large])
+        facts = {"update": update, "version": fastnabla.__version__, "configuration": self.configuration}
+
+        def fill(partial: Path) -> None:
+            write_tensors(partial / large_tensors.FOLDER, large)
+
         try:
-            write_folder(folder, {FILE: lambda file: torch.save(state, file)}, facts, fill)
+            write_folder(folder, {FILE: lambda file: torch.save(state, file)}, facts, fill if large else None)
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint {folder} cannot be written: {error.strerror or error}. It needs {size:,} bytes, and "
                 f"{_free(self.folder.parent)} are free there. The checkpoints before it are intact: make room, or lower "
                 "checkpoint_keep, and resume."
             ) from error
+        seconds = time.perf_counter() - started
         present = _all(self.folder)
         # What is numbered higher is damaged, or this run would have gone on from there.
         newest = present[: present.index(folder) + 1][-self.keep :]
         for path in present:
             if path not in newest:
                 remove_folder(path)
+        return {"update": update, "checkpoint_seconds": seconds, "checkpoint_bytes": size}
+
+    def _folder(self, update: int) -> Path:
+        return self.folder / f"update-{update:06d}"
 
     def load(self) -> Progress:
         """Restore the newest checkpoint that is as it was written; no progress if none was ever saved.
@@ -244,10 +295,6 @@ def load_reward_statistics(run: Path, reward: RewardSum) -> None:
     reward.load_state_dict(torch.load(newest[0] / FILE, map_location="cpu", weights_only=True)["reward"])
 
 
-def _write_large(tensors: dict[str, Tensor], folder: Path) -> None:
-    write_tensors(folder / large_tensors.FOLDER, tensors)
-
-
 def _all(checkpoints: Path) -> list[Path]:
     """Oldest first."""
     folders = [path for path in checkpoints.glob("update-*") if path.name.removeprefix("update-").isdigit()]
@@ -259,11 +306,3 @@ def _free(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free:,}"
     except OSError:
         return "an unknown number"
-
-
-def _nbytes(state: Any) -> int:
-    """Bytes of all tensors in nested dictionaries and lists."""
-    if isinstance(state, Tensor):
-        return state.numel() * state.element_size()
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return sum(map(_nbytes, values))

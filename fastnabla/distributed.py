@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from fastnabla.launch import Place
+from fastnabla.meeting import meet
 from fastnabla.watch import Watch
 
 T = TypeVar("T")
@@ -75,17 +76,19 @@ class World:
         os.environ |= {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)}
         try:
             store, _, _ = next(dist.rendezvous(f"env://?rank={place.rank}&world_size={place.size}", timeout=START))
+            attempt = meet(store, place.rank, place.size, START)
             backend = "gloo"
             if device.type == "cuda":
                 backend = "cpu:gloo,cuda:nccl"
                 torch.cuda.set_device(device)
-            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=LIMIT)
+            own = dist.PrefixStore(attempt, store)
+            dist.init_process_group(backend, store=own, rank=place.rank, world_size=place.size, timeout=LIMIT)
         except RuntimeError as error:
             raise ValueError(
                 f"not all {place.size} processes came to {place.address}:{place.port} within {START} ({error}). Start all "
                 "with torchrun, accelerate launch or srun; or set WORLD_SIZE=1 RANK=0 for one alone."
             ) from error
-        watch = Watch(store.clone(), place.rank, place.size, place.local_rank == 0)
+        watch = Watch(dist.PrefixStore(attempt, store.clone()), place.rank, place.size, place.local_rank == 0)
         watch.start()
         return cls(place, watch)
 

@@ -14,7 +14,7 @@ from fastnabla.config import load_run
 from fastnabla.ema import WeightsName, weights_folder
 from fastnabla.metrics.divergence import TrajectoryDivergence
 from fastnabla.metrics.evaluation import Evaluator
-from fastnabla.metrics.measures import Measures, concatenate, measure_images
+from fastnabla.metrics.measures import Measures, concatenate, has_direction, measure_images
 from fastnabla.metrics.prior import frechet_between, mean_frechet_distance
 from fastnabla.metrics.tilted import (
     WeightedSamples,
@@ -114,6 +114,9 @@ class RunEvaluation:
 
         Args:
             advance: called with the number of trajectories advanced, after each step.
+
+        Raises:
+            ValueError: the probe gives features that nothing can be measured by.
         """
         self._advance, config = advance, self.trainer.config
         settings = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(EvaluationOptions)}
@@ -152,7 +155,7 @@ class RunEvaluation:
         recorder = divergence
         images["finetuned"] = evaluator.images(POLICY_NOISE)
         for model, seen in images.items():
-            models[model] = evaluator.measures(seen)
+            models[model] = self._required(evaluator.measures(seen))
             summaries[model] = evaluator.summary(seen, models[model]) | _prior_distances(models[model], reference)
         return {
             "prompts": texts,
@@ -216,7 +219,16 @@ class RunEvaluation:
             seen = [texts[i] for i in prompt[rows].tolist()]
             chunk = trainer.config.memory.decode_chunk
             parts.append(measure_images(images, prompt[rows], seen, trainer.reward, trainer.probe, chunk))
-        return concatenate(parts)
+        return self._required(concatenate(parts))
+
+    def _required(self, measures: Measures) -> Measures:
+        """`measures`, whose features have directions, if there are any."""
+        if measures.features is not None and not bool(has_direction(measures.features).all()):
+            raise ValueError(
+                f"evaluation.probe = {self.trainer.config.evaluation.probe!r}: gives features that are not finite, or all 0; "
+                "name another with --probe."
+            )
+        return measures
 
     def _sample(self, numbers: list[int], samples: range, noise: int, recorder: Recorder | None = None) -> Tensor:
         """Finished latents `[P, n, C, H, W]` of the policy as it is. A prompt's place, a sample's number and `noise` decide

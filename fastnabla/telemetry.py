@@ -22,6 +22,7 @@ from fastnabla.distributed import World
 from fastnabla.durable import write_file
 from fastnabla.printable import printable
 from fastnabla.records import Records, finite
+from fastnabla.wandb_run import wandb_run_id
 
 logger = logging.getLogger("fastnabla")
 
@@ -158,7 +159,10 @@ class Tracker(Records):
 
             # Without these it uploads the working tree's uncommitted changes and the script.
             settings = {"disable_git": True, "disable_code": True}
-            self._wandb = wandb.init(dir=str(folder), config=config, name=printable(folder.name), settings=settings)
+            same = {"id": wandb_run_id(folder), "resume": "allow"}  # begins it if W&B does not know it
+            self._wandb = wandb.init(
+                dir=str(folder), config=config, name=printable(folder.name), settings=settings, **same
+            )
 
     def log(self, phase: str, update: int, metrics: dict[str, float], measured: dict[str, float] | None = None) -> None:
         """As `Records`, and to the files; what was `measured` under "gpu/" in TensorBoard and W&B."""

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import importlib.util
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +202,11 @@ class Trainer:
 
         def save() -> None:
             tracker.flush()
-            started = time.perf_counter()
-            size = checkpoints.save(Progress(update, rollout, self.source.rollouts))
-            cost = {"checkpoint_seconds": time.perf_counter() - started, "checkpoint_bytes": size}
-            tracker.measure("checkpoint", update, cost)
+            checkpoints.save(Progress(update, rollout, self.source.rollouts))
+
+        def note_written(wait: bool = False) -> None:
+            for cost in checkpoints.written(wait):
+                tracker.measure("checkpoint", cost.pop("update"), cost)
 
         try:
             with progress_bar(console) as progress:
@@ -245,6 +245,7 @@ class Trainer:
                         if due and update > checkpoints.saved:
                             save()
                         if passed or update == config.updates:
+                            note_written(wait=True)
                             break
                     round_, place = divmod(update, config.rollout.updates_per_round)
                     if rollout is None:
@@ -271,6 +272,7 @@ class Trainer:
                     if config.dump_anomalies and guard.skipped and world.is_main:
                         anomalies.write(run, update, selection, remembered, config, self.prompts)
                     guard.check(update)
+                    note_written()
                     progress.update(overall, completed=update, status=f"reward {metrics['rollout_reward']:.3f}")
                     if place + 1 == config.rollout.updates_per_round:
                         self.source.finish()
@@ -278,8 +280,10 @@ class Trainer:
         except Stopped:
             if update > checkpoints.saved:
                 save()
+            note_written(wait=True)
             raise
         finally:
+            checkpoints.close()
             meter.close()
             tracker.close()
         table = final_table(tracker.records)

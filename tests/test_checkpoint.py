@@ -67,6 +67,7 @@ def update(checkpoints: Checkpoints, number: int) -> None:
     state.step.micro_batch = 8 - number
     state.step.seen += number
     checkpoints.save(Progress(number))
+    checkpoints.written(wait=True)
 
 
 def kept(run: Path) -> list[int]:
@@ -113,6 +114,7 @@ def test_numbers_beyond_six_digits_come_last(tmp_path: Path) -> None:
     checkpoints = build(tmp_path)
     for number in (999_999, 1_000_000):
         checkpoints.save(Progress(number))
+        checkpoints.written(wait=True)
     assert build(tmp_path).load().update == 1_000_000
 
 

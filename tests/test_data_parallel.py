@@ -26,13 +26,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
 
 
-def row_by_row(**changes) -> TrainConfig:
+def row_by_row(trajectories: int = 10, updates: int = 2, **changes) -> TrainConfig:
     """Two updates of one rollout, each of five trajectories, which neither 2 nor 4 divide; all passes of one row."""
     config = tiny(
         memory=MemoryConfig(micro_batch=1, decode_chunk=1),
         flow=FlowConfig(kind="conv"),
     )
-    rollout = RolloutConfig(trajectories=10, fraction=0.5, updates=2, batch=1)
+    rollout = RolloutConfig(trajectories=trajectories, fraction=0.5, updates=updates, batch=1)
     evaluation = EvaluationConfig(every=0, samples=3, prompts=1, probe="testbed")
     return dataclasses.replace(config, updates=2, rollout=rollout, evaluation=evaluation, **changes)
 
@@ -102,8 +102,10 @@ def first_step(world: World, config: TrainConfig) -> dict:
 
 def test_all_methods_on_2_processes(tmp_path: Path) -> None:
     others = [name for name in METHODS if name != "residual-db"]
-    configs = {name: row_by_row(method=name) for name in others}
+    configs = {name: row_by_row(3, 1, method=name) for name in others}
     configs["terminal, normalised"] = row_by_row(
+        3,
+        1,
         objective=dataclasses.replace(row_by_row().objective, guidance="terminal"),
         reward=dataclasses.replace(row_by_row().reward, normalise=True),
     )

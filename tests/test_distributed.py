@@ -1,12 +1,16 @@
 """What the processes of a run tell each other, in two and three of them."""
 
+import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from fastnabla import distributed
 from fastnabla.distributed import ALONE, World
+from fastnabla.meeting import meet
 from tests.ranks import on_ranks
 
 
@@ -55,3 +59,27 @@ def test_collectives(size: int, tmp_path: Path) -> None:
         told = result["told"]
         assert (told["who"], told["text"]) == (0, "∇") and told["nan"] != told["nan"]
         assert result["bytes"] == [0, 7] and result["local"] == size
+
+
+def test_those_restarted_meet_each_other_and_not_those_before() -> None:
+    store, names = HashStore(), []
+    for _ in range(3):  # attempts
+
+        def come(rank: int) -> None:
+            names.append(meet(store, rank, 3, timedelta(seconds=20)))
+
+        threads = [threading.Thread(target=come, args=(rank,)) for rank in (0, 2, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(names) == 9
+    attempts = [set(names[i : i + 3]) for i in (0, 3, 6)]
+    assert [len(attempt) for attempt in attempts] == [1, 1, 1] and len(set.union(*attempts)) == 3
+
+
+def test_who_has_not_come_is_named() -> None:
+    store = HashStore()
+    store.set("came/1", "an earlier attempt's")
+    with pytest.raises(RuntimeError, match=r"missing are ranks \[1, 2\]"):
+        meet(store, 0, 3, timedelta(seconds=0.1))

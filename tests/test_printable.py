@@ -210,4 +210,4 @@ def test_secrets_of_the_environment_are_written_nowhere(
     printed = capfd.readouterr()
     assert secret not in printed.out + printed.err + repr(started)
     assert started[0]["settings"] == {"disable_git": True, "disable_code": True}
-    assert set(started[0]) == {"dir", "config", "name", "settings"}
+    assert set(started[0]) == {"dir", "config", "name", "settings", "id", "resume"}

@@ -46,7 +46,7 @@ def test_each_rollout_is_sampled_once_and_learned_from_in_its_round(replay: int)
         sampled.append((number, round_))
         return {"number": number}
 
-    source = StoredTrajectories(rollout, buffer, 2, 4, replay)
+    source = StoredTrajectories(rollout, buffer, torch.arange(2), 4, replay)
     for round_ in range(4):
         assert source.collect(round_) == {"number": round_} == source.collect(round_)
         selection = source.select(round_, torch.tensor([1]), again=True)
@@ -82,7 +82,7 @@ def test_a_round_learns_from_what_the_policy_of_the_round_before_sampled(tmp_pat
         assert errors[author] < 1e-5 and all(e > 1e-4 for i, e in enumerate(errors) if i != author), errors
         return step(selection)
 
-    for name in ("kernels", "micro_batch", "state_dict", "load_state_dict"):
+    for name in ("kernels", "micro_batch", "replicated", "state_dict", "load_state_dict"):
         setattr(watched, name, getattr(step, name))
     trainer.step = watched
     trainer.train(tmp_path)

@@ -1,6 +1,7 @@
 """What is seen of each sample by itself; everything else that is measured is a statistic of these."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from fastnabla.metrics.diversity import mean_hue
 from fastnabla.metrics.ground import is_dark
 from fastnabla.rewards import RewardSum
+
+logger = logging.getLogger("fastnabla")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,10 +75,29 @@ def measure_images(
 
 @torch.no_grad()
 def probe_features(images: Tensor, probe: Any | None, chunk: int | None = None) -> Tensor | None:
-    """The probe's features `[N, D]` of images `[N, 3, H, W]`, on the host; None if it has none."""
+    """The probe's features `[N, D]` of images `[N, 3, H, W]`, on the host; None if it has none. A warning names a probe
+    that gives what nothing can be measured by: features that are not finite, or all 0."""
     if not hasattr(probe, "features"):
         return None
-    return torch.cat([_column(probe.features(part)) for part in images.split(chunk or len(images))])
+    features = torch.cat([_column(probe.features(part)) for part in images.split(chunk or len(images))])
+    if bad := int((~has_direction(features)).sum()):
+        logger.warning(
+            "the probe %s gives features that are not finite, or all 0, for %d of %d images; metrics that need them are nan",
+            name_of(probe),
+            bad,
+            len(images),
+        )
+    return features
+
+
+def has_direction(features: Tensor) -> Tensor:
+    """Which of `features [N, D]` are finite and not all 0, `[N]` bool."""
+    return features.isfinite().all(1) & features.any(1)
+
+
+def name_of(probe: Any) -> str:
+    """Module and class of a probe."""
+    return f"{type(probe).__module__}.{type(probe).__qualname__}"
 
 
 def _column(values: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Distance from the prior: how far finetuned samples are from the pretrained model's."""
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -56,8 +57,10 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to `features [N, D]` and `reference [M, D]`.
 
     This is a distance to the pretrained model's own samples in some network's features, not the FID of a data set.
-    It is biased upwards for few samples: compare equal counts.
+    It is biased upwards for few samples: compare equal counts. It is nan if a feature is not finite.
     """
+    if not (features.isfinite().all() and reference.isfinite().all()):
+        return math.nan
     # Of these samples alone: else torchmetrics adds those of other ranks, and waits for ranks that have none.
     metric = FrechetInceptionDistance(feature=_Features(features.shape[1]), sync_on_compute=False)
     metric.update(reference.double().cpu(), real=True)

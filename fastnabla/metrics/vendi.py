@@ -1,5 +1,7 @@
 """Vendi score (Friedman, Dieng, *The Vendi Score*, TMLR 2023): the effective number of different samples."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,15 +9,13 @@ from torch import Tensor
 def vendi_score(features: Tensor) -> float:
     """exp of the von Neumann entropy of K/n, with K the cosines between `features [n, D]`: 1 to n.
 
-    It is 1 if all samples are alike, n if all are orthogonal. n samples cannot score more than n or D: compare equal n.
-
-    Raises:
-        ValueError: a sample's features are all 0, or not finite; they have no direction.
+    It is 1 if all samples are alike, n if all are orthogonal. n samples cannot score more than n or D: compare equal n. It
+    is nan if a sample's features have no direction: all are 0, or one is not finite.
     """
     features = features.double()
     norm = features.norm(dim=1, keepdim=True)
     if not (torch.isfinite(norm) & (norm > 0)).all():
-        raise ValueError("vendi: features of a sample are all 0 or not finite; use another evaluation.probe.")
+        return math.nan
     x = features / norm
     gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x  # both have the same eigenvalues, but for zeros
     share = torch.linalg.eigvalsh(gram / len(x)).clamp(min=0)
