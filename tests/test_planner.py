@@ -70,7 +70,7 @@ def test_full_finetuning() -> None:
 
 
 def test_sharded_full_finetuning() -> None:
-    """By the arithmetic of docs/scaling.md for P parameters in bfloat16: 4 P whole, of both networks, and a share of 4 P
+    """By the arithmetic of docs/full-finetuning.md for P parameters in bfloat16: 4 P whole, of both networks, and a share of 4 P
     of masters, 2 P of the frozen copy, 4 P of gradients and 8 P of moments."""
     costs = stable_diffusion(0)
     config = TrainConfig(vram=80, lora=LoraConfig(rank=0))
