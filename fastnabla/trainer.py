@@ -72,7 +72,7 @@ class Trainer:
             value = getattr(config.rollout, field)
             remedy = f"several processes learn from their newest rollout, once: use {alone}, or one process."
             require(world.size == 1 or value == alone, f"rollout.{field}", value, remedy)
-        self.config = config = planned(config, self.device)[0]
+        self.config = config = planned(config, self.device, world.local_size, world.size)[0]
         if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
         self.prompts = prompts or RunPrompts.from_json(world.tell(lambda: prompts_of(config).to_json()))
