@@ -119,7 +119,7 @@ class LoraConfig:
 
     rank: int = 8
     """Rank, and alpha: the adapter's scale is 1. 0 trains all of the UNet's parameters instead, with float32 master
-    weights beside a frozen copy of the pretrained ones."""
+    weights beside a frozen copy of the pretrained ones; several processes share them (memory.shard)."""
     targets: tuple[str, ...] = LORA_TARGETS
     """Names of the UNet's layers that get one; all-linear stands for every linear layer, feed-forward and embeddings
     included."""
@@ -157,7 +157,8 @@ class OptimizerConfig:
     each 256 elements, 2.03 bytes a parameter. "paged_adamw8bit": the same, and a GPU that runs full moves it to host
     memory rather than fail, at the host link's speed. "lion8bit": one moment, 1.02 bytes, and steps of equal size; it
     wants a learning rate 3 to 10 times smaller, the flow network's too, a weight decay larger by as much, and a beta2
-    of 0.99. All three keep tensors of fewer than 4096 elements, which many of a LoRA are, in float32."""
+    of 0.99. All three keep tensors of fewer than 4096 elements, which many of a LoRA are, in float32; none can
+    be sharded."""
     learning_rate: float = 1e-3
     """Step size for the LoRA."""
     beta1: float = 0.9
