@@ -23,6 +23,7 @@ from fastnabla.bounds import BoundPassed  # noqa: E402
 from fastnabla.checkpoint import CheckpointError  # noqa: E402
 from fastnabla.config import TrainConfig, from_json, load_run, to_json  # noqa: E402
 from fastnabla.cost import cost_table, measured_rate, update_cost  # noqa: E402
+from fastnabla.devices import device_of  # noqa: E402
 from fastnabla.distributed import World  # noqa: E402
 from fastnabla.durable import write_file  # noqa: E402
 from fastnabla.launch import Place  # noqa: E402
@@ -34,7 +35,7 @@ from fastnabla.rewards.sum import RewardError  # noqa: E402
 from fastnabla.run_lock import RunFolderError, locked  # noqa: E402
 from fastnabla.sections import TESTBED  # noqa: E402
 from fastnabla.signals import Stopped, StopSignals  # noqa: E402
-from fastnabla.trainer import Trainer, device_of  # noqa: E402
+from fastnabla.trainer import Trainer  # noqa: E402
 
 DIVERGED = 4
 """Exit status of a run that ends because its numbers are not finite."""

@@ -114,7 +114,7 @@ def test_measured_step(micro_batch: int, chunk: int, rank: int, monkeypatch: pyt
     trainer = Trainer(config)
     monkeypatch.setattr("fastnabla.unit_costs.TEXT_LENGTH", trainer.policy.conditions.text.shape[1])
     costs = unit_costs(config)
-    trainer._rollout(0)
+    trainer.source.collect(0)
     selection = trainer.buffer.select()
     inner = torch.where(selection.step_index < len(trainer.table) - 1)[0]
     selection = selection[inner[:micro_batch]]
