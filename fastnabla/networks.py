@@ -74,7 +74,7 @@ def build_networks(
         encoder.to("cpu")
     channels, memory = latent_shape(pipeline)[0], config.memory
     kind = config.flow.kind if config.has_flow else "none"
-    flow = build_flow(kind, channels, policy.conditions.width, seed_of(config.seed, "weights", 1))
+    flow = build_flow(kind, channels, policy.conditions.width, seed_of(config.seed, "weights", 1), config.flow.start)
     if flow is not None:
         flow.to(device)
 

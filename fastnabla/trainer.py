@@ -72,7 +72,7 @@ class Trainer:
             value = getattr(config.rollout, field)
             remedy = f"several processes learn from their newest rollout, once: use {alone}, or one process."
             require(world.size == 1 or value == alone, f"rollout.{field}", value, remedy)
-        self.config = config = planned(config, self.device)[0]
+        self.config = config = planned(config, self.device, world.local_size, world.size)[0]
         if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
         self.prompts = prompts or RunPrompts.from_json(world.tell(lambda: prompts_of(config).to_json()))
@@ -89,7 +89,7 @@ class Trainer:
 
         pipeline = pipeline_of(config.model)
         check_reward(self.reward, self.prompts.texts, image_size(pipeline), self.device)
-        used = used_prompts(self.prompts, config.seed, config.sampled_trajectories).tolist()
+        used = used_prompts(self.prompts, config.seed, config.sampled_trajectories, config.prompts.draw).tolist()
         warn_truncated([self.prompts.texts[i] for i in used], *tokenizers(pipeline))
         networks = build_networks(pipeline, self.prompts, config, self.device, world)
         self.policy, self.flow, self.decoder = networks.policy, networks.flow, networks.decoder
@@ -99,7 +99,8 @@ class Trainer:
         self.step.world = world
         self.sampler = Sampler(config, self.policy, self.table, self.sample_shape, world)
         self.buffer: TrajectoryBuffer | None = None
-        self.source: Source = NewTrajectories(config.seed, config.rollout.trajectories, self.prompts.trained)
+        count, draw = config.rollout.trajectories, config.prompts.draw
+        self.source: Source = NewTrajectories(config.seed, count, self.prompts.trained, draw)
         if method.stores:
             self.buffer = TrajectoryBuffer(
                 len(self.slots) * (1 + config.rollout.replay),
