@@ -22,6 +22,9 @@ from fastnabla.ema import WeightAverage
 from fastnabla.optim import Optimizer
 from fastnabla.policy import Policy
 
+# For good, since a checkpoint may be written by a thread, and filters are the process's.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
 FOLDER = "weights"
 """Of a checkpoint, with the files."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -117,9 +120,7 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 def _together(operation: Callable[[bool], Any], tensors: dict[str, Tensor]) -> None:
     """Run an operation of torch.distributed.checkpoint, on all processes or alone; raise what one of them raised."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            operation(not _are_sharded(tensors))
+        operation(not _are_sharded(tensors))
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, OSError):

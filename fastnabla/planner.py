@@ -81,7 +81,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def plan_memory(
-    config: TrainConfig, costs: UnitCosts, budget: int, device: torch.device, rewards: RewardBytes = NO_REWARDS
+    config: TrainConfig,
+    costs: UnitCosts,
+    budget: int,
+    device: torch.device,
+    rewards: RewardBytes = NO_REWARDS,
+    ranks: int = 1,
 ) -> MemoryPlan:
     """Settings of `config.memory` as they are, and for those that are None the fastest that fit.
 
@@ -95,12 +100,13 @@ def plan_memory(
         budget: bytes that may be used in all.
         device: where it will run.
         rewards: of the reward networks.
+        ranks: processes of the run, which may share its weights.
 
     Raises:
         DoesNotFit: not even one transition and one image at a time do.
     """
     memory = config.memory
-    fixed = _fixed(config, costs, device) | {"reward networks": rewards.weights}
+    fixed = _fixed(config, costs, device, ranks) | {"reward networks": rewards.weights}
     room = int(SHARE * budget) - sum(fixed.values())
     method = METHODS[config.method]
     alive, most = method.graphs(config), min(MOST, *map(math.ceil, method.cost(config).rows.values()))
@@ -134,13 +140,16 @@ def plan_memory(
     )
 
 
-def planned(config: TrainConfig, device: torch.device, processes: int = 1) -> tuple[TrainConfig, MemoryPlan | None]:
+def planned(
+    config: TrainConfig, device: torch.device, processes: int = 1, ranks: int = 1
+) -> tuple[TrainConfig, MemoryPlan | None]:
     """`config` with its memory settings filled in, and the plan; None if nothing was open and no `vram` given.
 
     Args:
         config: the run.
         device: where it will run.
         processes: that have to share the memory of a CPU's machine.
+        ranks: processes of the run, which may share its weights.
 
     Raises:
         DoesNotFit: see `plan_memory`.
@@ -156,7 +165,8 @@ def planned(config: TrainConfig, device: torch.device, processes: int = 1) -> tu
     shared = processes if device.type == "cpu" else 1
     budget = int(config.vram * 1e9) if config.vram is not None else free_bytes(device) // shared
     costs = unit_costs(config)
-    plan = plan_memory(config, costs, budget, device, reward_bytes(config.reward, costs.shapes.pixels))
+    rewards = reward_bytes(config.reward, costs.shapes.pixels)
+    plan = plan_memory(config, costs, budget, device, rewards, ranks)
     return dataclasses.replace(config, memory=plan.settings(memory)), plan
 
 
@@ -184,23 +194,31 @@ def _open(value: bool | int | None, choices: tuple) -> tuple:
     return choices if value is None else (value,)
 
 
-def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device) -> dict[str, int]:
-    shapes = costs.shapes
-    sizes = costs.trained_sizes
-    frozen_copy = 0 if config.lora.rank else sum(p.numel() for p in shapes.unet.parameters()) * shapes.dtype.itemsize
+def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device, ranks: int) -> dict[str, int]:
+    shapes, sharded = costs.shapes, config.is_sharded(ranks)
+    parts = ranks if sharded else 1
+    unet, flow = ([p.numel() for p in _trained(network)] for network in (shapes.unet, shapes.flow))
+    in_dtype = sum(p.numel() for p in shapes.unet.parameters()) * shapes.dtype.itemsize
+    frozen_copy = 0 if config.lora.rank else in_dtype
+    gathered = 2 * in_dtype if sharded else 0  # both networks, in a step
+    rest = _nbytes(shapes.vae) + _nbytes(shapes.flow)
+    state = expected_state_bytes(config.optimizer.name, unet) // parts
     stored = config.rollout.trajectories * (1 + config.rollout.replay)
     buffer = buffer_bytes(config, torch.Size(shapes.sample_shape), stored)
-    averaged = sum(p.numel() for p in shapes.unet.parameters() if p.requires_grad) if config.optimizer.ema else 0
     on_device = METHODS[config.method].stores and (config.memory.buffer == "device" or device.type == "cpu")
     return {
-        "networks": sum(_nbytes(network) for network in (shapes.unet, shapes.vae, shapes.flow)) + frozen_copy,
-        "gradients": 4 * sum(sizes),
-        f"state of {config.optimizer.name}": expected_state_bytes(config.optimizer.name, sizes),
-        "average of the weights": 4 * averaged,
+        "networks": (_nbytes(shapes.unet) + frozen_copy) // parts + gathered + rest,
+        "gradients": 4 * (sum(unet) // parts + sum(flow)),
+        f"state of {config.optimizer.name}": state + expected_state_bytes(config.optimizer.name, flow),
+        "average of the weights": 4 * sum(unet) // parts if config.optimizer.ema else 0,
         "trajectory buffer": buffer if on_device else 0,
         "reference network's outputs": cache_bytes(config, torch.Size(shapes.sample_shape), stored),
         "CUDA context (assumed)": CUDA_CONTEXT if device.type == "cuda" or config.vram else 0,
     }
+
+
+def _trained(network: nn.Module | None) -> list[nn.Parameter]:
+    return [] if network is None else [p for p in network.parameters() if p.requires_grad]
 
 
 def _step(

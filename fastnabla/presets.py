@@ -23,12 +23,12 @@ from fastnabla.sections import (
 )
 
 _TESTBED = TrainConfig(
-    updates=18,
+    updates=24,
     model=ModelConfig(name=TESTBED, dtype="float32"),
     sampler=SamplerConfig(steps=20, guidance_scale=3.0),
     reward=RewardConfig(terms=("area=8", "classifier=1")),
     prompts=PromptConfig(source="animals"),
-    objective=Objective(beta=200.0, weighting="sigma", trust_region=1.0),
+    objective=Objective(beta=300.0, guidance="terminal", weighting="sigma", trust_region=1.0),
     rollout=RolloutConfig(fraction=0.2, updates=1, batch=64),
     flow=FlowConfig(kind="conv"),
     optimizer=OptimizerConfig(learning_rate=1e-2, beta2=0.95, schedule="linear", warmup=3),

@@ -23,6 +23,7 @@ from fastnabla.bounds import BoundPassed  # noqa: E402
 from fastnabla.checkpoint import CheckpointError  # noqa: E402
 from fastnabla.config import TrainConfig, from_json, load_run, to_json  # noqa: E402
 from fastnabla.cost import cost_table, measured_rate, update_cost  # noqa: E402
+from fastnabla.devices import device_of  # noqa: E402
 from fastnabla.distributed import LostProcess, World  # noqa: E402
 from fastnabla.durable import write_file  # noqa: E402
 from fastnabla.launch import Place  # noqa: E402
@@ -34,7 +35,7 @@ from fastnabla.rewards.sum import RewardError  # noqa: E402
 from fastnabla.run_lock import RunFolderError, locked  # noqa: E402
 from fastnabla.sections import TESTBED  # noqa: E402
 from fastnabla.signals import Stopped, StopSignals  # noqa: E402
-from fastnabla.trainer import Trainer, device_of  # noqa: E402
+from fastnabla.trainer import Trainer  # noqa: E402
 
 DIVERGED = 4
 """Exit status of a run that ends because its numbers are not finite."""
@@ -58,12 +59,12 @@ def parse(arguments: list[str]) -> TrainConfig:
     )
 
 
-def _start(config: TrainConfig, local_size: int, console: Console) -> dict[str, Any]:
+def _start(config: TrainConfig, world: World, console: Console) -> dict[str, Any]:
     """What depends on folders, and on what memory is free, as JSON data: rank 0 finds it out for all.
 
     Args:
         config: of the command line.
-        local_size: processes on this machine.
+        world: the run's processes.
         console: where notes and the memory plan go.
 
     Raises:
@@ -80,7 +81,7 @@ def _start(config: TrainConfig, local_size: int, console: Console) -> dict[str, 
             print_plain(console, note, "yellow")
     elif run is not None and run.exists() and not (config.resume == AUTO and is_unbegun(run)):
         raise ValueError(f"run = {str(run)!r}: exists already, and is never overwritten; name another or remove it.")
-    config, plan = planned(config, device_of(config), local_size)
+    config, plan = planned(config, device_of(config), world.local_size, world.size)
     if plan is not None:
         console.print(plan.table())
     return {
@@ -139,7 +140,7 @@ def _silently(function: Callable[..., T], *arguments: Any) -> T:
 def _run(config: TrainConfig, world: World) -> int:
     console = Console(quiet=not world.is_main)
     try:
-        start = world.tell(lambda: _start(config, world.local_size, console))
+        start = world.tell(lambda: _start(config, world, console))
         config, prompts = from_json(start["config"]), start["prompts"]
         trainer = _built(config, None if prompts is None else RunPrompts.from_json(prompts), world)
         if config.dry_run:

@@ -17,15 +17,16 @@ from fastnabla.anomaly import Anomalies
 from fastnabla.bounds import BoundPassed, passed_bound, require_measurable
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.checkpoint import Checkpoints, Progress, TrainState
+from fastnabla.collecting import Rollouts, Sampler, shares
 from fastnabla.config import TrainConfig, to_json
+from fastnabla.devices import device_of
 from fastnabla.distributed import ALONE, World
-from fastnabla.draws import DRAWS
 from fastnabla.durable import move_files, write_file
 from fastnabla.ema import FOLDER, WeightAverage
 from fastnabla.gpu_meter import GpuMeter
-from fastnabla.guards import Guard, finite_samples
+from fastnabla.guards import Guard
 from fastnabla.inner_epochs import learning_order
-from fastnabla.launch import Place
+from fastnabla.inputs import prompts_of, reward_of
 from fastnabla.methods import METHODS
 from fastnabla.metrics.evaluation import Evaluator
 from fastnabla.metrics.probes import build_probe
@@ -35,36 +36,18 @@ from fastnabla.pictures import save_curves, save_grid
 from fastnabla.pipeline import image_size, pipeline_of, save_policy, tokenizers
 from fastnabla.planner import planned
 from fastnabla.pooled_buffer import PooledBuffer
-from fastnabla.prompts import RunPrompts, assign_prompts, load_run_prompts, warn_truncated
+from fastnabla.prompts import RunPrompts, used_prompts, warn_truncated
 from fastnabla.records import Records
 from fastnabla.require import require
 from fastnabla.resuming import check_length, fingerprint
-from fastnabla.rewards import RewardSum, build_reward, check_reward
-from fastnabla.rewards.options import RewardOptions, parse_weights
-from fastnabla.rollout import sample
+from fastnabla.rewards import check_reward
 from fastnabla.run_lock import RunFolderError, locked
 from fastnabla.run_table import decimals, final_table, markdown
-from fastnabla.sections import RewardConfig
 from fastnabla.seeding import seed_of
 from fastnabla.signals import Stopped, StopSignals
 from fastnabla.spikes import count_spikes
 from fastnabla.telemetry import Tracker, progress_bar
 from fastnabla.trajectories import NewTrajectories, Source, StoredTrajectories
-
-
-def device_of(config: TrainConfig, place: Place = ALONE.place) -> torch.device:
-    """Where the run `config` computes, in the process at `place`: its own of the GPUs that it sees.
-
-    Raises:
-        ValueError: it names a GPU, and there is none.
-    """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda': torch sees no GPU here; use --device cpu.")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = found if config.device == "auto" else config.device
-    if kind == "cuda" and torch.cuda.device_count() > 1 and place.size > 1:
-        return torch.device(kind, place.local_rank)
-    return torch.device(kind)
 
 
 class Trainer:
@@ -89,11 +72,11 @@ class Trainer:
             value = getattr(config.rollout, field)
             remedy = f"several processes learn from their newest rollout, once: use {alone}, or one process."
             require(world.size == 1 or value == alone, f"rollout.{field}", value, remedy)
-        self.config = config = planned(config, self.device)[0]
+        self.config = config = planned(config, self.device, world.local_size, world.size)[0]
         if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
-        self.prompts = prompts or RunPrompts.from_json(world.tell(lambda: _load_prompts(config).to_json()))
-        self.reward = _build_reward(config.reward, config.model.random_init, self.device)
+        self.prompts = prompts or RunPrompts.from_json(world.tell(lambda: prompts_of(config).to_json()))
+        self.reward = reward_of(config.reward, config.model.random_init, self.device)
         self.probe = build_probe(config.evaluation.probe, self.device)
         require_measurable(config.evaluation, self.probe)
         require(
@@ -106,15 +89,18 @@ class Trainer:
 
         pipeline = pipeline_of(config.model)
         check_reward(self.reward, self.prompts.texts, image_size(pipeline), self.device)
-        warn_truncated(self.prompts.texts, *tokenizers(pipeline))
+        used = used_prompts(self.prompts, config.seed, config.sampled_trajectories, config.prompts.draw).tolist()
+        warn_truncated([self.prompts.texts[i] for i in used], *tokenizers(pipeline))
         networks = build_networks(pipeline, self.prompts, config, self.device, world)
         self.policy, self.flow, self.decoder = networks.policy, networks.flow, networks.decoder
         self.table, self.sample_shape = networks.table, networks.sample_shape
         method = METHODS[config.method]
         self.step = method.build(config, networks, self.reward, self.prompts.texts)
         self.step.world = world
+        self.sampler = Sampler(config, self.policy, self.table, self.sample_shape, world)
         self.buffer: TrajectoryBuffer | None = None
-        self.source: Source = NewTrajectories(config.seed, config.rollout.trajectories, self.prompts.trained)
+        count, draw = config.rollout.trajectories, config.prompts.draw
+        self.source: Source = NewTrajectories(config.seed, count, self.prompts.trained, draw)
         if method.stores:
             self.buffer = TrajectoryBuffer(
                 len(self.slots) * (1 + config.rollout.replay),
@@ -128,8 +114,9 @@ class Trainer:
             )
             if config.rollout.epochs > 1 and method.has_reference:
                 self.buffer.keep_reference(with_product=config.has_flow and config.objective.reverse > 0)
+            rollouts = Rollouts(self.sampler, self.decoder, self.reward, self.prompts, self.buffer, self.slots)
             settings = (self.slots, config.rounds, config.rollout.replay)
-            self.source = StoredTrajectories(self._rollout, self.buffer, *settings)
+            self.source = StoredTrajectories(rollouts, self.buffer, *settings)
         self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow, config.updates)
         decay = config.optimizer.ema
         self.ema = None if decay is None else WeightAverage(self.policy.trained(), decay, self.policy.updating)
@@ -143,7 +130,6 @@ class Trainer:
             config.memory.decode_chunk,
             world,
         )
-        self._stop = StopSignals()
 
     def train(
         self, run: Path, console: Console | None = None, resume: bool = False, stop: StopSignals | None = None
@@ -170,7 +156,7 @@ class Trainer:
 
     def _train(self, run: Path, console: Console, resume: bool, stop: StopSignals) -> list[dict[str, Any]]:
         config, evaluator, world = self.config, self.evaluator, self.world
-        self._stop = stop
+        self.sampler.stop = stop
         buffer = self.buffer
         if buffer is not None and world.size > 1:
             buffer = PooledBuffer(buffer, world, self.slots, config.rollout.trajectories)
@@ -220,7 +206,7 @@ class Trainer:
                     progress.advance(phase, count)
                     stop.check()
 
-                self._advance = advance
+                self.sampler.advance = advance
                 begin("pretrained samples", 2 * len(evaluator.share) * len(self.table))
                 with self.policy.whole_reference(), self.policy.pretrained_weights():
                     before, prior = evaluator.images(), evaluator.images(noise=1)
@@ -257,6 +243,7 @@ class Trainer:
                     numbers = numbers[torch.isin(numbers, self.slots)]
                     selection = self.source.select(round_, numbers, again=place >= config.rollout.updates)
                     remembered = anomalies.before() if config.dump_anomalies else {}
+                    self.policy.conditions.ensure(selection.prompt)
                     report = self.step(selection)
                     world.sum_([parameter.grad for parameter in self.step.replicated])
                     update += 1
@@ -327,61 +314,9 @@ class Trainer:
         before = update - self.config.rollout.updates_per_round
         return update == self.config.updates or (every > 0 and update // every > before // every)
 
-    def _rollout(self, number: int) -> dict[str, float]:
-        """Sample rollout `number` with the current policy, into the buffer; statistics of all ranks' rewards."""
-        config, own = self.config, self.slots
-        count = config.rollout.trajectories
-        first = number * count
-        prompt = assign_prompts(config.seed, first, count, self.prompts.trained)
-        draw = DRAWS[config.rollout.draw]
-        steps = draw(seed_of(config.seed, "draws"), first, count, len(self.table), config.drawn_steps)
-        seeds = [seed_of(config.seed, "noise", first + i) for i in own.tolist()]
-        slots = self.buffer.reserve(steps[own], prompt[own], epoch=number)
-        latents = self._sample(prompt[own], seeds, self.buffer, slots)
-        texts = [self.prompts.texts[i] for i in prompt.tolist()]
-        images = self.decoder.decode(latents)
-        parts = self.reward.parts(images, [texts[i] for i in own.tolist()], config.memory.decode_chunk)
-
-        def of_all(values: Tensor) -> Tensor:
-            return self.world.assemble(values, own, count)
-
-        seen = {name: of_all(values) for name, values in parts.items()}
-        finite = finite_samples(of_all(latents.flatten(1).abs().amax(1, keepdim=True)), seen, texts)
-        sound = {name: values[finite.to(values.device)] for name, values in seen.items()}
-        rewards = self.reward.total(sound)
-        self.reward.observe(sound)
-        shaped = self.reward.shape(parts)
-        shaped = torch.where(finite[own].to(shaped.device), shaped, float("nan"))
-        self.buffer.reward[slots.to(self.device)] = shaped
-        metrics = {"rollout_reward": rewards.mean().item(), "rollout_reward_std": rewards.std().item()}
-        return metrics | {f"rollout_reward_{name}": values.mean().item() for name, values in sound.items()}
-
     def _evaluation_sample(self, rows: Tensor, noise: int) -> Tensor:
         numbers = self.evaluator.prompt[rows] + self.prompts.evaluated.start
-        return self._sample(numbers, [seed_of(self.config.seed, "evaluation", noise, i) for i in rows.tolist()])
-
-    def _sample(
-        self, prompt: Tensor, seeds: list[int], buffer: TrajectoryBuffer | None = None, slots: Tensor | None = None
-    ) -> Tensor:
-        latents = None
-        with contextlib.suppress(Stopped):  # here perhaps alone, so that all ranks are asked
-            latents = sample(
-                self.policy,
-                self.table,
-                prompt,
-                seeds,
-                self.sample_shape,
-                batch=self.config.rollout.batch,
-                buffer=buffer,
-                slots=slots,
-                on_step=self._advance,
-                backend=self.config.backend,
-            )
-        self._stop.check(self.world)
-        return latents
-
-    def _advance(self, count: int) -> None:
-        """Report progress; `train` replaces it."""
+        return self.sampler(numbers, [seed_of(self.config.seed, "evaluation", noise, i) for i in rows.tolist()])
 
     def _write_pictures(
         self, run: Path, records: list[dict[str, Any]], update: int, columns: dict[str, Tensor]
@@ -390,43 +325,6 @@ class Trainer:
         prompts = self.evaluator.prompts[:: self.config.evaluation.samples]
         save_grid(run / "samples" / f"update-{update:04d}.png", columns, prompts)
         save_curves(run / "curves.png", records)
-
-
-def shares(world: World, trajectories: int, updates: int) -> list[Tensor]:
-    """Numbers of this rank's trajectories among those of a rollout, by update: of each update's, consecutive ones.
-
-    Raises:
-        ValueError: an update has fewer trajectories than there are ranks.
-    """
-    parts = torch.arange(trajectories).chunk(updates)
-    if len(parts[-1]) < world.size:
-        raise ValueError(
-            f"rollout.trajectories = {trajectories}: gives an update {len(parts[-1])} trajectories, fewer than the "
-            f"{world.size} processes; use at least {updates * world.size}, or fewer processes."
-        )
-    return [part[world.share(len(part))] for part in parts]
-
-
-def _load_prompts(config: TrainConfig) -> RunPrompts:
-    return load_run_prompts(
-        config.prompts.source,
-        config.prompts.template,
-        config.prompts.held_out,
-        config.prompts.evaluation,
-        config.evaluation.prompts,
-        config.seed,
-    )
-
-
-def _build_reward(config: RewardConfig, random_init: bool, device: torch.device) -> RewardSum:
-    options = RewardOptions(
-        weights=parse_weights(config.weights),
-        preprocess=config.preprocess,
-        checkpoint=config.checkpoint,
-        tf32=config.tf32,
-        random_init=random_init,
-    )
-    return build_reward(config.terms, device, options, config.normalise, config.clip, config.timeout)
 
 
 def _metrics(report: StepReport, rollout: dict[str, float], norms: dict[str, Tensor]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from tests.test_durable import fill
 class Stub:
     """What a checkpoint sees of a policy."""
 
-    is_lora = True
+    is_lora, is_sharded = True, False
     updating = contextlib.nullcontext
 
     def __init__(self) -> None:

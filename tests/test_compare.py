@@ -272,8 +272,8 @@ def test_evaluations_are_made_once_and_share_reference_samples(done: Path, monke
     assert len(made) == 4
 
     found = [json.loads((done / name / "evaluation.json").read_text()) for name in made]
-    assert values(done)["evaluations"] == {"residual-db": found[:2], "draft": found[2:]}
-    gaps = [result["groups"]["trained"]["targets"]["tilted"]["finetuned"]["reward_gap"] for result in found[2:]]
+    assert values(done)["evaluations"] == {"residual-db": found[::2], "draft": found[1::2]}
+    gaps = [result["groups"]["trained"]["targets"]["tilted"]["finetuned"]["reward_gap"] for result in found[1::2]]
     text = f" → {sum(gaps) / 2:.3g} ("
     for name in ("comparison.md", "comparison.html"):
         written = (done / name).read_text(encoding="utf-8")
@@ -290,5 +290,5 @@ def test_dry_run_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert compare.main(["--dry-run"]) == 0
-    assert "57,830" in capsys.readouterr().out
+    assert "65,434" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

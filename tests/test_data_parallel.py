@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnabla.collecting import shares
 from fastnabla.config import TrainConfig
 from fastnabla.distributed import ALONE, World
 from fastnabla.methods import METHODS
 from fastnabla.sections import EvaluationConfig, FlowConfig, MemoryConfig, RolloutConfig
-from fastnabla.trainer import Trainer, shares
+from fastnabla.trainer import Trainer
 from tests.faults import tiny, without_pictures
 from tests.ranks import on_ranks
 

@@ -69,6 +69,20 @@ def test_full_finetuning() -> None:
         plan(12, rank=0)
 
 
+def test_sharded_full_finetuning() -> None:
+    """By the arithmetic of docs/full-finetuning.md for P parameters in bfloat16: 4 P whole, of both networks, and a share of 4 P
+    of masters, 2 P of the frozen copy, 4 P of gradients and 8 P of moments."""
+    costs = stable_diffusion(0)
+    config = TrainConfig(vram=80, lora=LoraConfig(rank=0))
+    alone, eight = (plan_memory(config, costs, int(80e9), CPU, ranks=ranks).fixed for ranks in (1, 8))
+    parameters = sum(p.numel() for p in costs.shapes.unet.parameters())
+    saved = sum(alone.values()) - sum(eight.values())
+    assert saved == pytest.approx((18 - (4 + 18 / 8)) * parameters, rel=1e-5)
+    replicated = dataclasses.replace(config, memory=MemoryConfig(shard=False))
+    assert plan_memory(replicated, costs, int(80e9), CPU, ranks=8).fixed == alone
+    assert plan_memory(TrainConfig(vram=80), stable_diffusion(), int(80e9), CPU, ranks=8).fixed == plan(80).fixed
+
+
 def test_fixed_settings_are_respected() -> None:
     chosen = plan(24, micro_batch=2, decode_chunk=1, checkpoint_unet=True, checkpoint_decoder=True)
     assert (chosen.micro_batch, chosen.decode_chunk) == (2, 1)
@@ -114,7 +128,7 @@ def test_measured_step(micro_batch: int, chunk: int, rank: int, monkeypatch: pyt
     trainer = Trainer(config)
     monkeypatch.setattr("fastnabla.unit_costs.TEXT_LENGTH", trainer.policy.conditions.text.shape[1])
     costs = unit_costs(config)
-    trainer._rollout(0)
+    trainer.source.collect(0)
     selection = trainer.buffer.select()
     inner = torch.where(selection.step_index < len(trainer.table) - 1)[0]
     selection = selection[inner[:micro_batch]]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastnabla.config import TrainConfig
 from fastnabla.distributed import ALONE, World
-from fastnabla.sections import EvaluationConfig
+from fastnabla.sections import EvaluationConfig, LoraConfig, MemoryConfig, OptimizerConfig
 from fastnabla.trainer import Trainer
 from tests.checks import relative_error
 from tests.ranks import on_ranks

@@ -21,9 +21,11 @@ from tests.checks import BACKENDS
 
 
 def small(**changes) -> TrainConfig:
-    """A run of four updates of seconds."""
+    """A run of four updates of seconds, with look-ahead guidance."""
+    preset = PRESETS["testbed"][1]
     config = dataclasses.replace(
-        PRESETS["testbed"][1],
+        preset,
+        objective=dataclasses.replace(preset.objective, guidance="lookahead"),
         updates=4,
         checkpoint_every=2,
         tracker="none",

@@ -1,6 +1,7 @@
 """What a comparison consists of: a run of each method and seed, with one budget."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ class Plan:
     settings: dict[str, dict[str, str]]
     """Method → in which fields it differs from the preset."""
     runs: tuple[PlannedRun, ...]
-    """Method by method."""
+    """Seed by seed, so that what is there when half is done can be compared."""
 
     @property
     def methods(self) -> list[str]:
@@ -159,11 +160,9 @@ def make_plan(
         first = configs[methods[0]]
         passes = update_passes(first) * first.updates
     runs = []
-    for method, config in configs.items():
+    for seed, (method, config) in itertools.product(range(seeds), configs.items()):
         count = updates if passes is None else updates_within(config, passes)
         evaluation = dataclasses.replace(config.evaluation, every=math.ceil(count / points))
-        changes = {"updates": count, "evaluation": evaluation, "resume": AUTO}
-        for seed in range(seeds):
-            run = folder / f"{method}-seed-{seed}"
-            runs.append(PlannedRun(config=dataclasses.replace(config, seed=seed, run=run, **changes)))
+        changes = {"seed": seed, "run": folder / f"{method}-seed-{seed}", "updates": count, "resume": AUTO}
+        runs.append(PlannedRun(config=dataclasses.replace(config, evaluation=evaluation, **changes)))
     return Plan(preset=preset, passes=passes, settings=own, runs=tuple(runs))
