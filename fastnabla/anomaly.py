@@ -127,8 +127,9 @@ class Anomalies:
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{str(folder)!r} does not fit its configuration ({error}).") from error
         self.step.micro_batch = facts["micro_batch"]
+        prompt = parts["trajectories" if "trajectories" in facts else "transitions"]["prompt"].cpu()
+        self.policy.conditions.ensure(prompt)
         if "trajectories" in facts:
-            prompt = parts["trajectories"]["prompt"].cpu()
             return facts, Trajectories(prompt=prompt, **facts["trajectories"])
         return facts, Transitions(**parts["transitions"])
 

@@ -253,7 +253,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"the checkpoint {folder}, of fastnabla {manifest['version']}, is of another configuration than this run "
                 f"with fastnabla {fastnabla.__version__}: put config.json and prompts.json (and the version) back as they "
-                "were, or start a new run. The number of updates may change with optimizer.schedule = 'constant' alone."
+                "were, or start a new run. The number of updates may change with optimizer.schedule = 'constant' and "
+                "rollout.replay = 0 alone."
             )
 
 

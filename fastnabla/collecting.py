@@ -93,7 +93,7 @@ class Rollouts:
         config, own, world = self.sampler.config, self.own, self.sampler.world
         count = config.rollout.trajectories
         first = number * count
-        prompt = assign_prompts(config.seed, first, count, self.prompts.trained)
+        prompt = assign_prompts(config.seed, first, count, self.prompts.trained, config.prompts.draw)
         draw, num_steps = DRAWS[config.rollout.draw], len(self.sampler.table)
         steps = draw(seed_of(config.seed, "draws"), first, count, num_steps, config.drawn_steps)
         seeds = [seed_of(config.seed, "noise", first + i) for i in own.tolist()]

@@ -13,17 +13,13 @@ class Conditions(nn.Module):
         text: embeddings `[1 + P, L, D]`; row 0 is the unconditional one of classifier-free guidance.
         pooled: Stable Diffusion XL's pooled embeddings `[1 + P, E]`, or None.
         time_ids: its `[6]` numbers of original size, crop and target size, or None.
-        row: `[P]` int64, where a prompt's row is, if not all prompts of the run have one; None for number + 1.
     """
 
-    def __init__(
-        self, text: Tensor, pooled: Tensor | None = None, time_ids: Tensor | None = None, row: Tensor | None = None
-    ) -> None:
+    def __init__(self, text: Tensor, pooled: Tensor | None = None, time_ids: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("text", text, persistent=False)
         self.register_buffer("pooled", pooled, persistent=False)
         self.register_buffer("time_ids", time_ids, persistent=False)
-        self.register_buffer("row", row, persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -34,6 +30,9 @@ class Conditions(nn.Module):
     def width(self) -> int:
         """D."""
         return self.text.shape[-1]
+
+    def ensure(self, prompt: Tensor) -> None:
+        """Call it before prompt numbers `prompt [N]`, on the host, are asked for: here all are there always."""
 
     def forward(self, prompt: Tensor, guided: bool) -> dict[str, Any]:
         """Arguments of a diffusers `UNet2DConditionModel` for prompt numbers `prompt [N]`, from 0; `guided` by as many
@@ -52,4 +51,4 @@ class Conditions(nn.Module):
         return self.text[self._rows(prompt)]
 
     def _rows(self, prompt: Tensor) -> Tensor:
-        return prompt + 1 if self.row is None else self.row[prompt]
+        return prompt + 1

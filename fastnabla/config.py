@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from fastnabla.compat.recipe import reference_recipe
 from fastnabla.methods import METHODS
 from fastnabla.objective.backend import Backend
 from fastnabla.objective.direct import Direct
@@ -54,6 +55,10 @@ class TrainConfig:
     run's own are refused if results depend on them, and named and ignored otherwise."""
     seed: int = 0
     """Seed of all randomness."""
+    reference_compat: bool = False
+    """The authors' implementation to the letter, to reproduce its runs and measure what differs: sets rollout.replay = 1,
+    optimizer.applications = 2, prompts.draw = independent, flow.start = random, reward.preprocess = reference and reward.tf32,
+    and refuses what it does not have. Of residual-db and db. docs/stable-diffusion.md explains each."""
     updates: int = 200
     """Optimizer updates in all; a multiple of rollout.updates · rollout.epochs. With optimizer.schedule = constant a run can
     be extended: give more with --resume auto, or in its config.json."""
@@ -98,6 +103,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.method in METHODS, "method", self.method, f"must be one of {', '.join(METHODS)}.")
+        if self.reference_compat:
+            for name, section in reference_recipe(self).items():
+                setattr(self, name, section)
         METHODS[self.method].check(self)
         _require(
             not (self.memory.shard and self.lora.rank),

@@ -78,6 +78,7 @@ def measured_rate(policy: Policy, costs: UnitCosts, rows: int) -> float:
     rows = rows if device.type == "cuda" else 1
     x = torch.randn(rows, *shapes.sample_shape, device=device)
     zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+    policy.conditions.ensure(torch.zeros(1, dtype=torch.int64))
     seconds: list[float] = []
     while len(seconds) < 4 and sum(seconds) < PROBE_SECONDS:
         started = time.perf_counter()

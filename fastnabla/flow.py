@@ -1,4 +1,4 @@
-"""g_φ: the learned part of the flow score ``∇log F̃(x) = βγ∇r(x) + g_φ(x)``. It starts at zero."""
+"""g_φ: the learned part of the flow score ``∇log F̃(x) = βγ∇r(x) + g_φ(x)``. It starts at zero, unless told otherwise."""
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -63,10 +63,23 @@ class ConvFlow(nn.Module):
         return self.last(nn.functional.silu(h))
 
 
-def build_flow(kind: str, channels: int, text_width: int, seed: int) -> nn.Module | None:
-    """The flow network called `kind`: "unet", "conv" or "none"; initialised by `seed` alone."""
+def build_flow(kind: str, channels: int, text_width: int, seed: int, start: str = "zero") -> nn.Module | None:
+    """The flow network called `kind`: "unet", "conv" or "none"; initialised by `seed` alone.
+
+    Args:
+        kind: its name.
+        channels: C of the states.
+        text_width: D of the text embeddings.
+        seed: of its weights.
+        start: "zero", for the last layer's weights; or "random", for PyTorch's, and a bias of zero.
+    """
     if kind == "none":
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNetFlow(channels, text_width) if kind == "unet" else ConvFlow(channels, text_width)
+        flow = UNetFlow(channels, text_width) if kind == "unet" else ConvFlow(channels, text_width)
+        if start == "random":
+            last = flow.unet.conv_out if kind == "unet" else flow.last
+            last.reset_parameters()
+            nn.init.zeros_(last.bias)
+    return flow

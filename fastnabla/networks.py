@@ -19,7 +19,7 @@ from fastnabla.pipeline import (
     use_scheduler,
 )
 from fastnabla.policy import Policy
-from fastnabla.prompts import RunPrompts, used_prompts
+from fastnabla.prompts import RunPrompts
 from fastnabla.sections import ComputeConfig
 from fastnabla.seeding import seed_of
 from fastnabla.transition import TransitionTable
@@ -48,7 +48,7 @@ def build_networks(
 
     Args:
         pipeline: frozen.
-        prompts: of which those that the run will see are encoded.
+        prompts: the run's.
         config: with its memory settings planned.
         device: where to compute.
         world: the ranks that train together, and share the weights if all are trained.
@@ -59,12 +59,11 @@ def build_networks(
     use_scheduler(pipeline, config.sampler.scheduler)
     table = TransitionTable.from_scheduler(pipeline.scheduler, config.sampler.steps, config.sampler.eta)
     pipeline.to(device)
-    used = used_prompts(prompts, config.seed, config.sampled_trajectories)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.seed, "weights", 0))
         policy = Policy(
             pipeline.unet,
-            encode_prompts(pipeline, prompts.texts, used),
+            encode_prompts(pipeline, prompts.texts),
             config.sampler.guidance_scale,
             config.lora.rank,
             config.lora.targets,
@@ -75,7 +74,7 @@ def build_networks(
         encoder.to("cpu")
     channels, memory = latent_shape(pipeline)[0], config.memory
     kind = config.flow.kind if config.has_flow else "none"
-    flow = build_flow(kind, channels, policy.conditions.width, seed_of(config.seed, "weights", 1))
+    flow = build_flow(kind, channels, policy.conditions.width, seed_of(config.seed, "weights", 1), config.flow.start)
     if flow is not None:
         flow.to(device)
 

@@ -65,7 +65,7 @@ class Optimizer:
     def __init__(
         self, policy: Policy, flow: nn.Module | None, config: OptimizerConfig, flow_config: FlowConfig, updates: int
     ) -> None:
-        self.max_grad_norm = config.max_grad_norm
+        self.max_grad_norm, self.applications = config.max_grad_norm, config.applications
         self.groups = {"lora": policy.trainable()}
         settings = [{"lr": config.learning_rate, "weight_decay": config.weight_decay}]
         if flow is not None:
@@ -90,7 +90,8 @@ class Optimizer:
         """
         norms = {f"grad_norm_{name}": self._clip(group) for name, group in self.groups.items()}
         if accepts(norms):
-            self._apply()
+            for _ in range(self.applications):
+                self._apply()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the first update was not made
             self.schedule.step()

@@ -23,6 +23,7 @@ from fastnabla.conditions import Conditions
 from fastnabla.lora import ADAPTER
 from fastnabla.model_files import Pipeline, configurations, family_of, loading, source_of, vae_dtype
 from fastnabla.policy import Policy
+from fastnabla.prompt_cache import CAPACITY, PromptCache
 from fastnabla.random_init import random_pipeline
 from fastnabla.sections import ModelConfig
 
@@ -111,34 +112,45 @@ def use_scheduler(pipeline: Pipeline, kind: str) -> None:
 
 
 @torch.no_grad()
-def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], used: Tensor | None = None) -> Conditions:
+def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], most: int | None = None) -> Conditions:
     """What the UNet is given for `prompts`, as the pipeline itself encodes them; Stable Diffusion XL's size conditions
     are those of an image of its full size that was not cropped.
+
+    More than `most` prompts are encoded when they are needed, one at a time, on the device on which the text encoders are
+    now, wherever they are then. What is done depends on the prompts alone, not on which of them a run sees, so that a run
+    that is extended goes on with the same numbers.
 
     Args:
         pipeline: with its text encoders where they are to compute.
         prompts: texts, by number.
-        used: numbers of those that will be asked for, `[U]`, each once; None for all.
+        most: that are encoded at once, in batches, and that are kept of more; None for `CAPACITY`.
     """
-    row = None
-    if used is not None:
-        row = torch.full((len(prompts),), 1 + len(used))  # out of range: asking for another is an error
-        row[used] = 1 + torch.arange(len(used))
-        prompts = [prompts[i] for i in used.tolist()]
+    most = CAPACITY if most is None else most
+    device = pipeline.text_encoder.device
 
     def encode(texts: list[str], guided: bool) -> tuple[Tensor | None, ...]:
-        device = pipeline.text_encoder.device
         return pipeline.encode_prompt(texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=guided)
+
+    def encode_each(texts: Sequence[str]) -> list[tuple[Tensor, ...]]:
+        encoders = {encoder: encoder.device for encoder in text_encoders(pipeline)}
+        for encoder in encoders:
+            encoder.to(device)
+        embeddings = [encode([text], guided=False)[::2] for text in texts]
+        for encoder, place in encoders.items():
+            encoder.to(place)
+        return embeddings
 
     # In the order (text, unconditional text) or (text, unconditional text, pooled, unconditional pooled).
     unconditional = encode([""], guided=True)[1::2]
+    time_ids = None
+    if len(unconditional) > 1:
+        size = image_size(pipeline)
+        time_ids = torch.tensor((*size, 0, 0, *size), dtype=unconditional[0].dtype, device=device)
+    if len(prompts) > most:
+        return PromptCache(prompts, encode_each, unconditional, time_ids, most)
     parts = [encode(list(prompts[start : start + 64]), guided=False)[::2] for start in range(0, len(prompts), 64)]
     text, *pooled = (torch.cat(column) for column in zip(unconditional, *parts, strict=True))
-    if not pooled:
-        return Conditions(text, row=row)
-    size = image_size(pipeline)
-    time_ids = torch.tensor((*size, 0, 0, *size), dtype=text.dtype, device=text.device)
-    return Conditions(text, pooled[0], time_ids, row)
+    return Conditions(text, *(pooled or [None]), time_ids)
 
 
 def image_size(pipeline: Pipeline) -> tuple[int, int]:

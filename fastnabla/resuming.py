@@ -31,6 +31,10 @@ FALLING = (
     "A run cannot be extended with optimizer.schedule = {schedule!r}, whose step sizes fall by the number of updates "
     "from the first on: begin one of the wanted length, or, to extend it later, with 'constant'."
 )
+LAGGING = (
+    "A run cannot be extended with rollout.replay = {replay}, whose last rounds sample nothing for rounds after them: begin "
+    "one of the wanted length, or, to extend it later, with 0."
+)
 
 BEFORE_CONFIGURATION = {".lock", ".prompts.json.partial", "prompts.json", ".config.json.partial"}
 """Files that a run writes before its configuration."""
@@ -47,8 +51,8 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def can_extend(config: TrainConfig) -> bool:
-    """Whether no update depends on how many there will be: a falling step size does."""
-    return config.optimizer.schedule == "constant"
+    """Whether no update depends on how many there will be: a falling step size does, and what is sampled ahead."""
+    return config.optimizer.schedule == "constant" and config.rollout.replay == 0
 
 
 def updates_of(config: TrainConfig, own: TrainConfig) -> int:
@@ -102,12 +106,13 @@ def run_to_resume(config: TrainConfig) -> tuple[Path, list[str]] | None:
     extended = can_extend(own) and config.updates > own.updates
     refused = [name for name in names if name not in WITHOUT_EFFECT and not (name == "updates" and can_extend(own))]
     if refused:
-        schedule = own.optimizer.schedule
+        schedule, replay = own.optimizer.schedule, own.rollout.replay
+        why = FALLING.format(schedule=schedule) if schedule != "constant" else LAGGING.format(replay=replay)
         raise ValueError(
             f"resume = 'auto': the run in {str(config.run)!r} was begun with another configuration: "
             + ", ".join(f"{name} = {theirs[name]!r}, not {ours[name]!r}" for name in refused)
             + ". Give its own configuration, or another --run."
-            + (f" {FALLING.format(schedule=schedule)}" if "updates" in refused else "")
+            + (f" {why}" if "updates" in refused else "")
         )
     notes = [f"updates = {config.updates}: the run of {own.updates} is extended"] if extended else []
     names = [name for name in names if not (name == "updates" and extended)]

@@ -55,7 +55,7 @@ def sample(
     Args:
         policy: whose outputs are followed.
         table: the sampler.
-        prompt: prompt numbers `[N]`.
+        prompt: prompt numbers `[N]`, on the host.
         seeds: N seeds; they fix x_0 and all noise, whatever `batch` is.
         sample_shape: (C, H, W) of the latents.
         batch: trajectories sampled together; None for all.
@@ -67,6 +67,7 @@ def sample(
     kernels = select(backend, device)
     finished = []
     for part in torch.arange(len(prompt)).split(batch or len(prompt)):
+        policy.conditions.ensure(prompt[part])
         rows = prompt[part].to(device)
         noise = TrajectoryNoise([seeds[i] for i in part.tolist()], sample_shape, device)
         x = noise.draw()

@@ -94,7 +94,7 @@ class RunEvaluation:
     def groups(self) -> dict[str, list[int]]:
         """Numbers of the prompts that are measured: of those trained on, and of those that are not, if there are any."""
         prompts, config = self.trainer.prompts, self.trainer.config
-        used = used_prompts(prompts, config.seed, config.sampled_trajectories).tolist()
+        used = used_prompts(prompts, config.seed, config.sampled_trajectories, config.prompts.draw).tolist()
         seen = set(prompts.texts[: prompts.trained])
         held_out = [number for number in prompts.evaluated if prompts.texts[number] not in seen]
         groups = {

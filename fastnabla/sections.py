@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from fastnabla.lora import LORA_TARGETS
 from fastnabla.policy import Attention
+from fastnabla.prompts.order import PromptDraw
 from fastnabla.require import require as _require
 from fastnabla.rewards.options import Preprocess
 
@@ -133,6 +134,9 @@ class FlowConfig:
 
     kind: Literal["unet", "conv", "none"] = "unet"
     """Of methods that learn a flow. "unet": text-conditioned UNet (the reference's). "conv": four convolutions. "none": g ≡ 0, no reverse residual."""
+    start: Literal["zero", "random"] = "zero"
+    """The last layer's weights at the start. "zero": g ≡ 0, so that training starts from the reward alone. "random": PyTorch's,
+    with a bias of zero, as the reference implementation has it."""
     learning_rate: float = 1e-3
     """Step size for φ."""
     weight_decay: float = 1e-2
@@ -170,6 +174,9 @@ class OptimizerConfig:
     whatever its gradient's worth; a warm-up spares the model that random push."""
     max_grad_norm: float = 1.0
     """Gradients of LoRA and of flow network are each scaled down to this norm."""
+    applications: int = 1
+    """How often the gradients of an update are applied, by the algorithm in full. The reference implementation has 2, by
+    mistake."""
     ema: float | None = None
     """Decay of an exponential moving average of the trained weights, such as 0.99, over about 1 / (1 − ema) updates. It is
     evaluated beside the weights themselves, and saved as ema/lora or ema/unet. None: no average."""
@@ -177,6 +184,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require_positive("optimizer", self, "learning_rate", "max_grad_norm")
         _require(self.warmup >= 0, "optimizer.warmup", self.warmup, "must not be negative.")
+        _require(self.applications >= 1, "optimizer.applications", self.applications, "must be at least 1.")
         _require(self.ema is None or 0 < self.ema < 1, "optimizer.ema", self.ema, "must be in (0, 1), or None.")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1).")
@@ -282,6 +290,9 @@ class PromptConfig:
     held_out: float = 0.0
     """Share of the prompts that is evaluated and not trained on, chosen by seed and text. With 0, and no
     prompts.evaluation, prompts that are trained on are evaluated."""
+    draw: PromptDraw = "cycles"
+    """Which prompts trajectories get. "cycles": each prompt once, in a random order, then all again in another. "independent":
+    any, whatever the others have."""
     evaluation: str | None = None
     """Source of the prompts that are evaluated, as prompts.source; it takes the same templates."""
 

@@ -36,7 +36,7 @@ from fastnabla.pictures import save_curves, save_grid
 from fastnabla.pipeline import image_size, pipeline_of, save_policy, tokenizers
 from fastnabla.planner import planned
 from fastnabla.pooled_buffer import PooledBuffer
-from fastnabla.prompts import RunPrompts, warn_truncated
+from fastnabla.prompts import RunPrompts, used_prompts, warn_truncated
 from fastnabla.records import Records
 from fastnabla.require import require
 from fastnabla.resuming import check_length, fingerprint
@@ -89,7 +89,8 @@ class Trainer:
 
         pipeline = pipeline_of(config.model)
         check_reward(self.reward, self.prompts.texts, image_size(pipeline), self.device)
-        warn_truncated(self.prompts.texts, *tokenizers(pipeline))
+        used = used_prompts(self.prompts, config.seed, config.sampled_trajectories, config.prompts.draw).tolist()
+        warn_truncated([self.prompts.texts[i] for i in used], *tokenizers(pipeline))
         networks = build_networks(pipeline, self.prompts, config, self.device, world)
         self.policy, self.flow, self.decoder = networks.policy, networks.flow, networks.decoder
         self.table, self.sample_shape = networks.table, networks.sample_shape
@@ -98,7 +99,8 @@ class Trainer:
         self.step.world = world
         self.sampler = Sampler(config, self.policy, self.table, self.sample_shape, world)
         self.buffer: TrajectoryBuffer | None = None
-        self.source: Source = NewTrajectories(config.seed, config.rollout.trajectories, self.prompts.trained)
+        count, draw = config.rollout.trajectories, config.prompts.draw
+        self.source: Source = NewTrajectories(config.seed, count, self.prompts.trained, draw)
         if method.stores:
             self.buffer = TrajectoryBuffer(
                 len(self.slots) * (1 + config.rollout.replay),
@@ -241,6 +243,7 @@ class Trainer:
                     numbers = numbers[torch.isin(numbers, self.slots)]
                     selection = self.source.select(round_, numbers, again=place >= config.rollout.updates)
                     remembered = anomalies.before() if config.dump_anomalies else {}
+                    self.policy.conditions.ensure(selection.prompt)
                     report = self.step(selection)
                     world.sum_([parameter.grad for parameter in self.step.replicated])
                     update += 1

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.prompts import assign_prompts
+from fastnabla.prompts.order import PromptDraw
 from fastnabla.seeding import seed_of
 
 
@@ -109,6 +110,7 @@ class NewTrajectories:
     """In a round."""
     prompts: int
     """Prompts trained on."""
+    draw: PromptDraw = "cycles"
     rollouts: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def collect(self, round_: int) -> dict[str, float]:
@@ -120,7 +122,7 @@ class NewTrajectories:
         first = round_ * self.count
         seeds = [first + number for number in numbers.tolist()]
         return Trajectories(
-            prompt=assign_prompts(self.seed, first, self.count, self.prompts)[numbers],
+            prompt=assign_prompts(self.seed, first, self.count, self.prompts, self.draw)[numbers],
             noise=[seed_of(self.seed, "noise", number) for number in seeds],
             draws=[seed_of(self.seed, "draws", number) for number in seeds],
         )

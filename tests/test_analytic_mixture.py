@@ -75,6 +75,13 @@ def test_noise_prediction_is_the_posterior_mean_of_the_noise(alpha_bar):
         torch.testing.assert_close(predicted[0, 0], posterior @ noise, rtol=1e-9, atol=1e-9)
 
 
+def test_posterior_is_of_the_diffused_mixtures_components():
+    p, x = mixture(2), randn(20, 2, dtype=F64)
+    alpha_bar = torch.linspace(0.05, 1, 20, dtype=F64)
+    rows = [p.diffused(a.item()).responsibilities(point[None]) for a, point in zip(alpha_bar, x, strict=True)]
+    torch.testing.assert_close(p.posterior(x, alpha_bar), torch.cat(rows), **EXACT)
+
+
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 @pytest.mark.parametrize("kind", range(3))
 @pytest.mark.parametrize(("dimension", "points"), [(1, 20_001), (2, 701)])

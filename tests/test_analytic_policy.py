@@ -71,11 +71,11 @@ def test_pretrained_samples_are_the_mixtures(dimension):
 def test_the_step_trains_policy_and_flow():
     """Of residual ∇-DB; passes as `fastnabla.step` counts them, and rewards of the finished samples in the buffer."""
     subject = experiment(rollout=RolloutConfig(trajectories=8, fraction=0.5, updates=2))
-    subject.rollout(0)
+    subject.source.collect(0)
     batch = subject.buffer.gather(subject.buffer.transitions())
     last = batch.step_index == len(subject.table) - 1
     torch.testing.assert_close(batch.reward[last], subject.reward(batch.x_next[last], ()))
-    report = subject.residual_db()(subject.buffer.select())
+    report = subject.step(subject.source.select(0, torch.arange(8)))
     assert report.passes == {"inner": 7, "last": 3}
     for parameters in (subject.policy.trainable(), list(subject.flow.parameters())):
         assert all(parameter.grad.isfinite().all() for parameter in parameters)

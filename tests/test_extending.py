@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastnabla import train
+from fastnabla import pipeline, train
 from fastnabla.config import load_run, to_json
 from fastnabla.resuming import AUTO, fingerprint, run_to_resume, updates_of
 from tests.faults import assert_same_result
@@ -39,8 +39,12 @@ def set_updates(run: Path, updates: int) -> None:
     (run / "config.json").write_text(json.dumps(config | {"updates": updates}))
 
 
-def test_an_extended_run_equals_one_of_that_length_from_the_start(capsys: pytest.CaptureFixture[str]) -> None:
-    """Extended twice: on the command line, and in its config.json. Each length is evaluated at its end, so all are."""
+def test_an_extended_run_equals_one_of_that_length_from_the_start(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Extended twice: on the command line, and in its config.json. Each length is evaluated at its end, so all are. Two of
+    ten prompts are kept at a time, so that each process encodes other ones before."""
+    monkeypatch.setattr(pipeline, "CAPACITY", 2)
     assert train.main([*QUICK, "--run=whole", "--updates=3"]) == 0
     command = [*QUICK, "--run=run", "--resume=auto"]
     assert train.main([*command, "--updates=1"]) == 0

@@ -11,12 +11,14 @@ from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.config import TrainConfig
 from fastnabla.objective.gaussian import guide
 from fastnabla.planner import buffer_bytes
+from fastnabla.resuming import AUTO, fingerprint, run_to_resume
 from fastnabla.sections import EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.signals import Stopped, StopSignals
 from fastnabla.trainer import Trainer
 from fastnabla.trajectories import StoredTrajectories
 from tests.faults import assert_same_result, tiny, without_pictures
 from tests.test_inner_epochs import records_of, stop_after
+from tests.test_resuming import PROMPTS, begun
 
 
 def replayed(replay: int, **changes) -> TrainConfig:
@@ -139,3 +141,14 @@ def test_ddpo(tmp_path: Path) -> None:
     trainer.train(tmp_path)
     ratios = [record["ratio"] for record in records_of(tmp_path)]
     assert ratios[0] == 1.0 and all(ratio != 1.0 for ratio in ratios[1:])
+
+
+def test_a_lag_depends_on_the_length_of_the_run(tmp_path: Path) -> None:
+    """A longer one would have sampled ahead in its last rounds."""
+    config = replayed(1)
+    longer = dataclasses.replace(config, updates=8)
+    assert fingerprint(longer, PROMPTS) != fingerprint(config, PROMPTS)
+    assert fingerprint(replayed(0, updates=8), PROMPTS) == fingerprint(replayed(0), PROMPTS)
+    begun(tmp_path / "run", config)
+    with pytest.raises(ValueError, match=r"cannot be extended with rollout\.replay = 1"):
+        run_to_resume(dataclasses.replace(longer, resume=AUTO, run=tmp_path / "run"))

@@ -1,5 +1,6 @@
-"""`python -m fastnabla.analytic [--dimension 2|16] [--field value …]`: finetune a mixture whose target is known."""
+"""`python -m fastnabla.analytic [--method NAME] [--dimension 2|16] [--field value …]`: finetune a mixture whose target is known."""
 
+import dataclasses
 import sys
 
 import tyro
@@ -9,25 +10,37 @@ from fastnabla.telemetry import create_run_folder, print_error, quiet_libraries
 
 quiet_libraries()
 
-from fastnabla.analytic.config import AnalyticConfig  # noqa: E402
+from fastnabla.analytic.config import AnalyticConfig, MethodName  # noqa: E402
 from fastnabla.analytic.experiment import Experiment  # noqa: E402
+from fastnabla.analytic.settings import settings  # noqa: E402
 from fastnabla.analytic.training import train  # noqa: E402
+
+
+@dataclasses.dataclass
+class _Chosen:
+    method: MethodName = "residual-db"
+
+
+def parse(arguments: list[str]) -> AnalyticConfig:
+    """The configuration of a command line: the settings of its `--method`, changed by the rest."""
+    chosen, _ = tyro.cli(_Chosen, args=arguments, return_unknown_args=True, add_help=False)
+    default = settings(chosen.method)
+    return tyro.cli(AnalyticConfig, default=default, prog="python -m fastnabla.analytic", args=arguments)
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line; the exit status."""
     console = Console()
     try:
-        config = tyro.cli(AnalyticConfig, prog="python -m fastnabla.analytic", args=arguments)
+        config = parse(arguments)
         experiment = Experiment(config)
-        step = experiment.residual_db()
-        run = create_run_folder(config.run, f"analytic-{config.dimension}d")
+        run = create_run_folder(config.run, f"analytic-{config.dimension}d-{config.method}")
     except ValueError as error:
         print_error(error)
         return 2
     console.print(f"writing to {run}")
     try:
-        train(experiment, step, run, console)
+        train(experiment, run, console)
     except FloatingPointError as error:
         print_error(error)
         return 1

@@ -1,11 +1,15 @@
 """The configuration of an analytic run. Every field's text is its `--help`."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
+from fastnabla.config import MethodName, TrainConfig
+from fastnabla.objective.direct import Direct
+from fastnabla.objective.policy_gradient import PolicyGradient
 from fastnabla.objective.residual_db import Objective
-from fastnabla.sections import OptimizerConfig, RolloutConfig
+from fastnabla.sections import FlowConfig, MemoryConfig, OptimizerConfig, RolloutConfig, SamplerConfig
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -21,9 +25,12 @@ class AnalyticConfig:
     --objective.guidance terminal.
     """
 
+    method: MethodName = "residual-db"
+    """As for `python -m fastnabla.train`, and by the same training step. It decides the defaults of the other fields; see
+    them by --method NAME --help."""
     dimension: Literal[2, 16] = 2
     """2: four modes on a ring. 16: six random modes."""
-    updates: int = 1000
+    updates: int = 3200
     """Optimizer updates."""
     seed: int = 0
     """Seed of the training. Evaluations have noise of their own, the same for all seeds."""
@@ -34,8 +41,12 @@ class AnalyticConfig:
     width: int = 128
     """Width of the two perceptrons' hidden layers."""
     flow_learning_rate: float = 3e-3
-    """Step size for g_φ; 0 leaves g_φ out, and with it the reverse residual: ∇log F is then the look-ahead guess alone."""
-    evaluate_every: int = 250
+    """Step size for the flow network of methods that have one; 0 leaves it out (flow.kind = "none"), and with it the reverse
+    residual: ∇log F is then the look-ahead guess alone."""
+    reward_factor: float = 1.0
+    """The method is told so many times the reward, while the target stays: to see what a wrong scale does, or below 0 a
+    wrong sign."""
+    evaluate_every: int = 400
     """Updates between evaluations."""
     samples: int = 4096
     """Samples of an evaluation: the more, the lower the Monte-Carlo floor, and the smaller the errors that show."""
@@ -46,8 +57,10 @@ class AnalyticConfig:
         default_factory=lambda: OptimizerConfig(learning_rate=1e-2, beta2=0.95, weight_decay=0.0, schedule="cosine")
     )
     rollout: RolloutConfig = dataclasses.field(
-        default_factory=lambda: RolloutConfig(trajectories=128, fraction=0.5, updates=4, batch=1024)
+        default_factory=lambda: RolloutConfig(trajectories=128, fraction=0.2, updates=8, batch=1024)
     )
+    direct: Direct = dataclasses.field(default_factory=Direct)
+    policy_gradient: PolicyGradient = dataclasses.field(default_factory=PolicyGradient)
 
     def __post_init__(self) -> None:
         least = {"updates": 1, "seed": 0, "steps": 2, "width": 1, "evaluate_every": 1, "samples": 2}
@@ -72,10 +85,30 @@ class AnalyticConfig:
                 f"rollout.fraction = {self.rollout.fraction}: of steps = {self.steps} gives {drawn}, which must be "
                 f"{'a positive divisor of steps' if strata else 'positive and less than steps'}; change either."
             )
-        if self.updates % self.rollout.updates:
-            raise ValueError(
-                f"updates = {self.updates}: must be a multiple of rollout.updates = {self.rollout.updates}."
-            )
+        if not math.isfinite(self.reward_factor):
+            raise ValueError(f"reward_factor = {self.reward_factor}: must be finite.")
+        self.training()
+
+    def training(self) -> TrainConfig:
+        """What `fastnabla.methods` builds the step of.
+
+        Raises:
+            ValueError: the settings do not suit the method.
+        """
+        rate = self.flow_learning_rate
+        return TrainConfig(
+            method=self.method,
+            updates=self.updates,
+            seed=self.seed,
+            sampler=SamplerConfig(steps=self.steps, guidance_scale=1.0),
+            objective=self.objective,
+            direct=self.direct,
+            policy_gradient=self.policy_gradient,
+            rollout=self.rollout,
+            flow=FlowConfig(learning_rate=rate, weight_decay=0.0) if rate else FlowConfig(kind="none"),
+            optimizer=self.optimizer,
+            memory=MemoryConfig(micro_batch=self.rollout.trajectories * (self.drawn_steps + 1)),
+        )
 
     @property
     def drawn_steps(self) -> int:

@@ -1,5 +1,7 @@
 """How far samples are from a mixture, and how far as many samples of the mixture itself would seem to be."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,7 @@ def distances(samples: Tensor, mixture: GaussianMixture) -> dict[str, float]:
     return {name: distance(samples, mixture) for name, distance in DISTANCES.items()}
 
 
+@functools.cache
 def floors(mixture: GaussianMixture, count: int, repeats: int = 20) -> dict[str, float]:
     """Mean `DISTANCES` of `count` exact draws from the mixture they are of, over `repeats`: the Monte-Carlo floor."""
     seen = [distances(mixture.sample(count, generator_of(0, "evaluation", i)), mixture) for i in range(repeats)]

@@ -5,19 +5,21 @@ from torch import Tensor, nn
 
 from fastnabla.analytic.config import AnalyticConfig
 from fastnabla.analytic.networks import MixtureNetwork, PerceptronFlow
+from fastnabla.analytic.prior import told
 from fastnabla.analytic.problems import PROBLEMS
 from fastnabla.analytic.scheduler import alpha_bars, log_snr_scheduler
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.conditions import Conditions
 from fastnabla.decoder import Decoder
 from fastnabla.draws import DRAWS
+from fastnabla.methods import METHODS
+from fastnabla.networks import Networks
 from fastnabla.objective.balance import reward_weight
 from fastnabla.optim import Optimizer
 from fastnabla.policy import Policy
 from fastnabla.rollout import sample
-from fastnabla.sections import FlowConfig
 from fastnabla.seeding import seed_of
-from fastnabla.step import BalanceStep
+from fastnabla.trajectories import NewTrajectories, Source, StoredTrajectories
 from fastnabla.transition import TransitionTable
 
 PROMPTS = ("",)
@@ -37,12 +39,12 @@ class IdentityDecoder(Decoder):
 
 
 class Experiment:
-    """The objects that a training step and the training loop work on.
+    """The objects that the training loop works on.
 
-    `policy`, `flow`, `decoder`, `reward`, `table`, `buffer` and `optimizer` are what they are in
+    `policy`, `flow`, `decoder`, `table`, `step`, `buffer`, `source` and `optimizer` are what they are in
     `fastnabla.trainer.Trainer`, and of the same classes but for the networks. `reference` and `target` are the exact
     distributions of finished samples before and after: the mixture with the noise that is left at the sampler's end, and
-    its tilt by β times what γ is there.
+    its tilt by β times what γ is there. `reward` is the problem's; `told` is what the method is given for it.
 
     Args:
         config: the run.
@@ -52,14 +54,14 @@ class Experiment:
     """
 
     def __init__(self, config: AnalyticConfig) -> None:
-        problem = PROBLEMS[config.dimension]()
+        problem, training = PROBLEMS[config.dimension](), config.training()
         self.config, self.reward = config, problem.reward
         self.table = TransitionTable.from_scheduler(log_snr_scheduler(), config.steps)
         last = self.table.alpha_bar_next[-1]
+        beta = config.objective.beta * reward_weight(last, config.objective.gamma).item()
         self.reference = problem.mixture.diffused(last.item())
-        self.target = self.reference.tilted(
-            problem.reward, config.objective.beta * reward_weight(last, config.objective.gamma).item()
-        )
+        self.target = self.reference.tilted(problem.reward, beta)
+        self.told = told(config.method, problem.reward * config.reward_factor, self.reference, beta)
 
         self.sample_shape = (config.dimension, 1, 1)
         arguments = (problem.mixture, alpha_bars(), config.width)
@@ -67,35 +69,37 @@ class Experiment:
             torch.manual_seed(seed_of(config.seed, "weights"))
             conditions = Conditions(torch.zeros(1 + len(PROMPTS), 1, 1))
             self.policy = Policy(MixtureNetwork(*arguments), conditions, guidance_scale=None, rank=0)
-            self.flow = PerceptronFlow(*arguments) if config.flow_learning_rate else None
+            self.flow = PerceptronFlow(*arguments) if training.has_flow else None
         self.decoder = IdentityDecoder()
-        self.buffer = TrajectoryBuffer(
-            config.rollout.trajectories,
-            len(self.table),
-            config.drawn_steps + 1,
-            self.sample_shape,
-            timestep=self.table.timestep,
+        networks = Networks(
+            policy=self.policy,
+            flow=self.flow,
+            decoder=self.decoder,
+            guiding_decoder=self.decoder,
+            table=self.table,
+            sample_shape=self.sample_shape,
         )
-        flow = FlowConfig(learning_rate=config.flow_learning_rate, weight_decay=0.0) if self.flow else FlowConfig()
-        self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, flow, config.updates)
+        method, count = METHODS[config.method], config.rollout.trajectories
+        self.step = method.build(training, networks, self.told, PROMPTS)
+        self.buffer: TrajectoryBuffer | None = None
+        self.source: Source = NewTrajectories(config.seed, count, len(PROMPTS))
+        if method.stores:
+            sizes = (count, len(self.table), config.drawn_steps + 1)
+            self.buffer = TrajectoryBuffer(*sizes, self.sample_shape, timestep=self.table.timestep)
+            self.source = StoredTrajectories(self._rollout, self.buffer)
+        self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, training.flow, config.updates)
 
-    def residual_db(self) -> BalanceStep:
-        """The training step of residual ∇-DB."""
-        networks = (self.policy, self.flow, self.decoder, self.reward)
-        share = self.config.rollout.draw == "runs"
-        size = self.buffer.capacity * self.buffer.kept
-        return BalanceStep(*networks, PROMPTS, self.table, self.config.objective, size, share=share)
-
-    def rollout(self, number: int) -> None:
-        """Fill the buffer with rollout `number` of the current policy, rewards included."""
+    def _rollout(self, round_: int) -> dict[str, float]:
+        """Fill the buffer with trajectories of the current policy; the mean of their rewards."""
         config, count = self.config, self.buffer.capacity
-        first = number * count
+        first = round_ * count
         draw = DRAWS[config.rollout.draw]
         steps = draw(seed_of(config.seed, "draws"), first, count, config.steps, config.drawn_steps)
         self.buffer.clear()
         slots = self.buffer.reserve(steps, torch.zeros(count, dtype=torch.int64))
         finished = self._sample([seed_of(config.seed, "noise", first + i) for i in range(count)], slots)
-        self.buffer.reward.copy_(self.reward(finished, PROMPTS))
+        self.buffer.reward.copy_(self.told(finished, PROMPTS))
+        return {"rollout_reward": self.reward(finished, PROMPTS).mean().item()}
 
     def evaluation_samples(self) -> Tensor:
         """Finished samples `[N, D]` float64 of the current policy, from the noise of all evaluations."""

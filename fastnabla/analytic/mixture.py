@@ -87,7 +87,11 @@ class GaussianMixture:
 
     def responsibilities(self, x: Tensor) -> Tensor:
         """Posterior probabilities `[N, K]` of the components that `x [N, D]` may come from."""
-        return self._log_joint(x, *self._moments(x.new_ones(1))).softmax(1)
+        return self.posterior(x, x.new_ones(1))
+
+    def posterior(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
+        """`responsibilities` `[N, K]` of the mixture diffused to ᾱ; arguments as `score`'s."""
+        return self._log_joint(x, *self._moments(alpha_bar)).softmax(1)
 
     def score(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
         """``∇ log p_ᾱ(x)`` `[N, D]` of the mixture diffused to ᾱ.

@@ -12,10 +12,10 @@ TIME_FEATURES = 8
 
 
 class Perceptron(nn.Module):
-    """A function of a state, what the pretrained model predicts there, and the timestep; zero at first.
+    """A function of a state, what the pretrained model makes of it, and the timestep; zero at first.
 
-    It sees the prediction because a LoRA does, in the network's features: between modes the prediction turns from one
-    to the other so sharply that states alone would not tell a perceptron.
+    It sees the modes' posterior probabilities and the prediction made of them because a LoRA does, in the network's
+    features: between modes they turn from one to the other so sharply that states alone would not tell a perceptron.
 
     Args:
         mixture: the pretrained distribution.
@@ -29,7 +29,7 @@ class Perceptron(nn.Module):
         last = nn.Linear(width, mixture.dimension)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        inputs = 2 * mixture.dimension + TIME_FEATURES
+        inputs = 2 * mixture.dimension + TIME_FEATURES + len(mixture)
         self.layers = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
 
     def forward(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,8 @@ class Perceptron(nn.Module):
         exact = self.mixture.noise_prediction(state, alpha_bar)
         clean = (state - noise * exact) / alpha_bar.sqrt()[:, None]
         phase = timestep[:, None] * torch.arange(1, 1 + TIME_FEATURES) * (math.pi / TRAIN_TIMESTEPS)
-        values = self.layers(torch.cat([state, clean, phase.cos()], 1).float())
+        posterior = self.mixture.posterior(state, alpha_bar)
+        values = self.layers(torch.cat([state, clean, phase.cos(), posterior], 1).float())
         return exact.float().view_as(x), (noise.float() * values).view_as(x)
 
 

@@ -1,5 +1,6 @@
 """Pictures of an analytic run: samples beside the exact target, and how far they were along the training."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,7 @@ def save_pictures(
     run: Path, experiment: Experiment, before: Tensor, after: Tensor, records: Sequence[dict[str, Any]]
 ) -> None:
     """`samples.png` and `curves.png` in the folder `run`, from samples `[N, D]` and the metric records."""
-    exact = experiment.target.sample(len(before), generator_of(0, "evaluation", 0))
-    columns = {"pretrained": before, "finetuned": after, "exact target": exact}
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), sharex=True, sharey=True, layout="constrained")
-    plane = widest_plane(experiment.target)
-    edges = [torch.linspace(low, high, 61).numpy() for low, high in (_range(exact @ plane[:, i]) for i in range(2))]
-    for axis, (title, samples) in zip(axes, columns.items(), strict=True):
-        x, y = (samples @ plane).T.numpy()
-        axis.hist2d(x, y, bins=edges, cmap="Blues", vmin=0, vmax=len(exact) / 150)
-        axis.set_title(title)
-        axis.set_aspect("equal")
-    figure.savefig(run / "samples.png", dpi=100)
-    plt.close(figure)
+    save_histograms(run / "samples.png", {"pretrained": before, "finetuned": after}, experiment.target)
 
     floor = floors(experiment.target, len(before))
     evaluations = [record for record in records if record["phase"] == "evaluate"]
@@ -46,6 +36,26 @@ def save_pictures(
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(run / "curves.png", dpi=100)
+    plt.close(figure)
+
+
+def save_histograms(path: Path, samples: dict[str, Tensor], target: GaussianMixture, columns: int = 3) -> None:
+    """A picture of `samples`, `[N, D]` by title, and of as many exact draws from `target`, in rows of `columns`."""
+    count = len(next(iter(samples.values())))
+    exact = target.sample(count, generator_of(0, "evaluation", 0))
+    panels = samples | {"exact target": exact}
+    plane, rows = widest_plane(target), math.ceil(len(panels) / columns)
+    size = (10 / 3 * columns, 3.6 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, layout="constrained")
+    edges = [torch.linspace(low, high, 61).numpy() for low, high in (_range(exact @ plane[:, i]) for i in range(2))]
+    for axis, (title, points) in zip(axes.flat, panels.items(), strict=False):
+        x, y = (points @ plane).T.numpy()
+        axis.hist2d(x, y, bins=edges, cmap="Blues", vmin=0, vmax=count / 150)
+        axis.set_title(title)
+        axis.set_aspect("equal")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    figure.savefig(path, dpi=100 if rows == 1 else 60)
     plt.close(figure)
 
 

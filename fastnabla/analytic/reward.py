@@ -33,6 +33,10 @@ class QuadraticReward:
         centre = torch.tensor(centre, dtype=torch.float64)
         return cls(curvature * centre, torch.full_like(centre, curvature))
 
+    def __mul__(self, factor: float) -> "QuadraticReward":
+        """``factor · r``."""
+        return QuadraticReward(factor * self.slope, factor * self.curvature)
+
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Rewards `[B]` of `images [B, D, 1, 1]` (or `[B, D]`), in their dtype; prompts do not count."""
         x = images.flatten(1)

@@ -1,7 +1,7 @@
-"""The training loop of the analytic testbed: rollout → updates → evaluation, with whichever step is given."""
+"""The training loop of the analytic testbed: rollout → updates → evaluation, whatever the method."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastnabla.accumulation import StepReport
 from fastnabla.analytic.distance import distances, floors
 from fastnabla.analytic.experiment import Experiment
 from fastnabla.analytic.pictures import save_pictures
-from fastnabla.batch import Selection
+from fastnabla.analytic.spread import effective_modes, effective_number, mode_width
 from fastnabla.config import to_json
 from fastnabla.telemetry import Tracker, progress_bar
 
-Step = Callable[[Selection], StepReport]
-"""Adds the gradients of a batch of transitions to the parameters, as `fastnabla.step.BalanceStep` does."""
 
-
-def train(experiment: Experiment, step: Step, run: Path, console: Console | None = None) -> list[dict[str, Any]]:
-    """Train `experiment` by `step`; everything is written into the folder `run`. The metric records.
+def train(experiment: Experiment, run: Path, console: Console | None = None) -> list[dict[str, Any]]:
+    """Train `experiment`; everything is written into the folder `run`. The metric records.
 
     Args:
-        experiment: whose policy, and flow if any, are trained.
-        step: of any objective over the experiment's objects; `experiment.residual_db()` is one.
+        experiment: whose policy, and flow if any, are trained by its step.
         run: an empty folder.
         console: where progress and the final table go; None for silence.
 
@@ -39,21 +34,10 @@ def train(experiment: Experiment, step: Step, run: Path, console: Console | None
     tracker = Tracker(run, "none", {})
     before = after = experiment.evaluation_samples()
     tracker.log("evaluate", 0, measure(experiment, before))
-    shares = torch.arange(config.rollout.trajectories).chunk(config.rollout.updates)
     with progress_bar(console) as progress:
         task = progress.add_task("updates", total=config.updates, status="")
-        for update in range(1, config.updates + 1):
-            number, share = divmod(update - 1, len(shares))
-            if share == 0:
-                experiment.rollout(number)
-            report = step(experiment.buffer.select(shares[share]))
-            norms = experiment.optimizer.update()
-            metrics = {f"loss_{name}": value.item() for name, value in report.losses.items()}
-            tracker.log("train", update, metrics | {name: value.item() for name, value in norms.items()})
-            if not all(map(math.isfinite, metrics.values())):
-                raise FloatingPointError(
-                    f"the loss is not finite after update {update}; lower optimizer.learning_rate or objective.beta."
-                )
+        for update, metrics in enumerate(updates(experiment), 1):
+            tracker.log("train", update, metrics)
             progress.update(task, completed=update)
             if update % config.evaluate_every == 0 or update == config.updates:
                 after = experiment.evaluation_samples()
@@ -69,27 +53,57 @@ def train(experiment: Experiment, step: Step, run: Path, console: Console | None
     return tracker.records
 
 
+def updates(experiment: Experiment) -> Iterator[dict[str, float]]:
+    """Train `experiment`, one update each time; the update's metrics, with its network passes, a rollout's included.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    config, source, counter = experiment.config, experiment.source, experiment.policy.passes
+    shares = torch.arange(config.rollout.trajectories).chunk(config.rollout.updates)
+    for update in range(config.updates):
+        round_, share = divmod(update, len(shares))
+        before = counter.rows
+        if share == 0:
+            rollout = source.collect(round_)
+        report = experiment.step(source.select(round_, shares[share]))
+        norms = experiment.optimizer.update()
+        losses = {f"loss_{name}": value for name, value in report.losses.items()}
+        numbers = {name: value.item() for name, value in (report.statistics | norms | losses).items()}
+        yield rollout | numbers | {"passes": counter.rows - before}
+        if not all(math.isfinite(numbers[name]) for name in losses):
+            raise FloatingPointError(
+                f"the loss is not finite after update {update + 1}; lower optimizer.learning_rate or objective.beta."
+            )
+
+
 def measure(experiment: Experiment, samples: Tensor) -> dict[str, float]:
-    """The distances of `samples [N, D]` from the target, and their mean reward."""
-    return distances(samples, experiment.target) | {"reward": experiment.reward(samples, ()).mean().item()}
+    """The distances of `samples [N, D]` from the target, how spread over its modes they are, and their mean reward."""
+    return distances(samples, experiment.target) | {
+        "effective_modes": effective_modes(samples, experiment.target),
+        "mode_width": mode_width(samples, experiment.target),
+        "reward": experiment.reward(samples, ()).mean().item(),
+    }
 
 
 def comparison(experiment: Experiment, before: Tensor, after: Tensor) -> Table:
     """Samples `[N, D]` of the pretrained and the finetuned policy against the exact distributions, in units of the floor
     too."""
-    table = Table(title=f"distances of {len(before)} samples, after {experiment.config.updates} updates")
-    for column in ("samples of", "against", "mode masses", "× floor", "sliced W₁", "× floor", "reward"):
+    config, target = experiment.config, experiment.target
+    table = Table(title=f"distances (and in floors) of {len(before)} samples, after {config.updates} updates")
+    for column in ("samples of", "against", "mode masses", "sliced W₁", "modes", "width", "reward"):
         table.add_column(column, justify="left" if column in ("samples of", "against") else "right")
     rows = [
         ("pretrained", "its mixture", before, experiment.reference),
-        ("pretrained", "target", before, experiment.target),
-        ("finetuned", "target", after, experiment.target),
+        ("pretrained", "target", before, target),
+        (config.method, "target", after, target),
     ]
     for name, against, samples, mixture in rows:
         values, floor = distances(samples, mixture), floors(mixture, len(samples))
-        cells = [text for key in values for text in (f"{values[key]:.4f}", f"{values[key] / floor[key]:.2f}")]
-        table.add_row(name, against, *cells, f"{experiment.reward(samples, ()).mean().item():.3f}")
-    exact = floors(experiment.target, len(before))
-    cells = [text for value in exact.values() for text in (f"{value:.4f}", "1")]
-    table.add_row("exact draws", "target", *cells, f"{experiment.target.mean_reward(experiment.reward):.3f}")
+        cells = [f"{value:.4f} ({value / floor[key]:.1f})" for key, value in values.items()]
+        spread = (f"{effective_modes(samples, mixture):.2f}", f"{mode_width(samples, mixture):.2f}")
+        table.add_row(name, against, *cells, *spread, f"{experiment.reward(samples, ()).mean().item():.3f}")
+    cells = [f"{value:.4f} (1)" for value in floors(target, len(before)).values()]
+    spread = (f"{effective_number(target.weights):.2f}", "1.00")
+    table.add_row("exact draws", "target", *cells, *spread, f"{target.mean_reward(experiment.reward):.3f}")
     return table

@@ -24,7 +24,7 @@ def warn_truncated(prompts: Sequence[str], *tokenizers: PreTrainedTokenizerBase)
                 count += 1
     if first is not None:
         logging.getLogger("fastnabla").warning(
-            "%d of %d prompts are longer than the %s tokens of the text encoder, which ignores the rest; the first: %r",
+            "%d of the %d prompts that the run sees are longer than the %s tokens of the text encoder, which ignores the rest; the first: %r",
             count,
             len(prompts),
             " and ".join(str(limit) for limit in sorted({tokenizer.model_max_length for tokenizer in tokenizers})),

@@ -1,0 +1,104 @@
+"""What an update takes in one process of several: rollout, step, summing gradients.
+
+    python -m bench.processes --trajectories 16
+    torchrun --nproc-per-node 2 -m bench.processes --trajectories 16
+
+trains the testbed's policy, without evaluations. Each process tells medians over updates, by the wall clock and, on a CPU,
+of the time that it computed, which other work on the machine does not change: where processes share a core that is the
+time to compare. Waiting for other processes is in the wall clock alone, but summing is also timed by itself, after all have
+met: the least of several sums.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from bench.measure import device_info
+from bench.summary import markdown_table
+from fastnabla.distributed import World
+from fastnabla.launch import Place
+from fastnabla.presets import PRESETS
+from fastnabla.sections import RolloutConfig
+from fastnabla.trainer import Trainer, device_of
+
+PHASES = ("rollout", "step", "sum", "optimizer")
+
+
+class Stopwatch:
+    """Seconds by phase, of each update.
+
+    Args:
+        device: what is waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.wall: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        self.computed: dict[str, list[float]] = {phase: [] for phase in PHASES}
+
+    def time(self, phase: str, function: Callable[[], object]) -> object:
+        """What `function` returns, timed."""
+        wall, computed = time.perf_counter(), time.process_time()
+        result = function()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.wall[phase].append(time.perf_counter() - wall)
+        self.computed[phase].append(time.process_time() - computed)
+        return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trajectories", type=int, default=16, help="of an update, in all processes")
+    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--updates", type=int, default=5, help="that are timed, after one to warm up")
+    settings = parser.parse_args()
+    preset = PRESETS["testbed"][1]
+    config = dataclasses.replace(
+        preset,
+        rollout=RolloutConfig(trajectories=settings.trajectories, fraction=0.2, updates=1, batch=settings.micro_batch),
+        memory=dataclasses.replace(preset.memory, micro_batch=settings.micro_batch, decode_chunk=settings.micro_batch),
+    )
+    place = Place.of()
+    world = World.start(place, device_of(config, place))
+    trainer = Trainer(config, world=world)
+    gradients = trainer.step.parameters
+    for update in range(settings.updates + 1):
+        if update <= 1:
+            watch = Stopwatch(trainer.device)
+        watch.time("rollout", lambda: trainer.source.collect(update))  # noqa: B023
+        selection = trainer.source.select(update, trainer.slots)
+        watch.time("step", lambda: trainer.step(selection))  # noqa: B023
+        watch.time("sum", lambda: world.sum_([parameter.grad for parameter in gradients]))
+        watch.time("optimizer", trainer.optimizer.update)
+        trainer.source.finish()
+    alone = Stopwatch(trainer.device)
+    sums = [torch.randn_like(parameter) for parameter in gradients]
+    for _ in range(20):
+        world.barrier()
+        alone.time("sum", lambda: world.sum_(sums))
+    seconds = [[statistics.median(watch.wall[phase]) for phase in PHASES]]
+    seconds += [[statistics.median(watch.computed[phase]) for phase in PHASES]]
+    own = torch.tensor([[*wall, sum(wall), min(alone.wall["sum"])] for wall in seconds])
+    every = world.assemble(own[None], torch.tensor([world.rank]), world.size)
+    if world.is_main:
+        moved = 4 * sum(parameter.numel() for parameter in gradients)
+        print(
+            f"{device_info()['hardware']}, {trainer.device}; {settings.trajectories} trajectories, {moved:,} bytes of gradients"
+        )
+        names = ("clock", "rank", *(f"{phase}, s" for phase in (*PHASES, "update", "sum by itself")))
+        rows = [
+            (clock, str(rank), *(f"{value:.4f}" for value in every[rank, i].tolist()))
+            for i, clock in enumerate(("wall", "computed"))
+            for rank in range(world.size)
+        ]
+        print("\n".join(markdown_table(names, rows)))
+    world.leave(0)
+
+
+if __name__ == "__main__":
+    main()
