@@ -70,14 +70,16 @@ class PretrainedReversal:
     def _computed(
         self, x: Tensor, batch: Transitions, row: TransitionRows, with_reverse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        with torch.set_grad_enabled(with_reverse):
-            output = self.policy.reference(x, row.timestep, batch.prompt)
-        if not with_reverse:
-            return output, None
-        states = (batch.x, batch.x_next, row)
-        cotangent = self.kernels.reverse_cotangent(output.detach(), *states, weights=self.weights)
-        (vjp,) = torch.autograd.grad(output, x, cotangent)
-        return output.detach(), vjp
+        # In the backward pass too, where checkpointed blocks are computed again.
+        with self.policy.pretrained_weights():
+            with torch.set_grad_enabled(with_reverse):
+                output = self.policy(x, row.timestep, batch.prompt)
+            if not with_reverse:
+                return output, None
+            states = (batch.x, batch.x_next, row)
+            cotangent = self.kernels.reverse_cotangent(output.detach(), *states, weights=self.weights)
+            (vjp,) = torch.autograd.grad(output, x, cotangent)
+            return output.detach(), vjp
 
 
 class NoisingKernel:

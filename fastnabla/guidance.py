@@ -62,12 +62,17 @@ class LookAhead:
 
     def _score_tails(self) -> Tensor:
         """∇r(x') of the rows whose next state is no other row's state."""
+        # In the backward pass too, where checkpointed blocks are computed again.
+        with self.policy.constant_weights():
+            return self._score_tails_of_constant_weights()
+
+    def _score_tails_of_constant_weights(self) -> Tensor:
         batch, w, tails = self.batch, self.policy.guidance_scale, self.micro.tails
         if len(tails) < len(batch):
             batch = batch[self._on_device(tails)]
         row = self.table.rows(batch.step_index, batch.x)
         x_next = batch.x_next.detach().requires_grad_(self.through_unet)
-        with torch.set_grad_enabled(self.through_unet), self.policy.constant_weights():
+        with torch.set_grad_enabled(self.through_unet):
             output = self.policy(x_next, row.timestep_next, batch.prompt)
         clean = row.c_next * batch.x_next + row.d_next * guide(output.detach(), w)
         pixel = self.pixel_gradient(clean, self.prompts[tails].tolist())

@@ -32,10 +32,10 @@ class Run:
     optimizer: Optimizer
 
 
-def build(world: World = ALONE, dtype: torch.dtype = torch.float32, **objective: Any) -> Run:
-    """Sharded over the ranks, or not. The policy is away from its reference, so that no term is rounding alone."""
+def build(world: World = ALONE, dtype: torch.dtype = torch.float32, rank: int = 0, **objective: Any) -> Run:
+    """Sharded over the ranks, or not, or with a LoRA. The policy is away from its reference, so that no term is rounding alone."""
     pipeline = random_pipeline(TINY["sd15"], {"default": torch.float32})
-    policy = Policy(pipeline.unet.to(dtype), Conditions(randn(3, 5, 16).to(dtype)), 3.0, rank=0)
+    policy = Policy(pipeline.unet.to(dtype), Conditions(randn(3, 5, 16).to(dtype)), 3.0, rank)
     with torch.no_grad():
         for number, parameter in enumerate(policy.trainable()):
             parameter += 0.05 * randn(*parameter.shape, seed=number)

@@ -18,11 +18,8 @@ from fastnabla.durable import DamagedError, partial_folder, verify_folder, write
 from fastnabla.ema import WeightAverage
 from fastnabla.large_tensors import FOLDER, LargeTensors, read_tensors, write_tensors
 from fastnabla.rewards import build_reward
-from tests.checks import relative_error
 from tests.ranks import on_ranks
 from tests.sharded import build, full, update
-
-ROWS = {1: [torch.arange(10)], 2: [torch.arange(4), torch.arange(4, 10)]}
 
 
 class Saved:
@@ -44,7 +41,7 @@ class Saved:
         self.large = LargeTensors(policy, optimizer, self.ema)
 
     def update(self, number: int) -> None:
-        update(self.run, number, ROWS[self.world.size][self.world.rank])
+        update(self.run, number, torch.arange(10))
         self.ema.update()
 
     def save(self, folder: Path) -> None:
@@ -69,14 +66,13 @@ class Saved:
 
 
 def resume_from_one(folder: Path, world: World) -> dict[str, Any]:
-    """What one process saved, as two have it, and what they have after an update more; both saved again."""
+    """What one process saved, as two have it, who save it again; and what they compute with the averaged weights."""
     saved = Saved(world).load(folder / "one")
-    before = saved.everything()
+    everything = saved.everything()
     saved.save(folder / "two")
-    saved.update(2)
     with saved.ema.applied():
         averaged = [weight.detach().clone() for weight in saved.run.policy.weights()]
-    return {"before": before, "after": saved.everything(), "averaged": averaged}
+    return {"everything": everything, "averaged": averaged}
 
 
 @pytest.fixture(scope="module")
@@ -104,28 +100,19 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_any_number_of_processes_goes_on(one: Saved, two: list[dict[str, Any]], folder: Path) -> None:
-    """From one process to two and back: the same bits, and after an update more the same to rounding on two, bit for bit
-    on one."""
+def test_any_number_of_processes_reads_it(one: Saved, two: list[dict[str, Any]], folder: Path) -> None:
+    """From one process to two and back: the same bits, and so after an update more."""
     saved = one.everything()
     assert {name.split(".")[0] for name in saved} == {"policy", "ema", "optimizer", "flow"}
+    averages = [value for name, value in saved.items() if name.startswith("ema")]
+    for result in two:
+        assert_equal(result["everything"], saved)
+        assert all(map(torch.equal, result["averaged"], averages))
     again = Saved().load(folder / "two")
     assert_equal(again.everything(), saved)
-    one.update(2)
-    again.update(2)
+    for run in (one, again):
+        run.update(2)
     assert_equal(again.everything(), one.everything())
-    expected = one.everything()
-    for result in two:
-        assert_equal(result["before"], saved)
-        assert result["after"].keys() == expected.keys()
-        for part in ("policy", "ema", "optimizer"):
-            ours, theirs = (
-                torch.cat([values[name].flatten() for name in expected if name.startswith(part)])
-                for values in (result["after"], expected)
-            )
-            assert relative_error(ours, theirs) < 1e-5, part
-        averages = [value for name, value in result["after"].items() if name.startswith("ema")]
-        assert all(map(torch.equal, result["averaged"], averages))
 
 
 def test_each_process_writes_its_half(two: list[dict[str, Any]], folder: Path) -> None:

@@ -83,6 +83,9 @@ def sharded(world: World) -> dict[str, Any]:
     half = build(world, torch.bfloat16)
     kept["half"] = full(gradients(half, rows))
     kept["half weights"] = {n: w.detach() for n, w in zip(half.policy.trained(), half.policy.weights(), strict=True)}
+    recomputing = build(world)
+    recomputing.policy.optimise(channels_last=True, checkpoint=True)
+    kept["recomputed"] = full(gradients(recomputing, rows))
     second = build(world, reverse_second_order=True)
     kept["second order"] = full(gradients(second, rows))
     return kept
@@ -95,11 +98,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_gradients_equal_those_of_one_process(results: list[dict[str, Any]]) -> None:
     """Of processes with four and two micro-batches, float32, added up in another order: 1e-6. In smaller micro-batches,
-    after one process ran out of memory, and through second derivatives: 1e-5, as in one process (3e-6)."""
+    after one process ran out of memory, with blocks recomputed in another layout, and through second derivatives: 1e-5, as
+    in one process (3e-6)."""
     first, second = gradients(build()), gradients(build(reverse_second_order=True))
     for name, expected, tolerance in (
         ("gradient", first, 1e-6),
         ("again", first, 1e-5),
+        ("recomputed", first, 1e-5),
         ("second order", second, 1e-5),
     ):
         for result in results:
