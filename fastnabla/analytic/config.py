@@ -73,12 +73,6 @@ class AnalyticConfig:
             raise ValueError(
                 f"optimizer.ema = {self.optimizer.ema}: the analytic testbed measures the weights themselves; leave it None."
             )
-        for name, only in (("replay", 0), ("epochs", 1)):
-            value = getattr(self.rollout, name)
-            if value != only:
-                raise ValueError(
-                    f"rollout.{name} = {value}: the analytic testbed learns from each rollout once, at once; leave it {only}."
-                )
         drawn, strata = self.drawn_steps, self.rollout.draw == "stratified"
         if drawn < 1 or (self.steps % drawn if strata else drawn >= self.steps):
             raise ValueError(
