@@ -35,7 +35,7 @@ class AnalyticConfig:
     seed: int = 0
     """Seed of the training. Evaluations have noise of their own, the same for all seeds."""
     run: Path | None = None
-    """Folder for everything the run writes; must not exist. None: the next free runs/analytic-2d-001, -002, …"""
+    """Folder for everything the run writes; must not exist. None: the next free runs/analytic-2d-residual-db-001, …"""
     steps: int = 50
     """T, steps of the sampler. They all change the signal-to-noise ratio by one factor."""
     width: int = 128
