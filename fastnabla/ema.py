@@ -6,33 +6,10 @@ count, so no number of updates is too small for it. Of a LoRA, A and B are avera
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-FOLDER = "ema"
-"""Of a run, with the averaged weights in the layout of the run folder itself: lora/ or unet/."""
-WeightsName = Literal["raw", "ema"]
-
-
-def weights_folder(run: Path, weights: WeightsName, decay: float | None) -> Path:
-    """Where the run folder `run` has its raw or its averaged weights.
-
-    Args:
-        run: folder of a run.
-        weights: which.
-        decay: of the run's configuration, optimizer.ema.
-
-    Raises:
-        ValueError: averaged weights are wanted of a run that has none.
-    """
-    if weights == "raw":
-        return run
-    if decay is None:
-        raise ValueError(f"weights = 'ema': the run {str(run)!r} was trained without optimizer.ema; use raw.")
-    return run / FOLDER
 
 
 class WeightAverage:

@@ -22,14 +22,12 @@ from fastnabla.printable import printable  # noqa: E402
 from fastnabla.run_evaluation import EvaluationOptions, RunEvaluation  # noqa: E402
 
 FILE = "evaluation.json"
-AVERAGED_FILE = "evaluation-ema.json"
-"""Of the averaged weights."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvaluateConfig(EvaluationOptions):
     """Measure finetuned models beside their pretrained ones, and beside p_ref · exp(βr) as the pretrained model's samples
-    show it. Writes evaluation.json (of averaged weights, evaluation-ema.json) into every run folder; docs/evaluation.md
+    show it. Writes evaluation.json (of other weights than the last, evaluation-NAME.json) into every run folder; docs/evaluation.md
     explains the numbers."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN…")]
@@ -71,7 +69,7 @@ def evaluate_run(run: Path, options: EvaluationOptions, others: Sequence[Path], 
 
 def file_of(options: EvaluationOptions) -> str:
     """Name of the file that the results go to."""
-    return AVERAGED_FILE if options.weights == "ema" else FILE
+    return FILE if options.weights == "raw" else f"evaluation-{options.weights}.json"
 
 
 def result_tables(results: Sequence[dict[str, Any]]) -> list[Table]:

@@ -11,7 +11,6 @@ from torch import Tensor
 import fastnabla
 from fastnabla.checkpoint import load_reward_statistics
 from fastnabla.config import load_run
-from fastnabla.ema import WeightsName, weights_folder
 from fastnabla.metrics.divergence import TrajectoryDivergence
 from fastnabla.metrics.evaluation import Evaluator
 from fastnabla.metrics.measures import Measures, concatenate, has_direction, measure_images
@@ -27,6 +26,7 @@ from fastnabla.pipeline import read_policy, require_policy
 from fastnabla.prompts import RunPrompts, used_prompts
 from fastnabla.reference_samples import reference_latents
 from fastnabla.rollout import Recorder, sample
+from fastnabla.run_weights import WeightsName, weights_folder
 from fastnabla.seeding import seed_of
 from fastnabla.trainer import Trainer
 
@@ -53,7 +53,8 @@ class EvaluationOptions:
     probe: str | None = None
     """Network that measures diversity and distances, as evaluation.probe of the run; None: the run's."""
     weights: WeightsName = "raw"
-    """Which of the finetuned weights: "raw", as the last update left them, or "ema", their average (optimizer.ema)."""
+    """Which of the finetuned weights: "raw", as the last update left them; "ema", their average (optimizer.ema); "best", those
+    of the evaluation along training with the highest reward."""
 
     def __post_init__(self) -> None:
         for name, least in (("samples_per_prompt", 2), ("reference_samples", 4), ("batch", 1), ("seed", 0)):

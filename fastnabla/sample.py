@@ -14,10 +14,10 @@ from fastnabla.telemetry import print_error, print_plain, quiet_libraries
 quiet_libraries()
 
 from fastnabla.config import load_run  # noqa: E402
-from fastnabla.ema import WeightsName, weights_folder  # noqa: E402
 from fastnabla.pictures import save_grid  # noqa: E402
 from fastnabla.pipeline import load_policy, pipeline_of, require_policy, use_scheduler  # noqa: E402
 from fastnabla.prompts.loading import checked_prompt  # noqa: E402
+from fastnabla.run_weights import WeightsName, weights_folder  # noqa: E402
 from fastnabla.seeding import seed_of  # noqa: E402
 
 
@@ -36,7 +36,8 @@ class SampleConfig:
     batch: int = 64
     """Images sampled at once."""
     weights: WeightsName = "raw"
-    """Which of the finetuned weights: "raw", as the last update left them, or "ema", their average (optimizer.ema)."""
+    """Which of the finetuned weights: "raw", as the last update left them; "ema", their average (optimizer.ema); "best", those
+    of the evaluation along training with the highest reward."""
     output: Path | None = None
     """PNG to write; None: sample.png in the run folder."""
 

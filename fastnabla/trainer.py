@@ -22,7 +22,7 @@ from fastnabla.config import TrainConfig, to_json
 from fastnabla.devices import device_of
 from fastnabla.distributed import ALONE, World
 from fastnabla.durable import move_files, write_file
-from fastnabla.ema import FOLDER, WeightAverage
+from fastnabla.ema import WeightAverage
 from fastnabla.gpu_meter import GpuMeter
 from fastnabla.guards import Guard
 from fastnabla.inner_epochs import learning_order
@@ -43,6 +43,7 @@ from fastnabla.resuming import check_length, fingerprint
 from fastnabla.rewards import check_reward
 from fastnabla.run_lock import RunFolderError, locked
 from fastnabla.run_table import decimals, final_table, markdown
+from fastnabla.run_weights import AVERAGE, BEST, is_best
 from fastnabla.seeding import seed_of
 from fastnabla.signals import Stopped, StopSignals
 from fastnabla.spikes import count_spikes
@@ -294,18 +295,21 @@ class Trainer:
         if self.world.is_main:
             records = [*tracker.records, {"phase": "evaluate", "update": update, **metrics}]
             self._write_pictures(run, records, update, columns)
-        self._write_weights(run)
+        self._write_weights(run, is_best(metrics["reward"], tracker.records))
         tracker.log("evaluate", update, metrics, meter.read(0))
 
-    def _write_weights(self, run: Path) -> None:
+    def _write_weights(self, run: Path, best: bool) -> None:
         partial, main = run / ".weights.partial", self.world.is_main
         if main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
         save_policy(self.policy, partial, self.policy.dtype, main)
+        if best and main:
+            for folder in list(partial.iterdir()):
+                shutil.copytree(folder, partial / BEST / folder.name)
         if self.ema is not None:
             with self.ema.applied():
-                save_policy(self.policy, partial / FOLDER, self.policy.dtype, main)
+                save_policy(self.policy, partial / AVERAGE, self.policy.dtype, main)
         if main:
             move_files(partial, run)
 
