@@ -155,7 +155,7 @@ def test_is_measured_and_sampled_alone(run, tmp_path: Path) -> None:
     assert evaluate.main([str(run[0]), *options, "--weights=ema"]) == 0
     assert not (run[0] / evaluate.FILE).exists()
     assert evaluate.main([str(run[0]), *options]) == 0
-    averaged, raw = (json.loads((run[0] / name).read_text()) for name in (evaluate.AVERAGED_FILE, evaluate.FILE))
+    averaged, raw = (json.loads((run[0] / name).read_text()) for name in ("evaluation-ema.json", evaluate.FILE))
     ours, theirs = averaged["groups"]["trained"], raw["groups"]["trained"]
     assert ours["pretrained"] == theirs["pretrained"] and ours["finetuned"]["reward"] != theirs["finetuned"]["reward"]
     pictures = [
