@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -113,7 +112,8 @@ class World:
             show()
             return
         if isinstance(error, LostProcess):
-            time.sleep(PATIENCE)  # the watch ends this process meanwhile, if another says why it is gone
+            silent = self.watch.silent(PATIENCE)  # meanwhile it ends this process, if another says why it is gone
+            error.args = (f"{error}; no sign of life from ranks {silent}" if silent else str(error),)
         self.watch.failed = True
         if self.watch.is_first():
             show()
@@ -229,7 +229,9 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostProcess(f"another process can no longer be reached: was it killed? ({error})") from error
+        raise LostProcess(
+            f"another process can no longer be reached: was it killed? ({str(error).rstrip()})"
+        ) from error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

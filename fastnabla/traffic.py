@@ -6,6 +6,8 @@ rewards, the arithmetic between passes (a few tensors of a latent's size by tran
 evaluation. A compiled network moves less.
 """
 
+import math
+
 import torch
 
 from fastnabla.config import TrainConfig
@@ -27,7 +29,7 @@ def update_traffic(config: TrainConfig, costs: UnitCosts, cost: StepCost) -> dic
     memory, rollout = config.memory, config.rollout
     trajectories, micro_batch = (
         rollout.trajectories // rollout.updates,
-        min(memory.micro_batch, max(cost.rows.values())),
+        min(memory.micro_batch, max(map(math.ceil, cost.rows.values()))),
     )
     chunk, batch = min(memory.decode_chunk, micro_batch), min(rollout.batch, trajectories)
     unet, decoder = costs.unet_traffic(micro_batch), costs.decode_traffic(chunk)

@@ -24,7 +24,7 @@ from fastnabla.checkpoint import CheckpointError  # noqa: E402
 from fastnabla.config import TrainConfig, from_json, load_run, to_json  # noqa: E402
 from fastnabla.cost import cost_table, measured_rate, update_cost  # noqa: E402
 from fastnabla.devices import device_of  # noqa: E402
-from fastnabla.distributed import World  # noqa: E402
+from fastnabla.distributed import LostProcess, World  # noqa: E402
 from fastnabla.durable import write_file  # noqa: E402
 from fastnabla.launch import Place  # noqa: E402
 from fastnabla.planner import MemoryPlan, planned, unit_costs  # noqa: E402
@@ -126,7 +126,8 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         if world.size == 1:
             raise
-        fail(world, error, f"{type(error).__name__}: {error}", error)
+        lost = isinstance(error, LostProcess)
+        fail(world, error, None if lost else f"{type(error).__name__}: {error}", None if lost else error)
         status = 1
     return world.leave(status)
 

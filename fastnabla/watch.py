@@ -62,6 +62,21 @@ class Watch(threading.Thread):
             elif time.monotonic() - since > SILENCE and self.is_first():
                 self.tell(f"no sign of life for {SILENCE:.0f} s", neighbour)
 
+    def silent(self, seconds: float) -> list[int]:
+        """Ranks from which there is no heartbeat for `seconds` from now on."""
+
+        def beats() -> dict[int, bytes]:
+            names = {rank: f"beat/{rank}" for rank in range(self.size)}
+            return {rank: self.store.get(name) for rank, name in names.items() if self.store.check([name])}
+
+        try:
+            before = beats()
+            time.sleep(seconds)
+            after = beats()
+        except RuntimeError:
+            return []
+        return [rank for rank, beat in after.items() if beat == before.get(rank) != b"done"]
+
     def is_first(self) -> bool:
         """Claim to be the first to tell of a failure; whether that is so. Only then it is to be told."""
         try:

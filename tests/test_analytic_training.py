@@ -67,6 +67,18 @@ def test_passes_are_those_that_the_methods_plan():
         assert [record["passes"] for record in records] == expected
 
 
+def test_rollouts_are_learned_from_late_and_again_as_in_the_trainer():
+    """Two rounds of two inner epochs, a round late: rollouts 0 and 1 before the first update, none after. Of a round's 24
+    transitions, those that are inner take 7 U, and 5 in the second inner epoch; last ones 3, and 2."""
+    rollout = RolloutConfig(trajectories=8, fraction=0.5, updates=1, epochs=2, replay=1)
+    subject = Experiment(settings("residual-db", updates=4, steps=4, width=8, rollout=rollout))
+    passes = [record["passes"] for record in updates(subject)]
+    passes[0] -= 2 * 8 * 4
+    for first, again in (passes[:2], passes[2:]):
+        inner = (first - 3 * 24) / 4
+        assert 8 <= inner <= 16 and again == 5 * inner + 2 * (24 - inner)
+
+
 def test_equal_seeds_give_equal_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for run, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -87,6 +99,8 @@ def test_equal_seeds_give_equal_runs(tmp_path, monkeypatch):
         (["--run", "."], "run"),
         (["--reward-factor", "nan"], "reward_factor"),
         (["--method", "draft", "--direct.k", "60"], "direct.k"),
+        (["--method", "draft", "--rollout.replay", "1"], "rollout.replay"),
+        (["--optimizer.ema", "0.9"], "optimizer.ema"),
         (["--method", "dag", "--flow-learning-rate", "0"], "flow.kind"),
         (["--method", "db", "--objective.beta", "0"], "objective.beta"),
     ],

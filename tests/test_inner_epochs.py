@@ -11,7 +11,6 @@ import torch
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.config import TrainConfig
 from fastnabla.cost import rollout_passes
-from fastnabla.ddpo import PolicyGradientStep
 from fastnabla.inner_epochs import learning_order
 from fastnabla.methods import METHODS
 from fastnabla.passes import planned_passes
@@ -212,15 +211,6 @@ def test_resumed_between_inner_epochs(run: Path, tmp_path: Path) -> None:
     trainer = without_pictures(Trainer(inner()))
     trainer.train(tmp_path, resume=True)
     assert_same_result(tmp_path, run)
-
-
-def test_ddpo_takes_a_reward_into_account_once(tmp_path: Path) -> None:
-    trainer = without_pictures(Trainer(inner("ddpo")))
-    trainer.train(tmp_path)
-    assert isinstance(trainer.step, PolicyGradientStep) and int(trainer.step.statistics.seen.sum()) == 4
-    records = records_of(tmp_path)
-    assert [record["passes_inner"] for record in records if record["rows_inner"]] and records[0]["ratio"] == 1.0
-    assert records[1]["ratio"] != 1.0
 
 
 @pytest.mark.parametrize("method", ["refl", "draft", "draft-lv"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastnabla import trainer as trainer_module
+from fastnabla import inputs
 from fastnabla.analytic.config import AnalyticConfig
 from fastnabla.batch import Transitions
 from fastnabla.compat.recipe import CHOICES, DEPARTURES
@@ -158,8 +158,8 @@ def test_a_flow_that_does_not_start_at_zero(kind: str) -> None:
 def test_a_run_is_the_authors_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their order of sampling and training written out, with plain AdamW, against the trainer. Float32 rounding: the steps
     are 1e-3 and six updates apply two of them each."""
-    options, build = [], trainer_module.build_reward
-    monkeypatch.setattr(trainer_module, "build_reward", lambda *given: options.append(given[2]) or build(*given))
+    options, build = [], inputs.build_reward
+    monkeypatch.setattr(inputs, "build_reward", lambda *given: options.append(given[2]) or build(*given))
     ours, theirs = (without_pictures(Trainer(compatible())) for _ in range(2))
     assert [(option.preprocess, option.tf32) for option in options] == [("reference", True)] * 2
     ours.train(tmp_path)
@@ -171,7 +171,7 @@ def test_a_run_is_the_authors_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         samples = None
         if epoch + 1 < epochs:  # they sample once more, and leave it
             theirs.buffer.clear()
-            theirs._rollout(epoch + 1)
+            theirs.source.rollout(epoch + 1)
             samples = theirs.buffer.gather(theirs.buffer.transitions())
             expected = assign_prompts(0, 4 * (epoch + 1), 4, theirs.prompts.trained, "independent")
             assert samples.prompt.view(4, -1)[:, 0].tolist() == expected.tolist()

@@ -35,7 +35,7 @@ class AnalyticConfig:
     seed: int = 0
     """Seed of the training. Evaluations have noise of their own, the same for all seeds."""
     run: Path | None = None
-    """Folder for everything the run writes; must not exist. None: the next free runs/analytic-2d-001, -002, …"""
+    """Folder for everything the run writes; must not exist. None: the next free runs/analytic-2d-residual-db-001, …"""
     steps: int = 50
     """T, steps of the sampler. They all change the signal-to-noise ratio by one factor."""
     width: int = 128
@@ -73,12 +73,6 @@ class AnalyticConfig:
             raise ValueError(
                 f"optimizer.ema = {self.optimizer.ema}: the analytic testbed measures the weights themselves; leave it None."
             )
-        for name, only in (("replay", 0), ("epochs", 1)):
-            value = getattr(self.rollout, name)
-            if value != only:
-                raise ValueError(
-                    f"rollout.{name} = {value}: the analytic testbed learns from each rollout once, at once; leave it {only}."
-                )
         drawn, strata = self.drawn_steps, self.rollout.draw == "stratified"
         if drawn < 1 or (self.steps % drawn if strata else drawn >= self.steps):
             raise ValueError(

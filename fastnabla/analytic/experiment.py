@@ -79,26 +79,28 @@ class Experiment:
             table=self.table,
             sample_shape=self.sample_shape,
         )
-        method, count = METHODS[config.method], config.rollout.trajectories
+        method, rollout = METHODS[config.method], config.rollout
         self.step = method.build(training, networks, self.told, PROMPTS)
         self.buffer: TrajectoryBuffer | None = None
-        self.source: Source = NewTrajectories(config.seed, count, len(PROMPTS))
+        self.source: Source = NewTrajectories(config.seed, rollout.trajectories, len(PROMPTS))
         if method.stores:
-            sizes = (count, len(self.table), config.drawn_steps + 1)
+            sizes = (rollout.trajectories * (1 + rollout.replay), len(self.table), config.drawn_steps + 1)
             self.buffer = TrajectoryBuffer(*sizes, self.sample_shape, timestep=self.table.timestep)
-            self.source = StoredTrajectories(self._rollout, self.buffer)
+            if rollout.epochs > 1 and method.has_reference:
+                self.buffer.keep_reference(with_product=training.has_flow and config.objective.reverse > 0)
+            slots = torch.arange(rollout.trajectories)
+            self.source = StoredTrajectories(self._rollout, self.buffer, slots, training.rounds, rollout.replay)
         self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, training.flow, config.updates)
 
-    def _rollout(self, round_: int) -> dict[str, float]:
-        """Fill the buffer with trajectories of the current policy; the mean of their rewards."""
-        config, count = self.config, self.buffer.capacity
-        first = round_ * count
+    def _rollout(self, number: int) -> dict[str, float]:
+        """Store rollout `number` of the current policy; the mean of its rewards."""
+        config, count = self.config, self.config.rollout.trajectories
+        first = number * count
         draw = DRAWS[config.rollout.draw]
         steps = draw(seed_of(config.seed, "draws"), first, count, config.steps, config.drawn_steps)
-        self.buffer.clear()
-        slots = self.buffer.reserve(steps, torch.zeros(count, dtype=torch.int64))
+        slots = self.buffer.reserve(steps, torch.zeros(count, dtype=torch.int64), epoch=number)
         finished = self._sample([seed_of(config.seed, "noise", first + i) for i in range(count)], slots)
-        self.buffer.reward.copy_(self.told(finished, PROMPTS))
+        self.buffer.reward[slots] = self.told(finished, PROMPTS)
         return {"rollout_reward": self.reward(finished, PROMPTS).mean().item()}
 
     def evaluation_samples(self) -> Tensor:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -15,6 +14,7 @@ from fastnabla.analytic.experiment import Experiment
 from fastnabla.analytic.pictures import save_pictures
 from fastnabla.analytic.spread import effective_modes, effective_number, mode_width
 from fastnabla.config import to_json
+from fastnabla.inner_epochs import learning_order
 from fastnabla.telemetry import Tracker, progress_bar
 
 
@@ -60,13 +60,13 @@ def updates(experiment: Experiment) -> Iterator[dict[str, float]]:
         FloatingPointError: the loss is not finite.
     """
     config, source, counter = experiment.config, experiment.source, experiment.policy.passes
-    shares = torch.arange(config.rollout.trajectories).chunk(config.rollout.updates)
     for update in range(config.updates):
-        round_, share = divmod(update, len(shares))
+        round_, place = divmod(update, config.rollout.updates_per_round)
         before = counter.rows
-        if share == 0:
+        if place == 0:
             rollout = source.collect(round_)
-        report = experiment.step(source.select(round_, shares[share]))
+        trajectories = learning_order(config.seed, round_, config.rollout)[place]
+        report = experiment.step(source.select(round_, trajectories, again=place >= config.rollout.updates))
         norms = experiment.optimizer.update()
         losses = {f"loss_{name}": value for name, value in report.losses.items()}
         numbers = {name: value.item() for name, value in (report.statistics | norms | losses).items()}
@@ -75,6 +75,8 @@ def updates(experiment: Experiment) -> Iterator[dict[str, float]]:
             raise FloatingPointError(
                 f"the loss is not finite after update {update + 1}; lower optimizer.learning_rate or objective.beta."
             )
+        if place + 1 == config.rollout.updates_per_round:
+            source.finish()
 
 
 def measure(experiment: Experiment, samples: Tensor) -> dict[str, float]:
