@@ -50,7 +50,7 @@ def begin(size: int, function: Callable[[], int]) -> list[int]:
     return children
 
 
-def end(children: list[int], seconds: float = 60) -> list[int]:
+def end(children: list[int], seconds: float = 300) -> list[int]:
     """Wait for all; their exit statuses, negative for a signal that ended them."""
     until, statuses = time.monotonic() + seconds, {}
     while len(statuses) < len(children):
