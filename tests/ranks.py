@@ -3,7 +3,9 @@
 Threads do not survive a fork: the test process calls ``torch.set_num_threads(1)`` first.
 """
 
+import faulthandler
 import os
+import signal
 import socket
 import sys
 import time
@@ -36,6 +38,7 @@ def begin(size: int, function: Callable[[], int]) -> list[int]:
             status = 70
             try:
                 os.environ |= environment
+                faulthandler.register(signal.SIGUSR2, file=2)
                 status = function()
             except BaseException:
                 traceback.print_exc()
@@ -47,7 +50,7 @@ def begin(size: int, function: Callable[[], int]) -> list[int]:
     return children
 
 
-def end(children: list[int], seconds: float = 100) -> list[int]:
+def end(children: list[int], seconds: float = 300) -> list[int]:
     """Wait for all; their exit statuses, negative for a signal that ended them."""
     until, statuses = time.monotonic() + seconds, {}
     while len(statuses) < len(children):
@@ -56,7 +59,9 @@ def end(children: list[int], seconds: float = 100) -> list[int]:
                 statuses[child] = os.waitstatus_to_exitcode(found[1])
         if time.monotonic() > until:
             for child in set(children) - statuses.keys():
-                os.kill(child, 9)
+                os.kill(child, signal.SIGUSR2)  # where it is, goes where its stderr goes
+                time.sleep(0.5)
+                os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
             raise AssertionError(f"after {seconds} s only these have ended: {statuses}")
         time.sleep(0.01)
