@@ -46,7 +46,7 @@ def test_train_then_sample(capsys: pytest.CaptureFixture[str]) -> None:
 def test_dry_run_prints_configuration_and_cost_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert '"guidance_scale": 3.0' in printed and "training step" in printed and "243.2 × 7 + 76.8 × 3" in printed
+    assert '"guidance_scale": 3.0' in printed and "training step" in printed and "243.2 × 5 + 76.8 × 3" in printed
     assert not Path("runs").exists()
 
 
@@ -101,7 +101,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     explosive = [*QUICK, "--reward.terms", "explosive:reward", "--rollout.trajectories=3"]
-    assert train.main([*explosive, "--max-skipped=1"]) == 1
+    assert train.main([*explosive, "--max-skipped=1"]) == train.DIVERGED == 4
     message = " ".join(capsys.readouterr().err.split())
     assert "loss is not finite after update 1" in message
     assert "norm_reward" in message and "timestep" in message and "reward.clip" in message

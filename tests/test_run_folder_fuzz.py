@@ -58,7 +58,7 @@ def resume(finished: Path) -> Callable[[Path], int]:
     trainer = without_pictures(Trainer(tiny()))
     state = {name: parameter.detach().clone() for name, parameter in trainer.policy.trained().items()}
 
-    def built(config, prompts):
+    def built(config, prompts, world):
         trainer.prompts = prompts
         with torch.no_grad():
             for name, parameter in trainer.policy.trained().items():
