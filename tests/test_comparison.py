@@ -70,8 +70,8 @@ def test_budget_by_default_is_the_first_method_s() -> None:
     found = plan()
     # The preset's updates: rollout, inner and last transitions, of which one draw in five of the last stratum is.
     assert found.passes == pytest.approx(24 * 64 * (20 + 3.8 * 5 + 1.2 * 3))
-    assert [run.config.updates for run in found.runs] == [18, found.passes // (64 * 21)]
-    assert [run.config.evaluation.every for run in found.runs] == [3, 8]
+    assert [run.config.updates for run in found.runs] == [24, found.passes // (64 * 21)]
+    assert [run.config.evaluation.every for run in found.runs] == [4, 8]
     equal = plan(updates=5)
     assert equal.passes is None and [run.config.updates for run in equal.runs] == [5, 5]
 
