@@ -118,16 +118,24 @@ class Rollouts:
         return metrics | {f"rollout_reward_{name}": values.mean().item() for name, values in sound.items()}
 
 
-def shares(world: World, trajectories: int, updates: int) -> list[Tensor]:
+def shares(world: World, trajectories: int, updates: int) -> list[range]:
     """Numbers of this rank's trajectories among those of a rollout, by update: of each update's, consecutive ones.
+
+    Args:
+        world: the ranks.
+        trajectories: of a rollout; a multiple of `updates`.
+        updates: of a rollout.
 
     Raises:
         ValueError: an update has fewer trajectories than there are ranks.
     """
-    parts = torch.arange(trajectories).chunk(updates)
-    if len(parts[-1]) < world.size:
+    each = trajectories // updates
+    if each < world.size:
         raise ValueError(
-            f"rollout.trajectories = {trajectories}: gives an update {len(parts[-1])} trajectories, fewer than the "
+            f"rollout.trajectories = {trajectories}: gives an update {each} trajectories, fewer than the "
             f"{world.size} processes; use at least {updates * world.size}, or fewer processes."
         )
-    return [part[world.share(len(part))] for part in parts]
+    size, larger = divmod(each, world.size)
+    first = world.rank * size + min(world.rank, larger)
+    own = range(first, first + size + (world.rank < larger))
+    return [range(start + own.start, start + own.stop) for start in range(0, trajectories, each)]

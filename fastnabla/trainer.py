@@ -67,8 +67,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, prompts: RunPrompts | None = None, world: World = ALONE) -> None:
         self.device, self.world = device_of(config, world.place), world
-        self.slots = torch.cat(shares(world, config.rollout.trajectories, config.rollout.updates))
-        """Numbers of this rank's trajectories of a rollout."""
+        parts = shares(world, config.rollout.trajectories, config.rollout.updates)
         for field, alone in (("replay", 0), ("epochs", 1)):
             value = getattr(config.rollout, field)
             remedy = f"several processes learn from their newest rollout, once: use {alone}, or one process."
@@ -100,11 +99,9 @@ class Trainer:
         self.step.world = world
         self.sampler = Sampler(config, self.policy, self.table, self.sample_shape, world)
         self.buffer: TrajectoryBuffer | None = None
-        count, draw = config.rollout.trajectories, config.prompts.draw
-        self.source: Source = NewTrajectories(config.seed, count, self.prompts.trained, draw)
         if method.stores:
             self.buffer = TrajectoryBuffer(
-                len(self.slots) * (1 + config.rollout.replay),
+                sum(map(len, parts)) * (1 + config.rollout.replay),
                 len(self.table),
                 config.drawn_steps + 1,
                 self.sample_shape,
@@ -113,6 +110,11 @@ class Trainer:
                 output_block=config.memory.output_block,
                 timestep=self.table.timestep,
             )
+        self.slots = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+        """Numbers of this rank's trajectories of a rollout."""
+        count, draw = config.rollout.trajectories, config.prompts.draw
+        self.source: Source = NewTrajectories(config.seed, count, self.prompts.trained, draw)
+        if self.buffer is not None:
             if config.rollout.epochs > 1 and method.has_reference:
                 self.buffer.keep_reference(with_product=config.has_flow and config.objective.reverse > 0)
             rollouts = Rollouts(self.sampler, self.decoder, self.reward, self.prompts, self.buffer, self.slots)

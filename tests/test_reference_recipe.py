@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from fastnabla import inputs
-from fastnabla.analytic.config import AnalyticConfig
 from fastnabla.batch import Transitions
 from fastnabla.compat.recipe import CHOICES, DEPARTURES
 from fastnabla.config import TrainConfig, from_json, to_json
@@ -192,7 +191,5 @@ def test_a_run_is_the_authors_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_values_are_checked() -> None:
     with pytest.raises(ValueError, match=r"optimizer\.applications = 0: must be at least 1"):
         OptimizerConfig(applications=0)
-    with pytest.raises(ValueError, match=r"rollout\.replay = 1: the analytic testbed learns"):
-        AnalyticConfig(rollout=RolloutConfig(replay=1))
     with pytest.raises(ValueError, match=r"reward\.normalise = True \(it has False\)"):
         compatible(reward=RewardConfig(terms=("area=1",), normalise=True))
