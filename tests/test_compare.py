@@ -36,6 +36,7 @@ SETTINGS = (
     "evaluation.samples=2",
     "evaluation.prompts=2",
     "optimizer.warmup=1",
+    "objective.guidance=lookahead",
     "tracker=none",
     "draft.checkpoint-every=2",
 )
@@ -74,15 +75,19 @@ def test_every_run_is_an_ordinary_one_and_spends_the_budget(done: Path) -> None:
     found = values(done)
     assert [(run["folder"], run["updates"], run["planned_passes"]) for run in found["runs"]] == [
         ("residual-db-seed-0", 2, 76),
-        ("residual-db-seed-1", 2, 76),
         ("draft-seed-0", 8, 80),
+        ("residual-db-seed-1", 2, 76),
         ("draft-seed-1", 8, 80),
     ]
     assert found["passes"] == BUDGET
     points = [(p["method"], p["seed"], p["update"], p["transitions"]) for p in found["points"]]
     assert points == [
-        *[("residual-db", seed, update, 6 * update) for seed in (0, 1) for update in (0, 1, 2)],
-        *[("draft", seed, update, 2 * update) for seed in (0, 1) for update in (0, 4, 8)],
+        row
+        for seed in (0, 1)
+        for row in (
+            *(("residual-db", seed, update, 6 * update) for update in (0, 1, 2)),
+            *(("draft", seed, update, 2 * update) for update in (0, 4, 8)),
+        )
     ]
     assert all(p["passes"] == spent(done, p["method"], p["seed"], p["update"]) for p in found["points"])
     assert all(p["trajectories"] == 2 * p["update"] for p in found["points"])

@@ -105,9 +105,9 @@ def first_step(world: World, config: TrainConfig) -> dict:
 
 def test_all_methods_on_2_processes(tmp_path: Path) -> None:
     others = [name for name in METHODS if name != "residual-db"]
-    configs = {name: row_by_row(3, 1, method=name) for name in others}
+    configs = {name: row_by_row(5, 1, method=name) for name in others}
     configs["terminal, normalised"] = row_by_row(
-        3,
+        5,
         1,
         objective=dataclasses.replace(row_by_row().objective, guidance="terminal"),
         reward=dataclasses.replace(row_by_row().reward, normalise=True),
