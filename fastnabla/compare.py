@@ -59,7 +59,7 @@ class CompareConfig:
     """How, with `evaluate`; small numbers of samples by default."""
     jobs: int = 1
     """Runs trained at a time, each in a process with its share of the cores, and a GPU of its own as long as there are
-    some. On a CPU two processes of one thread are faster than one of two."""
+    some."""
     only: tuple[str, ...] = ()
     """Train these runs (draft-seed-0, …) and write no page, as one of several machines that share a folder would."""
     dry_run: bool = False
