@@ -63,7 +63,6 @@ SETS = {folder.name: folder for folder in STEP_SETS}
     ("name", "changes"),
     [
         ("step_residual_db", {}),
-        ("step_no_flow", {}),
         ("step_strength", {"guidance": "terminal"}),
         ("step_strength", {"guidance": "lookahead_detached", "reverse": 0.0}),
         ("step_strength", {"reverse_second_order": True}),
@@ -72,6 +71,11 @@ SETS = {folder.name: folder for folder in STEP_SETS}
 )
 def test_gradients_from_the_cache(name: str, changes: dict) -> None:
     compare_with_cache(load_step(SETS[name]), "torch", **changes)
+
+
+def test_gradients_from_the_cache_without_a_flow() -> None:
+    golden = load_step(SETS["step_residual_db"])
+    compare_with_cache(dataclasses.replace(golden, flow=None), "torch", reverse=0.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
