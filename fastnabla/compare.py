@@ -17,8 +17,8 @@ quiet_libraries()
 from fastnabla.comparison.plan import Plan, PlannedRun, make_plan  # noqa: E402
 from fastnabla.comparison.report import NAME, Report  # noqa: E402
 from fastnabla.comparison.training import train_all, train_in_processes  # noqa: E402
-from fastnabla.config import MethodName  # noqa: E402
 from fastnabla.evaluate import FILE, evaluate_run  # noqa: E402
+from fastnabla.methods import METHODS  # noqa: E402
 from fastnabla.presets import PRESETS  # noqa: E402
 from fastnabla.require import require  # noqa: E402
 from fastnabla.run_evaluation import EvaluationOptions  # noqa: E402
@@ -27,19 +27,21 @@ from fastnabla.sections import TESTBED  # noqa: E402
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class CompareConfig:
-    """Train several methods with the same budget of network passes, evaluate them along the way on the same prompts and
-    noise, and write comparison.html: reward by cost, reward against diversity and prior, samples at equal reward. Each
-    method and seed is an ordinary run folder. The same command again goes on where it stopped, and adds what is new to it:
+    """Train several methods, or variants of one, with the same budget of network passes, evaluate them along the way on
+    the same prompts and noise, and write comparison.html: reward by cost, reward against diversity and prior, samples at
+    equal reward. Each method and seed is an ordinary run folder. The same command again goes on where it stopped, and adds what is new to it:
     methods, and seeds. docs/comparison.md says how to read the result."""
 
     preset: tyro.extras.literal_type_from_choices(PRESETS) = TESTBED
     """Preset of `python -m fastnabla.train` that all runs start from."""
-    methods: tuple[MethodName, ...] = ("residual-db", "db", "refl", "draft", "draft-lv", "ddpo", "dag")
-    """What is compared; docs/objectives.md has the equations and costs. Without a budget the first one sets it."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """What is compared: methods, whose equations and costs are in docs/objectives.md, and variants of them,
+    METHOD,FIELD=VALUE,FIELD=VALUE,…, as in an ablation: residual-db residual-db,flow.kind=none
+    residual-db,objective.beta=30. Without a budget the first one sets it."""
     seeds: int = 1
     """Runs of each method, of seeds 0, 1, … Runs differ much by seed: with one, small differences mean nothing."""
     run: Path | None = None
-    """Folder of the comparison; its runs are METHOD-seed-N. None: runs/compare-PRESET."""
+    """Folder of the comparison; its runs are METHOD-seed-N, or METHOD,FIELD=VALUE-seed-N. None: runs/compare-PRESET."""
     passes: float | None = None
     """Budget of each run in U, passes of the UNet over a transition's guided rows, rollouts included. Each method makes as
     many updates as fit into it, one rollout's at least. None: what the first method spends in the preset's updates."""
@@ -121,7 +123,7 @@ def train(
 def evaluated(
     runs: Sequence[PlannedRun], options: EvaluationOptions, console: Console
 ) -> dict[str, list[dict[str, Any]]]:
-    """Results of `fastnabla.evaluate` of the runs that are done, by method and seed; measured where a run has none of these
+    """Results of `fastnabla.evaluate` of the runs that are done, by variant and seed; measured where a run has none of these
     `options`."""
     runs = [run for run in runs if run.done]
     folders, results = [run.folder for run in runs], {}
@@ -130,7 +132,7 @@ def evaluated(
         if result is None:
             others = [folder for folder in folders if folder != run.folder]
             result = evaluate_run(run.folder, options, others, console)
-        results.setdefault(run.config.method, []).append(result)
+        results.setdefault(run.variant, []).append(result)
     return results
 
 

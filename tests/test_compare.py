@@ -80,7 +80,7 @@ def test_every_run_is_an_ordinary_one_and_spends_the_budget(done: Path) -> None:
         ("draft-seed-1", 8, 80),
     ]
     assert found["passes"] == BUDGET
-    points = [(p["method"], p["seed"], p["update"], p["transitions"]) for p in found["points"]]
+    points = [(p["variant"], p["seed"], p["update"], p["transitions"]) for p in found["points"]]
     assert points == [
         row
         for seed in (0, 1)
@@ -89,7 +89,7 @@ def test_every_run_is_an_ordinary_one_and_spends_the_budget(done: Path) -> None:
             *(("draft", seed, update, 2 * update) for update in (0, 4, 8)),
         )
     ]
-    assert all(p["passes"] == spent(done, p["method"], p["seed"], p["update"]) for p in found["points"])
+    assert all(p["passes"] == spent(done, p["variant"], p["seed"], p["update"]) for p in found["points"])
     assert all(p["trajectories"] == 2 * p["update"] for p in found["points"])
     assert all((p["seconds"] > 0) == (p["update"] > 0) for p in found["points"])
     for run in found["runs"]:
@@ -121,7 +121,9 @@ def test_points_are_what_the_runs_have_logged(done: Path) -> None:
         logged = [
             {k: v for k, v in line.items() if k not in ("phase", "update")} for line in lines if "accuracy" in line
         ]
-        own = [p["metrics"] for p in values(done)["points"] if (p["method"], p["seed"]) == (run["method"], run["seed"])]
+        own = [
+            p["metrics"] for p in values(done)["points"] if (p["variant"], p["seed"]) == (run["variant"], run["seed"])
+        ]
         assert own == logged and len(own) == 3
 
 
@@ -192,7 +194,7 @@ def test_an_interrupted_comparison_goes_on(done: Path, tmp_path: Path, monkeypat
         assert compare.main(arguments) == 128 + signal.SIGTERM
     assert len(calls) == 7
     so_far = values(folder)
-    assert {point["method"] for point in so_far["points"]} == {"residual-db"}
+    assert {point["variant"] for point in so_far["points"]} == {"residual-db"}
     assert so_far["remarks"] == ["draft-seed-0 has not ended."]
     assert "draft-seed-0 has not ended." in (folder / "comparison.html").read_text(encoding="utf-8")
     first = (folder / "residual-db-seed-0/metrics.jsonl").stat().st_mtime_ns
@@ -218,8 +220,8 @@ def test_a_run_that_diverges_does_not_end_the_comparison(tmp_path: Path, monkeyp
     monkeypatch.setattr(Guard, "accepts", diverging)
     assert compare.main([*command(folder, "--seeds=1"), "max_skipped=1"]) == 0
     found = values(folder)
-    assert [point["update"] for point in found["points"] if point["method"] == "residual-db"] == [0, 1]
-    assert max(point["update"] for point in found["points"] if point["method"] == "draft") == 8
+    assert [point["update"] for point in found["points"] if point["variant"] == "residual-db"] == [0, 1]
+    assert max(point["update"] for point in found["points"] if point["variant"] == "draft") == 8
     assert found["remarks"] == ["residual-db-seed-0 ended early; its last evaluation is of 1 updates."]
 
 

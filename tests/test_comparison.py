@@ -1,13 +1,15 @@
 """What a comparison is planned and summed up by: budget, settings, points, tables."""
 
 import dataclasses
+import io
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from fastnabla.comparison import page
+from fastnabla.comparison import figures, page
 from fastnabla.comparison.budget import measured_passes, measured_rows, update_passes, updates_within
 from fastnabla.comparison.plan import Plan, make_plan
 from fastnabla.comparison.points import Point, seconds_by_update
@@ -92,6 +94,20 @@ def test_settings_go_from_the_preset_to_the_method_to_the_command_line() -> None
     assert method_settings("sd15-aesthetic", "draft", []) == {}
 
 
+def test_a_variant_has_its_method_s_settings_and_its_own() -> None:
+    found = plan(
+        methods=("draft", "draft,direct.k=3", "draft,direct.k=4,optimizer.learning-rate=1e-4"),
+        settings=["draft.direct.k=2", "optimizer.beta2=0.9"],
+    )
+    values = [(r.config.direct.k, r.config.optimizer.learning_rate, r.config.optimizer.beta2) for r in found.runs]
+    assert values == [(2, 3e-3, 0.9), (3, 3e-3, 0.9), (4, 1e-4, 0.9)]
+    assert [run.folder.name for run in found.runs] == [
+        "draft-seed-0", "draft,direct.k=3-seed-0", "draft,direct.k=4,optimizer.learning-rate=1e-4-seed-0",
+    ]  # fmt: skip
+    assert [found.of(variant) for variant in found.variants] == [[run] for run in found.runs]
+    assert found.own_settings("draft,direct.k=3") == ["direct.k = 3"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_methods_own_settings_are_valid(method: MethodName) -> None:
     for preset, own in METHOD_SETTINGS.items():
@@ -105,6 +121,13 @@ def test_the_methods_own_settings_are_valid(method: MethodName) -> None:
         ({"preset": "nothing"}, "preset = 'nothing': must be one of testbed"),
         ({"methods": ()}, "methods = ''"),
         ({"methods": ("draft", "draft")}, "methods = 'draft draft'"),
+        ({"methods": ("drift",)}, "methods = 'drift': 'drift' is none of residual-db"),
+        ({"methods": ("draft,direct.k",)}, r"methods = 'draft,direct\.k': write METHOD,FIELD=VALUE"),
+        ({"methods": ("draft,direct.k=",)}, r"write METHOD,FIELD=VALUE"),
+        ({"methods": ("draft,reward.clip=1",)}, r"reward\.clip must be the same for all methods"),
+        ({"methods": ("draft,seed=1",)}, "seed is set by the comparison"),
+        ({"methods": ("draft,direct.k=../1",)}, "names its runs' folders"),
+        ({"methods": ("draft,direct.k=21",)}, r"direct\.k = 21"),
         ({"seeds": 0}, "seeds = 0"),
         ({"points": 0}, "points = 0"),
         ({"passes": float("inf")}, "passes = inf"),
@@ -112,7 +135,10 @@ def test_the_methods_own_settings_are_valid(method: MethodName) -> None:
         ({"settings": ["direct.k"]}, r"set = 'direct\.k': write FIELD=VALUE"),
         ({"settings": ["seed=3"]}, "seed is set by the comparison"),
         ({"settings": ["draft.evaluation.every=3"]}, r"evaluation\.every is set by the comparison"),
-        ({"settings": ["draft.reward.terms=hue=1"]}, "same for all methods; write reward.terms=hue=1"),
+        (
+            {"settings": ["draft.reward.terms=hue=1"]},
+            "reward.terms must be the same for all methods; write --set reward.terms=",
+        ),
         ({"settings": ["draft.direct.k=21"]}, r"direct\.k = 21"),
         ({"settings": ["draft.rollout.updates=3"]}, r"rollout\.updates"),
     ],
@@ -148,9 +174,9 @@ def test_front() -> None:
     assert front([(1.0, 1.0)]) == [0]
 
 
-def point(method: str, seed: int, update: int, **metrics: float) -> Point:
+def point(variant: str, seed: int, update: int, **metrics: float) -> Point:
     spent = {"passes": 10.0 * update, "trajectories": update, "transitions": update, "seconds": 0.5 * update}
-    return Point(method=method, seed=seed, update=update, **spent, metrics=metrics)
+    return Point(variant=variant, seed=seed, update=update, **spent, metrics=metrics)
 
 
 POINTS = [
@@ -163,7 +189,7 @@ POINTS = [
 
 def test_matched_points_are_of_one_seed_and_never_the_pretrained_model() -> None:
     assert common_rewards(POINTS) == {0: 3.0, 1: 1.0}
-    assert [(p.method, p.seed, p.update) for p in matched(POINTS)] == [
+    assert [(p.variant, p.seed, p.update) for p in matched(POINTS)] == [
         ("a", 0, 1),
         ("b", 0, 3),
         ("a", 1, 2),
@@ -172,11 +198,21 @@ def test_matched_points_are_of_one_seed_and_never_the_pretrained_model() -> None
 
 
 def test_changes_are_from_the_run_s_own_start_and_means_are_over_seeds() -> None:
-    moved = [p for p in changes(POINTS) if (p.method, p.update) == ("b", 6)]
+    moved = [p for p in changes(POINTS) if (p.variant, p.update) == ("b", 6)]
     mean = Mean.of(moved)
     assert mean.metrics["reward"] == Spread(pytest.approx((-6.2 + 8) / 2), pytest.approx(-6.2), 8.0)
     assert (mean.passes, mean.seconds) == (Spread(60.0, 60.0, 60.0), Spread(3.0, 3.0, 3.0))
     assert all(p.metrics["reward"] == 0 for p in changes(POINTS) if p.update == 0)
+
+
+def test_pictures_tell_all_variants_apart() -> None:
+    variants = ["residual-db", "draft", *(f"draft,direct.k={k}" for k in range(10))]
+    colours = figures._colours(variants)
+    assert list(colours) == variants and len(set(colours.values())) == 12
+    assert colours["draft"] == figures.METHOD_COLOURS["draft"]
+    points = [point(variant, 0, update, reward=update) for variant in variants for update in (0, 6)]
+    tall, flat = (Image.open(io.BytesIO(figures.reward_curves(some))).size for some in (points, points[:4]))
+    assert tall[0] == flat[0] and tall[1] > flat[1]  # by the lines of the legend
 
 
 def test_texts_of_tables_are_escaped() -> None:

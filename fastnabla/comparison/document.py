@@ -25,7 +25,7 @@ def document(
         plan: its runs, in whose folders prompts and pictures are.
         points: of all that have ended.
         remarks: on the others.
-        evaluations: method → results of `fastnabla.evaluate`, one a seed; empty if there are none.
+        evaluations: variant → results of `fastnabla.evaluate`, one a seed; empty if there are none.
         plots: PNGs, "reward" and, if diversity was measured, "fronts".
     """
     parts = [*_setup(plan, points, remarks), page.heading("Reward by what it cost")]
@@ -46,7 +46,7 @@ def document(
 
 def _setup(plan: Plan, points: Sequence[Point], remarks: Sequence[str]) -> list[str]:
     """What was compared, at what budget."""
-    begun = next(run for run in plan.runs if (run.config.method, run.config.seed) == (points[0].method, points[0].seed))
+    begun = next(run for run in plan.runs if (run.variant, run.config.seed) == (points[0].variant, points[0].seed))
     config = begun.config
     prompts = RunPrompts.load(begun.folder / "prompts.json")
     seeds = len({point.seed for point in points})
@@ -69,30 +69,30 @@ def _setup(plan: Plan, points: Sequence[Point], remarks: Sequence[str]) -> list[
 
 def _budget(plan: Plan, points: Sequence[Point]) -> Sheet:
     rows = []
-    for method in plan.methods:
-        config = plan.of(method)[0].config
-        spent = [p.passes for p in points if (p.method, p.update) == (method, config.updates)]
+    for variant in plan.variants:
+        config = plan.of(variant)[0].config
+        spent = [p.passes for p in points if (p.variant, p.update) == (variant, config.updates)]
         rows.append(
             [
-                method,
+                variant,
                 f"{config.updates:,}",
                 f"{update_passes(config):,g}",
                 ", ".join(f"{passes:,.0f}" for passes in spent),
-                ", ".join(plan.own_settings(method)),
+                ", ".join(plan.own_settings(variant)),
             ]
         )
     return Sheet("Budget", ["method", "updates", "U an update, planned", "U a run, measured", "own settings"], rows)
 
 
 def _grids(plan: Plan, points: Sequence[Point]) -> list[str]:
-    """The samples of each method's first seed at the common reward."""
-    first = {run.config.method: run for run in reversed(plan.runs)}
+    """The samples of each variant's first seed at the common reward."""
+    first = {run.variant: run for run in reversed(plan.runs)}
     parts = []
     for point in matched(points):
-        run = first[point.method]
+        run = first[point.variant]
         if point.seed == run.config.seed:
             png = (run.folder / "samples" / f"update-{point.update:04d}.png").read_bytes()
-            place = f"{point.method}, seed {point.seed}, after {point.update} updates and {point.passes:,.0f} U"
+            place = f"{point.variant}, seed {point.seed}, after {point.update} updates and {point.passes:,.0f} U"
             parts.append(page.picture(png, f"{place}: reward {point.metrics['reward']:.4g}"))
     return parts
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Collection, Sequence
 
 import matplotlib
 
@@ -16,8 +18,14 @@ from fastnabla.comparison.points import Point
 from fastnabla.comparison.summary import Mean, Spread, along_training, changes, front
 from fastnabla.methods import METHODS
 
-COLOURS = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
+METHOD_COLOURS = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
 """Of a method, in every picture."""
+VARIANT_COLOURS = plt.get_cmap("tab20").colors
+"""Of variants of methods, in turn: those that no method has."""
+LEGEND_WIDTH, KEY_WIDTH = 150, 6
+"""Characters in a line of the legend, and those that the picture of a line takes."""
+LEGEND_LINE = 0.2
+"""Inches."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,14 +49,16 @@ MEASURES = (
 def reward_curves(points: Sequence[Point]) -> bytes:
     """Change of the reward against updates and against network passes: means over seeds, from the lowest to the highest
     seed shaded."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    lines = _by_variant(points)
+    colours = _colours(lines)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4 + _legend_height(lines)), sharey=True, layout="constrained")
     for axis, field, label in zip(axes, ("updates", "passes"), ("updates", "network passes, U"), strict=True):
-        for method, means in _by_method(points).items():
+        for variant, means in lines.items():
             x = [getattr(mean, field).mean for mean in means]
             rewards = [mean.metrics["reward"] for mean in means]
-            axis.plot(x, [r.mean for r in rewards], marker="o", markersize=4, color=COLOURS[method], label=method)
+            axis.plot(x, [r.mean for r in rewards], marker="o", markersize=4, color=colours[variant], label=variant)
             low, high = [r.low for r in rewards], [r.high for r in rewards]
-            axis.fill_between(x, low, high, color=COLOURS[method], alpha=0.15, linewidth=0)
+            axis.fill_between(x, low, high, color=colours[variant], alpha=0.15, linewidth=0)
         axis.axhline(0, color="black", linestyle=":", linewidth=1, label="pretrained")
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
@@ -65,13 +75,12 @@ def fronts(points: Sequence[Point]) -> bytes | None:
     the lowest to the highest seed. Points that no other beats in both have a black edge and are joined. None if no measure
     was made.
     """
-    lines = _by_method(points)
+    lines = _by_variant(points)
     measures = [m for m in MEASURES if all(m.name in mean.metrics for line in lines.values() for mean in line)]
     if not measures:
         return None
-    figure, axes = plt.subplots(
-        1, len(measures), figsize=(0.6 + 4.6 * len(measures), 4.8), squeeze=False, layout="constrained"
-    )
+    size = (0.6 + 4.6 * len(measures), 4.6 + _legend_height(lines))
+    figure, axes = plt.subplots(1, len(measures), figsize=size, squeeze=False, layout="constrained")
     for axis, measure in zip(axes[0], measures, strict=True):
         _front(axis, measure, lines)
     _legend(figure, axes[0][0])
@@ -79,21 +88,21 @@ def fronts(points: Sequence[Point]) -> bytes | None:
 
 
 def _front(axis: Axes, measure: Measure, lines: dict[str, list[Mean]]) -> None:
-    places, colours = [(0.0, 0.0)], ["black"]
-    for method, line in lines.items():
+    colours, places, edged = _colours(lines), [(0.0, 0.0)], ["black"]
+    for variant, line in lines.items():
         spreads = [(mean.metrics["reward"], mean.metrics[measure.name]) for mean in line]
         x, y = zip(*((reward.mean, value.mean) for reward, value in spreads), strict=True)
-        axis.plot(x, y, color=COLOURS[method], linewidth=1, alpha=0.6)
+        axis.plot(x, y, color=colours[variant], linewidth=1, alpha=0.6)
         if any(reward.low < reward.high for reward, _ in spreads):
             bars = {"xerr": _bars([r for r, _ in spreads]), "yerr": _bars([v for _, v in spreads])}
-            axis.errorbar(x, y, **bars, fmt="none", ecolor=COLOURS[method], elinewidth=0.8, alpha=0.4)
-        axis.scatter(x[1:], y[1:], s=26, color=COLOURS[method], label=method, zorder=3)
+            axis.errorbar(x, y, **bars, fmt="none", ecolor=colours[variant], elinewidth=0.8, alpha=0.4)
+        axis.scatter(x[1:], y[1:], s=26, color=colours[variant], label=variant, zorder=3)
         places += list(zip(x[1:], y[1:], strict=True))
-        colours += [COLOURS[method]] * (len(x) - 1)
+        edged += [colours[variant]] * (len(x) - 1)
     best = sorted(front([(x, measure.sign * y) for x, y in places]), key=lambda i: places[i])
     x, y = zip(*(places[i] for i in best), strict=True)
     axis.plot(x, y, color="black", linewidth=0.8, linestyle="--", alpha=0.5)
-    axis.scatter(x, y, s=46, color=[colours[i] for i in best], edgecolors="black", linewidths=1.2, zorder=4)
+    axis.scatter(x, y, s=46, color=[edged[i] for i in best], edgecolors="black", linewidths=1.2, zorder=4)
     axis.scatter(*places[0], marker="*", s=170, color="black", label="pretrained", zorder=5)
     axis.set_xlabel("change of mean reward")
     axis.xaxis.set_major_locator(MaxNLocator(6))
@@ -101,18 +110,33 @@ def _front(axis: Axes, measure: Measure, lines: dict[str, list[Mean]]) -> None:
     axis.grid(alpha=0.3)
 
 
-def _by_method(points: Sequence[Point]) -> dict[str, list[Mean]]:
+def _by_variant(points: Sequence[Point]) -> dict[str, list[Mean]]:
     points = changes(points)
-    return {method: along_training(points, method) for method in dict.fromkeys(point.method for point in points)}
+    return {variant: along_training(points, variant) for variant in dict.fromkeys(point.variant for point in points)}
+
+
+def _colours(variants: Collection[str]) -> dict[str, tuple[float, ...]]:
+    of_methods = {variant: METHOD_COLOURS[variant] for variant in variants if variant in METHOD_COLOURS}
+    others = itertools.cycle(colour for colour in VARIANT_COLOURS if colour not in of_methods.values())
+    return {variant: of_methods.get(variant) or next(others) for variant in variants}
 
 
 def _bars(spreads: Sequence[Spread]) -> list[list[float]]:
     return [[s.mean - s.low for s in spreads], [s.high - s.mean for s in spreads]]
 
 
+def _legend_columns(labels: Collection[str]) -> int:
+    return max(1, min(len(labels), LEGEND_WIDTH // (KEY_WIDTH + max(map(len, labels)))))
+
+
+def _legend_height(variants: Collection[str]) -> float:
+    return LEGEND_LINE * math.ceil((len(variants) + 1) / _legend_columns(variants))
+
+
 def _legend(figure: Figure, axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9, frameon=False)
+    columns = _legend_columns(labels)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=9, frameon=False)
 
 
 def _png(figure: Figure) -> bytes:

@@ -1,8 +1,9 @@
-"""What a comparison consists of: a run of each method and seed, with one budget."""
+"""What a comparison consists of: a run of each method, or variant of one, and seed, with one budget."""
 
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,8 @@ LAST_FILE = "table.md"
 class PlannedRun:
     """An ordinary run of `python -m fastnabla.train`."""
 
+    variant: str
+    """What it is called in all tables and pictures: its method, or METHOD,FIELD=VALUE,…"""
     config: TrainConfig
     """With its folder as `run`, to be resumed if it was begun."""
 
@@ -45,18 +48,18 @@ class Plan:
     passes: float | None
     """Budget of each run, in U; None if all make the same number of updates."""
     settings: dict[str, dict[str, str]]
-    """Method → in which fields it differs from the preset."""
+    """Variant → in which fields it differs from the preset."""
     runs: tuple[PlannedRun, ...]
     """Seed by seed, so that what is there when half is done can be compared."""
 
     @property
-    def methods(self) -> list[str]:
+    def variants(self) -> list[str]:
         """In the order of the command line."""
         return list(self.settings)
 
-    def of(self, method: str) -> list[PlannedRun]:
-        """The runs of a method, by seed."""
-        return [run for run in self.runs if run.config.method == method]
+    def of(self, variant: str) -> list[PlannedRun]:
+        """Its runs, by seed."""
+        return [run for run in self.runs if run.variant == variant]
 
     def check_folders(self) -> None:
         """Whether each folder is the planned run's, or nobody's.
@@ -82,37 +85,40 @@ class Plan:
 
     @property
     def common_settings(self) -> list[str]:
-        """In which all methods differ from the preset, FIELD = VALUE."""
-        first, *others = self.settings.values()
-        return [f"{name} = {value}" for name, value in first.items() if all(o.get(name) == value for o in others)]
+        """In which all variants differ from the preset, FIELD = VALUE; where not all in the same way, as most."""
+        given = [settings.items() for settings in self.settings.values()]
+        names = [name for name in self.settings[self.variants[0]] if all(name in dict(items) for items in given)]
+        values = {name: Counter(dict(items)[name] for items in given).most_common(1)[0][0] for name in names}
+        return [f"{name} = {value}" for name, value in values.items()]
 
-    def own_settings(self, method: str) -> list[str]:
-        """In which a method differs from the preset besides."""
-        texts = [f"{name} = {value}" for name, value in self.settings[method].items()]
+    def own_settings(self, variant: str) -> list[str]:
+        """In which it differs from the preset besides."""
+        texts = [f"{name} = {value}" for name, value in self.settings[variant].items()]
         return [text for text in texts if text not in self.common_settings]
 
     def table(self) -> Table:
         """What each method will spend."""
         budget = "equal updates" if self.passes is None else f"{self.passes:,.0f} U a run"
-        caption = f"of all: {', '.join(self.common_settings)}" if self.common_settings else None
+        caption = f"of all, but for own settings: {', '.join(self.common_settings)}" if self.common_settings else None
         table = Table(
             title=f"{self.preset}, {budget} (U: one UNet pass over a transition's guided rows)",
             caption=caption and escape(caption),
         )
         for column in ("method", "runs", "done", "U an update", "updates", "U a run", "own settings"):
-            table.add_column(column, justify="left" if column in ("method", "own settings") else "right")
-        for method in dict.fromkeys(run.config.method for run in self.runs):
-            runs = self.of(method)
+            left = column in ("method", "own settings")
+            table.add_column(column, justify="left" if left else "right", overflow="fold")
+        for variant in dict.fromkeys(run.variant for run in self.runs):
+            runs = self.of(variant)
             config = runs[0].config
             each = update_passes(config)
             table.add_row(
-                method,
+                variant,
                 str(len(runs)),
                 str(sum(run.done for run in runs)),
                 f"{each:,g}",
                 str(config.updates),
                 f"{each * config.updates:,.0f}",
-                escape(", ".join(self.own_settings(method))),
+                escape(", ".join(self.own_settings(variant))),
             )
         return table
 
@@ -132,10 +138,10 @@ def make_plan(
 
     Args:
         preset: name of one of `PRESETS`.
-        methods: names, the first of which sets the budget if neither `passes` nor `updates` does: what it spends in
-            the preset's updates.
-        seeds: runs of each method, of seeds 0, 1, …
-        folder: of the comparison; its runs are in METHOD-seed-N.
+        methods: names, or variants, METHOD,FIELD=VALUE,…; the first sets the budget if neither `passes` nor `updates`
+            does: what it spends in the preset's updates.
+        seeds: runs of each variant, of seeds 0, 1, …
+        folder: of the comparison; its runs are in METHOD-seed-N, variants in METHOD,FIELD=VALUE-seed-N.
         passes: U that each run may spend.
         updates: that each run makes instead, whatever it spends.
         points: most evaluations along each run.
@@ -154,15 +160,15 @@ def make_plan(
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} = {value}: must be positive and finite.")
 
-    own = {method: method_settings(preset, method, settings) for method in methods}
-    configs = {method: method_config(preset, method, own[method]) for method in methods}
+    own = {variant: method_settings(preset, variant, settings) for variant in methods}
+    configs = {variant: method_config(preset, variant, own[variant]) for variant in methods}
     if updates is None and passes is None:
         first = configs[methods[0]]
         passes = update_passes(first) * first.updates
     runs = []
-    for seed, (method, config) in itertools.product(range(seeds), configs.items()):
+    for seed, (variant, config) in itertools.product(range(seeds), configs.items()):
         count = updates if passes is None else updates_within(config, passes)
         evaluation = dataclasses.replace(config.evaluation, every=math.ceil(count / points))
-        changes = {"seed": seed, "run": folder / f"{method}-seed-{seed}", "updates": count, "resume": AUTO}
-        runs.append(PlannedRun(config=dataclasses.replace(config, evaluation=evaluation, **changes)))
+        changes = {"seed": seed, "run": folder / f"{variant}-seed-{seed}", "updates": count, "resume": AUTO}
+        runs.append(PlannedRun(variant=variant, config=dataclasses.replace(config, evaluation=evaluation, **changes)))
     return Plan(preset=preset, passes=passes, settings=own, runs=tuple(runs))

@@ -16,7 +16,7 @@ NOT_METRICS = ("phase", "update")
 class Point:
     """A run as it was evaluated after some updates."""
 
-    method: str
+    variant: str
     seed: int
     update: int
     passes: float
@@ -49,7 +49,7 @@ def read_points(run: PlannedRun) -> list[Point]:
         elif record["phase"] == "evaluate":
             points.append(
                 Point(
-                    method=config.method,
+                    variant=run.variant,
                     seed=config.seed,
                     update=update,
                     passes=passes,

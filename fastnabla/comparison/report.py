@@ -29,7 +29,7 @@ class Report:
     remarks: Sequence[str]
     """On runs that are missing or ended early."""
     evaluations: Mapping[str, Sequence[dict[str, Any]]]
-    """Method → results of `fastnabla.evaluate`, one a seed; empty if not asked for."""
+    """Variant → results of `fastnabla.evaluate`, one a seed; empty if not asked for."""
 
     @classmethod
     def read(
@@ -75,7 +75,7 @@ class Report:
         """Everything as JSON has it; null for what is not finite."""
         runs = [
             {
-                "method": run.config.method,
+                "variant": run.variant,
                 "seed": run.config.seed,
                 "folder": run.folder.name,
                 "updates": run.config.updates,
@@ -92,7 +92,7 @@ class Report:
                 "remarks": list(self.remarks),
                 "points": [dataclasses.asdict(point) for point in self.points],
                 "common_rewards": {str(seed): reward for seed, reward in common_rewards(self.points).items()},
-                "matched": [{n: getattr(p, n) for n in ("method", "seed", "update")} for p in matched(self.points)],
+                "matched": [{n: getattr(p, n) for n in ("variant", "seed", "update")} for p in matched(self.points)],
                 "evaluations": dict(self.evaluations),
             }
         )

@@ -1,5 +1,7 @@
-"""The settings of each method's runs: the preset's, what suits the method there, and the command line's, in this order."""
+"""The settings of each method's runs: the preset's, what suits the method there, the command line's, and the variant's, in
+this order."""
 
+import re
 import shlex
 from collections.abc import Iterable
 
@@ -28,36 +30,71 @@ COMMON = ("model", "sampler", "reward", "prompts", "evaluation")
 """Sections that say what is compared, so no method has its own."""
 
 
-def method_settings(preset: str, method: str, given: Iterable[str]) -> dict[str, str]:
-    """The settings in which the runs of `method` differ from the preset: field → value.
+def split_variant(variant: str) -> tuple[str, dict[str, str]]:
+    """The method, and field → value of its own, of "METHOD" or of "METHOD,FIELD=VALUE,…".
+
+    Raises:
+        ValueError: it is not of this form, or of a field that the comparison sets, or would make methods incomparable.
+    """
+    method, *texts = variant.split(",")
+    if method not in METHODS:
+        raise ValueError(f"methods = {variant!r}: {method!r} is none of {', '.join(METHODS)}.")
+    if not re.fullmatch(r"[\w.,=+-]+", variant):
+        raise ValueError(
+            f"methods = {variant!r}: names its runs' folders; of a value only letters, digits and .+- can be."
+        )
+    own = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"methods = {variant!r}: write METHOD,FIELD=VALUE, and commas between several.")
+        field = _field(name, f"methods = {variant!r}", one_method=True)
+        own[field] = value
+    return method, own
+
+
+def _field(name: str, where: str, one_method: bool) -> str:
+    """The field called `name`, if the comparison may change it.
+
+    Raises:
+        ValueError: it may not, or not of one method.
+    """
+    field = name.replace("-", "_")
+    if field in PLANNED:
+        raise ValueError(f"{where}: {field} is set by the comparison; see --help for its own options.")
+    if one_method and field.partition(".")[0] in COMMON:
+        raise ValueError(f"{where}: {field} must be the same for all methods; write --set {field}=VALUE.")
+    return field
+
+
+def method_settings(preset: str, variant: str, given: Iterable[str]) -> dict[str, str]:
+    """The settings in which the runs of `variant` differ from the preset: field → value.
 
     Args:
-        preset, method: names.
+        preset: its name.
+        variant: a method, or with settings that no other of its runs have: see `split_variant`. They win.
         given: settings of the command line, "FIELD=VALUE" of all methods, or "METHOD.FIELD=VALUE" of one, which wins.
 
     Raises:
         ValueError: one is not of this form, or of a field that the comparison sets, or would make methods incomparable.
     """
-    common, own = {}, {}
+    (method, varied), common, own = split_variant(variant), {}, {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise ValueError(f"set = {text!r}: write FIELD=VALUE for all methods or METHOD.FIELD=VALUE for one.")
         first, _, rest = name.partition(".")
-        field = (rest if first in METHODS else name).replace("-", "_")
-        if field in PLANNED:
-            raise ValueError(f"set = {text!r}: {field} is set by the comparison; see --help for its own options.")
-        if first not in METHODS:
+        one_method = first in METHODS
+        field = _field(rest if one_method else name, f"set = {text!r}", one_method)
+        if not one_method:
             common[field] = value
-        elif field.partition(".")[0] in COMMON:
-            raise ValueError(f"set = {text!r}: must be the same for all methods; write {field}={value}.")
         elif first == method:
             own[field] = value
-    return METHOD_SETTINGS.get(preset, {}).get(method, {}) | common | own
+    return METHOD_SETTINGS.get(preset, {}).get(method, {}) | common | own | varied
 
 
-def method_config(preset: str, method: str, settings: dict[str, str]) -> TrainConfig:
-    """The preset's configuration for `method`, changed by `settings`.
+def method_config(preset: str, variant: str, settings: dict[str, str]) -> TrainConfig:
+    """The preset's configuration for the method of `variant`, changed by `settings`.
 
     Values are written as on the command line of `python -m fastnabla.train`; True and False are words, and several
     values are separated by blanks.
@@ -66,6 +103,7 @@ def method_config(preset: str, method: str, settings: dict[str, str]) -> TrainCo
         ValueError: the configuration is not valid.
         SystemExit: with a message, if there is no such field or a value is not of its type.
     """
+    method, _ = split_variant(variant)
     arguments = [f"--method={method}"]
     for field, value in settings.items():
         arguments += [f"--{field}", *shlex.split(value)]
@@ -73,6 +111,6 @@ def method_config(preset: str, method: str, settings: dict[str, str]) -> TrainCo
         TrainConfig,
         args=arguments,
         default=PRESETS[preset][1],
-        prog=f"--set {method}",
+        prog=variant,
         config=(tyro.conf.FlagConversionOff,),
     )

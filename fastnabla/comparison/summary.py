@@ -23,7 +23,7 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Mean:
-    """Points of one method, one of each seed."""
+    """Points of one variant, one of each seed."""
 
     updates: Spread
     passes: Spread
@@ -46,29 +46,29 @@ class Mean:
 
 def changes(points: Sequence[Point]) -> list[Point]:
     """The points with all metrics less those of their run's pretrained model, which has the same prompts and noise."""
-    starts = {(point.method, point.seed): point.metrics for point in points if point.update == 0}
+    starts = {(point.variant, point.seed): point.metrics for point in points if point.update == 0}
     changed = []
     for point in points:
-        start = starts[point.method, point.seed]
+        start = starts[point.variant, point.seed]
         metrics = {name: value - start[name] for name, value in point.metrics.items() if name in start}
         changed.append(dataclasses.replace(point, metrics=metrics))
     return changed
 
 
-def along_training(points: Sequence[Point], method: str) -> list[Mean]:
-    """The means over seeds of a method's points, by update."""
-    own = [point for point in points if point.method == method]
+def along_training(points: Sequence[Point], variant: str) -> list[Mean]:
+    """The means over seeds of a variant's points, by update."""
+    own = [point for point in points if point.variant == variant]
     return [Mean.of([point for point in own if point.update == update]) for update in sorted({p.update for p in own})]
 
 
 def pretrained(points: Sequence[Point]) -> Mean:
-    """The pretrained model: of each seed, whose prompts and noise all methods share, once."""
+    """The pretrained model: of each seed, whose prompts and noise all variants share, once."""
     return Mean.of(list({point.seed: point for point in points if point.update == 0}.values()))
 
 
-def last(points: Sequence[Point], method: str) -> Mean:
-    """The mean over seeds of a method's last points."""
-    return along_training(points, method)[-1]
+def last(points: Sequence[Point], variant: str) -> Mean:
+    """The mean over seeds of a variant's last points."""
+    return along_training(points, variant)[-1]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -82,13 +82,13 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def common_rewards(points: Sequence[Point]) -> dict[int, float]:
-    """Seed → the highest reward that every method reaches with it: the least of its runs' best, the pretrained model left
+    """Seed → the highest reward that every variant reaches with it: the least of its runs' best, the pretrained model left
     out."""
     best: dict[int, dict[str, float]] = {}
     for point in points:
         if point.update > 0:
             runs = best.setdefault(point.seed, {})
-            runs[point.method] = max(runs.get(point.method, float("-inf")), point.metrics["reward"])
+            runs[point.variant] = max(runs.get(point.variant, float("-inf")), point.metrics["reward"])
     return {seed: min(rewards.values()) for seed, rewards in best.items()}
 
 
@@ -102,7 +102,7 @@ def matched(points: Sequence[Point]) -> list[Point]:
 
     nearest: dict[tuple[str, int], Point] = {}
     for point in points:
-        run = (point.method, point.seed)
+        run = (point.variant, point.seed)
         if point.update > 0 and (run not in nearest or distance(point) < distance(nearest[run])):
             nearest[run] = point
     return list(nearest.values())

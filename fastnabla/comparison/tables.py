@@ -32,15 +32,15 @@ def _markdown_cell(text: str) -> str:
 
 
 def final_sheet(points: Sequence[Point]) -> Sheet:
-    """The pretrained model, and each method at its end."""
-    means = {method: last(points, method) for method in _methods(points)}
+    """The pretrained model, and each variant at its end."""
+    means = {variant: last(points, variant) for variant in _variants(points)}
     return _sheet("At the end of training", {"pretrained": pretrained(points), **means})
 
 
 def matched_sheet(points: Sequence[Point]) -> Sheet:
     """The pretrained model, and of each run the evaluation nearest to the highest reward that all methods reach."""
     nearest, reward = matched(points), _cell(Spread.of(list(common_rewards(points).values())))
-    means = {method: Mean.of([p for p in nearest if p.method == method]) for method in _methods(points)}
+    means = {variant: Mean.of([p for p in nearest if p.variant == variant]) for variant in _variants(points)}
     title = f"At the evaluation nearest to the highest reward that every method reaches, {reward}"
     return _sheet(title, {"pretrained": pretrained(points), **means})
 
@@ -53,14 +53,14 @@ def target_sheets(evaluations: Mapping[str, Sequence[dict[str, Any]]]) -> list[S
 
 
 def _target_sheet(group: str, evaluations: Mapping[str, Sequence[dict[str, Any]]]) -> Sheet:
-    of_method = {m: [r["groups"][group] for r in results] for m, results in evaluations.items()}
-    names = list(next(iter(of_method.values()))[0]["targets"]["tilted"]["floor"])
+    of_variant = {m: [r["groups"][group] for r in results] for m, results in evaluations.items()}
+    names = list(next(iter(of_variant.values()))[0]["targets"]["tilted"]["floor"])
     rows = []
-    for method, seen in of_method.items():
+    for variant, seen in of_variant.items():
         targets = [each["targets"]["tilted"] for each in seen]
         numbers = [[target["beta"] for target in targets], [target["ess"] for target in targets]]
         numbers.append([each["divergence"]["nats"] for each in seen])
-        rows.append([method, *(_cell(Spread.of(each)) for each in numbers), *(_gap(name, targets) for name in names)])
+        rows.append([variant, *(_cell(Spread.of(each)) for each in numbers), *(_gap(name, targets) for name in names)])
     prompts = "prompts that were trained on" if group == "trained" else "held-out prompts"
     title = f"From the tilted target, {prompts}: pretrained → finetuned (floor of the finite samples), means over seeds"
     return Sheet(title, ["method", "β", "effective samples", "KL along trajectories, nats", *names], rows)
@@ -73,8 +73,8 @@ def _gap(name: str, targets: Sequence[dict[str, Any]]) -> str:
     return f"{before:.3g} → {after:.3g} ({floor:.2g})"
 
 
-def _methods(points: Sequence[Point]) -> list[str]:
-    return list(dict.fromkeys(point.method for point in points))
+def _variants(points: Sequence[Point]) -> list[str]:
+    return list(dict.fromkeys(point.variant for point in points))
 
 
 def _sheet(title: str, means: dict[str, Mean]) -> Sheet:
