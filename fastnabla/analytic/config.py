@@ -43,6 +43,9 @@ class AnalyticConfig:
     flow_learning_rate: float = 3e-3
     """Step size for the flow network of methods that have one; 0 leaves it out (flow.kind = "none"), and with it the reverse
     residual: ∇log F is then the look-ahead guess alone."""
+    exact_flow: bool = False
+    """Let residual ∇-DB know ∇log F, in place of g_φ and the reverse residual that trains it: what is left then is the policy's
+    error, and the sampler's."""
     reward_factor: float = 1.0
     """The method is told so many times the reward, while the target stays: to see what a wrong scale does, or below 0 a
     wrong sign."""
@@ -81,6 +84,11 @@ class AnalyticConfig:
             )
         if not math.isfinite(self.reward_factor):
             raise ValueError(f"reward_factor = {self.reward_factor}: must be finite.")
+        if self.exact_flow and (self.method, self.objective.guidance) != ("residual-db", "lookahead"):
+            raise ValueError(
+                f"exact_flow = True: is for method = residual-db with objective.guidance = lookahead, not {self.method!r} with "
+                f"{self.objective.guidance!r}; change these, or leave it out."
+            )
         self.training()
 
     def training(self) -> TrainConfig:
@@ -89,13 +97,15 @@ class AnalyticConfig:
         Raises:
             ValueError: the settings do not suit the method.
         """
-        rate = self.flow_learning_rate
+        rate, objective = self.flow_learning_rate, self.objective
+        if self.exact_flow:
+            objective = dataclasses.replace(objective, reverse=0.0)
         return TrainConfig(
             method=self.method,
             updates=self.updates,
             seed=self.seed,
             sampler=SamplerConfig(steps=self.steps, guidance_scale=1.0),
-            objective=self.objective,
+            objective=objective,
             direct=self.direct,
             policy_gradient=self.policy_gradient,
             rollout=self.rollout,

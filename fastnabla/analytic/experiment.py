@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnabla.analytic.config import AnalyticConfig
+from fastnabla.analytic.exact_flow import ExactFlow
 from fastnabla.analytic.networks import MixtureNetwork, PerceptronFlow
 from fastnabla.analytic.prior import told
 from fastnabla.analytic.problems import PROBLEMS
@@ -70,6 +71,10 @@ class Experiment:
             conditions = Conditions(torch.zeros(1 + len(PROMPTS), 1, 1))
             self.policy = Policy(MixtureNetwork(*arguments), conditions, guidance_scale=None, rank=0)
             self.flow = PerceptronFlow(*arguments) if training.has_flow else None
+        if config.exact_flow:
+            self.flow = ExactFlow(
+                self.reference, self.target, alpha_bars(), self.policy.unet, self.told, config.objective
+            )
         self.decoder = IdentityDecoder()
         networks = Networks(
             policy=self.policy,
@@ -90,7 +95,8 @@ class Experiment:
                 self.buffer.keep_reference(with_product=training.has_flow and config.objective.reverse > 0)
             slots = torch.arange(rollout.trajectories)
             self.source = StoredTrajectories(self._rollout, self.buffer, slots, training.rounds, rollout.replay)
-        self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, training.flow, config.updates)
+        learned = None if config.exact_flow else self.flow
+        self.optimizer = Optimizer(self.policy, learned, config.optimizer, training.flow, config.updates)
 
     def _rollout(self, number: int) -> dict[str, float]:
         """Store rollout `number` of the current policy; the mean of its rewards."""

@@ -1,0 +1,58 @@
+"""The flow's score, which is known here, in the place of the g_φ that learns it."""
+
+import torch
+from torch import Tensor, nn
+
+from fastnabla.analytic.mixture import GaussianMixture
+from fastnabla.analytic.networks import MixtureNetwork
+from fastnabla.decoder import RewardFunction
+from fastnabla.objective.balance import reward_weight
+from fastnabla.objective.residual_db import Objective
+
+
+class ExactFlow(nn.Module):
+    """``g(x) = ∇log p*(x) − ∇log p_ref(x) − β γ ∇r(x̂0(x))``, called as `fastnabla.flow`'s networks are; no parameters.
+
+    p* and p_ref are the target and the pretrained distribution at the noise of x, and their ratio is the flow F that
+    residual ∇-DB has (arXiv 2412.07775) where steps are infinitely many.
+
+    Args:
+        reference, target: of finished samples, of which ᾱ is that of timestep 0.
+        alphas: ᾱ by timestep, float64.
+        network: the policy's, whose x̂0 the look-ahead rewards.
+        reward: what the method is told.
+        objective: its β and γ.
+    """
+
+    def __init__(
+        self,
+        reference: GaussianMixture,
+        target: GaussianMixture,
+        alphas: Tensor,
+        network: MixtureNetwork,
+        reward: RewardFunction,
+        objective: Objective,
+    ) -> None:
+        super().__init__()
+        self.reference, self.target, self.alphas, self.reward, self.objective = (
+            reference, target, alphas, reward, objective,
+        )  # fmt: skip
+        self._network = (network,)  # in a tuple, so that its parameters are not taken for this module's
+
+    def forward(self, x: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
+        """g `[N, D, 1, 1]` at states `x [N, D, 1, 1]` and `timestep [N]`, in the dtype of x; prompts do not count."""
+        alpha_bar = self.alphas[timestep]
+        state, left = x.detach().flatten(1).double(), alpha_bar / self.alphas[0]
+        flow = self.target.score(state, left) - self.reference.score(state, left)
+        weight = self.objective.beta * reward_weight(alpha_bar, self.objective.gamma)
+        return (flow - weight[:, None] * self._reward_score(x, timestep, alpha_bar)).to(x.dtype).view_as(x)
+
+    def _reward_score(self, x: Tensor, timestep: Tensor, alpha_bar: Tensor) -> Tensor:
+        """``∇_x r(x̂0(x))`` `[N, D]` float64."""
+        (network,), alpha_bar = self._network, alpha_bar.view(-1, 1, 1, 1)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            noise = network(x, timestep, None)[0]
+            clean = (x.double() - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+            (score,) = torch.autograd.grad(self.reward(clean, ()).sum(), x)
+        return score.flatten(1).double()
