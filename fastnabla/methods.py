@@ -16,8 +16,12 @@ from fastnabla.ddpo import PolicyGradientStep
 from fastnabla.decoder import RewardFunction
 from fastnabla.direct import DirectStep, Ending, last_step_redrawn, last_steps, late_prediction
 from fastnabla.draws import expected_draws
+from fastnabla.objective.direct import Direct
+from fastnabla.objective.policy_gradient import PolicyGradient
+from fastnabla.objective.residual_db import Objective
 from fastnabla.passes import StepCost, planned_decodes, planned_passes
 from fastnabla.require import require
+from fastnabla.sections import FlowConfig
 from fastnabla.step import BalanceStep
 
 if TYPE_CHECKING:
@@ -43,6 +47,19 @@ class Method:
     """UNet graphs of each row of a micro-batch that are alive at once."""
     check: Callable[[TrainConfig], None] = lambda config: None
     """Raises ValueError if the configuration does not suit it."""
+    without: tuple[str, ...] = ()
+    """Fields, SECTION.FIELD, that have no part in it."""
+
+
+def _fields(section: str, of: type, but: Sequence[str] = ()) -> tuple[str, ...]:
+    return tuple(f"{section}.{field.name}" for field in dataclasses.fields(of) if field.name not in but)
+
+
+_DIRECT, _POLICY_GRADIENT, _FLOW = (
+    _fields("direct", Direct), _fields("policy_gradient", PolicyGradient), _fields("flow", FlowConfig),
+)  # fmt: skip
+_TARGET = ("beta",)
+"""Of the objective: what `fastnabla.evaluate` holds every method against."""
 
 
 def _transitions(config: TrainConfig) -> dict[str, float]:
@@ -103,7 +120,15 @@ def _balance(noising: bool) -> Method:
         """A graph, and that of its backward pass: 2.3 times the memory on the testbed, attention's matrices included."""
         return 3 if config.objective.reverse_second_order else 1
 
-    return Method(build=build, cost=cost, has_flow=True, has_reference=not noising, graphs=graphs, check=check)
+    return Method(
+        build=build,
+        cost=cost,
+        has_flow=True,
+        has_reference=not noising,
+        graphs=graphs,
+        check=check,
+        without=_DIRECT + _POLICY_GRADIENT,
+    )
 
 
 def _require_noising(config: TrainConfig) -> None:
@@ -118,6 +143,7 @@ def _require_noising(config: TrainConfig) -> None:
 def _direct(
     ending: Callable[[TrainConfig], Ending],
     passes: Callable[[TrainConfig], float],
+    reads: str,
     copies: Callable[[TrainConfig], int] = lambda config: 1,
     graphs: Callable[[TrainConfig], int] | None = None,
     check: Callable[[TrainConfig], None] = lambda config: None,
@@ -127,6 +153,7 @@ def _direct(
     Args:
         ending: what is rewarded.
         passes: U a trajectory.
+        reads: the one of the settings `direct` that it has.
         copies: latents that are rewarded of each.
         graphs: UNet graphs of each; as many as `copies` if None.
         check: as `Method.check`.
@@ -162,7 +189,17 @@ def _direct(
             require(value == only, f"rollout.{name}", value, problem)
         check(config)
 
-    return Method(build=build, cost=cost, stores=False, graphs=graphs or copies, check=check_all)
+    without = (
+        *_fields("direct", Direct, but=[reads]),
+        *_fields("objective", Objective, but=_TARGET),
+        *_POLICY_GRADIENT,
+        *_FLOW,
+        "rollout.fraction",
+        "rollout.draw",
+        "memory.buffer",
+        "memory.output_block",
+    )
+    return Method(build=build, cost=cost, stores=False, graphs=graphs or copies, check=check_all, without=without)
 
 
 def _check_draft(config: TrainConfig) -> None:
@@ -226,17 +263,21 @@ METHODS: dict[str, Method] = {
     "residual-db": _balance(noising=False),
     "db": _balance(noising=True),
     "refl": _direct(
-        ending=lambda config: late_prediction(config.direct.first_late(config.sampler.steps)), passes=_refl_passes
+        ending=lambda config: late_prediction(config.direct.first_late(config.sampler.steps)),
+        passes=_refl_passes,
+        reads="late",
     ),
     "draft": _direct(
         ending=lambda config: last_steps(config.direct.k),
         passes=lambda config: config.sampler.steps + config.direct.k,
+        reads="k",
         graphs=lambda config: config.direct.k,
         check=_check_draft,
     ),
     "draft-lv": _direct(
         ending=lambda config: last_step_redrawn(config.direct.redraws),
         passes=lambda config: config.sampler.steps + 2 * config.direct.redraws,
+        reads="redraws",
         copies=lambda config: config.direct.redraws,
     ),
     "ddpo": Method(
@@ -245,7 +286,18 @@ METHODS: dict[str, Method] = {
             rows=_transitions(config), passes={"inner": 2, "last": 2}, decodes={"inner": 0, "last": 0}
         ),
         check=_check_ddpo,
+        without=(*_DIRECT, *_fields("objective", Objective, but=_TARGET), *_FLOW),
     ),
-    "dag": Method(build=_build_dag, cost=_dag_cost, has_flow=True, check=_check_dag),
+    "dag": Method(
+        build=_build_dag,
+        cost=_dag_cost,
+        has_flow=True,
+        check=_check_dag,
+        without=(
+            *_fields("objective", Objective, but=(*_TARGET, "gamma", "trust_region")),
+            *_DIRECT,
+            *_POLICY_GRADIENT,
+        ),
+    ),
 }
 """Name (`--method`) → method."""

@@ -27,10 +27,12 @@ from fastnabla.devices import device_of  # noqa: E402
 from fastnabla.distributed import LostProcess, World  # noqa: E402
 from fastnabla.durable import write_file  # noqa: E402
 from fastnabla.launch import Place  # noqa: E402
+from fastnabla.methods import METHODS  # noqa: E402
 from fastnabla.planner import MemoryPlan, planned, unit_costs  # noqa: E402
 from fastnabla.presets import PRESETS  # noqa: E402
 from fastnabla.prompts import RunPrompts  # noqa: E402
-from fastnabla.resuming import AUTO, is_unbegun, run_to_resume, updates_of  # noqa: E402
+from fastnabla.require import require  # noqa: E402
+from fastnabla.resuming import AUTO, flat, is_unbegun, run_to_resume, updates_of  # noqa: E402
 from fastnabla.rewards.sum import RewardError  # noqa: E402
 from fastnabla.run_lock import RunFolderError, locked  # noqa: E402
 from fastnabla.sections import TESTBED  # noqa: E402
@@ -45,7 +47,11 @@ T = TypeVar("T")
 
 def parse(arguments: list[str]) -> TrainConfig:
     """The configuration of a command line; the testbed's preset if none is named. A ``--`` before it is left out: torchrun
-    wants one, where it takes our --run for one of its own options, and some versions of Python pass it on."""
+    wants one, where it takes our --run for one of its own options, and some versions of Python pass it on.
+
+    Raises:
+        ValueError: a setting has no part in the method.
+    """
     if arguments[:1] == ["--"]:
         arguments = arguments[1:]
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
@@ -54,9 +60,15 @@ def parse(arguments: list[str]) -> TrainConfig:
         "Finetune a diffusion model against a differentiable reward with residual ∇-DB. Without arguments: the testbed. "
         f"`python -m fastnabla.train {TESTBED} --help` explains every field."
     )
-    return tyro.extras.overridable_config_cli(
+    config = tyro.extras.overridable_config_cli(
         PRESETS, args=arguments, prog="python -m fastnabla.train", description=description
     )
+    _, preset = PRESETS[arguments[0]]
+    given, before = flat(config), flat(preset)
+    for name in METHODS[config.method].without:
+        problem = f"method = {config.method!r} has no use for it; leave it out."
+        require(given[name] == before[name], name, given[name], problem)
+    return config
 
 
 def _start(config: TrainConfig, world: World, console: Console) -> dict[str, Any]:

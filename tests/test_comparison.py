@@ -125,6 +125,8 @@ def test_the_methods_own_settings_are_valid(method: MethodName) -> None:
         ({"methods": ("draft,direct.k",)}, r"methods = 'draft,direct\.k': write METHOD,FIELD=VALUE"),
         ({"methods": ("draft,direct.k=",)}, r"write METHOD,FIELD=VALUE"),
         ({"methods": ("draft,reward.clip=1",)}, r"reward\.clip must be the same for all methods"),
+        ({"methods": ("draft,objective.gamma=constant",)}, r"draft has no use for objective\.gamma"),
+        ({"settings": ["ddpo.direct.k=3"]}, r"ddpo has no use for direct\.k"),
         ({"methods": ("draft,seed=1",)}, "seed is set by the comparison"),
         ({"methods": ("draft,direct.k=../1",)}, "names its runs' folders"),
         ({"methods": ("draft,direct.k=21",)}, r"direct\.k = 21"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 from pathlib import Path
 from typing import get_args
@@ -17,6 +18,7 @@ from fastnabla.objective.residual_db import Objective
 from fastnabla.sections import MemoryConfig, ModelConfig, RewardConfig, SamplerConfig
 from fastnabla.seeding import seed_of
 from fastnabla.signals import Stopped, StopSignals
+from fastnabla.train import parse
 from fastnabla.trainer import Trainer
 from tests.faults import assert_same_result, without_pictures
 from tests.test_trainer import small, train
@@ -116,6 +118,44 @@ def test_bfloat16_networks_train_a_float32_lora(method: str, tmp_path: Path) -> 
 def test_unsuitable_settings_are_refused(method: str, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(method, **changes)
+
+
+OTHER_VALUES = {
+    "objective": {
+        "gamma": "sqrt_alpha_bar", "guidance": "terminal", "weighting": "score", "strength": 0.5, "reverse": 3.0,
+        "reverse_second_order": True, "trust_region": 30.0,
+    },
+    "direct": {"k": 3, "late": 0.9, "redraws": 3},
+    "policy_gradient": {"clip": 0.3, "advantage_clip": 0.1, "window": 3, "min_count": 2},
+    "flow": {"kind": "unet", "start": "random", "learning_rate": 0.1, "weight_decay": 0.3},
+    "rollout": {"fraction": 0.25, "draw": "uniform"},
+    "memory": {"buffer": "pinned", "output_block": 64},
+}  # fmt: skip
+"""Section → field → a value that is not that of `config_of`."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_without_a_part_in_a_method_change_nothing(method: str, tmp_path: Path) -> None:
+    config, others = config_of(method), {}
+    for name in METHODS[method].without:
+        section, _, field = name.partition(".")
+        others.setdefault(section, {})[field] = OTHER_VALUES[section][field]
+    for section, values in others.items():
+        assert all(getattr(getattr(config, section), field) != value for field, value in values.items())
+        others[section] = dataclasses.replace(getattr(config, section), **values)
+    changed = dataclasses.replace(config, **others)
+    first, second = train(config, tmp_path / "as it is"), train(changed, tmp_path / "changed")
+    assert_same_result(first, second)
+
+
+def test_settings_without_a_part_in_a_method_are_refused_on_its_command_line() -> None:
+    for method, name, value in (
+        ("residual-db", "direct.k", "2"), ("draft", "objective.gamma", "constant"), ("refl", "direct.k", "2"),
+        ("ddpo", "flow.kind", "unet"), ("dag", "objective.reverse", "2"), ("draft-lv", "rollout.fraction", "0.5"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} = .* method = '{method}' has no use for it"):
+            parse(["testbed", "--method", method, f"--{name}", value])
+    assert parse(["testbed", "--method", "draft", "--objective.beta", "5", "--direct.k", "3"]).direct.k == 3
 
 
 @pytest.mark.parametrize("settings", [{"k": 0}, {"redraws": 0}, {"late": 0.0}, {"late": 1.5}])

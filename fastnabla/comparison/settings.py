@@ -48,22 +48,23 @@ def split_variant(variant: str) -> tuple[str, dict[str, str]]:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise ValueError(f"methods = {variant!r}: write METHOD,FIELD=VALUE, and commas between several.")
-        field = _field(name, f"methods = {variant!r}", one_method=True)
-        own[field] = value
+        own[_field(name, f"methods = {variant!r}", method)] = value
     return method, own
 
 
-def _field(name: str, where: str, one_method: bool) -> str:
-    """The field called `name`, if the comparison may change it.
+def _field(name: str, where: str, method: str | None = None) -> str:
+    """The field called `name`, if the comparison may change it, of one `method` or of all.
 
     Raises:
-        ValueError: it may not, or not of one method.
+        ValueError: it may not.
     """
     field = name.replace("-", "_")
     if field in PLANNED:
         raise ValueError(f"{where}: {field} is set by the comparison; see --help for its own options.")
-    if one_method and field.partition(".")[0] in COMMON:
+    if method and field.partition(".")[0] in COMMON:
         raise ValueError(f"{where}: {field} must be the same for all methods; write --set {field}=VALUE.")
+    if method and field in METHODS[method].without:
+        raise ValueError(f"{where}: {method} has no use for {field}; leave it out.")
     return field
 
 
@@ -84,11 +85,11 @@ def method_settings(preset: str, variant: str, given: Iterable[str]) -> dict[str
         if not equals or not name:
             raise ValueError(f"set = {text!r}: write FIELD=VALUE for all methods or METHOD.FIELD=VALUE for one.")
         first, _, rest = name.partition(".")
-        one_method = first in METHODS
-        field = _field(rest if one_method else name, f"set = {text!r}", one_method)
-        if not one_method:
-            common[field] = value
-        elif first == method:
+        if first not in METHODS:
+            common[_field(name, f"set = {text!r}")] = value
+            continue
+        field = _field(rest, f"set = {text!r}", first)
+        if first == method:
             own[field] = value
     return METHOD_SETTINGS.get(preset, {}).get(method, {}) | common | own | varied
 
