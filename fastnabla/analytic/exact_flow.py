@@ -34,9 +34,8 @@ class ExactFlow(nn.Module):
         objective: Objective,
     ) -> None:
         super().__init__()
-        self.reference, self.target, self.alphas, self.reward, self.objective = (
-            reference, target, alphas, reward, objective,
-        )  # fmt: skip
+        self.reference, self.target, self.alphas = reference, target, alphas
+        self.reward, self.objective = reward, objective
         self._network = (network,)  # in a tuple, so that its parameters are not taken for this module's
 
     def forward(self, x: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Report:
         plots = {name: png for name, png in plots.items() if png is not None}
         for name, png in plots.items():
             write_file(folder / f"{NAME}-{name}.png", png)
-        write_file(folder / f"{NAME}.json", json.dumps(self.values(), indent=2, allow_nan=False) + "\n")
+        write_file(folder / f"{NAME}.json", json.dumps(self.values(), allow_nan=False) + "\n")
         write_file(
             folder / f"{NAME}.md",
             "\n".join([*(f"{remark}\n" for remark in self.remarks), *(sheet.markdown() for sheet in self.sheets())]),
