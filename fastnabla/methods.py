@@ -55,9 +55,9 @@ def _fields(section: str, of: type, but: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(f"{section}.{field.name}" for field in dataclasses.fields(of) if field.name not in but)
 
 
-_DIRECT, _POLICY_GRADIENT, _FLOW = (
-    _fields("direct", Direct), _fields("policy_gradient", PolicyGradient), _fields("flow", FlowConfig),
-)  # fmt: skip
+_DIRECT = _fields("direct", Direct)
+_POLICY_GRADIENT = _fields("policy_gradient", PolicyGradient)
+_FLOW = _fields("flow", FlowConfig)
 _TARGET = ("beta",)
 """Of the objective: what `fastnabla.evaluate` holds every method against."""
 

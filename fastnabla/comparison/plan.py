@@ -86,10 +86,10 @@ class Plan:
     @property
     def common_settings(self) -> list[str]:
         """In which all variants differ from the preset, FIELD = VALUE; where not all in the same way, as most."""
-        given = [settings.items() for settings in self.settings.values()]
-        names = [name for name in self.settings[self.variants[0]] if all(name in dict(items) for items in given)]
-        values = {name: Counter(dict(items)[name] for items in given).most_common(1)[0][0] for name in names}
-        return [f"{name} = {value}" for name, value in values.items()]
+        first, *_ = given = list(self.settings.values())
+        names = [name for name in first if all(name in settings for settings in given)]
+        most = {name: Counter(settings[name] for settings in given).most_common(1)[0][0] for name in names}
+        return [f"{name} = {value}" for name, value in most.items()]
 
     def own_settings(self, variant: str) -> list[str]:
         """In which it differs from the preset besides."""
