@@ -105,7 +105,8 @@ def test_a_variant_has_its_method_s_settings_and_its_own() -> None:
         "draft-seed-0", "draft,direct.k=3-seed-0", "draft,direct.k=4,optimizer.learning-rate=1e-4-seed-0",
     ]  # fmt: skip
     assert [found.of(variant) for variant in found.variants] == [[run] for run in found.runs]
-    assert found.own_settings("draft,direct.k=3") == ["direct.k = 3"]
+    other = plan(methods=("draft", "refl,direct.late=0.5,optimizer.beta2=0.8"), settings=["refl.optimizer.beta1=0.5"])
+    assert other.own_settings("refl,direct.late=0.5,optimizer.beta2=0.8") == ["optimizer.beta1 = 0.5"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastnabla.comparison.budget import update_passes, updates_within
-from fastnabla.comparison.settings import method_config, method_settings
+from fastnabla.comparison.settings import method_config, method_settings, split_variant
 from fastnabla.config import TrainConfig
 from fastnabla.presets import PRESETS
 from fastnabla.resuming import AUTO, is_unbegun, run_to_resume
@@ -92,8 +92,9 @@ class Plan:
         return [f"{name} = {value}" for name, value in most.items()]
 
     def own_settings(self, variant: str) -> list[str]:
-        """In which it differs from the preset besides."""
-        texts = [f"{name} = {value}" for name, value in self.settings[variant].items()]
+        """In which it differs from the preset besides, and its name does not say."""
+        _, named = split_variant(variant)
+        texts = [f"{name} = {value}" for name, value in self.settings[variant].items() if name not in named]
         return [text for text in texts if text not in self.common_settings]
 
     def table(self) -> Table:
