@@ -84,6 +84,10 @@ class GoldenStep:
         networks = (self.policy, self.flow, self.decoder, self.reward)
         return BalanceStep(*networks, prompts, self.table, objective, micro_batch, backend, share, noising)
 
+    def without_flow(self) -> "GoldenStep":
+        """With g ≡ 0, of which the golden numbers say nothing."""
+        return dataclasses.replace(self, flow=None)
+
     def to(self, device: str) -> "GoldenStep":
         """With networks and table on `device`; the transitions stay."""
         for network in (self.policy, self.flow, self.decoder, self.reward):

@@ -15,7 +15,6 @@ from tests.checks import BACKENDS, assert_gradients, randn
 from tests.exact import Exact
 from tests.golden import STEP_SETS, GoldenStep, load_step
 
-WITHOUT_FLOW = next(folder for folder in STEP_SETS if not (folder / "flow").exists())
 EXPECTED = expected_draws("stratified", 50, 2)
 REWARDS = torch.tensor([0.3, -1.2, 2.0])
 SETTINGS = PolicyGradient(clip=0.01, advantage_clip=1.0)
@@ -24,7 +23,7 @@ SETTINGS = PolicyGradient(clip=0.01, advantage_clip=1.0)
 @functools.cache
 def golden() -> GoldenStep:
     """Transitions that a policy near the present one sampled, some of them beyond the clip."""
-    g = load_step(WITHOUT_FLOW)
+    g = load_step(STEP_SETS[0]).without_flow()
     rows, table = g.transitions, g.table
     row = table.rows(rows.step_index, rows.x)
     with torch.no_grad():

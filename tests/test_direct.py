@@ -15,7 +15,6 @@ from tests.exact import Exact
 from tests.golden import STEP_SETS, GoldenStep, load_step
 
 STEPS, COUNT, SHAPE, LATE, REDRAWS = 5, 3, (4, 8, 8), 2, 2
-WITHOUT_FLOW = next(folder for folder in STEP_SETS if not (folder / "flow").exists())
 TRAJECTORIES = Trajectories(prompt=torch.tensor([2, 0, 1]), noise=[11, 12, 13], draws=[21, 22, 23])
 STOPS = [late_step(seed, LATE, STEPS) for seed in TRAJECTORIES.draws]
 
@@ -23,7 +22,7 @@ STOPS = [late_step(seed, LATE, STEPS) for seed in TRAJECTORIES.draws]
 @functools.cache
 def golden() -> GoldenStep:
     table = TransitionTable.from_scheduler(ddim(), STEPS)
-    return dataclasses.replace(load_step(WITHOUT_FLOW), table=table)
+    return dataclasses.replace(load_step(STEP_SETS[0]).without_flow(), table=table)
 
 
 def step_of(ending: Ending, micro_batch: int = COUNT, reward: nn.Module | None = None) -> DirectStep:
@@ -129,7 +128,7 @@ def test_calls_add_up_and_a_trajectory_depends_on_its_seeds_alone(name):
 
 def test_checkpointed_blocks_give_the_same():
     _, expected = run(step_of(last_steps(3)))
-    checkpointed = load_step(WITHOUT_FLOW)
+    checkpointed = load_step(STEP_SETS[0]).without_flow()
     checkpointed.policy.optimise(checkpoint=True)
     step = step_of(last_steps(3))
     step = DirectStep(
