@@ -29,8 +29,8 @@ from fastnabla.sections import TESTBED  # noqa: E402
 class CompareConfig:
     """Train several methods, or variants of one, with the same budget of network passes, evaluate them along the way on
     the same prompts and noise, and write comparison.html: reward by cost, reward against diversity and prior, samples at
-    equal reward. Each method and seed is an ordinary run folder. The same command again goes on where it stopped, and adds what is new to it:
-    methods, and seeds. docs/comparison.md says how to read the result."""
+    equal reward. Each method and seed is an ordinary run folder. The same command again goes on where it stopped, and adds
+    what is new to it: methods, and seeds. docs/comparison.md says how to read the result."""
 
     preset: tyro.extras.literal_type_from_choices(PRESETS) = TESTBED
     """Preset of `python -m fastnabla.train` that all runs start from."""

@@ -58,6 +58,15 @@ def test_it_is_learned_without_the_flow():
     assert left(exact_flow=True) < 0.25 < left()
 
 
+def test_inner_epochs_need_no_more_of_the_reference():
+    """A later one is fed from the cache, which without a reverse residual has no product to give."""
+    rollout = RolloutConfig(trajectories=8, fraction=0.5, updates=1, epochs=2, batch=8)
+    experiment = Experiment(settings("residual-db", steps=4, exact_flow=True, rollout=rollout, updates=2))
+    first, second = list(updates(experiment))
+    assert experiment.buffer.reference.product is None
+    assert second["passes"] < first["passes"] and second["loss_forward"] < float("inf")
+
+
 @pytest.mark.parametrize("changes", [{"method": "db"}, {"objective": {"guidance": "terminal"}}], ids=str)
 def test_it_is_refused_where_it_has_no_place(changes):
     default = AnalyticConfig()
