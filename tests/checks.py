@@ -11,6 +11,10 @@ from fastnabla.transition import TransitionTable
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DDIM = {**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 
+NETWORK_DTYPE = "bfloat16" if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+"""What networks of any size compute in here: oneDNN refuses bfloat16 where the CPU has no instructions for it, and torch's
+own convolutions are 80 times slower."""
+
 BACKENDS = [
     "torch",
     pytest.param(

@@ -1,5 +1,7 @@
-"""Without a GPU, Triton's kernels run in its interpreter, on CPU tensors. Test processes share the cores."""
+"""Without a GPU, Triton's kernels run in its interpreter, on CPU tensors. Test processes share the cores. Hypothesis draws
+the same examples in each run, or others with `--hypothesis-profile random`."""
 
+import contextlib
 import os
 
 PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
@@ -21,3 +23,12 @@ if not torch.cuda.is_available():
         return builder.cast_impl(source, target)
 
     interpreter.InterpreterBuilder.create_fp_trunc = round_to_nearest
+
+with contextlib.suppress(ImportError):  # GPU machines may lack it; most of their tests do without
+    from hypothesis import HealthCheck, settings
+
+    # Neither deadline nor speed of drawing is checked: both depend on what else the machine does.
+    random = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+    settings.register_profile("random", random)
+    settings.register_profile("repeatable", random, derandomize=True)
+    settings.load_profile("repeatable")

@@ -150,7 +150,7 @@ cases = st.builds(
     offset=st.integers(0, 9),
     seed=st.integers(0, 2**20),
 ).filter(lambda case: case.row or not case.block)
-FEW = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+FEW = settings(max_examples=80)
 
 
 def assert_same_everywhere(actual: SimpleNamespace, expected: SimpleNamespace) -> None:

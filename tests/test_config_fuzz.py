@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastnabla import train
@@ -59,7 +59,7 @@ def assert_types(config: object) -> None:
 
 
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3))
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @example(changes={"seed": "0"})
 @example(changes={"rollout.fraction": True})
 @example(changes={"lora.targets": "to_q"})
@@ -78,7 +78,7 @@ def test_fields_of_any_value(changes: dict[str, Any]) -> None:
 
 
 @given(name=st.sampled_from([*FIELDS, *DEFAULTS]), key=ODD, value=VALUES, keep=st.booleans())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_unknown_and_missing_fields_and_sections(name: str, key: str, value: Any, keep: bool) -> None:
     section, _, field = name.rpartition(".")
     values = json.loads(json.dumps(DEFAULTS))
@@ -93,7 +93,6 @@ def test_unknown_and_missing_fields_and_sections(name: str, key: str, value: Any
 
 
 @given(content=st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode()) | ODD.map(os.fsencode))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(content=b"[" * 100_000)
 @example(content=b'{"seed": 1, "seed": 2}')
 @example(content=b"1" * 5000)
@@ -121,9 +120,7 @@ ARGUMENTS = st.lists(st.tuples(OPTIONS, TEXTS).map("=".join) | OPTIONS | TEXTS, 
 
 
 @given(preset=st.sampled_from([[], ["testbed"], ["sd15-hpsv2"]]), arguments=ARGUMENTS)
-@settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40)
 @example(preset=["testbed"], arguments=["--run", "a" * 5000])
 @example(preset=["testbed"], arguments=["--run", "a\0b"])
 @example(preset=["testbed"], arguments=["--run", "\udcff", "--resume", "auto"])

@@ -103,7 +103,7 @@ def test_strided_rows_are_refused(device, name):
         evaluate(FUSED, batch)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(case=cases([(), ("flow",), ("output_old",)]), seed=st.integers(0, 9))
 @on_each_device
 def test_anything_else(device, case, seed):

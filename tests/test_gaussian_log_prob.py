@@ -225,7 +225,7 @@ def test_no_second_derivative(device):
 
 
 @on_devices
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
     steps=st.lists(st.integers(0, 2), min_size=1, max_size=4),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastnabla.prompts import load_prompts, split_prompts
@@ -57,7 +57,6 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bytes], st
 
 
 @given(content=FILES)
-@settings(deadline=None)
 @example(content=b"\xef\xbb\xbf")
 @example(content=b"\xef\xbb\xbf\xef\xbb\xbfa")
 def test_text_files(write: Callable[[str, bytes], str], content: bytes):
@@ -68,7 +67,6 @@ def test_text_files(write: Callable[[str, bytes], str], content: bytes):
 
 
 @given(content=FILES | st.lists(JSON, max_size=4).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()))
-@settings(deadline=None)
 def test_json_lines(write: Callable[[str, bytes], str], content: bytes):
     prompts = prompts_or_error(write("prompts.jsonl", content))
     if prompts is not None:
@@ -77,7 +75,6 @@ def test_json_lines(write: Callable[[str, bytes], str], content: bytes):
 
 
 @given(values=st.lists(ODD | JSON, max_size=5))
-@settings(deadline=None)
 def test_hub_columns(values: list):
     class Table(dict):
         column_names = ("prompt",)
@@ -92,7 +89,6 @@ def test_hub_columns(values: list):
 @given(
     source=ODD | st.lists(st.sampled_from(["hf:", ":", "a", "/", ".jsonl", "animals", "\0"]), max_size=6).map("".join)
 )
-@settings(deadline=None)
 def test_sources(source: str):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "datasets", None)

@@ -221,7 +221,7 @@ def assert_same_state(actual: dict, expected: dict) -> None:
 
 
 TestRing = Ring.TestCase
-TestRing.settings = settings(max_examples=200, stateful_step_count=50, deadline=None, derandomize=True, database=None)
+TestRing.settings = settings(max_examples=200, stateful_step_count=50)
 
 
 def filled(count: int, capacity: int, **options) -> tuple[TrajectoryBuffer, list[Trajectory]]:

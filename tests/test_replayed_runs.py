@@ -138,7 +138,9 @@ def test_ddpo(tmp_path: Path) -> None:
     trainer = without_pictures(Trainer(replayed(1, method="ddpo", updates=4)))
     trainer.train(tmp_path)
     records = records_of(tmp_path)
-    assert records[0]["ratio"] == 1.0 and all(record["ratio"] != 1.0 for record in records[1:])
+    # Rollout and update may round the first ones apart, by a few units of float32.
+    off = [abs(record["ratio"] - 1) for record in records]
+    assert off[0] < 1e-5 and min(off[1:]) > 1e-3
     assert int(trainer.step.statistics.seen.sum()) == 4
     assert all(
         record[f"passes_{kind}"] == 2 for record in records for kind in ("inner", "last") if record[f"rows_{kind}"]

@@ -112,7 +112,7 @@ def test_strided_rows_are_refused(device, name):
         evaluate(FUSED, batch)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(case=cases([(), WHOLE_SCORES, AT_CLEAN, (*WHOLE_SCORES, *AT_CLEAN)]), seed=st.integers(0, 9))
 @on_each_device
 def test_anything_else(device, case, seed):

@@ -95,7 +95,7 @@ def test_strided_rows_are_refused(device, name):
         evaluate(FUSED, batch)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(case=cases([(), NO_REWARD]), seed=st.integers(0, 9))
 @on_each_device
 def test_anything_else(device, case, seed):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastnabla import train
@@ -121,10 +121,12 @@ def test_a_pipe_is_not_waited_for(place: str, run: Path) -> None:
 
 
 @given(content=st.binary(max_size=200), place=st.integers(0, 10**6), cut=st.booleans())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
+@example(content=b"\t", place=1, cut=False)  # where JSON may have other white space
 @pytest.mark.parametrize("name", ["config.json", "prompts.json", "metrics.jsonl", "manifest.json", "state.pt"])
 def test_bytes_anywhere(name: str, content: bytes, place: int, cut: bool, finished: Path, tmp_path: Path) -> None:
-    """Bytes put over a file's own, which may end after them: read, or a ValueError or a damaged checkpoint that names it."""
+    """Bytes put over a file's own, which may end after them: read, or a ValueError or a damaged checkpoint that names it.
+    What is accepted of a checkpoint is what was written; of its manifest, what it says."""
     source = finished / name
     if not source.exists():
         source = finished / "checkpoints" / "update-000006" / name
@@ -146,14 +148,14 @@ def test_bytes_anywhere(name: str, content: bytes, place: int, cut: bool, finish
             assert set(map(str, read_records(path, 6))) - set(map(str, lines(path))) == set()
         else:
             newest_checkpoint(tmp_path)
-            assert changed.rstrip() == original.rstrip()
+            assert changed == original or (name == "manifest.json" and json.loads(changed) == json.loads(original))
     except (ValueError, CheckpointError) as error:
         assert name in str(error)
         assert name != "metrics.jsonl"
 
 
 @given(value=VALUES, field=st.sampled_from(["texts", "trained", "evaluated"]))
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 def test_prompts_of_other_types(value, field: str, finished: Path, tmp_path: Path) -> None:
     values = json.loads((finished / "prompts.json").read_text()) | {field: value}
     (tmp_path / "prompts.json").write_text(json.dumps(values))
@@ -167,7 +169,7 @@ def test_prompts_of_other_types(value, field: str, finished: Path, tmp_path: Pat
 
 
 @given(records=st.lists(VALUES | st.dictionaries(st.sampled_from(["phase", "update", "reward"]), VALUES), max_size=5))
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 def test_any_records(records: list, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
