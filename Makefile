@@ -1,21 +1,33 @@
-# Everything runs in .venv, which is made on first use and again when what it is made from changes.
+# Everything runs in .venv, which is made on first use and again when what it is made from changes; test-oldest in
+# .venv-oldest.
 # PYTHON: an interpreter, 3.11 or newer. ARGS: arguments for train and test.
 
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
+
+# What test-oldest runs: the tests of what depends on torch's and Triton's versions and runs on a GPU.
+OLDEST_TESTS := $(patsubst %,tests/test_%.py, \
+  compiling decoder decoder_memory policy lora recomputing half_precision \
+  forward_balance reverse_balance reverse_cotangent guided_step gaussian_log_prob launching losses balance step whole_step \
+  buffer buffer_ops replay extension reward_models)
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench lint sanitize clean
+.PHONY: help train test test-oldest bench lint sanitize clean
 
 help: ## say what the targets do
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 train: .venv/stamp ## finetune; without ARGS the embedded testbed, for others see ARGS=--help
 	$(BIN)/python -m fastnabla.train $(ARGS)
 
 test: .venv/stamp ## run the tests, a file to a process
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+
+test-oldest: .venv-oldest/stamp ## run the tests of what a GPU runs with the oldest torch and Triton that are supported
+	FASTNABLA_EXTENSION=build/oldest/fastnabla/_C.so $(OLDEST)/python -m pytest $(SIDE_BY_SIDE) $(OLDEST_TESTS) $(ARGS)
 
 bench: .venv/stamp ## run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
@@ -36,19 +48,28 @@ sanitize: .venv/stamp ## run the buffer's tests with its C++ under the address a
 	  $(BIN)/python -m pytest tests/test_buffer*.py tests/test_replay.py tests/test_extension.py $(ARGS)
 
 clean: ## remove the environment and all caches; runs stay
-	rm -rf .venv build dist fastnabla/_C.so *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-oldest build dist fastnabla/_C.so *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(BIN)/python:
+$(BIN)/python $(OLDEST)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "fastnabla needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	    "Name another: make PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv .venv || { \
-	  rm -rf .venv; echo "$(PYTHON) cannot make an environment; Debian and Ubuntu have it in python3-venv." >&2; exit 1; }
+	$(PYTHON) -m venv $(@:/bin/python=) || { \
+	  rm -rf $(@:/bin/python=); echo "$(PYTHON) cannot make an environment; Debian and Ubuntu have it in python3-venv." >&2; exit 1; }
+
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.c* csrc/*.h)
 
 # torch comes first: the extension is built against it, by the setuptools beside it.
-.venv/stamp: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.c* csrc/*.h) | $(BIN)/python
+.venv/stamp: constraints.txt $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --constraint constraints.txt torch numpy setuptools
 	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[test]'
 	@$(BIN)/python -c 'from fastnabla.buffer_ops import WHY_NOT; print(WHY_NOT or "the extension is built for CPU and CUDA")'
+	@touch $@
+
+# In an isolated build, which has no torch, pip leaves out the extension; it is built aside: .venv keeps its own.
+.venv-oldest/stamp: constraints-oldest.txt constraints.txt $(SOURCES) | $(OLDEST)/python
+	awk -F== 'NR == FNR { oldest[$$1] } NR == FNR || !($$1 in oldest)' $(wordlist 1,2,$^) > $(@D)/constraints.txt
+	$(OLDEST)/python -m pip install --constraint $(@D)/constraints.txt --editable '.[test]' setuptools
+	$(OLDEST)/python setup.py build_ext --build-lib build/oldest --build-temp build/oldest
 	@touch $@
