@@ -16,9 +16,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from fastnabla.compiling import Compile, compile_blocks, compiled
+from fastnabla.compiling import Compile, compile_blocks, compiled, pad_rows
 from fastnabla.conditions import Conditions
-from fastnabla.lora import LORA_TARGETS, add_lora
+from fastnabla.lora import LORA_TARGETS, Lora, LoraSwitches, add_lora
 
 if TYPE_CHECKING:
     from fastnabla.distributed import World
@@ -72,19 +72,24 @@ class Policy(nn.Module):
         self.conditions = conditions
         self.guidance_scale = None if guidance_scale == 1 else guidance_scale
         self.dtype = unet.dtype
-        self.pretrained = None
+        self.pretrained: nn.Module | None = None
         self.shards: ShardedNetwork | None = None
         self.pretrained_shards: ShardedNetwork | None = None
+        self.lora: Lora | None = None
         if rank:
-            add_lora(unet, rank, targets)
+            self.lora = add_lora(unet, rank, targets)
         else:
             self.pretrained = copy.deepcopy(unet)
             unet.float().requires_grad_()
+        self._switches = LoraSwitches() if self.lora is None else self.lora.switches
         self.passes = PassCounter()
         self._memory_format = torch.contiguous_format
         self._call = _call
         self._reference = False
         self.twice_differentiable = True
+        self.compile: Compile = "none"
+        self.static_rows: tuple[int, ...] = ()
+        """Numbers of rows that passes are padded to, ascending, so that few graphs are compiled; () for no padding."""
 
     def shard(self, world: World) -> None:
         """Keep of all weights only this process's share, but for what a phase of the run computes with.
@@ -135,6 +140,7 @@ class Policy(nn.Module):
                 network.enable_gradient_checkpointing()
             if compile == "blocks":
                 compile_blocks(network, (ResnetBlock2D, BasicTransformerBlock))
+        self.compile = compile
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._call = compiled(_call) if compile == "whole" else _call
         self.twice_differentiable = compile == "none" and attention == "sdpa" and not checkpoint
@@ -159,10 +165,12 @@ class Policy(nn.Module):
         """The trained parameters."""
         return list(self.trained().values())
 
-    def weights(self) -> list[nn.Parameter]:
-        """What gradients are taken to, in the order of `trainable`: the same, or if they are sharded, what is gathered of
-        them, in `dtype`."""
-        return self.trainable() if self.shards is None else self.shards.weights()
+    def weights(self) -> list[Tensor]:
+        """What gradients are taken to, in the order of `trainable`: the same; what is gathered of them, if they are
+        sharded; or a LoRA rounded to `dtype`, if that is of half precision."""
+        if self.shards is not None:
+            return self.shards.weights()
+        return self.trainable() if self.lora is None else self.lora.weights(self.dtype)
 
     def accumulate(self, gradients: Sequence[Tensor] | None) -> bool:
         """Add gradients of `weights` to the `.grad` of `trainable`.
@@ -173,7 +181,7 @@ class Policy(nn.Module):
         if self.shards is not None:
             return self.shards.accumulate(gradients)
         if gradients is not None:
-            add_gradients(self.trainable(), gradients)
+            add_gradients(self.trainable() if self.lora is None else self.lora.masters, gradients)
         return gradients is not None
 
     def forward(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
@@ -184,15 +192,22 @@ class Policy(nn.Module):
             timestep: `[N]` int64.
             prompt: `[N]` int64, prompt numbers from 0.
         """
-        rows, x = len(x), x.to(self.dtype, memory_format=self._memory_format)
-        guided = self.guidance_scale is not None
+        rows, guided = len(x), self.guidance_scale is not None
+        padded = next((size for size in self.static_rows if size >= rows), rows)
+        if self.lora is not None and not self._reference:
+            self.lora.refresh(self.dtype)
+        if padded > rows:
+            x, timestep, prompt = pad_rows((x, timestep, prompt), padded)
+        x = x.to(self.dtype, memory_format=self._memory_format)
         if guided:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
         network = self.pretrained if self._reference and not self.is_lora else self.unet
         mixed = network.dtype != self.dtype
         with torch.autocast(x.device.type, self.dtype, enabled=mixed) if mixed else contextlib.nullcontext():
             output = self._call(network, x, timestep, self.conditions(prompt, guided))
-        return self.passes.watch(output, rows)
+        if padded > rows:
+            output = torch.cat([half[:rows] for half in output.split(padded)])
+        return self.passes.watch(output, padded)
 
     def reference(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
         """The same of the pretrained policy."""
@@ -202,27 +217,25 @@ class Policy(nn.Module):
     @contextlib.contextmanager
     def pretrained_weights(self) -> Iterator[None]:
         """Within, `forward` is the reference policy."""
-        self._reference = True
-        if self.is_lora:
-            self.unet.disable_adapters()
+        self._reference, self._switches.enabled = True, False
         try:
             yield
         finally:
-            self._reference = False
-            if self.is_lora:
-                self.unet.enable_adapters()
+            self._reference, self._switches.enabled = False, True
 
     @contextlib.contextmanager
     def constant_weights(self) -> Iterator[None]:
         """Within, outputs carry no gradient to the parameters, and keep nothing for one."""
-        parameters = self.weights()
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+        weights = [] if self.is_lora else self.weights()
+        self._switches.constant = True
+        for weight in weights:
+            weight.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter in parameters:
-                parameter.requires_grad_()
+            self._switches.constant = False
+            for weight in weights:
+                weight.requires_grad_()
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
@@ -246,10 +259,15 @@ class Policy(nn.Module):
 
 
 def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-    """Add `gradients` to the parameters' `.grad`."""
+    """Add `gradients`, of any dtype, to the parameters' `.grad`."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    if parameters and parameters[0].dtype != gradients[0].dtype:
+        # Adding tensors of two dtypes would be a launch each.
+        wide = [torch.empty_like(parameter) for parameter in parameters]
+        torch._foreach_copy_(wide, list(gradients))
+        gradients = wide
     if parameters:
         torch._foreach_add_([parameter.grad for parameter in parameters], list(gradients))
 

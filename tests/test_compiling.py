@@ -30,10 +30,11 @@ def fresh() -> Iterator[None]:
 
 
 def test_training_step_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each step the adapter is switched off, on without gradient, and on; none of it makes another graph."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     golden = load_step(GOLDEN)
     transitions = batch(golden)
-    step = golden.step(4, guidance="lookahead_detached")
+    step = golden.step(4, guidance="lookahead")
     expected = gradients(golden, step, transitions)
     golden.policy.optimise(compile="whole")
     assert_gradients(gradients(golden, step, transitions), expected)
@@ -67,8 +68,7 @@ def different_cut(golden: GoldenStep) -> Transitions:
     [("lookahead", False), ("lookahead", True), ("lookahead_detached", False), ("terminal", False)],
 )
 def test_no_micro_batch_compiles_anew(guidance: str, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once two sizes of micro-batches have been seen, nothing is compiled for other sizes, for other runs, or again; but
-    for a single row, which torch makes a case of its own.
+    """The first step compiles all that there is; other numbers of rows are padded to its own, and give the same gradients.
 
     By torch's tracing alone, which decides about graphs; no code is generated.
     """
@@ -77,20 +77,43 @@ def test_no_micro_batch_compiles_anew(guidance: str, share: bool, monkeypatch: p
     conditions = golden.policy.conditions
     unet = UNet2DConditionModel(**TINY, cross_attention_dim=conditions.width).requires_grad_(False)
     golden = dataclasses.replace(golden, policy=Policy(unet, conditions, guidance_scale=3.0, rank=2))
-    golden.policy.optimise(compile="whole")
     step = golden.step(100, guidance=guidance, share=share)
     transitions = batch(golden)
-    step(transitions)  # 6 inner ones, 3 last ones
-    step(transitions[:8])  # one less of either
-    if share:
-        step.micro_batch = 3
-        step(transitions)  # three that follow each other, and so a single row at next states
-    graphs = counters["stats"]["unique_graphs"]
-    assert 0 < graphs <= 10  # two for each way of calling: reference or policy, for which gradients, at which states
-    for size, part in ((100, transitions), (4, transitions), (100, different_cut(golden)), (2, different_cut(golden))):
-        step.micro_batch = size
-        step(part)
-    assert counters["stats"]["unique_graphs"] == graphs
+    parts = ((transitions, 100), (transitions[:8], 100), (transitions, 4), (different_cut(golden), 2), (transitions, 1))
+    expected = []
+    for part, step.micro_batch in parts:
+        expected.append(gradients(golden, step, part))
+    golden.policy.optimise(compile="whole")
+    graphs = 0
+    for (part, step.micro_batch), wanted in zip(parts, expected, strict=True):
+        assert_gradients(gradients(golden, step, part), wanted)
+        graphs = graphs or counters["stats"]["unique_graphs"]
+        # Where passes are shared, other cuts may have so many rows at next states that they need the larger size.
+        assert counters["stats"]["unique_graphs"] <= graphs + share
+    # Reference and policy, each with a graph; the reference without one; the policy at next states. Shared, at two sizes.
+    assert 0 < graphs <= 4 + share
+    cost = compiling.compile_cost()
+    assert graphs <= cost.graphs <= graphs + share and cost.seconds > 0
+
+
+def test_padded_rows_are_counted_and_running_out_of_memory_ends_them() -> None:
+    golden = load_step(GOLDEN)
+    golden.policy.compile = "whole"  # as far as the step knows
+    step = golden.step(100, guidance="terminal")
+    report = step(batch(golden))
+    assert golden.policy.static_rows == (6,)
+    assert report.passes == {"inner": 5, "last": 2 * 3}  # three rows padded to six
+    attempts = []
+
+    def fails_once(*arguments):
+        attempts.append(arguments)
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError
+        return compute(*arguments)
+
+    compute, step._micro_step = step._micro_step, fails_once
+    step(batch(golden))
+    assert step.micro_batch == 3 and golden.policy.static_rows == (3,)
 
 
 def test_graph_is_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
