@@ -155,11 +155,14 @@ class Accumulation:
         return f"compute.compile = {self.policy.compile!r}, torch {torch.__version__}, {self.kernels.name}"
 
     def _fix_sizes(self, parts: Sequence[Part]) -> None:
-        """Where networks are compiled, let their passes have few numbers of rows, each of which is compiled for: those of
-        the largest part, which smaller ones are padded to. They stay, unless a part is larger."""
-        sizes = {max(rows) for rows in zip(*(part.pass_rows for part in parts), strict=True)}
-        if self.policy.compile != "none" and sizes and max(sizes) > max(self.policy.static_rows, default=0):
-            self.policy.static_rows = tuple(sorted(sizes))
+        """Where networks are compiled, let their passes have few numbers of rows, each of which is compiled for: that of
+        the largest part, and where passes are shared, a smaller one for next states."""
+        if self.policy.compile == "none" or not parts:
+            return
+        own, *others = (max(rows) for rows in zip(*(part.pass_rows for part in parts), strict=True))
+        largest = max((own, *self.policy.static_rows))
+        smaller = [*self.policy.static_rows[:-1], *(rows for rows in others if 2 * rows <= own)]
+        self.policy.static_rows = (*([max(smaller)] if smaller else ()), largest)
 
     def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """`StepReport.signals` of numbers by row."""

@@ -36,7 +36,7 @@ class _LoraLayer:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.switches = LoraSwitches()
-        self.rounded: tuple[Tensor, Tensor] | None = None
+        self.copies: tuple[Tensor, Tensor] | None = None
         """A and B in the network's dtype, leaves of the graph in place of the master weights; None: these themselves."""
 
     @property
@@ -50,7 +50,7 @@ class _LoraLayer:
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A and B in the dtype of `x`."""
-        down, up = self.rounded or self.masters()
+        down, up = self.copies or self.masters()
         if self.switches.constant:
             down, up = down.detach(), up.detach()
         return down.to(x.dtype), up.to(x.dtype)
@@ -97,27 +97,30 @@ class Lora:
         self.switches = LoraSwitches()
         for layer in self.layers:
             layer.switches = self.switches
-        self._rounded: list[Tensor] = []
+        self.one_graph = False
+        """Whether the pretrained network is the same graph with B = 0, rather than the layers without their adapters."""
+        self._copies: list[Tensor] = []
         self._values: list[Tensor] = []
+        self._zeros: list[Tensor] = []
 
     def weights(self, dtype: torch.dtype) -> list[Tensor]:
         """What the layers compute with in a network of type `dtype`, in the order of `masters`: those themselves, or if it
-        is of half precision, leaves with the rounded values, which gradients are taken to instead. A `backward` to them
-        adds to the masters' `.grad`."""
-        if dtype not in (torch.bfloat16, torch.float16):
+        is of half precision or there is `one_graph`, leaves with copies of their values, which gradients are taken to
+        instead. A `backward` to them adds to the masters' `.grad`."""
+        if dtype not in (torch.bfloat16, torch.float16) and not self.one_graph:
             return self.masters
-        if [(p.device, dtype) for p in self.masters] != [(p.device, p.dtype) for p in self._rounded]:
-            self._rounded = [torch.empty_like(master, dtype=dtype).requires_grad_() for master in self.masters]
-            for master, rounded in zip(self.masters, self._rounded, strict=True):
-                rounded.register_post_accumulate_grad_hook(functools.partial(_hand_on, master))
-            for layer, pair in zip(self.layers, zip(self._rounded[::2], self._rounded[1::2], strict=True), strict=True):
-                layer.rounded = pair
-            self._values = [rounded.data for rounded in self._rounded]
+        if [(p.device, dtype) for p in self.masters] != [(p.device, p.dtype) for p in self._copies]:
+            self._copies = [torch.empty_like(master, dtype=dtype).requires_grad_() for master in self.masters]
+            self._zeros = [torch.zeros_like(copy).requires_grad_() for copy in self._copies[1::2]]
+            self._values = [copy.data for copy in self._copies]
+            for master, copy in zip(self.masters, self._copies, strict=True):
+                copy.register_post_accumulate_grad_hook(functools.partial(_hand_on, master))
+            self._use(self._copies[1::2])
             self.refresh(dtype)
-        return self._rounded
+        return self._copies
 
     def refresh(self, dtype: torch.dtype) -> None:
-        """Round the masters as they are now: for all layers in some launches, instead of two for each layer.
+        """Copy the masters as they are now: for all layers in some launches, instead of two for each layer.
 
         It is done before every pass, because not all that changes weights can be noticed (fused optimizers do not
         increase autograd's version counters). A graph that is still to be differentiated keeps its values, since nothing
@@ -126,11 +129,22 @@ class Lora:
         if self.weights(dtype) is not self.masters:
             torch._foreach_copy_(self._values, [master.detach() for master in self.masters])
 
+    def enable(self, enabled: bool) -> None:
+        """Make the network the finetuned one, or the pretrained one."""
+        if not self.one_graph:
+            self.switches.enabled = enabled
+        elif self._copies:
+            self._use(self._copies[1::2] if enabled else self._zeros)
 
-def _hand_on(master: nn.Parameter, rounded: Tensor) -> None:
-    gradient = rounded.grad.to(master.dtype)
+    def _use(self, ups: list[Tensor]) -> None:
+        for layer, down, up in zip(self.layers, self._copies[::2], ups, strict=True):
+            layer.copies = (down, up)
+
+
+def _hand_on(master: nn.Parameter, copy: Tensor) -> None:
+    gradient = copy.grad.to(master.dtype)
     master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-    rounded.grad = None
+    copy.grad = None
 
 
 def add_lora(unet: nn.Module, rank: int, targets: tuple[str, ...]) -> Lora:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,9 @@ class Trainer:
         method = METHODS[config.method]
         self.step = method.build(config, networks, self.reward, self.prompts.texts)
         self.step.world = world
+        if self.policy.compile != "none":
+            most = math.ceil(max(method.cost(config).rows.values()) / world.size)
+            self.policy.static_rows = (min(config.memory.micro_batch, most),)
         self.sampler = Sampler(config, self.policy, self.table, self.sample_shape, world)
         self.buffer: TrajectoryBuffer | None = None
         if method.stores:

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from fastnabla import compiling
 from fastnabla.batch import Transitions
+from fastnabla.conditions import Conditions
 from fastnabla.policy import Policy
 from tests.checks import assert_gradients, randn
 from tests.golden import GoldenStep, load_step
@@ -88,12 +89,10 @@ def test_no_micro_batch_compiles_anew(guidance: str, share: bool, monkeypatch: p
     for (part, step.micro_batch), wanted in zip(parts, expected, strict=True):
         assert_gradients(gradients(golden, step, part), wanted)
         graphs = graphs or counters["stats"]["unique_graphs"]
-        # Where passes are shared, other cuts may have so many rows at next states that they need the larger size.
-        assert counters["stats"]["unique_graphs"] <= graphs + share
-    # Reference and policy, each with a graph; the reference without one; the policy at next states. Shared, at two sizes.
-    assert 0 < graphs <= 4 + share
+        assert counters["stats"]["unique_graphs"] == graphs
+    assert graphs == 1 + share  # one for each number of rows
     cost = compiling.compile_cost()
-    assert graphs <= cost.graphs <= graphs + share and cost.seconds > 0
+    assert cost.graphs == graphs and cost.seconds > 0
 
 
 def test_padded_rows_are_counted_and_running_out_of_memory_ends_them() -> None:
@@ -102,7 +101,7 @@ def test_padded_rows_are_counted_and_running_out_of_memory_ends_them() -> None:
     step = golden.step(100, guidance="terminal")
     report = step(batch(golden))
     assert golden.policy.static_rows == (6,)
-    assert report.passes == {"inner": 5, "last": 2 * 3}  # three rows padded to six
+    assert report.passes == {"inner": 5, "last": 2 * 3}  # three rows are padded to six
     attempts = []
 
     def fails_once(*arguments):
@@ -130,3 +129,31 @@ def test_graph_is_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     for actual, tensor in zip(twice(compiling.compiled(network.forward)), expected, strict=True):
         torch.testing.assert_close(actual, tensor, rtol=1e-4, atol=1e-4)
     assert not torch._functorch.config.donated_buffer
+
+
+def test_what_should_cancel_does_to_the_bit() -> None:
+    """A new LoRA changes nothing, and the policy that samples is the one that is trained: compiled too, in half precision,
+    whatever the number of rows. Two graphs of one network would round differently: on a CPU by 4e-3 of the output's mean
+    square in bfloat16."""
+    torch.manual_seed(0)
+    conditions = randn(3, 7, 16).bfloat16()
+    unet = UNet2DConditionModel(**TINY, cross_attention_dim=16).bfloat16()
+    policy = Policy(unet, Conditions(conditions), guidance_scale=5.0, rank=2)
+    policy.optimise(compile="blocks")
+    policy.static_rows = (3,)
+    x, timestep, prompt = randn(5, 4, 8, 8), torch.full((5,), 501), torch.tensor([0, 1, 1, 0, 0])
+    with torch.no_grad():
+        sampled = policy(x, timestep, prompt)
+    assert not sampled.requires_grad
+    leaf = x[:3].clone().requires_grad_()
+    output, reference = policy(leaf, timestep[:3], prompt[:3]), policy.reference(leaf, timestep[:3], prompt[:3])
+    assert output.requires_grad and output.any()
+    rows = torch.cat([torch.arange(3), 5 + torch.arange(3)])
+    assert torch.equal(output, sampled[rows]) and torch.equal(output, reference)
+    for parameter in policy.trainable():
+        parameter.data.add_(0.1)
+    changed = policy(leaf, timestep[:3], prompt[:3])
+    assert not torch.equal(changed, output)
+    assert torch.equal(policy.reference(leaf, timestep[:3], prompt[:3]), reference)
+    gradients = torch.autograd.grad(changed.float().square().sum(), policy.weights())
+    assert all(gradient.any() for gradient in gradients)
