@@ -9,10 +9,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastnabla.compiling import pad_rows
 from fastnabla.distributed import ALONE, World
 from fastnabla.objective.backend import Backend, select
 from fastnabla.policy import Policy, add_gradients
 from fastnabla.whole_batch import whole_counts, whole_rows
+from fastnabla.zero_gradients import require_connected
 
 logger = logging.getLogger("fastnabla.process")
 T = TypeVar("T")
@@ -32,6 +34,10 @@ class StepReport:
     """Rows, by kind."""
     passes: dict[str, float]
     """U per row, by kind of row; nan if there was none."""
+    signals: dict[str, Tensor]
+    """Scalars that are zero only where nothing can be learned; see `fastnabla.zero_gradients`."""
+    path: str
+    """How the gradients were computed, in words."""
 
 
 class Part(Protocol):
@@ -43,6 +49,10 @@ class Part(Protocol):
     @property
     def kind(self) -> str:
         """What they are counted as."""
+
+    @property
+    def pass_rows(self) -> tuple[int, ...]:
+        """Numbers of rows that network passes take, of which each kind of part has equally many."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,12 +115,14 @@ class Accumulation:
         rows: dict[str, list[Tensor]] = {}
         passes, counts = dict.fromkeys(self.kinds, 0), dict.fromkeys(self.kinds, 0)
         pending = deque(cut(torch.arange(count), self.micro_batch))
+        self._fix_sizes(pending)
         while pending:
             part, before = pending.popleft(), self.policy.passes.rows
             done = self._attempt(len(part.rows), share, part)
             if done is None:
                 rest = torch.cat([part.rows, *(other.rows for other in pending)])
                 pending = deque(cut(rest, self.micro_batch))
+                self._fix_sizes(pending)
                 self.policy.passes.rows = before
                 continue
             self._add(done.gradients)
@@ -133,7 +145,28 @@ class Accumulation:
             statistics=self._statistics(joined),
             counts=counts,
             passes={kind: passes[kind] / counts[kind] if counts[kind] else float("nan") for kind in self.kinds},
+            signals=self._signals(joined),
+            path=self.path,
         )
+
+    @property
+    def path(self) -> str:
+        """How gradients are computed, in words."""
+        return f"compute.compile = {self.policy.compile!r}, torch {torch.__version__}, {self.kernels.name}"
+
+    def _fix_sizes(self, parts: Sequence[Part]) -> None:
+        """Where networks are compiled, let their passes have few numbers of rows, each of which is compiled for: that of
+        the largest part, and where passes are shared, a smaller one for next states."""
+        if self.policy.compile == "none" or not parts:
+            return
+        own, *others = (max(rows) for rows in zip(*(part.pass_rows for part in parts), strict=True))
+        largest = max((own, *self.policy.static_rows))
+        smaller = [*self.policy.static_rows[:-1], *(rows for rows in others if 2 * rows <= own)]
+        self.policy.static_rows = (*([max(smaller)] if smaller else ()), largest)
+
+    def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`StepReport.signals` of numbers by row."""
+        raise NotImplementedError
 
     def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars to be logged, of numbers by row."""
@@ -148,7 +181,7 @@ class Accumulation:
             if size == 1:
                 raise
         # No longer within the exception, whose frames hold what is to be freed.
-        self.micro_batch = (size + 1) // 2
+        self.micro_batch, self.policy.static_rows = (size + 1) // 2, ()
         if self.policy.conditions.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning("out of memory with %d rows in a micro-batch; going on with %d", size, self.micro_batch)
@@ -158,13 +191,26 @@ class Accumulation:
         """What the flow network makes of states `[n, C, H, W]`, alike; in bfloat16 (autocast) where the policy's dtype is
         of half precision."""
         mixed = self.policy.dtype in (torch.bfloat16, torch.float16)
+        rows, static = len(states), max(self.policy.static_rows, default=1)
+        padded = -(-rows // static) * static
+        if padded > rows:
+            states, timestep, prompt = pad_rows((states, timestep, prompt), padded)
         with torch.autocast(states.device.type, torch.bfloat16, enabled=mixed):
-            return self.flow(states, timestep, self.policy.conditions.of_prompts(prompt))
+            return self.flow(states, timestep, self.policy.conditions.of_prompts(prompt))[:rows]
 
-    def _gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """Of a scalar, by parameter; zeros where it does not depend on one."""
+    def _gradients(self, loss: Tensor) -> list[Tensor]:
+        """Of a scalar, by parameter; zeros where it does not depend on one of the flow's, or of a network's that is trained
+        whole.
+
+        Raises:
+            ZeroGradientError: it does not depend on the policy.
+        """
         weights = [*self.policy.weights(), *self.flow_parameters]
-        return torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        names = list(self.policy.trained())
+        require_connected(gradients[: len(names)], names, self.policy.is_lora, self.path)
+        pairs = zip(weights, gradients, strict=True)
+        return [torch.zeros_like(weight) if gradient is None else gradient for weight, gradient in pairs]
 
     def _add(self, gradients: Sequence[Tensor]) -> None:
         count = len(gradients) - len(self.flow_parameters)

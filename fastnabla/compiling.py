@@ -1,30 +1,45 @@
 """torch.compile for networks that are differentiated twice: to their input, then to their parameters."""
 
-from collections.abc import Callable, Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
+import torch._dynamo.config
+import torch._functorch.config
+from torch import Tensor, nn
+from torch._dynamo.utils import counters, cumulative_time_spent_ns
 
 Compile = Literal["none", "blocks", "whole"]
+
+
+class CompileCost(NamedTuple):
+    """What torch.compile has done in this process."""
+
+    graphs: int
+    seconds: float
 
 
 def allow_compiling() -> None:
     """Set what torch.compile must know of this process before the first compiled call.
 
-    Two backward passes go through one graph, so buffers must not be donated to the first. A network is compiled once for
-    each way it is called: adapter on or off, with and without a graph, for its parameters or not, and again for any batch
-    size once a second one is seen; more than 64 would be a mistake, and is an error rather than a return to eager.
+    - Two backward passes go through one graph, so buffers must not be donated to the first.
+    - Whether a weight is trained must be guarded. torch 2.11 skips the guards of a module's parameters as long as no
+      parameter is replaced, so that a graph made while weights are constant is used again when they are trained, and
+      gives no gradient.
+    - A network is compiled once for each way it is called: adapter on or off, with and without a graph, for its
+      parameters or not, and for each number of rows. More than 64 would be a mistake, and is an error rather than a
+      return to eager.
     """
     torch._functorch.config.donated_buffer = False
+    torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` as one graph; what breaks the graph is an error."""
+    """`function` as one graph for each of its inputs' shapes; what breaks the graph is an error."""
     allow_compiling()
-    return torch.compile(function, fullgraph=True)
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def compile_blocks(network: nn.Module, kinds: Iterable[type[nn.Module]]) -> None:
@@ -33,4 +48,21 @@ def compile_blocks(network: nn.Module, kinds: Iterable[type[nn.Module]]) -> None
     allow_compiling()
     for module in network.modules():
         if isinstance(module, tuple(kinds)):
-            module.compile(fullgraph=True)
+            module.compile(fullgraph=True, dynamic=False)
+
+
+def compile_cost() -> CompileCost:
+    """Graphs compiled by this process so far, and the seconds that it took."""
+    phases = ("entire_frame_compile", "entire_backward_compile")
+    nanoseconds = sum(cumulative_time_spent_ns.get(phase, 0) for phase in phases)
+    return CompileCost(counters["stats"]["unique_graphs"], nanoseconds / 1e9)
+
+
+def pad_rows(tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """`tensors` with their last row repeated until they have `rows` rows."""
+    return [
+        tensor
+        if (missing := rows - len(tensor)) == 0
+        else torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])
+        for tensor in tensors
+    ]

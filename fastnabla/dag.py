@@ -28,6 +28,7 @@ from fastnabla.objective.noising import check_is_ddpm, noising_log_prob
 from fastnabla.objective.residual_db import Objective
 from fastnabla.policy import Policy
 from fastnabla.transition import TransitionTable
+from fastnabla.zero_gradients import DRIVE, largest
 
 
 class DetailedBalanceStep(Accumulation):
@@ -125,3 +126,6 @@ class DetailedBalanceStep(Accumulation):
 
     def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"residual": rows["residual"].square().mean().sqrt()}
+
+    def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {DRIVE: largest(rows["residual"])}

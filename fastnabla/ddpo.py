@@ -18,6 +18,7 @@ from fastnabla.objective.policy_gradient import PolicyGradient, clipped_surrogat
 from fastnabla.policy import Policy
 from fastnabla.prompt_statistics import PromptStatistics
 from fastnabla.transition import TransitionTable
+from fastnabla.zero_gradients import DRIVE, largest
 
 
 class PolicyGradientStep(Accumulation):
@@ -102,6 +103,11 @@ class PolicyGradientStep(Accumulation):
     def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         clipped = (rows["ratio"] - 1).abs() > self.settings.clip
         return {"ratio": rows["ratio"].mean(), "clipped": clipped.float().mean()}
+
+    def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The advantages of rows that are not clipped, which have no gradient."""
+        clipped = (rows["ratio"] - 1).abs() > self.settings.clip
+        return {DRIVE: largest(rows["advantage"].masked_fill(clipped, 0))}
 
     def state_dict(self) -> dict[str, Any]:
         """The rewards that advantages are normalised by."""

@@ -34,6 +34,7 @@ from fastnabla.rollout import advance
 from fastnabla.seeding import TrajectoryNoise
 from fastnabla.trajectories import Trajectories
 from fastnabla.transition import TransitionTable
+from fastnabla.zero_gradients import DRIVE, REWARD_GRADIENT, largest
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ class _Rows:
 
     rows: Tensor
     kind: str = "trajectory"
+
+    @property
+    def pass_rows(self) -> tuple[int]:
+        """Rows of a pass."""
+        return (len(self.rows),)
 
 
 class Sampling:
@@ -139,8 +145,8 @@ def late_step(seed: int, first: int, num_steps: int) -> int:
 class DirectStep(Accumulation):
     """Samples trajectories and accumulates the gradients of their rewards.
 
-    Its reports have the loss "reward", by row the "reward" that the gradient is of and, on the host, "prompt", and U by
-    "trajectory".
+    Its reports have the loss "reward", by row the "reward" that the gradient is of, "norm_reward", ‖∇r‖ in the latents, and,
+    on the host, "prompt", and U by "trajectory".
 
     Args:
         policy, decoder, reward, prompts, table, micro_batch, backend: as for `fastnabla.step.BalanceStep`; a
@@ -192,10 +198,14 @@ class DirectStep(Accumulation):
         rewards, score = self.decoder.reward_gradient(latents.detach(), texts, self.reward)
         gradients = self._gradients(-(latents * score).sum() / (total * times))
         by_row = rewards.view(times, -1).mean(0)
-        rows = {"reward": by_row, "prompt": trajectories.prompt}
+        norm_reward = score.flatten(1).norm(dim=1).view(times, -1).mean(0)
+        rows = {"reward": by_row, "norm_reward": norm_reward, "prompt": trajectories.prompt}
         return Share(gradients=gradients, losses={"reward": -by_row.sum() / total}, rows=rows)
 
     def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         rewards = rows["reward"]
         std = rewards.std(correction=min(1, len(rewards) - 1))
-        return {"rollout_reward": rewards.mean(), "rollout_reward_std": std}
+        return {"rollout_reward": rewards.mean(), "rollout_reward_std": std, "norm_reward": rows["norm_reward"].mean()}
+
+    def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict.fromkeys((DRIVE, REWARD_GRADIENT), largest(rows["norm_reward"]))

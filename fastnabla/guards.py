@@ -4,12 +4,14 @@ Whether all is finite is one number, read once an update; the rest is looked at 
 """
 
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastnabla.accumulation import StepReport
+from fastnabla.zero_gradients import require_gradient
 
 logger = logging.getLogger("fastnabla")
 
@@ -49,9 +51,15 @@ class Guard:
         """Whether the loss and the gradients' norms of update number `update` are finite. Waits for the device.
 
         If not, a warning says where that comes from.
+
+        Raises:
+            ZeroGradientError: the policy's gradient is zero, or the reward's, where it must not be.
         """
-        values = torch.stack([report.losses["loss"], *(norm.to(report.losses["loss"]) for norm in norms.values())])
-        if bool(values.isfinite().all()):
+        loss = report.losses["loss"]
+        values = torch.stack([value.to(loss) for value in (loss, *norms.values(), *report.signals.values())]).tolist()
+        if all(map(math.isfinite, values)):
+            signals = dict(zip(report.signals, values[1 + len(norms) :], strict=True))
+            require_gradient(update, signals, values[1 + list(norms).index("grad_norm_lora")], report.path)
             self.skipped = 0
             return True
         self.skipped += 1

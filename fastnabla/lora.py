@@ -1,47 +1,173 @@
 """The adapter: PEFT's LoRA, ``y = W x + B (A x)``, computed in the network's dtype from float32 master weights.
 
-PEFT's own layer leaves autocast to its user; without it, a bfloat16 network's activations are copied to float32 for the
-adapter, multiplied there, and kept for the backward pass. Here A and B are cast instead, which are a thousand times
-smaller, and the product is added to ``W x`` by the multiplication itself.
+PEFT's own layers leave autocast to their user; without it, a bfloat16 network's activations are copied to float32 for the
+adapter, multiplied there, and kept for the backward pass. Here A and B are rounded instead, which are a thousand times
+smaller, and the product of linear layers is added to ``W x`` by the multiplication itself.
 """
 
+import dataclasses
+import functools
+from typing import Any
+
+import torch
 from peft import LoraConfig
-from peft.tuners.lora import Linear
+from peft.tuners import lora
 from torch import Tensor, addmm, nn
-from torch.nn import functional
+from torch.nn.functional import conv2d, linear
 
 ADAPTER = "policy"
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 ALL_LINEAR = "all-linear"
 
 
-class LoraLinear(Linear):
-    """PEFT's adapted linear layer with one adapter, `ADAPTER`, of scale 1 and without dropout."""
+@dataclasses.dataclass(slots=True)
+class LoraSwitches:
+    """What all LoRA layers of a network do alike."""
+
+    enabled: bool = True
+    """False: the layers are the pretrained ones."""
+    constant: bool = False
+    """True: the adapter has no gradient, and keeps nothing for one."""
+
+
+class _LoraLayer:
+    """One adapter, `ADAPTER`, of scale 1 and without dropout, on a PEFT layer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.switches = LoraSwitches()
+        self.copies: tuple[Tensor, Tensor] | None = None
+        """A and B in the network's dtype, leaves of the graph in place of the master weights; None: these themselves."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the adapter takes part; PEFT's own switch counts too."""
+        return self.switches.enabled and not self.disable_adapters
+
+    def masters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B, float32."""
+        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B in the dtype of `x`."""
+        down, up = self.copies or self.masters()
+        if self.switches.constant:
+            down, up = down.detach(), up.detach()
+        return down.to(x.dtype), up.to(x.dtype)
+
+
+class LoraLinear(_LoraLayer, lora.Linear):
+    """An adapted linear layer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``W x + B (A x)`` `[…, out]` in the dtype of `x [… , in]`; ``W x`` while adapters are disabled."""
+        """``W x + B (A x)`` `[…, out]` in the dtype of `x [… , in]`; ``W x`` while the adapter is off."""
         y = self.base_layer(x)
-        if self.disable_adapters:
+        if not self.is_on:
             return y
-        down, up = (part[ADAPTER].weight.to(x.dtype) for part in (self.lora_A, self.lora_B))
-        low = functional.linear(x, down)
+        down, up = self.factors(x)
+        low = linear(x, down)
         return addmm(y.flatten(0, -2), low.flatten(0, -2), up.t()).view(y.shape)
 
 
-def add_lora(unet: nn.Module, rank: int, targets: tuple[str, ...]) -> None:
+class LoraConv2d(_LoraLayer, lora.Conv2d):
+    """An adapted convolution: A has its kernel, B is 1 × 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``W x + B (A x)`` in the dtype of `x [N, in, H, W]`; ``W x`` while the adapter is off."""
+        y = self.base_layer(x)
+        if not self.is_on:
+            return y
+        down, up = self.factors(x)
+        a, b = self.lora_A[ADAPTER], self.lora_B[ADAPTER]
+        low = conv2d(x, down, None, a.stride, a.padding, a.dilation, a.groups)
+        return y + conv2d(low, up, groups=b.groups)
+
+
+class Lora:
+    """All adapters of a network.
+
+    Args:
+        network: whose layers have them.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.layers = [module for module in network.modules() if isinstance(module, LoraLinear | LoraConv2d)]
+        self.masters = [master for layer in self.layers for master in layer.masters()]
+        """A and B of each layer, float32, in the order of the network's parameters."""
+        self.switches = LoraSwitches()
+        for layer in self.layers:
+            layer.switches = self.switches
+        self.one_graph = False
+        """Whether the pretrained network is the same graph with B = 0, rather than the layers without their adapters."""
+        self._copies: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._zeros: list[Tensor] = []
+
+    def weights(self, dtype: torch.dtype) -> list[Tensor]:
+        """What the layers compute with in a network of type `dtype`, in the order of `masters`: those themselves, or if it
+        is of half precision or there is `one_graph`, leaves with copies of their values, which gradients are taken to
+        instead. A `backward` to them adds to the masters' `.grad`."""
+        if dtype not in (torch.bfloat16, torch.float16) and not self.one_graph:
+            return self.masters
+        if [(p.device, dtype) for p in self.masters] != [(p.device, p.dtype) for p in self._copies]:
+            self._copies = [torch.empty_like(master, dtype=dtype).requires_grad_() for master in self.masters]
+            self._zeros = [torch.zeros_like(copy).requires_grad_() for copy in self._copies[1::2]]
+            self._values = [copy.data for copy in self._copies]
+            for master, copy in zip(self.masters, self._copies, strict=True):
+                copy.register_post_accumulate_grad_hook(functools.partial(_hand_on, master))
+            self._use(self._copies[1::2])
+            self.refresh(dtype)
+        return self._copies
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Copy the masters as they are now: for all layers in some launches, instead of two for each layer.
+
+        It is done before every pass, because not all that changes weights can be noticed (fused optimizers do not
+        increase autograd's version counters). A graph that is still to be differentiated keeps its values, since nothing
+        changes between the passes of a step; so the counters stay.
+        """
+        if self.weights(dtype) is not self.masters:
+            torch._foreach_copy_(self._values, [master.detach() for master in self.masters])
+
+    def enable(self, enabled: bool) -> None:
+        """Make the network the finetuned one, or the pretrained one."""
+        if not self.one_graph:
+            self.switches.enabled = enabled
+        elif self._copies:
+            self._use(self._copies[1::2] if enabled else self._zeros)
+
+    def _use(self, ups: list[Tensor]) -> None:
+        for layer, down, up in zip(self.layers, self._copies[::2], ups, strict=True):
+            layer.copies = (down, up)
+
+
+def _hand_on(master: nn.Parameter, copy: Tensor) -> None:
+    gradient = copy.grad.to(master.dtype)
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    copy.grad = None
+
+
+def add_lora(unet: nn.Module, rank: int, targets: tuple[str, ...]) -> Lora:
     """Give the layers of `unet` that `targets` names an adapter: A random, B zero, float32, trainable.
 
-    `ALL_LINEAR` among the targets stands for every linear layer. Linear layers get a `LoraLinear`; others (convolutions) PEFT's own.
+    `ALL_LINEAR` among the targets stands for every linear layer.
 
     Raises:
-        ValueError: no layer has such a name (from PEFT).
+        ValueError: no layer has such a name (from PEFT), or one is neither linear nor a 2-D convolution.
     """
     names = [target for target in targets if target != ALL_LINEAR]
     if ALL_LINEAR in targets:
         names += [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=names)
-    config._register_custom_module({nn.Linear: LoraLinear})
+    config._register_custom_module({nn.Linear: LoraLinear, nn.Conv2d: LoraConv2d})
     unet.add_adapter(config, adapter_name=ADAPTER)
+    for name, module in unet.named_modules():
+        if isinstance(module, lora.LoraLayer) and not isinstance(module, _LoraLayer):
+            kind = type(module.get_base_layer()).__name__
+            raise ValueError(
+                f"lora.targets names {name}, a {kind}; only linear layers and 2-D convolutions get a LoRA."
+            )
     for name, parameter in unet.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
+    return Lora(unet)

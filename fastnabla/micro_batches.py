@@ -30,6 +30,11 @@ class MicroBatch:
         return "last" if self.last else "inner"
 
     @property
+    def pass_rows(self) -> tuple[int, int]:
+        """Rows of passes at x, and at x'."""
+        return len(self.rows), len(self.tails)
+
+    @property
     def tails(self) -> Tensor:
         """Rows whose next state is no other row's state, `[t]`."""
         return torch.where(self.followed_by < 0)[0]

@@ -16,9 +16,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from fastnabla.compiling import Compile, compile_blocks, compiled
+from fastnabla.compiling import Compile, compile_blocks, compiled, pad_rows
 from fastnabla.conditions import Conditions
-from fastnabla.lora import LORA_TARGETS, add_lora
+from fastnabla.lora import LORA_TARGETS, Lora, add_lora
 
 if TYPE_CHECKING:
     from fastnabla.distributed import World
@@ -72,11 +72,12 @@ class Policy(nn.Module):
         self.conditions = conditions
         self.guidance_scale = None if guidance_scale == 1 else guidance_scale
         self.dtype = unet.dtype
-        self.pretrained = None
+        self.pretrained: nn.Module | None = None
         self.shards: ShardedNetwork | None = None
         self.pretrained_shards: ShardedNetwork | None = None
+        self.lora: Lora | None = None
         if rank:
-            add_lora(unet, rank, targets)
+            self.lora = add_lora(unet, rank, targets)
         else:
             self.pretrained = copy.deepcopy(unet)
             unet.float().requires_grad_()
@@ -85,6 +86,10 @@ class Policy(nn.Module):
         self._call = _call
         self._reference = False
         self.twice_differentiable = True
+        self.compile: Compile = "none"
+        self.static_rows: tuple[int, ...] = ()
+        """Numbers of rows that a pass can have, ascending, so that few graphs are compiled: fewer rows are padded, and
+        more are split. (): any number."""
 
     def shard(self, world: World) -> None:
         """Keep of all weights only this process's share, but for what a phase of the run computes with.
@@ -111,6 +116,11 @@ class Policy(nn.Module):
     ) -> None:
         """Choose how the networks compute; what they compute stays the same, beyond rounding.
 
+        A compiled network with a LoRA is one graph for each number of rows, whatever is asked of it: a pass without
+        gradient keeps the graph for nothing, gradients of the LoRA are computed where only those of the input are wanted
+        (a hundredth of a backward pass), and the reference has B = 0. Otherwise two graphs of one network would
+        round differently in half precision, and what should cancel in ``o_θ − o_ref`` and ``o_θ − o_old`` would not.
+
         Args:
             compile: "whole" networks, their repeated "blocks" alone, or "none"; see `fastnabla.compiling`.
             attention: "sdpa", torch's; or "xformers".
@@ -135,6 +145,9 @@ class Policy(nn.Module):
                 network.enable_gradient_checkpointing()
             if compile == "blocks":
                 compile_blocks(network, (ResnetBlock2D, BasicTransformerBlock))
+        self.compile = compile
+        if self.lora is not None:
+            self.lora.one_graph = compile != "none"
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._call = compiled(_call) if compile == "whole" else _call
         self.twice_differentiable = compile == "none" and attention == "sdpa" and not checkpoint
@@ -159,10 +172,12 @@ class Policy(nn.Module):
         """The trained parameters."""
         return list(self.trained().values())
 
-    def weights(self) -> list[nn.Parameter]:
-        """What gradients are taken to, in the order of `trainable`: the same, or if they are sharded, what is gathered of
-        them, in `dtype`."""
-        return self.trainable() if self.shards is None else self.shards.weights()
+    def weights(self) -> list[Tensor]:
+        """What gradients are taken to, in the order of `trainable`: the same; what is gathered of them, if they are
+        sharded; or a LoRA rounded to `dtype`, if that is of half precision."""
+        if self.shards is not None:
+            return self.shards.weights()
+        return self.trainable() if self.lora is None else self.lora.weights(self.dtype)
 
     def accumulate(self, gradients: Sequence[Tensor] | None) -> bool:
         """Add gradients of `weights` to the `.grad` of `trainable`.
@@ -173,7 +188,7 @@ class Policy(nn.Module):
         if self.shards is not None:
             return self.shards.accumulate(gradients)
         if gradients is not None:
-            add_gradients(self.trainable(), gradients)
+            add_gradients(self.trainable() if self.lora is None else self.lora.masters, gradients)
         return gradients is not None
 
     def forward(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
@@ -184,15 +199,42 @@ class Policy(nn.Module):
             timestep: `[N]` int64.
             prompt: `[N]` int64, prompt numbers from 0.
         """
-        rows, x = len(x), x.to(self.dtype, memory_format=self._memory_format)
-        guided = self.guidance_scale is not None
-        if guided:
-            x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
-        network = self.pretrained if self._reference and not self.is_lora else self.unet
-        mixed = network.dtype != self.dtype
-        with torch.autocast(x.device.type, self.dtype, enabled=mixed) if mixed else contextlib.nullcontext():
-            output = self._call(network, x, timestep, self.conditions(prompt, guided))
-        return self.passes.watch(output, rows)
+        largest = max(self.static_rows, default=len(x))
+        if len(x) > largest:
+            parts = zip(x.split(largest), timestep.split(largest), prompt.split(largest), strict=True)
+            outputs = [self._output(*part) for part in parts]
+            return torch.cat([torch.cat(pair) for pair in zip(*map(self._halves, outputs), strict=True)])
+        return self._output(x, timestep, prompt)
+
+    def _output(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        """`forward` of as many rows as a pass has."""
+        rows, guided = len(x), self.guidance_scale is not None
+        padded = next((size for size in self.static_rows if size >= rows), rows)
+        if self.lora is not None:
+            self.lora.refresh(self.dtype)
+        with_graph = torch.is_grad_enabled()
+        with torch.enable_grad() if self._one_graph else contextlib.nullcontext():
+            if self._one_graph and not x.requires_grad:
+                x = x.detach().requires_grad_()
+            if padded > rows:
+                x, timestep, prompt = pad_rows((x, timestep, prompt), padded)
+            x = x.to(self.dtype, memory_format=self._memory_format)
+            if guided:
+                x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
+            network = self.pretrained if self._reference and not self.is_lora else self.unet
+            mixed = network.dtype != self.dtype
+            with torch.autocast(x.device.type, self.dtype, enabled=mixed) if mixed else contextlib.nullcontext():
+                output = self._call(network, x, timestep, self.conditions(prompt, guided))
+            if padded > rows:
+                output = torch.cat([half[:rows] for half in self._halves(output)])
+        return self.passes.watch(output if with_graph else output.detach(), padded)
+
+    def _halves(self, output: Tensor) -> tuple[Tensor, ...]:
+        return output.chunk(1 if self.guidance_scale is None else 2)
+
+    @property
+    def _one_graph(self) -> bool:
+        return self.lora is not None and self.lora.one_graph
 
     def reference(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
         """The same of the pretrained policy."""
@@ -203,26 +245,32 @@ class Policy(nn.Module):
     def pretrained_weights(self) -> Iterator[None]:
         """Within, `forward` is the reference policy."""
         self._reference = True
-        if self.is_lora:
-            self.unet.disable_adapters()
+        if self.lora is not None:
+            self.lora.weights(self.dtype)
+            self.lora.enable(False)
         try:
             yield
         finally:
             self._reference = False
-            if self.is_lora:
-                self.unet.enable_adapters()
+            if self.lora is not None:
+                self.lora.enable(True)
 
     @contextlib.contextmanager
     def constant_weights(self) -> Iterator[None]:
-        """Within, outputs carry no gradient to the parameters, and keep nothing for one."""
-        parameters = self.weights()
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+        """Within, outputs carry no gradient to the parameters, and keep nothing for one; but for a compiled network's,
+        whose gradients are just not to be asked for."""
+        weights = [] if self.is_lora else self.weights()
+        if self.lora is not None:
+            self.lora.switches.constant = not self._one_graph
+        for weight in weights:
+            weight.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter in parameters:
-                parameter.requires_grad_()
+            if self.lora is not None:
+                self.lora.switches.constant = False
+            for weight in weights:
+                weight.requires_grad_()
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
@@ -246,10 +294,15 @@ class Policy(nn.Module):
 
 
 def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-    """Add `gradients` to the parameters' `.grad`."""
+    """Add `gradients`, of any dtype, to the parameters' `.grad`."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    if parameters and parameters[0].dtype != gradients[0].dtype:
+        # Adding tensors of two dtypes would be a launch each.
+        wide = [torch.empty_like(parameter) for parameter in parameters]
+        torch._foreach_copy_(wide, list(gradients))
+        gradients = wide
     if parameters:
         torch._foreach_add_([parameter.grad for parameter in parameters], list(gradients))
 

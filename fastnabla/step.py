@@ -46,6 +46,7 @@ from fastnabla.objective.balance import Weights
 from fastnabla.objective.residual_db import Objective
 from fastnabla.policy import Policy
 from fastnabla.transition import TransitionRows, TransitionTable
+from fastnabla.zero_gradients import DRIVE, REWARD_GRADIENT, largest
 
 ROWS = ("loss_forward", "loss_reverse", "step_index", "prompt")
 STATISTICS = ("trust", "norm_ref", "norm_residual", "norm_reward", "norm_target", "max_residual")
@@ -142,6 +143,15 @@ class BalanceStep(Accumulation):
     def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         means = {name: rows[name].mean() for name in STATISTICS if name.startswith("norm")}
         return means | {"max_residual": rows["max_residual"].max()}
+
+    def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        reward = {REWARD_GRADIENT: largest(rows["norm_reward"])} if self.objective.beta > 0 else {}
+        return {DRIVE: largest(rows["loss_forward"]), **reward}
+
+    @property
+    def path(self) -> str:
+        """How gradients are computed, in words."""
+        return f"{super().path}, objective.guidance = {self.objective.guidance!r}"
 
     def _terminal_scores(self, selection: Selection) -> TerminalScores:
         samples = int((selection.step_index == len(self.table) - 1).sum())

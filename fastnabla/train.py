@@ -38,6 +38,7 @@ from fastnabla.run_lock import RunFolderError, locked  # noqa: E402
 from fastnabla.sections import TESTBED  # noqa: E402
 from fastnabla.signals import Stopped, StopSignals  # noqa: E402
 from fastnabla.trainer import Trainer  # noqa: E402
+from fastnabla.zero_gradients import ZeroGradientError  # noqa: E402
 
 DIVERGED = 4
 """Exit status of a run that ends because its numbers are not finite."""
@@ -247,6 +248,9 @@ def train_to_the_end(trainer: Trainer, run: Path, console: Console, resume: bool
     except FloatingPointError as error:
         fail(trainer.world, error, f"{error} The newest checkpoint is from before that.")
         return DIVERGED
+    except ZeroGradientError as error:
+        fail(trainer.world, error, f"{error} The newest checkpoint is intact; with the remedy, {go_on}")
+        return 1
     except CheckpointError as error:
         fail(trainer.world, error)
         return 1

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fastnabla.bounds import BoundPassed, passed_bound, require_measurable
 from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.checkpoint import Checkpoints, Progress, TrainState
 from fastnabla.collecting import Rollouts, Sampler, shares
+from fastnabla.compiling import compile_cost
 from fastnabla.config import TrainConfig, to_json
 from fastnabla.devices import device_of
 from fastnabla.distributed import ALONE, World
@@ -97,6 +99,9 @@ class Trainer:
         method = METHODS[config.method]
         self.step = method.build(config, networks, self.reward, self.prompts.texts)
         self.step.world = world
+        if self.policy.compile != "none":
+            most = math.ceil(max(method.cost(config).rows.values()) / world.size)
+            self.policy.static_rows = (min(config.memory.micro_batch, most),)
         self.sampler = Sampler(config, self.policy, self.table, self.sample_shape, world)
         self.buffer: TrajectoryBuffer | None = None
         if method.stores:
@@ -153,6 +158,7 @@ class Trainer:
             RewardError: a reward fails.
             RunFolderError: another process writes into the folder; without `resume`, a run was begun there; with it, the
                 run has done more updates than it should have.
+            ZeroGradientError: an update's gradient is zero where it must not be.
         """
         with locked(run) if self.world.is_main else contextlib.nullcontext():
             return self._train(run, console or Console(quiet=True), resume, stop or StopSignals())
@@ -256,6 +262,9 @@ class Trainer:
                         self.ema.update()
                     progress.advance(phase)
                     metrics = _metrics(report, rollout, norms) | {"skipped": int(guard.skipped > 0)}
+                    if place == 0 and config.rollout.replay == 0 and "trust" in report.rows:
+                        # The policy is still the one that sampled: what is left is rounding.
+                        metrics["trust_floor"] = report.rows["trust"].mean().item()
                     watched = (tracker.records, config.spike_factor, report, self.prompts.texts, guard.timestep)
                     metrics["spikes"] = count_spikes(update, metrics, *watched)
                     tracker.log("train", update, metrics, meter.read(len(selection)))
@@ -263,7 +272,10 @@ class Trainer:
                         anomalies.write(run, update, selection, remembered, config, self.prompts)
                     guard.check(update)
                     note_written()
-                    progress.update(overall, completed=update, status=f"reward {metrics['rollout_reward']:.3f}")
+                    status = f"reward {metrics['rollout_reward']:.3f}"
+                    if compile_cost().graphs:
+                        status += "; {0.graphs} graphs compiled in {0.seconds:.0f} s".format(compile_cost())
+                    progress.update(overall, completed=update, status=status)
                     if place + 1 == config.rollout.updates_per_round:
                         self.source.finish()
                         rollout = None

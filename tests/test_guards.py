@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from fastnabla.accumulation import StepReport
 from fastnabla.guards import Guard, finite_samples
 from fastnabla.step import ROWS, STATISTICS
 from fastnabla.trainer import Trainer
+from fastnabla.zero_gradients import DRIVE, REWARD_GRADIENT, ZeroGradientError, largest, require_connected
 from tests.faults import tiny, without_pictures
 from tests.test_trainer import interrupt
 
@@ -30,7 +31,13 @@ def report(rows: int = 4, **bad: int) -> StepReport:
         values[name][row] = float("nan")
     losses = {"loss": values["loss_forward"].mean()}
     return StepReport(
-        losses=losses, rows=values, statistics={}, counts={"inner": 2, "last": 1}, passes={"inner": 7.0, "last": 3.0}
+        losses=losses,
+        rows=values,
+        statistics={},
+        counts={"inner": 2, "last": 1},
+        passes={"inner": 7.0, "last": 3.0},
+        signals={DRIVE: largest(values["loss_forward"]), REWARD_GRADIENT: largest(values["norm_reward"])},
+        path="the path",
     )
 
 
@@ -38,20 +45,20 @@ def guard(most: int = 3, skipped: int = 0) -> Guard:
     return Guard(PROMPTS, TIMESTEP, most, skipped)
 
 
-class Reads(TorchDispatchMode):
+class Reads(TorchFunctionMode):
     """Counts what makes the host wait for a device."""
 
     count = 0
 
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        self.count += function.__name__ in ("tolist", "item", "cpu", "__bool__", "__int__", "__float__")
         return function(*arguments, **(options or {}))
 
 
 def test_a_finite_update_is_accepted_for_one_read_however_large_it_is() -> None:
-    watched = report(rows=1000)
+    watched, watch = report(rows=1000), guard()
     with Reads() as reads:
-        assert guard().accepts(1, watched, NORMS)
+        assert watch.accepts(1, watched, NORMS)
     assert reads.count == 1
 
 
@@ -73,6 +80,54 @@ def test_many_transitions_are_counted(caplog: pytest.LogCaptureFixture) -> None:
 def test_gradients_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert not guard().accepts(1, report(), NORMS | {"grad_norm_flow": torch.tensor(float("inf"))})
     assert "not finite is grad_norm_flow, though each transition's loss is finite" in caplog.text
+
+
+def test_a_zero_gradient_is_an_error_unless_nothing_drives_it() -> None:
+    zero = NORMS | {"grad_norm_lora": torch.tensor(0.0)}
+    with pytest.raises(ZeroGradientError, match=r"update 5: the gradient of the policy's weights.*the path.*--compute"):
+        guard().accepts(5, report(), zero)
+    settled = report()
+    settled.signals[DRIVE] = torch.tensor(0.0)
+    assert guard().accepts(5, settled, zero)
+
+
+def test_a_zero_reward_gradient_is_an_error() -> None:
+    without = report()
+    without.signals[REWARD_GRADIENT] = torch.tensor(0.0)
+    with pytest.raises(ZeroGradientError, match=r"update 5: the reward's gradient is zero in every row.*the path"):
+        guard().accepts(5, without, NORMS)
+    del without.signals[REWARD_GRADIENT]  # of a method that asks for values alone
+    assert guard().accepts(5, without, NORMS)
+
+
+def test_a_lora_that_the_loss_does_not_depend_on_is_an_error() -> None:
+    gradients, names = [torch.ones(1), None], ["first", "second"]
+    with pytest.raises(ZeroGradientError, match=r"1 of 2 trained weights, such as second \(the path\)"):
+        require_connected(gradients, names, True, "the path")
+    require_connected(gradients, names, False, "the path")
+    with pytest.raises(ZeroGradientError, match="2 of 2"):
+        require_connected([None, None], names, False, "the path")
+
+
+def test_a_run_that_would_learn_nothing_stops(tmp_path: Path) -> None:
+    """A fast path that loses the gradient of the LoRA, and one that loses the reward's."""
+    for folder in ("lora", "reward"):
+        (tmp_path / folder).mkdir()
+    trainer = without_pictures(Trainer(tiny()))
+    gradients = trainer.step._gradients
+    trainer.step._gradients = lambda loss: [torch.zeros_like(gradient) for gradient in gradients(loss)]
+    with pytest.raises(ZeroGradientError, match=r"update 1: the gradient of the policy's weights.*compile = 'none'"):
+        trainer.train(tmp_path / "lora")
+    trainer = without_pictures(Trainer(tiny()))
+    decoder, gradient_of = trainer.step.decoder, trainer.step.decoder.reward_gradient
+
+    def lost(*arguments):
+        rewards, gradient = gradient_of(*arguments)
+        return rewards, torch.zeros_like(gradient)
+
+    decoder.reward_gradient = lost
+    with pytest.raises(ZeroGradientError, match=r"update 1: the reward's gradient.*guidance = 'lookahead'"):
+        trainer.train(tmp_path / "reward")
 
 
 def test_so_many_in_a_row_end_the_run_with_a_diagnosis() -> None:

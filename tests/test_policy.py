@@ -83,8 +83,38 @@ def test_lora_stays_float32_in_a_half_precision_network():
     assert {parameter.dtype for parameter in policy.trainable()} == {torch.float32}
     output = policy(X, TIMESTEP, PROMPT)
     assert output.dtype == torch.bfloat16
-    output.float().square().mean().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in policy.trainable())
+    loss = output.float().square().mean()
+    policy.accumulate(torch.autograd.grad(loss, policy.weights(), retain_graph=True))
+    gradients = [parameter.grad.clone() for parameter in policy.trainable()]
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    assert all(gradient.isfinite().all() for gradient in gradients) and any(gradient.any() for gradient in gradients)
+    loss.backward()  # the same again
+    for parameter, gradient in zip(policy.trainable(), gradients, strict=True):
+        assert torch.equal(parameter.grad, 2 * gradient)
+
+
+def test_half_precision_follows_every_change_of_the_lora():
+    """By an optimizer, by assignment, and by what autograd does not see."""
+    policy = Policy(UNet2DConditionModel.from_pretrained(UNET).bfloat16(), Conditions(CONDITIONS).bfloat16(), 5.0)
+    seen = [policy(X, TIMESTEP, PROMPT)]
+
+    def changes() -> None:
+        seen.append(policy(X, TIMESTEP, PROMPT))
+        assert not torch.equal(seen[-1], seen[-2])
+        fresh = Policy(UNet2DConditionModel.from_pretrained(UNET).bfloat16(), Conditions(CONDITIONS).bfloat16(), 5.0)
+        for parameter, values in zip(fresh.trainable(), policy.trainable(), strict=True):
+            parameter.data = values.detach().clone()
+        assert torch.equal(seen[-1], fresh(X, TIMESTEP, PROMPT))
+
+    policy.accumulate([torch.ones_like(weight) for weight in policy.weights()])
+    torch.optim.AdamW(policy.trainable(), lr=0.1, fused=True).step()
+    changes()
+    for parameter in policy.trainable():
+        parameter.data = parameter.data + 0.1
+    changes()
+    for parameter in policy.trainable():
+        parameter.data.add_(0.1)
+    changes()
 
 
 def test_passes_are_counted_by_rows():
