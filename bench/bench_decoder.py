@@ -7,7 +7,7 @@ image. What does not fit into memory is skipped.
 
 - diffusers: `vae.decode` without and with its own gradient checkpointing, of the middle and of each up block.
 - diffusers, channels last: its weights and latents so (CUDA).
-- fastnabla: without and with checkpointing; each compiled too (CUDA).
+- fastnabla: without and with checkpointing; channels last; compiled (CUDA).
 
 `predicted MiB` is `decode_bytes` times the chunk, for eager execution; `peak MiB` is measured, weights excepted (CUDA).
 """
@@ -73,11 +73,17 @@ DECODERS = {
     "diffusers, checkpointed": functools.partial(Diffusers, checkpoint=True),
     "fastnabla": lambda chunk: Decoder(build_vae(), chunk),
     "fastnabla, checkpointed": lambda chunk: Decoder(build_vae(), chunk, checkpoint=True),
+    "fastnabla, channels last": lambda chunk: Decoder(build_vae(channels_last=True), chunk, channels_last=True),
 }
 ON_CUDA = {
     "diffusers, channels last": functools.partial(Diffusers, channels_last=True),
     "fastnabla, compiled": lambda chunk: Decoder(build_vae(), chunk, compile=True),
-    "fastnabla, compiled, checkpointed": lambda chunk: Decoder(build_vae(), chunk, checkpoint=True, compile=True),
+    "fastnabla, compiled, channels last": lambda chunk: Decoder(
+        build_vae(channels_last=True), chunk, compile=True, channels_last=True
+    ),
+    "fastnabla, compiled, channels last, checkpointed": lambda chunk: Decoder(
+        build_vae(channels_last=True), chunk, checkpoint=True, compile=True, channels_last=True
+    ),
 }
 if CUDA:
     DECODERS |= ON_CUDA

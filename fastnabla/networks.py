@@ -83,10 +83,12 @@ def build_networks(
     whole = compile == "whole"
     if flow is not None and whole:
         flow.forward = compiled(flow.forward)
-    decoder = guiding = Decoder(pipeline.vae, memory.decode_chunk, bool(memory.checkpoint_decoder), whole)
+    decoder = guiding = Decoder(
+        pipeline.vae, memory.decode_chunk, bool(memory.checkpoint_decoder), whole, channels_last
+    )
     if config.model.tiny_decoder is not None:
         tiny = load_tiny_decoder(config.model.tiny_decoder, policy.dtype).to(device)
-        guiding = Decoder(tiny, memory.decode_chunk, compile=whole)
+        guiding = Decoder(tiny, memory.decode_chunk, compile=whole, channels_last=channels_last)
     return Networks(
         policy=policy,
         flow=flow,

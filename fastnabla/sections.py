@@ -240,7 +240,7 @@ class ComputeConfig:
     attention: Attention = "sdpa"
     """"sdpa": torch's. "xformers": memory-efficient attention of that package (a GPU and the package are needed)."""
     channels_last: bool | None = None
-    """NHWC weights and activations of the UNet, as convolutions on a GPU prefer. None: on a GPU."""
+    """NHWC weights and activations of UNet and decoder, as convolutions on a GPU prefer. None: on a GPU."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

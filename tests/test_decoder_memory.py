@@ -29,11 +29,15 @@ def build_vae(*widths: int, layers: int, groups: int) -> AutoencoderKL:
     return AutoencoderKL(**blocks, **sizes, latent_channels=4).requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def stable_diffusion() -> AutoencoderKL:
+def sd15_vae() -> AutoencoderKL:
     """Stable Diffusion 1.5's autoencoder, without values."""
     with torch.device("meta"):
         return build_vae(128, 256, 512, 512, layers=2, groups=32)
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion() -> AutoencoderKL:
+    return sd15_vae()
 
 
 def total(images: Tensor, prompts: list[str]) -> Tensor:
@@ -79,6 +83,24 @@ def test_stable_diffusion(stable_diffusion, dtype):
             plain_gradient(plain, latents)
     assert decode_bytes(stable_diffusion, LATENTS, dtype) < 0.4 * memory.peak
     assert decode_bytes(stable_diffusion, LATENTS, dtype, checkpoint=True) < 0.29 * memory.peak
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels-last"])
+@pytest.mark.parametrize(("checkpoint", "kept", "peak"), [(False, 898, 1084), (True, 606, 792)])
+def test_bytes_in_either_layout(stable_diffusion, checkpoint, kept, peak, channels_last):
+    """In MiB, in bfloat16: what docs/performance.md says, and, at the peak, what is planned with."""
+    with FakeTensorMode():
+        vae = with_empty_weights(stable_diffusion, torch.bfloat16)
+        decoder = Decoder(vae, None, checkpoint, channels_last=channels_last)
+        latents = torch.empty(1, *LATENTS, requires_grad=True)
+        with LiveBytes() as memory:
+            images = decoder(latents)
+            assert memory.live / 2**20 == pytest.approx(kept, abs=1)
+            del images
+            decoder.reward_gradient(latents, [""], total)
+    assert memory.peak / 2**20 == pytest.approx(peak, abs=1)
+    planned = decode_bytes(stable_diffusion, LATENTS, torch.bfloat16, checkpoint)
+    assert memory.peak == pytest.approx(planned, rel=1e-3)
 
 
 def test_decode_bytes(stable_diffusion):

@@ -14,7 +14,7 @@ from fastnabla.networks import build_networks
 from fastnabla.pipeline import encode_prompts, pipeline_of, use_scheduler
 from fastnabla.prompts import RunPrompts
 from fastnabla.rollout import sample
-from fastnabla.sections import EvaluationConfig, LoraConfig, MemoryConfig, ModelConfig, RewardConfig
+from fastnabla.sections import ComputeConfig, EvaluationConfig, LoraConfig, MemoryConfig, ModelConfig, RewardConfig
 from fastnabla.shapes import shapes_of
 from fastnabla.trainer import Trainer
 from tests.families import TINY, save_tiny
@@ -65,6 +65,15 @@ def test_policy_samples_what_plain_diffusers_does(model: str) -> None:
             networks.policy, networks.table, torch.arange(2), [1, 2], networks.sample_shape, backend="torch"
         )
     torch.testing.assert_close(networks.decoder.decode(latents), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_channels_last_is_of_unet_and_decoder(model: str, channels_last: bool) -> None:
+    config = config_of(model, compute=ComputeConfig(channels_last=channels_last))
+    prompts = RunPrompts(texts=PROMPTS, trained=2, evaluated=range(2))
+    networks = build_networks(pipeline_of(config.model), prompts, config, torch.device("cpu"))
+    for layer in (networks.policy.unet.conv_in, networks.decoder.vae.decoder.conv_in):
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(targets=("all-linear",)), LoraConfig(rank=0)],
