@@ -61,7 +61,7 @@ class Progress:
             )
         self._groups = {other: group for other, group in self._groups.items() if set(other).isdisjoint(key)}
         # Without waiting for the device: CUDA takes a copy of ordinary host memory before the call returns.
-        self._groups[key] = Group(key, slots.to(self.device, non_blocking=True), step)
+        self._groups[key] = Group(key, slots.to(self.device, non_blocking=True, copy=True), step)
         return self._groups[key]
 
     def advance(self, group: Group, steps: int = 1) -> None:

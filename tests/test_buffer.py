@@ -271,6 +271,17 @@ def test_groups_that_are_split_and_joined():
     assert torch.equal(buffer.gather(buffer.transitions()).x, expected)
 
 
+def test_a_groups_slots_are_its_own():
+    """What the caller does to its tensor of slots after an append has no part in the next."""
+    buffer, rollout = poisoned(2, 2), Trajectories(2)
+    slots = buffer.reserve(torch.tensor([[7, 0], [7, 1]]), torch.arange(2))
+    for i in range(NUM_STEPS):
+        given = slots.clone()
+        buffer.append(given, i, rollout.states[:, i], rollout.outputs[:, i], rollout.states[:, i + 1])
+        given.copy_(given.flip(0))
+    assert torch.equal(buffer.gather(buffer.transitions()).x, rollout.states[[0, 0, 1, 1], [7, 0, 7, 1]])
+
+
 @pytest.mark.parametrize("end", ["clear", "forget", "load"])
 def test_a_group_ends_with_its_trajectories(end):
     """Slots that are forgotten, or set back by a saved state, do not go on where their group was."""
