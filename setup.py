@@ -5,7 +5,8 @@ which fastnabla can do without: it is built if torch can be imported (`pip insta
 C++ compiler (CXX, or g++); with its CUDA part if there is an nvcc (in CUDA_HOME or PATH) of torch's major version.
 
 Environment:
-    FASTNABLA_CUDA: 1 fails where the CUDA part cannot be built; 0 leaves it out.
+    FASTNABLA_CUDA: 1 fails unless the CUDA part is built and its operations are registered; 0 leaves it out.
+    FASTNABLA_WERROR: 1 fails on warnings.
     FASTNABLA_PTXAS: 1 prints registers and spills of the kernels.
     FASTNABLA_SANITIZE: 1 builds the CPU part with the address and undefined behaviour sanitizers.
 """
@@ -28,7 +29,7 @@ HEADERS = sorted(str(path) for path in Path("csrc").glob("*.*h"))
 ARCHITECTURES = (80, 90, 100)
 # The stable ABI of torch 2.11, the oldest that we support: what is built with a newer torch runs with that one too.
 COMMON = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+ALL_WARNINGS = ["-Wall", "-Wextra"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
 
 
@@ -72,11 +73,23 @@ def find_nvcc(torch_cuda: str | None) -> str:
     if nvcc is None:
         raise CannotBuild("nvcc is not in PATH, nor in CUDA_HOME")
     version = re.search(r"release (\d+)\.\d+", run(nvcc, "--version"))
-    if version and torch_cuda and version[1] != torch_cuda.split(".")[0] and os.environ.get("FASTNABLA_CUDA") != "1":
+    if version and torch_cuda and version[1] != torch_cuda.split(".")[0]:
         raise CannotBuild(
-            f"nvcc is of CUDA {version[0][8:]} and torch of {torch_cuda}; FASTNABLA_CUDA=1 builds it still"
+            f"{nvcc} is of CUDA {version[0][8:]} and torch of {torch_cuda}; set CUDA_HOME to one of the same major version"
         )
     return nvcc
+
+
+def warnings() -> list[str]:
+    return [*ALL_WARNINGS, *(["-Werror"] if os.environ.get("FASTNABLA_WERROR") == "1" else [])]
+
+
+REGISTERED = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+names = ("append", "append_steps", "gather", "quantise", "dequantise")
+sys.exit(not all(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnabla::{name}", "CUDA") for name in names))
+"""
 
 
 class BuildExtension(build_ext):
@@ -97,28 +110,24 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         started = time.monotonic()
         try:
-            nvcc, without_cuda = find_nvcc(self.torch.version.cuda), ""
-        except CannotBuild as error:
-            nvcc, without_cuda = None, str(error)
-        try:
             try:
-                self._build(ext, nvcc)
+                self._build(ext, find_nvcc(self.torch.version.cuda))
+                parts = "for CPU and CUDA"
             except CannotBuild as error:
-                if nvcc is None:
-                    raise
-                nvcc, without_cuda = None, str(error)
-                self._build(ext, nvcc)
+                self._fail_if_required(error)
+                self._build(ext, None)
+                parts = f"for CPU, not for CUDA ({error})"
         except CannotBuild as error:
             self._give_up(error)
             return
-        if without_cuda and os.environ.get("FASTNABLA_CUDA") == "1":
-            raise SystemExit(f"FASTNABLA_CUDA is 1, but the CUDA part cannot be built: {without_cuda}")
-        parts = f"for CPU, not for CUDA ({without_cuda})" if without_cuda else "for CPU and CUDA"
         print(f"{ext.name}: built {parts} in {time.monotonic() - started:.0f} s")
 
-    def _give_up(self, error: CannotBuild) -> None:
+    def _fail_if_required(self, error: CannotBuild) -> None:
         if os.environ.get("FASTNABLA_CUDA") == "1":
-            raise SystemExit(f"FASTNABLA_CUDA is 1, but nothing can be built: {error}")
+            raise SystemExit(f"FASTNABLA_CUDA is 1, but the CUDA part cannot be built: {error}")
+
+    def _give_up(self, error: CannotBuild) -> None:
+        self._fail_if_required(error)
         print(f"fastnabla._C: not built, slower code in torch will be used ({error})")
         self.extensions = []
 
@@ -126,7 +135,7 @@ class BuildExtension(build_ext):
         torch = Path(self.torch.__file__).parent
         common = [*COMMON, "-isystem", str(torch / "include")]
         sanitize = SANITIZE if os.environ.get("FASTNABLA_SANITIZE") == "1" else []
-        host = [self.compiler_path, *common, "-fPIC", "-fvisibility=hidden", *WARNINGS, *sanitize]
+        host = [self.compiler_path, *common, "-fPIC", "-fvisibility=hidden", *warnings(), *sanitize]
         device = [nvcc, *common, *_nvcc_options(nvcc, self.compiler_path)] if nvcc else None
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,17 +164,28 @@ class BuildExtension(build_ext):
         else:
             options = [f"-Wl,{part}" if part[1] == "-" else part for part in link]
             driver = [self.compiler_path, *sanitize]
-        run(*driver, "-shared", *objects, f"-L{torch / 'lib'}", *options, "-o", str(output))
+        # Beside what was there before, which stays unless this is known to be good.
+        linked = output.with_name(f"{output.name}.new")
+        try:
+            run(*driver, "-shared", *objects, f"-L{torch / 'lib'}", *options, "-o", str(linked))
+            if nvcc and os.environ.get("FASTNABLA_CUDA") == "1":
+                run(sys.executable, "-c", REGISTERED, str(linked))
+            linked.replace(output)
+        finally:
+            linked.unlink(missing_ok=True)
 
 
 def _nvcc_options(nvcc: str, compiler: str) -> list[str]:
     supported = run(nvcc, "--list-gpu-code").split()
     architectures = [a for a in ARCHITECTURES if f"sm_{a}" in supported]
+    if not architectures:
+        raise CannotBuild(f"{nvcc} knows none of the architectures {', '.join(f'sm_{a}' for a in ARCHITECTURES)}")
     codes = [f"arch=compute_{a},code=sm_{a}" for a in architectures]
     codes.append(f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")  # for what is to come
-    options = ["-ccbin", compiler, "--threads", "0", "-Werror", "all-warnings"]
+    options = ["-ccbin", compiler, "--threads", "0"]
+    options += ["-Werror", "all-warnings"] if "-Werror" in warnings() else []
     options += [option for code in codes for option in ("-gencode", code)]
-    options += ["-Xcompiler", ",".join(["-fPIC", "-fvisibility=hidden", *WARNINGS])]
+    options += ["-Xcompiler", ",".join(["-fPIC", "-fvisibility=hidden", *warnings()])]
     return [*options, "-Xptxas", "-v"] if os.environ.get("FASTNABLA_PTXAS") == "1" else options
 
 

@@ -10,7 +10,8 @@ transitions in the same random order, and their values are checked, for equality
   next states and outputs are views in their code, whose states may be bfloat16 too.
 - index_select: slabs of the drawn transitions, one `index_copy_` or `index_select` a field and batch; tensordict: the
   same slabs in a TensorDict, where that is installed.
-- fastnabla: its buffer, `reserve` included; also with outputs in 8 bits, slabs in bfloat16, or, on CUDA, pinned slabs.
+- fastnabla: its buffer, `reserve` included; also with outputs in 8 bits, slabs in bfloat16, or, on CUDA, pinned slabs;
+  and all transitions gathered at once, as a whole update.
 
 A call stores a whole rollout, or gathers all its drawn transitions; caches are cold. Bytes are those of states, outputs
 and scales: what the others' copies read and write; for fastnabla what it has to, each row kept or gathered in and out once.
@@ -134,10 +135,27 @@ class Ours:
     def gather(self, parts: list[Tensor]) -> Iterator[Transitions]:
         return self.buffer.batches(torch.cat(parts), BATCH, torch.float32)
 
+    def device_append(self) -> None:
+        """The operation alone, of slots on the device, which the last rollout was stored in."""
+        r, slabs = rollout(), self.buffer._slabs()
+        for batch, slots in zip(BATCHES, torch.arange(TRAJECTORIES, device=DEVICE).split(BATCH), strict=True):
+            for t in range(STEPS):
+                x, output, x_next = (r.states[t, batch], r.outputs[t, batch], r.states[t + 1, batch])
+                buffer_ops.append(*slabs, slots, t, x, output, x_next)
+
     def device_gather(self, parts: list[Tensor]) -> Iterator[Any]:
         b = self.buffer
         tensors = (*b._slabs(), b.steps, b.prompt, b.reward, b.epoch, b.timestep)
         return (buffer_ops.gather(*tensors, part, torch.float32) for part in parts)
+
+
+class OursAtOnce(Ours):
+    def gather(self, parts: list[Tensor]) -> Iterator[Transitions]:
+        whole = self.buffer.gather(torch.cat(parts), torch.float32)
+        return (whole[batch] for batch in map(slice, range(0, len(whole), BATCH), range(BATCH, len(whole) + 1, BATCH)))
+
+    def device_gather(self, parts: list[Tensor]) -> Iterator[Any]:
+        return super().device_gather([torch.cat(parts)])
 
 
 PROVIDERS = {
@@ -145,6 +163,7 @@ PROVIDERS = {
     "index_select": IndexSelect,
     "tensordict": lambda: IndexSelect(pytest.importorskip("tensordict").TensorDict),
     "fastnabla": Ours,
+    "fastnabla, at once": OursAtOnce,
     "fastnabla, 8-bit outputs": lambda: Ours(block=128),
     "fastnabla, bfloat16": lambda: Ours(torch.bfloat16),
     **({"fastnabla, pinned": lambda: Ours(storage="pinned")} if CUDA else {}),
@@ -170,7 +189,12 @@ def filled(name: str) -> Any:
     return provider
 
 
-@pytest.mark.parametrize(("name", "operation"), list(itertools.product(PROVIDERS, ("append", "gather"))))
+CASES = [
+    case for case in itertools.product(PROVIDERS, ("append", "gather")) if case != ("fastnabla, at once", "append")
+]
+
+
+@pytest.mark.parametrize(("name", "operation"), CASES)
 def bench_buffer(benchmark, name: str, operation: str) -> None:
     with measure.own_stream():  # on CUDA; it can be captured
         provider, parts, memory = filled(name), rollout().parts, torch.ones(2**25, device=DEVICE)
@@ -183,6 +207,8 @@ def bench_buffer(benchmark, name: str, operation: str) -> None:
             return
         stats = benchmark.stats.stats
         info, seconds = {"buffer": name, "operation": operation, "fastest s": stats.min, "graph us": None}, stats.median
+        if CUDA and operation == "append" and isinstance(provider, Ours):
+            info["graph us"] = measure.time_graph(provider.device_append)
         if CUDA and operation == "gather":
             # Alone, of indices on the device; the buffer checks them on the host.
             gather, index = getattr(provider, "device_gather", provider.gather), [part.to(DEVICE) for part in parts]

@@ -1,7 +1,5 @@
 #include "arguments.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <limits>
 
 namespace fastnabla {
@@ -24,12 +22,6 @@ Dtype dtype_of(ScalarType dtype) {
             return Dtype::Int8;
         default:
             fail("dtype: expected float32, float16, bfloat16 or int8, given ", name_of(dtype));
-    }
-}
-
-void check_result_dtype(ScalarType dtype) {
-    if (dtype != FLOAT32 && dtype != FLOAT16 && dtype != BFLOAT16) {
-        fail("dtype: expected float32, float16 or bfloat16, given ", name_of(dtype));
     }
 }
 
@@ -124,12 +116,16 @@ Rows input_rows(const char* name, const Tensor& tensor, const Shape& shape, cons
     return {const_cast<char*>(read<char>(tensor)), nullptr, dtype_of(tensor.scalar_type())};
 }
 
-Rows output_rows(const Tensor& tensor) {
-    return {static_cast<char*>(tensor.mutable_data_ptr()), nullptr, dtype_of(tensor.scalar_type())};
+// Consecutive rows to be written.
+Rows output_rows(const char* name, const Tensor& tensor, const Shape& shape, const Tensor& on) {
+    Rows rows = input_rows(name, tensor, shape, on);
+    rows.data = static_cast<char*>(tensor.mutable_data_ptr());
+    return rows;
 }
 
 template <typename T>
-T* output_numbers(const Tensor& tensor) {
+T* output_table(const char* name, const Tensor& tensor, ScalarType dtype, const Shape& shape, const Tensor& on) {
+    check_table(name, tensor, dtype, shape, on);
     return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
@@ -169,10 +165,14 @@ AppendSteps append_steps_arguments(
     return a;
 }
 
-std::tuple<Gather, Gathered> gather_arguments(
+Gather gather_arguments(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
     const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& epoch,
-    const Tensor& timestep, const Tensor& index, ScalarType dtype, Address address) {
+    const Tensor& timestep, const Tensor& index, const std::vector<Tensor>& out, Address address) {
+    constexpr size_t FIELDS = 9;
+    if (out.size() != FIELDS) {
+        fail("out: expected ", FIELDS, " tensors, given ", out.size());
+    }
     Gather a{};
     a.slabs = slabs_of(states, outputs, scales, state_at, output_at, index, false, address, &a);
     const int64_t slots = states.size(0);
@@ -182,9 +182,9 @@ std::tuple<Gather, Gathered> gather_arguments(
     check_table("epoch", epoch, INT64, {slots}, index);
     check_table("timestep", timestep, INT64, {a.slabs.num_steps}, index);
     check_table("index", index, INT64, {-1}, index);
-    check_result_dtype(dtype);
     const int64_t count = index.size(0);
     a.items = 3 * count;
+    a.transitions = count;
     a.index = read<int64_t>(index);
     a.kept = steps.size(1);
     a.steps = read<int64_t>(steps);
@@ -193,22 +193,16 @@ std::tuple<Gather, Gathered> gather_arguments(
     a.timestep = read<int64_t>(timestep);
     a.reward = read<float>(reward);
     const Shape shape = shape_like({count}, states);
-    const auto rows = [&] { return torch::stable::new_empty(index, shape, dtype); };
-    const auto numbers = [&](ScalarType type) { return torch::stable::new_empty(index, {count}, type); };
-    Gathered fields{rows(),         rows(),         rows(),           numbers(INT64), numbers(INT64),
-                    numbers(INT64), numbers(INT64), numbers(FLOAT32), numbers(INT64)};
-    const auto& [x, x_next, model_output, step_index, timestep_out, prompt_out, trajectory, reward_out, epoch_out] =
-        fields;
-    a.x = output_rows(x);
-    a.x_next = output_rows(x_next);
-    a.output = output_rows(model_output);
-    a.step_out = output_numbers<int64_t>(step_index);
-    a.timestep_out = output_numbers<int64_t>(timestep_out);
-    a.prompt_out = output_numbers<int64_t>(prompt_out);
-    a.trajectory_out = output_numbers<int64_t>(trajectory);
-    a.reward_out = output_numbers<float>(reward_out);
-    a.epoch_out = output_numbers<int64_t>(epoch_out);
-    return {a, fields};
+    a.x = output_rows("out.x", out[0], shape, index);
+    a.x_next = output_rows("out.x_next", out[1], shape, index);
+    a.output = output_rows("out.model_output", out[2], shape, index);
+    a.step_out = output_table<int64_t>("out.step_index", out[3], INT64, {count}, index);
+    a.timestep_out = output_table<int64_t>("out.timestep", out[4], INT64, {count}, index);
+    a.prompt_out = output_table<int64_t>("out.prompt", out[5], INT64, {count}, index);
+    a.trajectory_out = output_table<int64_t>("out.trajectory", out[6], INT64, {count}, index);
+    a.reward_out = output_table<float>("out.reward", out[7], FLOAT32, {count}, index);
+    a.epoch_out = output_table<int64_t>("out.epoch", out[8], INT64, {count}, index);
+    return a;
 }
 
 namespace {
@@ -221,7 +215,7 @@ void check_block(int64_t block) {
 
 }  // namespace
 
-std::tuple<Recode<true>, Tensor, Tensor> quantise_arguments(const Tensor& x, int64_t block) {
+Recode<true> quantise_arguments(const Tensor& x, int64_t block, const Tensor& q, const Tensor& scales) {
     check_block(block);
     CHECK_SHAPE(x, {-1, -1});
     Recode<true> a{};
@@ -229,17 +223,15 @@ std::tuple<Recode<true>, Tensor, Tensor> quantise_arguments(const Tensor& x, int
     a.elements = elements_of("x", x, 1);
     a.block = static_cast<uint32_t>(block);
     a.source = input_rows("x", x, {-1, -1}, x);
-    Tensor q = torch::stable::new_empty(x, {x.size(0), x.size(1)}, INT8);
-    Tensor scales = torch::stable::new_empty(x, {x.size(0), divide_up(a.elements, a.block)}, FLOAT32);
-    a.target = output_rows(q);
-    a.target.scales = static_cast<float*>(scales.mutable_data_ptr());
-    return {a, q, scales};
+    a.target.data = output_table<char>("q", q, INT8, shape_of(x), x);
+    a.target.scales =
+        output_table<float>("scales", scales, FLOAT32, {x.size(0), divide_up(a.elements, a.block)}, x);
+    a.target.dtype = Dtype::Int8;
+    return a;
 }
 
-std::tuple<Recode<false>, Tensor> dequantise_arguments(
-    const Tensor& q, const Tensor& scales, int64_t block, ScalarType dtype) {
+Recode<false> dequantise_arguments(const Tensor& q, const Tensor& scales, int64_t block, const Tensor& x) {
     check_block(block);
-    check_result_dtype(dtype);
     check_table("q", q, INT8, {-1, -1}, q);
     Recode<false> a{};
     a.items = q.size(0);
@@ -248,9 +240,8 @@ std::tuple<Recode<false>, Tensor> dequantise_arguments(
     check_table("scales", scales, FLOAT32, {q.size(0), divide_up(a.elements, a.block)}, q);
     a.source = {
         const_cast<char*>(read<char>(q)), const_cast<float*>(read<float>(scales)), dtype_of(q.scalar_type())};
-    Tensor x = torch::stable::new_empty(q, {q.size(0), q.size(1)}, dtype);
-    a.target = output_rows(x);
-    return {a, x};
+    a.target = output_rows("x", x, shape_of(q), q);
+    return a;
 }
 
 }  // namespace fastnabla

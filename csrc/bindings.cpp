@@ -12,13 +12,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnabla, m) {
         "Tensor slots, Tensor x, Tensor output) -> ()");
     m.def(
         "gather(Tensor states, Tensor outputs, Tensor? scales, Tensor state_at, Tensor output_at, Tensor steps, "
-        "Tensor prompt, Tensor reward, Tensor epoch, Tensor timestep, Tensor index, ScalarType dtype) -> "
-        "(Tensor x, Tensor x_next, Tensor model_output, Tensor step_index, Tensor timestep, Tensor prompt, "
-        "Tensor trajectory, Tensor reward, Tensor epoch)");
+        "Tensor prompt, Tensor reward, Tensor epoch, Tensor timestep, Tensor index, Tensor(a!)[] out) -> ()");
     m.def("draw_stratified(int seed, int first, int trajectories, int num_steps, int strata) -> Tensor");
     m.def("draw_uniform(int seed, int first, int trajectories, int num_steps, int draws) -> Tensor");
-    m.def("quantise(Tensor x, int block) -> (Tensor, Tensor)");
-    m.def("dequantise(Tensor q, Tensor scales, int block, ScalarType dtype) -> Tensor");
+    m.def("quantise(Tensor x, int block, Tensor(a!) q, Tensor(b!) scales) -> ()");
+    m.def("dequantise(Tensor q, Tensor scales, int block, Tensor(a!) x) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnabla, CPU, m) {

@@ -1,4 +1,5 @@
-// The kernel behind all operations on CUDA: one launch, whose thread blocks share the rows out in chunks.
+// The kernel behind all operations on CUDA: one launch, whose thread blocks share the rows out in chunks. Of `gather`
+// further blocks, the first ones, write the transitions' numbers, a transition a thread.
 //
 // Dtypes are looked up at run time, the same way for a whole thread block: this costs nothing next to memory traffic,
 // and one kernel an operation serves all combinations. Either side may be pinned host memory.
@@ -12,14 +13,25 @@ constexpr uint32_t THREADS = 256;
 // Thread blocks that a multiprocessor has room for at least. It leaves 40 registers a thread: without it the compiler
 // settles for 32 here and spills one of them.
 constexpr uint32_t RESIDENT = 6;
-// Elements of a row that a thread block copies: of float32 each thread reads four vectors before it writes the first.
-constexpr uint32_t CHUNK = 4096;
+// Vectors that a thread reads before it writes the first.
+constexpr uint32_t UNROLL = 4;
 // Elements that a thread reads at a time when it quantises.
 constexpr uint32_t QUANTISED = 4;
+
+// Elements of a row that a thread block copies: 16 KiB on the side whose elements are the larger.
+HOST_DEVICE constexpr uint32_t chunk_of(int source_size, int target_size) {
+    return THREADS * UNROLL * vector_width(source_size, target_size);
+}
 
 template <typename Element, int WIDTH>
 struct alignas(sizeof(Element) * WIDTH) Vector {
     Element element[WIDTH];
+};
+
+// A vector as it is in memory. Small elements in registers of their own would take up to four times as many.
+template <typename SomeVector>
+struct alignas(SomeVector) Bits {
+    uint32_t word[sizeof(SomeVector) / sizeof(uint32_t)];
 };
 
 template <typename Target, typename Source, int WIDTH>
@@ -36,27 +48,42 @@ __device__ Vector<Target, WIDTH> convert_vector(const Vector<Source, WIDTH>& sou
     }
 }
 
-// At most CHUNK elements.
+// Elements begin ... begin + count - 1 of a row: one of its chunks, empty where the operation's other rows have more.
 template <typename Source, typename Target>
-__device__ void copy_chunk(const Source* source, Target* target, uint32_t count) {
-    constexpr int WIDTH = vector_width(sizeof(Source), sizeof(Target)), UNROLL = CHUNK / THREADS / WIDTH;
+struct Chunk {
+    uint32_t begin, count;
+
+    __device__ Chunk(const Work& work, uint32_t number) {
+        constexpr uint32_t MOST = chunk_of(sizeof(Source), sizeof(Target));
+        begin = min(number, divide_up(work.elements, MOST)) * MOST;
+        count = begin < work.elements ? min(work.elements - begin, MOST) : 0;
+    }
+};
+
+template <typename Source, typename Target>
+__device__ void copy_chunk(const Copy& copy, const Work& work, uint32_t number) {
+    const Chunk<Source, Target> chunk(work, number);
+    const uint32_t count = chunk.count;
+    const Source* source = reinterpret_cast<const Source*>(copy.source.data) + chunk.begin;
+    Target* target = reinterpret_cast<Target*>(copy.target.data) + chunk.begin;
+    constexpr int WIDTH = vector_width(sizeof(Source), sizeof(Target));
     using SourceVector = Vector<Source, WIDTH>;
     using TargetVector = Vector<Target, WIDTH>;
     const Split split = split_run(
         reinterpret_cast<uint64_t>(source), sizeof(Source), reinterpret_cast<uint64_t>(target), sizeof(Target), count);
-    const SourceVector* source_vectors = reinterpret_cast<const SourceVector*>(source + split.head);
+    const Bits<SourceVector>* source_vectors = reinterpret_cast<const Bits<SourceVector>*>(source + split.head);
     TargetVector* target_vectors = reinterpret_cast<TargetVector*>(target + split.head);
-    SourceVector loaded[UNROLL];
+    Bits<SourceVector> loaded[UNROLL];
 #pragma unroll
-    for (int k = 0; k < UNROLL; ++k) {
+    for (uint32_t k = 0; k < UNROLL; ++k) {
         if (const uint32_t v = k * THREADS + threadIdx.x; v < split.vectors) {
             loaded[k] = source_vectors[v];
         }
     }
 #pragma unroll
-    for (int k = 0; k < UNROLL; ++k) {
+    for (uint32_t k = 0; k < UNROLL; ++k) {
         if (const uint32_t v = k * THREADS + threadIdx.x; v < split.vectors) {
-            target_vectors[v] = convert_vector<Target>(loaded[k]);
+            target_vectors[v] = convert_vector<Target>(bit_cast<SourceVector>(loaded[k]));
         }
     }
     // The elements before and behind the vectors, or all of them.
@@ -68,29 +95,40 @@ __device__ void copy_chunk(const Source* source, Target* target, uint32_t count)
     }
 }
 
-// Elements begin ... begin + count - 1 of a row.
 template <typename Target>
-__device__ void dequantise_chunk(
-    const int8_t* source, const float* scales, Target* target, uint32_t begin, uint32_t count, uint32_t block) {
+__device__ void dequantise_chunk(const Copy& copy, const Work& work, uint32_t number) {
     constexpr uint32_t WIDTH = vector_width(sizeof(int8_t), sizeof(Target));
     using SourceVector = Vector<int8_t, WIDTH>;
     using TargetVector = Vector<Target, WIDTH>;
-    source += begin;
-    target += begin;
+    const Chunk<int8_t, Target> chunk(work, number);
+    const uint32_t begin = chunk.begin, count = chunk.count, block = work.block;
+    const int8_t* source = reinterpret_cast<const int8_t*>(copy.source.data) + begin;
+    Target* target = reinterpret_cast<Target*>(copy.target.data) + begin;
+    const float* scales = copy.source.scales;
     const bool aligned = reinterpret_cast<uint64_t>(source) % sizeof(SourceVector) == 0 &&
                          reinterpret_cast<uint64_t>(target) % sizeof(TargetVector) == 0;
     // Where a vector could span two blocks, or is not aligned, elements go one by one.
     const uint32_t vectors = aligned && block % WIDTH == 0 ? count / WIDTH : 0;
-#pragma unroll 1
-    for (uint32_t v = threadIdx.x; v < vectors; v += THREADS) {
-        const SourceVector loaded = reinterpret_cast<const SourceVector*>(source)[v];
-        const float scale = scales[(begin + v * WIDTH) / block];
-        TargetVector converted;
+    Bits<SourceVector> loaded[UNROLL];
+    float scale[UNROLL];
 #pragma unroll
-        for (uint32_t i = 0; i < WIDTH; ++i) {
-            converted.element[i] = convert<Target>(dequantised(loaded.element[i], scale));
+    for (uint32_t k = 0; k < UNROLL; ++k) {
+        if (const uint32_t v = k * THREADS + threadIdx.x; v < vectors) {
+            loaded[k] = reinterpret_cast<const Bits<SourceVector>*>(source)[v];
+            scale[k] = scales[(begin + v * WIDTH) / block];
         }
-        reinterpret_cast<TargetVector*>(target)[v] = converted;
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < UNROLL; ++k) {
+        if (const uint32_t v = k * THREADS + threadIdx.x; v < vectors) {
+            const SourceVector q = bit_cast<SourceVector>(loaded[k]);
+            TargetVector converted;
+#pragma unroll
+            for (uint32_t i = 0; i < WIDTH; ++i) {
+                converted.element[i] = convert<Target>(dequantised(q.element[i], scale[k]));
+            }
+            reinterpret_cast<TargetVector*>(target)[v] = converted;
+        }
     }
 #pragma unroll 1
     for (uint32_t i = vectors * WIDTH + threadIdx.x; i < count; i += THREADS) {
@@ -191,20 +229,16 @@ __device__ void quantise_chunk(const Copy& copy, const Work& work, uint32_t chun
 // Chunk `chunk` of a row that is not int8 on the target's side.
 template <typename Target, bool DEQUANTISES>
 __device__ void copy_to(const Copy& copy, const Work& work, uint32_t chunk) {
-    const uint32_t begin = chunk * CHUNK, count = min(work.elements - begin, CHUNK);
-    Target* target = reinterpret_cast<Target*>(copy.target.data);
-    const char* source = copy.source.data;
     switch (copy.source.dtype) {
         case Dtype::Float32:
-            return copy_chunk(reinterpret_cast<const float*>(source) + begin, target + begin, count);
+            return copy_chunk<float, Target>(copy, work, chunk);
         case Dtype::Float16:
-            return copy_chunk(reinterpret_cast<const Half*>(source) + begin, target + begin, count);
+            return copy_chunk<Half, Target>(copy, work, chunk);
         case Dtype::BFloat16:
-            return copy_chunk(reinterpret_cast<const BFloat16*>(source) + begin, target + begin, count);
+            return copy_chunk<BFloat16, Target>(copy, work, chunk);
         case Dtype::Int8:
             if constexpr (DEQUANTISES) {
-                dequantise_chunk(
-                    reinterpret_cast<const int8_t*>(source), copy.source.scales, target, begin, count, work.block);
+                dequantise_chunk<Target>(copy, work, chunk);
             }
     }
 }
@@ -222,26 +256,38 @@ __device__ inline void quantise_from(const Copy& copy, const Work& work, uint32_
     }
 }
 
-// An item's `write_numbers`, where the operation has one, is done by the first thread of its first chunk.
+// Thread blocks that write numbers.
 template <typename Arguments>
-__device__ void write_numbers(const Arguments&, int64_t) {}
+HOST_DEVICE int64_t number_blocks(const Arguments&) {
+    return 0;
+}
 
-__device__ inline void write_numbers(const Gather& gather, int64_t item) {
-    if (item % 3 == 0) {
-        gather.write_numbers(item / 3);
+HOST_DEVICE inline int64_t number_blocks(const Gather& gather) {
+    return (gather.transitions + THREADS - 1) / THREADS;
+}
+
+template <typename Arguments>
+__device__ void write_numbers(const Arguments&) {}
+
+__device__ inline void write_numbers(const Gather& gather) {
+    const int64_t number = int64_t{blockIdx.x} * THREADS + threadIdx.x;
+    if (number < gather.transitions) {
+        gather.write_numbers(number);
     }
 }
 
-// A thread block a chunk: block number is item * chunks + chunk. There is no loop over further items: with one, the
-// compiler keeps so much in registers across the dtypes' code that a third of the threads fit.
+// A thread block a chunk: behind the blocks for numbers, block number is item * chunks + chunk. There is no loop over
+// further items: with one, the compiler keeps so much in registers across the dtypes' code that a third of the threads
+// fit.
 template <typename Arguments>
 __global__ void __launch_bounds__(THREADS, RESIDENT)
     copy_rows(const __grid_constant__ Arguments arguments, uint32_t chunks) {
-    const int64_t item = blockIdx.x / chunks;
-    const uint32_t chunk = blockIdx.x % chunks;
-    if (chunk == 0 && threadIdx.x == 0) {
-        write_numbers(arguments, item);
+    const uint32_t before = static_cast<uint32_t>(number_blocks(arguments));
+    if (blockIdx.x < before) {
+        return write_numbers(arguments);
     }
+    const int64_t item = (blockIdx.x - before) / chunks;
+    const uint32_t chunk = (blockIdx.x - before) % chunks;
     const Copy copy = arguments.copy(item);
     if (!copy.wanted()) {
         return;

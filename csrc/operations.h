@@ -14,14 +14,14 @@ void append_steps(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
     const Tensor& output_at, const Tensor& slots, const Tensor& x, const Tensor& output);
 
-Gathered gather(
+void gather(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
     const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& epoch,
-    const Tensor& timestep, const Tensor& index, ScalarType dtype);
+    const Tensor& timestep, const Tensor& index, const std::vector<Tensor>& out);
 
-std::tuple<Tensor, Tensor> quantise(const Tensor& x, int64_t block);
+void quantise(const Tensor& x, int64_t block, const Tensor& q, const Tensor& scales);
 
-Tensor dequantise(const Tensor& q, const Tensor& scales, int64_t block, ScalarType dtype);
+void dequantise(const Tensor& q, const Tensor& scales, int64_t block, const Tensor& x);
 
 Tensor draw_stratified(int64_t seed, int64_t first, int64_t trajectories, int64_t num_steps, int64_t strata);
 

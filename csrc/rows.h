@@ -1,8 +1,11 @@
 // What an operation copies: numbered items, each one row of elements from a source to a target.
 //
 // The CPU gives items to threads, CUDA to thread blocks; both find an item's rows with the same code, `copy(item)`.
-// These structs hold bare addresses and are passed to kernels by value; arguments.h makes them from tensors.
+// These structs hold bare addresses and are passed to kernels by value; arguments.h makes them from tensors. Of each,
+// `element_size` is the largest element's size in bytes, on either side.
 #pragma once
+
+#include <algorithm>
 
 #include "convert.h"
 #include "index.h"
@@ -64,6 +67,9 @@ struct Slabs {
     const int32_t* output_at;
     int64_t num_steps;
 
+    int element_size() const {
+        return std::max(size_of(states.dtype), size_of(outputs.dtype));
+    }
     HOST_DEVICE Row state(int64_t slot, int64_t state) const {
         return states.row(slot, state_position(state_at, num_steps, slot, state));
     }
@@ -80,6 +86,9 @@ struct Append : Work {
     int64_t step;
     Rows x, output, x_next;
 
+    int element_size() const {
+        return std::max({size_of(x.dtype), size_of(output.dtype), size_of(x_next.dtype), slabs.element_size()});
+    }
     HOST_DEVICE Copy copy(int64_t item) const {
         const int64_t number = item / 3, slot = slots[number];
         switch (item % 3) {
@@ -100,6 +109,9 @@ struct AppendSteps : Work {
     const int64_t* slots;
     Rows x, output;
 
+    int element_size() const {
+        return std::max({size_of(x.dtype), size_of(output.dtype), slabs.element_size()});
+    }
     HOST_DEVICE Copy copy(int64_t item) const {
         const int64_t states = slabs.num_steps + 1, a_trajectory = states + slabs.num_steps;
         const int64_t number = item / a_trajectory, slot = slots[number], place = item % a_trajectory;
@@ -111,9 +123,10 @@ struct AppendSteps : Work {
     }
 };
 
-// Transitions by number: three items a transition, and its numbers with the first of them.
+// Transitions by number: three items a transition, and besides them its numbers.
 struct Gather : Work {
     static constexpr bool QUANTISES = false, DEQUANTISES = true;
+    int64_t transitions;
     Slabs slabs;
     const int64_t* index;
     int64_t kept;
@@ -124,6 +137,9 @@ struct Gather : Work {
     int64_t *step_out, *timestep_out, *prompt_out, *trajectory_out, *epoch_out;
     float* reward_out;
 
+    int element_size() const {
+        return std::max({size_of(x.dtype), size_of(x_next.dtype), size_of(output.dtype), slabs.element_size()});
+    }
     HOST_DEVICE Copy copy(int64_t item) const {
         const int64_t number = item / 3;
         const Transition transition = transition_of(index[number], kept);
@@ -138,15 +154,18 @@ struct Gather : Work {
         }
     }
 
+    // All reads come before the first write, which the compiler must not move them past.
     HOST_DEVICE void write_numbers(int64_t number) const {
         const Transition transition = transition_of(index[number], kept);
-        const int64_t step = step_of(steps, kept, transition);
+        const int64_t slot = transition.slot, step = step_of(steps, kept, transition);
+        const int64_t its_timestep = timestep[step], its_prompt = prompt[slot], its_epoch = epoch[slot];
+        const float its_reward = reward[slot];
         step_out[number] = step;
-        timestep_out[number] = timestep[step];
-        trajectory_out[number] = transition.slot;
-        prompt_out[number] = prompt[transition.slot];
-        reward_out[number] = reward[transition.slot];
-        epoch_out[number] = epoch[transition.slot];
+        timestep_out[number] = its_timestep;
+        trajectory_out[number] = slot;
+        prompt_out[number] = its_prompt;
+        reward_out[number] = its_reward;
+        epoch_out[number] = its_epoch;
     }
 };
 
@@ -156,6 +175,9 @@ struct Recode : Work {
     static constexpr bool QUANTISES = QUANTISE, DEQUANTISES = !QUANTISE;
     Rows source, target;
 
+    int element_size() const {
+        return std::max(size_of(source.dtype), size_of(target.dtype));
+    }
     HOST_DEVICE Copy copy(int64_t item) const {
         return {source.row(item, *this), target.row(item, *this)};
     }

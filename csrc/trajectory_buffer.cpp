@@ -154,7 +154,7 @@ void check_slots(const Slabs& slabs, const Tensor& slots, const Tensor& states, 
 // `index` are numbers of transitions whose states and output are kept.
 void check_transitions(const Gather& a, const Tensor& states, const Tensor& outputs) {
     const int64_t num_steps = a.slabs.num_steps;
-    for (int64_t at = 0; at < a.items / 3; ++at) {
+    for (int64_t at = 0; at < a.transitions; ++at) {
         check_index("index", at, a.index[at], 0, states.size(0) * a.kept);
         const Transition transition = transition_of(a.index[at], a.kept);
         const int64_t slot = transition.slot, step = step_of(a.steps, a.kept, transition);
@@ -189,31 +189,26 @@ void append_steps(
     copy_rows(a);
 }
 
-Gathered gather(
+void gather(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
     const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& epoch,
-    const Tensor& timestep, const Tensor& index, ScalarType dtype) {
-    const auto [a, fields] = gather_arguments(
-        states, outputs, scales, state_at, output_at, steps, prompt, reward, epoch, timestep, index, dtype,
+    const Tensor& timestep, const Tensor& index, const std::vector<Tensor>& out) {
+    const Gather a = gather_arguments(
+        states, outputs, scales, state_at, output_at, steps, prompt, reward, epoch, timestep, index, out,
         host_address);
     check_transitions(a, states, outputs);
-    for (int64_t number = 0; number < a.items / 3; ++number) {
+    for (int64_t number = 0; number < a.transitions; ++number) {
         a.write_numbers(number);
     }
     copy_rows(a);
-    return fields;
 }
 
-std::tuple<Tensor, Tensor> quantise(const Tensor& x, int64_t block) {
-    const auto [a, q, scales] = quantise_arguments(x, block);
-    copy_rows(a);
-    return {q, scales};
+void quantise(const Tensor& x, int64_t block, const Tensor& q, const Tensor& scales) {
+    copy_rows(quantise_arguments(x, block, q, scales));
 }
 
-Tensor dequantise(const Tensor& q, const Tensor& scales, int64_t block, ScalarType dtype) {
-    const auto [a, x] = dequantise_arguments(q, scales, block, dtype);
-    copy_rows(a);
-    return x;
+void dequantise(const Tensor& q, const Tensor& scales, int64_t block, const Tensor& x) {
+    copy_rows(dequantise_arguments(q, scales, block, x));
 }
 
 }  // namespace fastnabla

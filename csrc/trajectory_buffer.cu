@@ -7,8 +7,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 #include "copy_rows.cuh"
 #include "operations.h"
 
@@ -46,9 +44,11 @@ char* device_address(const char* name, const Tensor& slab, bool writes, const Te
         check_device(name, slab, on);
         return static_cast<char*>(data);
     }
+    // Ordinary memory has a device pointer too where the GPU can read it (Grace, HMM). But the host may move it.
     cudaPointerAttributes attributes{};
     check_cuda(cudaPointerGetAttributes(&attributes, data), "cudaPointerGetAttributes");
-    if (attributes.devicePointer == nullptr) {
+    const bool pinned = attributes.type == cudaMemoryTypeHost || attributes.type == cudaMemoryTypeManaged;
+    if (!pinned || attributes.devicePointer == nullptr) {
         fail(name, ": expected a tensor on ", device_name(on), " or in pinned memory, given one on cpu, not pinned");
     }
     return static_cast<char*>(attributes.devicePointer);
@@ -74,14 +74,14 @@ private:
 
 template <typename Arguments>
 void launch(const Arguments& arguments, int32_t device) {
-    // A row without elements still has a chunk, which writes its numbers.
-    const uint32_t chunks = std::max(divide_up(arguments.elements, CHUNK), 1u);
-    const int64_t blocks = arguments.items * chunks;
+    const uint32_t chunk = chunk_of(arguments.element_size(), arguments.element_size());
+    const uint32_t chunks = divide_up(arguments.elements, chunk);
+    const int64_t blocks = number_blocks(arguments) + arguments.items * chunks;
     if (blocks == 0) {
         return;
     }
     if (blocks > MOST_BLOCKS) {
-        fail("expected at most ", MOST_BLOCKS, " rows of up to ", CHUNK, " elements in a call, given ", blocks);
+        fail("expected at most ", MOST_BLOCKS, " chunks of ", chunk, " elements in a call, given ", blocks);
     }
     copy_rows<<<static_cast<uint32_t>(blocks), THREADS, 0, current_stream(device)>>>(arguments, chunks);
     check_cuda(cudaGetLastError(), "launch of copy_rows");
@@ -106,30 +106,26 @@ void append_steps_cuda(
         on.device);
 }
 
-Gathered gather_cuda(
+void gather_cuda(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
     const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& epoch,
-    const Tensor& timestep, const Tensor& index, ScalarType dtype) {
+    const Tensor& timestep, const Tensor& index, const std::vector<Tensor>& out) {
     const OnDevice on("index", index);
-    const auto [a, fields] = gather_arguments(
-        states, outputs, scales, state_at, output_at, steps, prompt, reward, epoch, timestep, index, dtype,
-        device_address);
-    launch(a, on.device);
-    return fields;
+    launch(
+        gather_arguments(
+            states, outputs, scales, state_at, output_at, steps, prompt, reward, epoch, timestep, index, out,
+            device_address),
+        on.device);
 }
 
-std::tuple<Tensor, Tensor> quantise_cuda(const Tensor& x, int64_t block) {
+void quantise_cuda(const Tensor& x, int64_t block, const Tensor& q, const Tensor& scales) {
     const OnDevice on("x", x);
-    const auto [a, q, scales] = quantise_arguments(x, block);
-    launch(a, on.device);
-    return {q, scales};
+    launch(quantise_arguments(x, block, q, scales), on.device);
 }
 
-Tensor dequantise_cuda(const Tensor& q, const Tensor& scales, int64_t block, ScalarType dtype) {
+void dequantise_cuda(const Tensor& q, const Tensor& scales, int64_t block, const Tensor& x) {
     const OnDevice on("q", q);
-    const auto [a, x] = dequantise_arguments(q, scales, block, dtype);
-    launch(a, on.device);
-    return x;
+    launch(dequantise_arguments(q, scales, block, x), on.device);
 }
 
 }  // namespace

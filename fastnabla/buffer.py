@@ -18,7 +18,9 @@ from torch import Tensor
 
 from fastnabla import buffer_ops
 from fastnabla.batch import Selection, Transitions
+from fastnabla.buffer_progress import Progress
 from fastnabla.buffer_state import BufferState
+from fastnabla.pinned_memory import pinned
 from fastnabla.reference_cache import ReferenceCache
 
 Storage = Literal["device", "pinned", "prefetch"]
@@ -28,7 +30,10 @@ class TrajectoryBuffer(BufferState):
     """Slabs for `capacity` trajectories of `num_steps` steps, of which `kept` are stored.
 
     Life of a slot: `reserve` it with its drawn steps, `append` the rollout's steps, set `reward`, `gather`. One thread
-    may append to some slots while another gathers from others.
+    may append to some slots while another gathers from others; all on the current stream, the same for a whole rollout.
+
+    Pinned slabs take exactly `nbytes` of the host's memory, in whole pages. Their methods wait for the device where the
+    host reads or writes them, and so does freeing them; do so too before you touch `x`, `model_output` or `scales`.
 
     Args:
         capacity: trajectories.
@@ -96,6 +101,7 @@ class TrajectoryBuffer(BufferState):
         self._host_steps = self.steps if on_host else self.steps.cpu()
         self._host_prompt = self.prompt if on_host else self.prompt.cpu()
         self._appended = torch.zeros(capacity, dtype=torch.int64)
+        self._progress = Progress(self._appended, num_steps, self.device, self._check_reserved)
         self._first = self._live = 0
         self.reference: ReferenceCache | None = None
         self._lock = threading.Lock()
@@ -105,11 +111,11 @@ class TrajectoryBuffer(BufferState):
         if self.storage == "device" or self.device.type != "cuda":
             return torch.empty(shape, dtype=dtype, device=self.device)
         try:
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
-        except RuntimeError as error:
+            return pinned(shape, dtype, self.device)
+        except MemoryError as error:
             raise MemoryError(
-                f"storage = {self.storage!r}: the host cannot lock {math.prod(shape) * dtype.itemsize / 2**30:.1f} GiB of "
-                "memory. Store fewer trajectories or steps, set output_block, or use storage='device'."
+                f"storage = {self.storage!r}: {error}. Store fewer trajectories or steps, set output_block, or use "
+                "storage='device'."
             ) from error
 
     def __len__(self) -> int:
@@ -152,10 +158,11 @@ class TrajectoryBuffer(BufferState):
 
     def _forget(self, count: int, newest: bool = False) -> None:
         gone = self.slots()[self._live - count :] if newest else self.slots()[:count]
+        self._wait_for_prefetch()
         for table, nothing in ((self._state_at, -1), (self._output_at, -1), (self.reward, float("nan"))):
-            table[gone.to(table.device)] = nothing
+            table[self._on_device(gone)] = nothing
         self._host_state_at[gone] = self._host_output_at[gone] = -1
-        self._appended[gone] = 0
+        self._progress.forget(gone)
         if self.reference is not None:
             self.reference.forget(gone)
         self._live -= count
@@ -201,14 +208,15 @@ class TrajectoryBuffer(BufferState):
                 steps,
             )
             self._host_prompt[slots] = prompt.cpu()
-            where = slots.to(self.device)
+            where = self._on_device(slots)
+            self._wait_for_prefetch()
             for table, values in (
                 (self._state_at, state_at),
                 (self._output_at, output_at),
                 (self.steps, steps),
                 (self.prompt, prompt),
             ):
-                table[where] = values.to(self.device)
+                table[where] = self._on_device(values)
             self.epoch[where] = epoch
         return slots
 
@@ -219,7 +227,7 @@ class TrajectoryBuffer(BufferState):
                 "clear() it, or reserve(..., evict=True) no more than its capacity"
             )
         oldest = self.slots()[:excess]
-        if bool((self._appended[oldest] < self.num_steps).any()):
+        if not bool(self._progress.complete(oldest).all()):
             raise RuntimeError(f"no room for {count} trajectories: the oldest {excess} are not all complete")
         self._forget(excess)
 
@@ -236,11 +244,12 @@ class TrajectoryBuffer(BufferState):
             IndexError: a slot is not reserved.
             ValueError: wrong shape, a slot twice, or a step out of order. Nothing has been written then.
         """
-        for name, tensor in (("x", x), ("model_output", model_output), ("x_next", x_next)):
-            self._check_shape(name, tensor, len(slots))
-        self._check_next(slots, step)
-        buffer_ops.append(*self._slabs(), self._on_device(slots), step, x, model_output, x_next)
-        self._appended[slots] += 1
+        self._check_shapes((len(slots), *self.sample_shape), x=x, model_output=model_output, x_next=x_next)
+        with self._lock:
+            group = self._progress.group(slots, step)
+        self._wait_for_prefetch()
+        buffer_ops.append(*self._slabs(), group.where, step, x, model_output, x_next)
+        self._progress.advance(group)
 
     @torch.no_grad()
     def append_steps(self, slots: Tensor, x: Tensor, model_output: Tensor) -> None:
@@ -254,11 +263,13 @@ class TrajectoryBuffer(BufferState):
         Raises:
             IndexError, ValueError: as `append`.
         """
-        self._check_shape("x", x, len(slots), self.num_steps + 1)
-        self._check_shape("model_output", model_output, len(slots), self.num_steps)
-        self._check_next(slots, 0)
-        buffer_ops.append_steps(*self._slabs(), self._on_device(slots), x, model_output)
-        self._appended[slots] = self.num_steps
+        self._check_shapes((len(slots), self.num_steps + 1, *self.sample_shape), x=x)
+        self._check_shapes((len(slots), self.num_steps, *self.sample_shape), model_output=model_output)
+        with self._lock:
+            group = self._progress.group(slots, 0)
+        self._wait_for_prefetch()
+        buffer_ops.append_steps(*self._slabs(), group.where, x, model_output)
+        self._progress.advance(group, self.num_steps)
 
     def transitions(self, slots: Tensor | None = None) -> Tensor:
         """Numbers `[M]` of all kept transitions (of the trajectories in `slots`), as `gather` takes them."""
@@ -287,16 +298,16 @@ class TrajectoryBuffer(BufferState):
         Raises:
             IndexError: a number is of a slot that is not reserved.
             RuntimeError: a trajectory is not complete.
+            torch.OutOfMemoryError: the GPU has no room for them.
         """
         index = index.cpu().contiguous()
         slots = index // self.kept
         self._check_reserved(slots)
-        if bool((self._appended[slots] < self.num_steps).any()):
+        if not bool(self._progress.complete(slots).all()):
             raise RuntimeError("gather before the rollout is complete: append the remaining steps first")
         numbers = (self.steps, self.prompt, self.reward, self.epoch, self.timestep)
         fields = buffer_ops.gather(*self._slabs(), *numbers, self._on_device(index), dtype or self.x.dtype)
-        names = ("x", "x_next", "model_output", "step_index", "timestep", "prompt", "trajectory", "reward", "epoch")
-        return Transitions(**dict(zip(names, fields, strict=True)))
+        return Transitions(**dict(zip(buffer_ops.FIELDS, fields, strict=True)))
 
     def batches(self, index: Tensor, size: int, dtype: torch.dtype | None = None) -> Iterator[Transitions]:
         """`gather` of `index` in batches of `size`. With storage="prefetch" on a GPU, the next batch is copied while the
@@ -333,7 +344,7 @@ class TrajectoryBuffer(BufferState):
         if temperature is not None and not temperature > 0:
             raise ValueError(f"temperature = {temperature}: must be positive, or None for uniform draws")
         slots = self.slots()
-        slots = slots[self._appended[slots] == self.num_steps]
+        slots = slots[self._progress.complete(slots)]
         if not len(slots):
             raise RuntimeError("draw from a buffer without a complete trajectory")
         weights = torch.ones(len(slots), dtype=torch.float64)
@@ -355,21 +366,15 @@ class TrajectoryBuffer(BufferState):
         """Without waiting for the device: CUDA takes a copy of ordinary host memory before the call returns."""
         return numbers.to(self.device, non_blocking=True)
 
-    def _check_shape(self, name: str, tensor: Tensor, *leading: int) -> None:
-        expected = (*leading, *self.sample_shape)
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+    def _wait_for_prefetch(self) -> None:
+        """The current stream, before it writes what a batch that nobody took may still be read from."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
-    def _check_next(self, slots: Tensor, step: int) -> None:
-        """That `step` is the next one of all trajectories in `slots`."""
-        with self._lock:
-            self._check_reserved(slots)
-            if len(set(slots.tolist())) < len(slots):
-                raise ValueError(f"slots must be different, found {slots.tolist()}")
-            if bool((self._appended[slots] != step).any()) or not 0 <= step < self.num_steps:
-                raise ValueError(
-                    f"step {step} is out of order: next is {self._appended[slots].tolist()} of {self.num_steps}"
-                )
+    def _check_shapes(self, expected: tuple[int, ...], **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            if tensor.shape != expected:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
 
     def _check_reserved(self, slots: Tensor) -> None:
         inside = not len(slots) or 0 <= int(slots.min()) <= int(slots.max()) < self.capacity

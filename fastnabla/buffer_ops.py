@@ -9,6 +9,8 @@ the rest on a GPU slabs and scales may be in pinned host memory.
 On a CPU indices are checked before anything is written; errors are RuntimeErrors that name the argument. On a GPU
 they are not checked, which would wait for it: check them on the host's copy of the tables. Nor does any function wait:
 pinned slabs must live, and not be changed by the host, until the stream has got there.
+
+Results are allocated here, in Python: running out of a GPU's memory raises torch.OutOfMemoryError, as elsewhere in torch.
 """
 
 import logging
@@ -38,7 +40,10 @@ WHY_NOT = _load()
 """Why the compiled operations, or those on CUDA, are not used; empty if they are."""
 AVAILABLE = not WHY_NOT
 """The compiled operations are loaded."""
-CUDA_AVAILABLE = AVAILABLE and torch._C._dispatch_has_kernel_for_dispatch_key("fastnabla::gather", "CUDA")
+_ON_CUDA = ("append", "append_steps", "gather", "quantise", "dequantise")
+CUDA_AVAILABLE = AVAILABLE and all(
+    torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnabla::{name}", "CUDA") for name in _ON_CUDA
+)
 """They include those on CUDA, whether or not there is a GPU."""
 
 if AVAILABLE and not CUDA_AVAILABLE:
@@ -49,6 +54,19 @@ if not AVAILABLE or (WHY_NOT and torch.version.cuda):
         "nvcc, and run in the repository: pip install --no-build-isolation --verbose --editable .",
         WHY_NOT[0].upper() + WHY_NOT[1:],
     )
+
+
+def require_cuda() -> None:
+    """Fail unless the compiled operations on CUDA are registered, whether or not there is a GPU.
+
+    Raises:
+        RuntimeError: they are not. It says why, and how to build them.
+    """
+    if not CUDA_AVAILABLE:
+        raise RuntimeError(
+            f"the buffer's operations on CUDA are not registered: {WHY_NOT}. Build them in the repository, where they are "
+            "required: FASTNABLA_CUDA=1 python setup.py build_ext --inplace"
+        )
 
 
 def append(
@@ -67,7 +85,7 @@ def append(
     state `step + 1`, `output` to the output, each `[B, …]`, where they are kept."""
     if _compiled(x):
         x, output, x_next = x.contiguous(), output.contiguous(), x_next.contiguous()
-        torch.ops.fastnabla.append(states, outputs, scales, state_at, output_at, slots, step, x, output, x_next)
+        torch.ops.fastnabla.append.default(states, outputs, scales, state_at, output_at, slots, step, x, output, x_next)
     else:
         buffer_torch.append(states, outputs, scales, state_at, output_at, slots, step, x, output, x_next)
 
@@ -85,7 +103,7 @@ def append_steps(
     """Write the trajectories `x` `[B, T + 1, …]`, `output` `[B, T, …]` to `slots` `[B]`: what of them is kept."""
     if _compiled(x):
         x, output = x.contiguous(), output.contiguous()
-        torch.ops.fastnabla.append_steps(states, outputs, scales, state_at, output_at, slots, x, output)
+        torch.ops.fastnabla.append_steps.default(states, outputs, scales, state_at, output_at, slots, x, output)
     else:
         buffer_torch.append_steps(states, outputs, scales, state_at, output_at, slots, x, output)
 
@@ -114,9 +132,27 @@ def gather(
 
     Returns:
         x, x_next, model_output `[M, …]`; step_index, timestep, prompt, trajectory (the slot), reward, epoch `[M]`.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU has no room for them.
     """
-    function = torch.ops.fastnabla.gather if _compiled(index) else buffer_torch.gather
-    return function(states, outputs, scales, state_at, output_at, steps, prompt, reward, epoch, timestep, index, dtype)
+    arguments = states, outputs, scales, state_at, output_at, steps, prompt, reward, epoch, timestep, index
+    if not _compiled(index):
+        return buffer_torch.gather(*arguments, dtype)
+    out = gathered(index, states.shape[2:], dtype)
+    torch.ops.fastnabla.gather.default(*arguments, list(out))
+    return out
+
+
+FIELDS = ("x", "x_next", "model_output", "step_index", "timestep", "prompt", "trajectory", "reward", "epoch")
+"""What `gather` returns, by the names of `fastnabla.batch.Transitions`."""
+
+
+def gathered(index: Tensor, row: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Room for the `FIELDS` of the transitions `index`: what `torch.ops.fastnabla.gather` writes to."""
+    rows = [index.new_empty((len(index), *row), dtype=dtype) for _ in range(3)]
+    numbers = [torch.int64, torch.int64, torch.int64, torch.int64, torch.float32, torch.int64]
+    return (*rows, *(index.new_empty(len(index), dtype=kind) for kind in numbers))
 
 
 def quantise(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -124,14 +160,24 @@ def quantise(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
     An element is off by at most half its scale, and rounding in float32. A block with an infinity or a NaN becomes NaN.
     """
-    return torch.ops.fastnabla.quantise(x.contiguous(), block) if _compiled(x) else buffer_torch.quantise(x, block)
+    if not _compiled(x):
+        return buffer_torch.quantise(x, block)
+    rows, elements = x.shape
+    q, scales = (
+        x.new_empty(rows, elements, dtype=torch.int8),
+        x.new_empty(rows, -(-elements // block), dtype=torch.float32),
+    )
+    torch.ops.fastnabla.quantise(x.contiguous(), block, q, scales)
+    return q, scales
 
 
 def dequantise(q: Tensor, scales: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     """What `quantise` made, as `dtype`."""
-    if _compiled(q):
-        return torch.ops.fastnabla.dequantise(q.contiguous(), scales.contiguous(), block, dtype)
-    return buffer_torch.dequantise(q, scales, block, dtype)
+    if not _compiled(q):
+        return buffer_torch.dequantise(q, scales, block, dtype)
+    x = q.new_empty(q.shape, dtype=dtype)
+    torch.ops.fastnabla.dequantise(q.contiguous(), scales.contiguous(), block, x)
+    return x
 
 
 def draw_stratified(seed: int, first: int, trajectories: int, num_steps: int, strata: int) -> Tensor:
@@ -170,24 +216,8 @@ def _compiled(tensor: Tensor) -> bool:
     return CUDA_AVAILABLE if tensor.is_cuda else AVAILABLE and tensor.is_cpu
 
 
-def _fake_append(*arguments: Tensor | int | None) -> None:
-    """Writes in place."""
-
-
-def _fake_gather(states: Tensor, *arguments: Tensor | torch.dtype | None) -> tuple[Tensor, ...]:
-    *_, index, dtype = arguments
-    rows = [index.new_empty((len(index), *states.shape[2:]), dtype=dtype) for _ in range(3)]
-    numbers = [torch.empty_like(index) for _ in range(4)]
-    return (*rows, *numbers, torch.empty_like(index, dtype=torch.float32), torch.empty_like(index))
-
-
-def _fake_quantise(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    rows, elements = x.shape
-    return torch.empty_like(x, dtype=torch.int8), x.new_empty((rows, -(-elements // block)), dtype=torch.float32)
-
-
-def _fake_dequantise(q: Tensor, scales: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(q, dtype=dtype)
+def _fake_writes(*arguments: Tensor | list[Tensor] | int | None) -> None:
+    """Of operations that only write to what they are given."""
 
 
 def _fake_draws(seed: int, first: int, trajectories: int, num_steps: int, columns: int) -> Tensor:
@@ -195,13 +225,7 @@ def _fake_draws(seed: int, first: int, trajectories: int, num_steps: int, column
 
 
 if AVAILABLE:
-    for _name, _fake in {
-        "append": _fake_append,
-        "append_steps": _fake_append,
-        "gather": _fake_gather,
-        "quantise": _fake_quantise,
-        "dequantise": _fake_dequantise,
-        "draw_stratified": _fake_draws,
-        "draw_uniform": _fake_draws,
-    }.items():
-        torch.library.register_fake(f"fastnabla::{_name}", _fake)
+    for _name in _ON_CUDA:
+        torch.library.register_fake(f"fastnabla::{_name}", _fake_writes)
+    for _name in ("draw_stratified", "draw_uniform"):
+        torch.library.register_fake(f"fastnabla::{_name}", _fake_draws)

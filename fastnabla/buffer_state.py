@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnabla.buffer_progress import Progress
 from fastnabla.reference_cache import ReferenceCache
 
 
@@ -20,6 +21,7 @@ class BufferState:
     sample_shape: tuple[int, ...]
     output_block: int | None
     reference: ReferenceCache | None
+    _progress: Progress
     _first: int
     _live: int
     _lock: threading.Lock
@@ -27,7 +29,7 @@ class BufferState:
     def state_dict(self) -> dict[str, Any]:
         """Everything in the buffer, on the host; waits for the device."""
         self._wait()
-        tensors = {name: getattr(self, name).cpu().clone() for name in self._tensors()}
+        tensors = {name: getattr(self, name).to("cpu", copy=True) for name in self._tensors()}
         numbers = {"geometry": self.geometry(self.capacity), "first": self._first, "live": self._live}
         cached = {} if self.reference is None else {"reference": self.reference.state_dict()}
         return numbers | cached | tensors
@@ -52,6 +54,7 @@ class BufferState:
             if self.reference is not None:
                 self.reference.load_state_dict(state["reference"])
             self._first, self._live = state["first"], state["live"]
+            self._progress.reload()
 
     def _wait(self) -> None:
         """Until kernels are done with slabs that are in the host's memory."""

@@ -49,6 +49,8 @@ class MemoryPlan:
     """Independent of the settings."""
     step: dict[str, int]
     """In the training step's two phases, of which the larger counts."""
+    host: int = 0
+    """Page-locked in the host's memory, beside the budget: the trajectory buffer, where it is pinned."""
 
     @property
     def total(self) -> int:
@@ -67,6 +69,8 @@ class MemoryPlan:
         table.add_column("GB", justify="right")
         for name, size in (self.fixed | self.step).items():
             table.add_row(name, f"{size / 1e9:.2f}")
+        if self.host:
+            table.add_row("trajectory buffer, in the host's memory", f"{self.host / 1e9:.2f}")
         table.add_row("peak, in the larger phase of the step", f"{self.total / 1e9:.2f}", style="bold")
         for name in ("micro_batch", "decode_chunk", "checkpoint_decoder", "checkpoint_unet"):
             table.add_row(f"memory.{name}", str(getattr(self, name)))
@@ -130,6 +134,7 @@ def plan_memory(
                         budget=budget,
                         fixed=fixed,
                         step=_step(costs, alive * size, *settings),
+                        host=_stored_bytes(config, costs) if _is_pinned(config, device) else 0,
                     )
     smallest = _step(costs, alive * (memory.micro_batch or 1), memory.decode_chunk or 1, *options[-1], rewards.image)
     needed = (sum(fixed.values()) + max(smallest.values())) / SHARE
@@ -176,10 +181,11 @@ def unit_costs(config: TrainConfig) -> UnitCosts:
 
 
 def buffer_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: int) -> int:
-    """Of the drawn transitions of `trajectories`: each state once, in float32, and the outputs."""
-    drawn, block = config.drawn_steps + 1, config.memory.output_block
-    states, outputs = min(2 * drawn, config.sampler.steps + 1), drawn * (1 + 4 / block if block else 4)
-    return int(trajectories * sample_shape.numel() * (4 * states + outputs))
+    """Of the drawn transitions of `trajectories`: each state once, in float32, and the outputs. As many bytes of the
+    host's memory are locked where the buffer is pinned, and no more."""
+    drawn, block, size = config.drawn_steps + 1, config.memory.output_block, sample_shape.numel()
+    output = size + 4 * math.ceil(size / block) if block else 4 * size
+    return trajectories * (min(2 * drawn, config.sampler.steps + 1) * 4 * size + drawn * output)
 
 
 def cache_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: int) -> int:
@@ -204,17 +210,26 @@ def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device, ranks: i
     rest = _nbytes(shapes.vae) + _nbytes(shapes.flow)
     state = expected_state_bytes(config.optimizer.name, unet) // parts
     stored = config.rollout.trajectories * (1 + config.rollout.replay)
-    buffer = buffer_bytes(config, torch.Size(shapes.sample_shape), stored)
-    on_device = METHODS[config.method].stores and (config.memory.buffer == "device" or device.type == "cpu")
     return {
         "networks": (_nbytes(shapes.unet) + frozen_copy) // parts + gathered + rest,
         "gradients": 4 * (sum(unet) // parts + sum(flow)),
         f"state of {config.optimizer.name}": state + expected_state_bytes(config.optimizer.name, flow),
         "average of the weights": 4 * sum(unet) // parts if config.optimizer.ema else 0,
-        "trajectory buffer": buffer if on_device else 0,
+        "trajectory buffer": 0 if _is_pinned(config, device) else _stored_bytes(config, costs),
         "reference network's outputs": cache_bytes(config, torch.Size(shapes.sample_shape), stored),
         "CUDA context (assumed)": CUDA_CONTEXT if device.type == "cuda" or config.vram else 0,
     }
+
+
+def _is_pinned(config: TrainConfig, device: torch.device) -> bool:
+    return config.memory.buffer == "pinned" and device.type != "cpu"
+
+
+def _stored_bytes(config: TrainConfig, costs: UnitCosts) -> int:
+    if not METHODS[config.method].stores:
+        return 0
+    trajectories = config.rollout.trajectories * (1 + config.rollout.replay)
+    return buffer_bytes(config, torch.Size(costs.shapes.sample_shape), trajectories)
 
 
 def _trained(network: nn.Module | None) -> list[nn.Parameter]:

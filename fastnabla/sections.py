@@ -208,7 +208,7 @@ class MemoryConfig:
     a forward pass more."""
     buffer: Literal["device", "pinned"] = "device"
     """Where sampled trajectories are kept: on the "device", or "pinned", in page-locked host memory that the GPU reads
-    over the host link. On a CPU the two are the same."""
+    over the host link; the plan says how much of it. On a CPU the two are the same."""
     output_block: int | None = None
     """Keep the sampling policy's outputs, which only the trust region needs, in 8 bits, with a scale for each block of
     64, 128 or 256 elements: off by at most 1/254 of the block's largest. None: in float32."""

@@ -1,9 +1,14 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastnabla import buffer_ops
+from fastnabla.accumulation import Accumulation
 from fastnabla.buffer import TrajectoryBuffer
 from tests.checks import randn
 
@@ -194,6 +199,126 @@ def test_gather_before_the_end():
     Trajectories(2).append_to(buffer, slots, NUM_STEPS - 1)
     with pytest.raises(RuntimeError, match="gather before the rollout is complete"):
         buffer.gather(torch.tensor([1]))
+
+
+def complete(capacity: int) -> tuple[TrajectoryBuffer, Trajectories]:
+    """Full of trajectories of two transitions."""
+    buffer, rollout = poisoned(capacity, 2), Trajectories(capacity)
+    rollout.append_to(buffer, buffer.reserve(torch.tensor([[7, 0]] * capacity), torch.arange(capacity)))
+    return buffer, rollout
+
+
+class Full(TorchDispatchMode):
+    """torch's allocator, without room for a tensor of more than `most` elements."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.__name__.startswith(("empty", "new_empty")) and result.numel() > self.most:
+            raise torch.OutOfMemoryError("simulated")
+        return result
+
+
+@pytest.mark.skipif(not buffer_ops.AVAILABLE, reason="the extension is not built")
+def test_running_out_of_memory_in_a_gather_halves_the_micro_batch():
+    """Results are allocated where a failure is torch's own exception, not inside the extension."""
+    buffer, rollout = complete(4)
+    step = SimpleNamespace(micro_batch=8, policy=SimpleNamespace(conditions=SimpleNamespace(device=buffer.device)))
+    with Full(most=4 * rollout.states[0, 0].numel()):
+        assert Accumulation._attempt(step, 8, buffer.gather, torch.arange(8)) is None
+        assert step.micro_batch == 4
+        batch = Accumulation._attempt(step, 4, buffer.gather, torch.arange(4))
+    assert torch.equal(batch.x, rollout.states[[0, 0, 1, 1], [7, 0, 7, 0]])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and buffer_ops.CUDA_AVAILABLE), reason="needs a GPU")
+def test_running_out_of_the_gpus_memory_in_a_gather():
+    buffer = TrajectoryBuffer(1, 1, 1, (2**20,), device="cuda")
+    x = torch.ones(1, 2**20, device="cuda")
+    buffer.append(buffer.reserve(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)), 0, x, x, x)
+    with pytest.raises(torch.OutOfMemoryError):
+        buffer.gather(torch.zeros(2**17, dtype=torch.int64))  # of 512 GiB a field
+    assert torch.equal(buffer.gather(torch.zeros(3, dtype=torch.int64)).x, x.expand(3, -1))
+
+
+def test_groups_that_are_split_and_joined():
+    """Whichever trajectories are appended to together, the next step of each is known, and checked."""
+    buffer, rollout = poisoned(4, 2), Trajectories(4)
+    steps = torch.tensor([[7, 0], [7, 1], [7, 2], [7, 3]])
+    slots = buffer.reserve(steps, torch.arange(4))
+
+    def append(of: list[int], step: int) -> None:
+        parts = rollout.states[of, step], rollout.outputs[of, step], rollout.states[of, step + 1]
+        buffer.append(slots[of], step, *parts)
+
+    append([0, 1, 2, 3], 0)
+    append([3, 1], 1)
+    for of in ([0, 1, 2, 3], [1, 2]):
+        with pytest.raises(ValueError, match="step 1 is out of order: next is"):
+            append(of, 1)
+    with pytest.raises(ValueError, match=r"step 0 is out of order: next is \[1, 1\] of 8"):
+        append([0, 2], 0)
+    append([2, 0], 1)
+    for step in range(2, NUM_STEPS):
+        append([0, 1, 2, 3], step)
+    with pytest.raises(ValueError, match=r"step 8 is out of order: next is \[8, 8, 8, 8\] of 8"):
+        buffer.append(slots, 8, *[rollout.states[:, 0]] * 3)
+    expected = rollout.states[torch.arange(4)[:, None], steps].flatten(0, 1)
+    assert torch.equal(buffer.gather(buffer.transitions()).x, expected)
+
+
+def test_a_groups_slots_are_its_own():
+    """What the caller does to its tensor of slots after an append has no part in the next."""
+    buffer, rollout = poisoned(2, 2), Trajectories(2)
+    slots = buffer.reserve(torch.tensor([[7, 0], [7, 1]]), torch.arange(2))
+    for i in range(NUM_STEPS):
+        given = slots.clone()
+        buffer.append(given, i, rollout.states[:, i], rollout.outputs[:, i], rollout.states[:, i + 1])
+        given.copy_(given.flip(0))
+    assert torch.equal(buffer.gather(buffer.transitions()).x, rollout.states[[0, 0, 1, 1], [7, 0, 7, 1]])
+
+
+@pytest.mark.parametrize("end", ["clear", "forget", "load"])
+def test_a_group_ends_with_its_trajectories(end):
+    """Slots that are forgotten, or set back by a saved state, do not go on where their group was."""
+    buffer, rollout = poisoned(2, 2), Trajectories(2)
+    drawn = torch.tensor([[7, 0]] * 2), torch.arange(2)
+    slots = buffer.reserve(*drawn)
+    rollout.append_to(buffer, slots, last=1)
+    state = buffer.state_dict()
+    buffer.append(slots, 1, rollout.states[:, 1], rollout.outputs[:, 1], rollout.states[:, 2])
+    if end == "load":
+        buffer.load_state_dict(state)
+    else:
+        buffer.clear() if end == "clear" else buffer.forget(2)
+        with pytest.raises(IndexError, match="slots must be reserved ones"):
+            buffer.append(slots, 2, rollout.states[:, 2], rollout.outputs[:, 2], rollout.states[:, 3])
+        slots = buffer.reserve(*drawn)
+    first = 1 if end == "load" else 0
+    with pytest.raises(ValueError, match=rf"step 2 is out of order: next is \[{first}, {first}\]"):
+        buffer.append(slots, 2, rollout.states[:, 2], rollout.outputs[:, 2], rollout.states[:, 3])
+    for i in range(first, NUM_STEPS):
+        buffer.append(slots, i, rollout.states[:, i], rollout.outputs[:, i], rollout.states[:, i + 1])
+    assert torch.equal(buffer.gather(buffer.transitions()).x, rollout.states[[0, 0, 1, 1], [7, 0, 7, 0]])
+
+
+@pytest.mark.skipif(not buffer_ops.AVAILABLE, reason="the extension is not built")
+def test_an_update_is_one_call_of_the_operation(monkeypatch):
+    """All transitions of a selection, which may then be sliced: the same as gathered in parts."""
+    buffer, calls = complete(4)[0], []
+    gather = buffer_ops.gather
+    monkeypatch.setattr(buffer_ops, "gather", lambda *arguments: calls.append(0) or gather(*arguments))
+    selection, order = buffer.select(), torch.randperm(8, generator=generator())
+    whole = selection.gather(order)
+    assert len(calls) == 1
+    for part in torch.arange(8).split(3):
+        parts, sliced = selection.gather(order[part]), whole[part]
+        for name in buffer_ops.FIELDS:
+            torch.testing.assert_close(getattr(sliced, name), getattr(parts, name), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("temperature", [None, 0.5, 3.0])

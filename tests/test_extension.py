@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from setuptools import Distribution, Extension
 from torch import Tensor
 
 from fastnabla import buffer_ops, buffer_torch
@@ -29,21 +31,33 @@ OPERATIONS = pytest.mark.parametrize(
 )
 
 
+RESULTS = [f"out.{name}" for name in buffer_ops.FIELDS]
+
+
 def arguments(operation: str, **case) -> tuple[dict, object]:
     """Valid ones by name, with outputs in 8 bits; and the slabs with what is around them."""
     built, x, slots = Case(**{"block": 64, **case}).build("cpu"), randn(2, 3, 17), torch.tensor([2, 0])
+    index = torch.tensor([5, 0, 5])
     kinds = {
         "append": ("slots step x output x_next", (slots, 1, x, x, x)),
         "append_steps": ("slots x output", (slots, randn(2, 5, 3, 17), randn(2, 4, 3, 17))),
         "gather": (
-            "steps prompt reward epoch timestep index dtype",
-            (*built.numbers, torch.tensor([5, 0, 5]), torch.float32),
+            f"steps prompt reward epoch timestep index {' '.join(RESULTS)}",
+            (*built.numbers, index, *buffer_ops.gathered(index, (3, 17), torch.float32)),
         ),
     }
     names, rest = kinds[operation]
     return dict(
         zip(f"states outputs scales state_at output_at {names}".split(), (*built.slabs, *rest), strict=True)
     ), built
+
+
+def call(operations, operation: str, named: dict) -> None:
+    """The operation, of `torch.ops.fastnabla` or `buffer_torch`, which returns what the other writes to `out`."""
+    given = [value for name, value in named.items() if name not in RESULTS]
+    if operation == "gather":
+        given.append(torch.float32 if operations is buffer_torch else [named[name] for name in RESULTS])
+    getattr(operations, operation)(*given)
 
 
 WRITES = ("append", "append_steps")
@@ -54,7 +68,7 @@ INDICES = [
     *(("append", "step", step) for step in (-1, 4)),
     *((op, "state_at", torch.full((3, 5), 5).int()) for op in ALL),
     *((op, "output_at", torch.full((3, 4), bad).int()) for op in ALL for bad in (2, -2)),
-    *(("gather", "index", torch.tensor(bad)) for bad in ([0, 6], [-1], [2**62])),
+    *(("gather", "index", torch.tensor(bad)) for bad in ([0, 6, 0], [-1, 0, 0], [0, 0, 2**62])),
     *(("gather", name, torch.full((3, 5 - i), -1).int()) for i, name in enumerate(("state_at", "output_at"))),
     *(("gather", "steps", torch.full((3, 2), bad)) for bad in (4, -1)),
 ]
@@ -71,7 +85,10 @@ KINDS = [
     *((op, name, lambda t: t.mT.contiguous().mT) for op in WRITES for name in ("x", "output")),
     *((op, name, lambda t: t.mT.contiguous().mT) for op in ALL for name in ("states", "outputs", "state_at")),
     *((op, "scales", change) for op in ALL for change in (lambda t: None, lambda t: t[..., :0])),
-    *(("gather", "dtype", lambda t, bad=bad: bad) for bad in (torch.int8, torch.float64)),
+    *(("gather", name, Tensor.double) for name in RESULTS),
+    *(("gather", name, change) for name in RESULTS for change in (lambda t: t[:-1], lambda t: t[..., None])),
+    *(("gather", name, lambda t: t.mT.contiguous().mT) for name in RESULTS[:3]),
+    *(("gather", name, lambda t: t.repeat(2)[::2]) for name in RESULTS[3:]),
 ]
 
 
@@ -91,9 +108,9 @@ def test_wrong_kinds_of_arguments(operation, name, change):
 def assert_refused(operations, operation: str, name: str, bad) -> None:
     changed, built = arguments(operation)
     with pytest.raises(RuntimeError, match=rf"^{name}: expected"):
-        getattr(operations, operation)(*(changed | {name: bad}).values())
+        call(operations, operation, changed | {name: bad})
     assert_same_everywhere(built, Case(block=64).build("cpu"))
-    getattr(operations, operation)(*changed.values())  # and nothing else was wrong
+    call(operations, operation, changed)  # and nothing else was wrong
 
 
 @pytest.mark.gpu
@@ -101,11 +118,11 @@ def assert_refused(operations, operation: str, name: str, bad) -> None:
 @pytest.mark.parametrize("operation", ALL)
 def test_one_argument_on_another_device(operation):
     on_gpu = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments(operation)[0].items()}
-    getattr(torch.ops.fastnabla, operation)(*on_gpu.values())
+    call(torch.ops.fastnabla, operation, on_gpu)
     for name, value in on_gpu.items():
         if isinstance(value, Tensor) and name not in ("x", "index"):  # which say where it is to run
             with pytest.raises(RuntimeError, match=rf"^{name}: expected a tensor on cuda:0"):
-                getattr(torch.ops.fastnabla, operation)(*(on_gpu | {name: value.cpu()}).values())
+                call(torch.ops.fastnabla, operation, on_gpu | {name: value.cpu()})
 
 
 @COMPILED
@@ -119,10 +136,12 @@ def test_operations_keep_to_their_schemas():
         return named
 
     q, scales = buffer_torch.quantise(randn(3, 70), 64)
+    gather = prepared("gather")
     calls = {
-        **{op: tuple(prepared(op).values()) for op in ALL},
-        "quantise": (randn(3, 70), 64),
-        "dequantise": (q, scales, 64, torch.float16),
+        **{op: tuple(prepared(op).values()) for op in WRITES},
+        "gather": (*(v for name, v in gather.items() if name not in RESULTS), [gather[name] for name in RESULTS]),
+        "quantise": (randn(3, 70), 64, torch.zeros_like(q), torch.zeros_like(scales)),
+        "dequantise": (q, scales, 64, torch.zeros(q.shape, dtype=torch.float16)),
         "draw_stratified": (1, 2, 3, 8, 4),
         "draw_uniform": (1, 2, 3, 8, 4),
     }
@@ -199,16 +218,111 @@ def test_distribution_of_draws(name):
 # ---- built, loaded, or missing
 
 
-@pytest.mark.skipif(not (NVCC and COMPILER), reason="needs nvcc and a C++ compiler")
-def test_cuda_code_compiles_without_warnings_or_spills(tmp_path, monkeypatch):
-    """As in setup.py, for one architecture."""
+def build_script(monkeypatch) -> ModuleType:
+    """setup.py, which sets nothing up."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("FASTNABLA_PTXAS", "1")
-    monkeypatch.delenv("LD_PRELOAD", raising=False)  # sanitizers, which nvcc does not stand
     monkeypatch.setattr("setuptools.setup", lambda **options: None)
     spec = importlib.util.spec_from_file_location("build_script", ROOT / "setup.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+FAKE_COMPILER = """#!/bin/sh
+case "$*" in
+    *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+    *--list-gpu-code*) echo sm_90 ;;
+    *" -c "*) {compile} ;;
+esac
+while [ "$1" != -o ] && [ $# -gt 0 ]; do shift; done
+[ $# -eq 0 ] || echo nothing > "$2"
+"""
+NO_CUDA = {
+    "no nvcc": r"nvcc is not in PATH, nor in CUDA_HOME",
+    "another version": r"bin/nvcc is of CUDA 13\.0 and torch of 12\.8; set CUDA_HOME",
+    "nvcc fails midway": r"nvcc failed, see above",
+    "no such architecture": r"bin/nvcc knows none of the architectures sm_1",
+    "cannot be loaded": r"python\S* failed, see above",
+}
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize("case", NO_CUDA)
+def test_a_cuda_part_that_cannot_be_built(case, required, tmp_path, monkeypatch, capfd):
+    """FASTNABLA_CUDA=1 then fails and leaves alone what was there; else the rest is built, and one line says why.
+    Compilers are doubles that write a file, so what is linked cannot be loaded."""
+    script = build_script(monkeypatch)
+    for name in ("c++", "nvcc"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        compiler = tmp_path / "bin" / name
+        fails = name == "nvcc" and case == "nvcc fails midway"
+        compiler.write_text(FAKE_COMPILER.format(compile="exit 1" if fails else ":"))
+        compiler.chmod(0o755)
+    if case == "no nvcc":
+        (tmp_path / "bin/nvcc").unlink()
+    if case == "no such architecture":
+        script.ARCHITECTURES = (1,)
+    for name in ("CUDA_HOME", "FASTNABLA_SANITIZE", "FASTNABLA_CUDA", "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin" if case != "no nvcc" else str(tmp_path / "bin"))
+    monkeypatch.setenv("CXX", str(tmp_path / "bin/c++"))
+    monkeypatch.setattr(torch.version, "cuda", "12.8" if case == "another version" else "13.0")
+    extension = Extension("fastnabla._C", script.SOURCES)
+    command = script.BuildExtension(Distribution({"ext_modules": [extension]}))
+    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+    command.ensure_finalized()
+    built = tmp_path / "lib/fastnabla/_C.so"
+    built.parent.mkdir(parents=True)
+    built.write_text("of before")
+    if required:
+        monkeypatch.setenv("FASTNABLA_CUDA", "1")
+        with pytest.raises(
+            SystemExit, match=rf"^FASTNABLA_CUDA is 1, but the CUDA part cannot be built: .*{NO_CUDA[case]}"
+        ):
+            command.run()
+        assert built.read_text() == "of before"
+        return
+    command.run()
+    assert built.read_text() == "nothing\n"
+    printed = capfd.readouterr().out
+    if case == "cannot be loaded":  # which only loading it shows
+        assert "built for CPU and CUDA in" in printed
+    else:
+        assert re.search(rf"built for CPU, not for CUDA \(.*{NO_CUDA[case]}", printed)
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_require_cuda(available, monkeypatch):
+    monkeypatch.setattr(buffer_ops, "CUDA_AVAILABLE", available)
+    monkeypatch.setattr(buffer_ops, "WHY_NOT", "" if available else "the extension is built without its CUDA part")
+    if available:
+        return buffer_ops.require_cuda()
+    with pytest.raises(
+        RuntimeError, match=r"on CUDA are not registered: the extension is built without its CUDA part\. Bui"
+    ):
+        buffer_ops.require_cuda()
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_require_cuda_of_this_build(missing, tmp_path):
+    """As a script asks for it: the exit status is that of what is registered."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if missing:
+        environment["FASTNABLA_EXTENSION"] = str(tmp_path / "missing.so")
+    command = [sys.executable, "-c", "from fastnabla.buffer_ops import require_cuda; require_cuda()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if missing:
+        assert re.search(r"RuntimeError: .*not registered: the extension \S+missing\.so cannot be loaded", done.stderr)
+    assert (done.returncode == 0) == (buffer_ops.CUDA_AVAILABLE and not missing), done.stderr
+
+
+@pytest.mark.skipif(not (NVCC and COMPILER), reason="needs nvcc and a C++ compiler")
+def test_cuda_code_compiles_without_warnings_or_spills(tmp_path, monkeypatch):
+    """As in setup.py, for one architecture."""
+    script = build_script(monkeypatch)
+    monkeypatch.setenv("FASTNABLA_PTXAS", "1")
+    monkeypatch.setenv("FASTNABLA_WERROR", "1")
+    monkeypatch.delenv("LD_PRELOAD", raising=False)  # sanitizers, which nvcc does not stand
     script.ARCHITECTURES = (90,)
     options = [*script.COMMON, "-isystem", str(Path(torch.__file__).parent / "include")]
     options += script._nvcc_options(NVCC, COMPILER)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastnabla import planner
+from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.config import TrainConfig
 from fastnabla.live_bytes import LiveBytes
 from fastnabla.planner import ENOUGH, MOST, SHARE, DoesNotFit, MemoryPlan, plan_memory, planned, unit_costs
@@ -44,6 +45,26 @@ def test_24_gigabytes_need_no_checkpointing() -> None:
     assert chosen.micro_batch >= 4
     larger = planner._step(stable_diffusion(), chosen.micro_batch + 1, chosen.decode_chunk, False, False)
     assert sum(chosen.fixed.values()) + max(larger.values()) > SHARE * 24e9, "one more would fit"
+
+
+def test_a_pinned_buffer_is_counted_in_the_hosts_memory() -> None:
+    """As many bytes as on the device, to the byte; the device has that much more room."""
+    on_device, pinned = (
+        plan_memory(
+            TrainConfig(vram=24, memory=MemoryConfig(buffer=buffer, output_block=64)),
+            stable_diffusion(),
+            int(24e9),
+            torch.device("cuda"),
+        )
+        for buffer in ("device", "pinned")
+    )
+    trajectories, config = TrainConfig().rollout.trajectories, TrainConfig(memory=MemoryConfig(output_block=64))
+    slabs = TrajectoryBuffer(1, config.sampler.steps, config.drawn_steps + 1, (4, 64, 64), output_block=64)
+    assert on_device.host == pinned.fixed["trajectory buffer"] == 0
+    assert pinned.host == on_device.fixed["trajectory buffer"] == trajectories * slabs.nbytes
+    for chosen, shown in ((on_device, False), (pinned, True)):
+        rows = list(chosen.table().columns[0].cells)
+        assert ("trajectory buffer, in the host's memory" in rows) == shown
 
 
 def test_activations_of_rewards_count() -> None:
