@@ -113,7 +113,10 @@ def test_gradient_in_every_way_of_computing(checkpoint, compile, channels_last, 
     ("checkpoint", "channels_last"), [(True, False), (False, True)], ids=["checkpoint-NCHW", "kept-channels-last"]
 )
 def test_compiled(checkpoint, channels_last, monkeypatch):
-    """One graph for each of: two numbers of images with gradients, and without; left to eager kernels here."""
+    """One graph for each of: two numbers of images with gradients, and without; left to eager kernels here.
+
+    Without comes first, as in a run, whose rollout is decoded before anything is differentiated.
+    """
     two_blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae, latents = build_vae(block_out_channels=(16, 32), **two_blocks), randn(4, 4, 8, 8)
     rewards, gradient = plain_gradient(vae, latents)
@@ -121,10 +124,11 @@ def test_compiled(checkpoint, channels_last, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
     torch._dynamo.reset()
     decoder = Decoder(vae, 3, checkpoint, True, channels_last)
+    images = decoder.decode(latents)
     actual = decoder.reward_gradient(latents, PROMPTS, reward)
     torch.testing.assert_close(actual[0], rewards, rtol=1e-5, atol=0)
     assert relative_error(actual[1], gradient) < 1e-5
-    torch.testing.assert_close(decoder.decode(latents), Decoder(vae).decode(latents), rtol=0, atol=1e-5)
+    torch.testing.assert_close(images, Decoder(vae).decode(latents), rtol=0, atol=1e-5)
     assert 2 <= graphs.frame_count <= 4
 
 
