@@ -118,7 +118,7 @@ class Policy(nn.Module):
 
         A compiled network with a LoRA is one graph for each number of rows, whatever is asked of it: a pass without
         gradient keeps the graph for nothing, gradients of the LoRA are computed where only those of the input are wanted
-        (a hundredth of a backward pass), and the reference has B = 0. Otherwise two graphs of one network would
+        (0.6 % more arithmetic in a backward pass of Stable Diffusion 1.5), and the reference has B = 0. Otherwise two graphs of one network would
         round differently in half precision, and what should cancel in ``o_θ − o_ref`` and ``o_θ − o_old`` would not.
 
         Args:
