@@ -55,10 +55,14 @@ class TrainConfig:
     run's own are refused if results depend on them, and named and ignored otherwise."""
     seed: int = 0
     """Seed of all randomness."""
+    deterministic: bool = False
+    """Equal runs write equal files on a GPU too, at a cost in speed: deterministic algorithms alone
+    (torch.use_deterministic_algorithms), for attention, convolutions and resizing above all. An operation that has none stops the
+    run with its name. On a CPU equal runs are equal without it."""
     reference_compat: bool = False
     """The authors' implementation to the letter, to reproduce its runs and measure what differs: sets rollout.replay = 1,
-    optimizer.applications = 2, prompts.draw = independent, flow.start = random, reward.preprocess = reference and reward.tf32,
-    and refuses what it does not have. Of residual-db and db. docs/stable-diffusion.md explains each."""
+    optimizer.applications = 2, prompts.draw = independent, flow.start = random, reward.preprocess = reference and
+    reward.precision = tf32, and refuses what it does not have. Of residual-db and db. docs/stable-diffusion.md explains each."""
     updates: int = 200
     """Optimizer updates in all; a multiple of rollout.updates · rollout.epochs. With optimizer.schedule = constant a run can
     be extended: give more with --resume auto, or in its config.json."""
@@ -113,6 +117,12 @@ class TrainConfig:
             self.memory.shard,
             f"a LoRA is trained (lora.rank = {self.lora.rank}): its few MB are not worth splitting, and the network itself has "
             "no gradients or moments. Leave it None, or train all parameters with --lora.rank 0.",
+        )
+        _require(
+            not (self.deterministic and self.compute.attention == "xformers"),
+            "compute.attention",
+            self.compute.attention,
+            "its backward pass is not known to be deterministic; use sdpa with deterministic = True.",
         )
         for name, value in _whole_numbers(self):
             _require(abs(value) <= LARGEST, name, value, f"must be at most {LARGEST}.")
