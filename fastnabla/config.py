@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastnabla.compat.recipe import reference_recipe
 from fastnabla.methods import METHODS
@@ -225,9 +225,19 @@ def from_json(text: str) -> TrainConfig:
         ValueError: an unknown field, a missing section, or a value that is of another type or invalid.
     """
     try:
-        return dataclass_of(TrainConfig, parse(text))
+        return dataclass_of(TrainConfig, with_new_names(parse(text)))
     except ValueError as error:
         raise ValueError(f"not a configuration of this version of fastnabla: {error}") from error
+
+
+def with_new_names(values: Any) -> Any:
+    """JSON of a configuration that an older version may have written: its reward.tf32 is reward.precision now."""
+    reward = values.get("reward") if isinstance(values, dict) else None
+    if not isinstance(reward, dict) or type(reward.get("tf32")) is not bool or "precision" in reward:
+        return values
+    precision = "tf32" if reward["tf32"] else "float32"
+    renamed = {name: value for name, value in reward.items() if name != "tf32"} | {"precision": precision}
+    return {**values, "reward": renamed}
 
 
 def load_run(run: Path) -> TrainConfig:

@@ -55,6 +55,9 @@ def parse(arguments: list[str]) -> TrainConfig:
     """
     if arguments[:1] == ["--"]:
         arguments = arguments[1:]
+    for argument in arguments:
+        if argument.partition("=")[0] in ("--reward.tf32", "--reward.no-tf32"):
+            raise ValueError(f"{argument}: is --reward.precision now; give tf32, float32 or bf16.")
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = [TESTBED, *arguments]
     description = (
