@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastnabla.compat.recipe import reference_recipe
 from fastnabla.methods import METHODS
@@ -55,10 +55,14 @@ class TrainConfig:
     run's own are refused if results depend on them, and named and ignored otherwise."""
     seed: int = 0
     """Seed of all randomness."""
+    deterministic: bool = False
+    """Equal runs write equal files on a GPU too, at a cost in speed: deterministic algorithms alone
+    (torch.use_deterministic_algorithms), for attention, convolutions and resizing above all. An operation that has none stops the
+    run with its name. On a CPU equal runs are equal without it."""
     reference_compat: bool = False
     """The authors' implementation to the letter, to reproduce its runs and measure what differs: sets rollout.replay = 1,
-    optimizer.applications = 2, prompts.draw = independent, flow.start = random, reward.preprocess = reference and reward.tf32,
-    and refuses what it does not have. Of residual-db and db. docs/stable-diffusion.md explains each."""
+    optimizer.applications = 2, prompts.draw = independent, flow.start = random, reward.preprocess = reference and
+    reward.precision = tf32, and refuses what it does not have. Of residual-db and db. docs/stable-diffusion.md explains each."""
     updates: int = 200
     """Optimizer updates in all; a multiple of rollout.updates · rollout.epochs. With optimizer.schedule = constant a run can
     be extended: give more with --resume auto, or in its config.json."""
@@ -113,6 +117,12 @@ class TrainConfig:
             self.memory.shard,
             f"a LoRA is trained (lora.rank = {self.lora.rank}): its few MB are not worth splitting, and the network itself has "
             "no gradients or moments. Leave it None, or train all parameters with --lora.rank 0.",
+        )
+        _require(
+            not (self.deterministic and self.compute.attention == "xformers"),
+            "compute.attention",
+            self.compute.attention,
+            "its backward pass is not known to be deterministic; use sdpa with deterministic = True.",
         )
         for name, value in _whole_numbers(self):
             _require(abs(value) <= LARGEST, name, value, f"must be at most {LARGEST}.")
@@ -215,9 +225,19 @@ def from_json(text: str) -> TrainConfig:
         ValueError: an unknown field, a missing section, or a value that is of another type or invalid.
     """
     try:
-        return dataclass_of(TrainConfig, parse(text))
+        return dataclass_of(TrainConfig, with_new_names(parse(text)))
     except ValueError as error:
         raise ValueError(f"not a configuration of this version of fastnabla: {error}") from error
+
+
+def with_new_names(values: Any) -> Any:
+    """JSON of a configuration that an older version may have written: its reward.tf32 is reward.precision now."""
+    reward = values.get("reward") if isinstance(values, dict) else None
+    if not isinstance(reward, dict) or type(reward.get("tf32")) is not bool or "precision" in reward:
+        return values
+    precision = "tf32" if reward["tf32"] else "float32"
+    renamed = {name: value for name, value in reward.items() if name != "tf32"} | {"precision": precision}
+    return {**values, "reward": renamed}
 
 
 def load_run(run: Path) -> TrainConfig:

@@ -30,7 +30,7 @@ def reward_of(config: RewardConfig, random_init: bool, device: torch.device) -> 
         weights=parse_weights(config.weights),
         preprocess=config.preprocess,
         checkpoint=config.checkpoint,
-        tf32=config.tf32,
+        precision=config.precision,
         random_init=random_init,
     )
     return build_reward(config.terms, device, options, config.normalise, config.clip, config.timeout)

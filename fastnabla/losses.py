@@ -21,6 +21,7 @@ from torch import Tensor
 from fastnabla.objective.backend import PLAIN, Backend, Operations, select
 from fastnabla.objective.balance import Gamma, Weighting, Weights
 from fastnabla.objective.gaussian import full
+from fastnabla.scheduler_tables import table_of
 from fastnabla.transition import TransitionRows, TransitionTable
 
 STATISTICS = ("norm_ref", "norm_residual", "norm_reward", "norm_target", "max_residual")
@@ -84,8 +85,8 @@ def residual_db_loss(
         noise_pred_ref: the pretrained policy's, alike; no gradient flows.
         x_t, x_next: the transition's states x and x', `[N, …]`.
         timesteps: timesteps of x, `[N]` int64; those of x' follow from the sampler.
-        scheduler: diffusers scheduler after `set_timesteps`, or a `TransitionTable`. A table is cheaper: one is
-            made of a scheduler in each call (about 0.3 ms).
+        scheduler: diffusers scheduler after `set_timesteps`, or a `TransitionTable`. One is made of a scheduler in its first
+            call (0.43 ms on a CPU, 50 steps; 5 µs afterwards), and again when its timesteps, its configuration or η change.
         reward_score_next: ∇_{x'} r(x̂0(x')), `[N, …]`, the raw gradient in reward per unit of latent; β and γ are
             applied here. In last rows ∇_{x'} r(x').
         flow_score_next: g(x') `[N, …]`, last rows included; None for g ≡ 0.
@@ -246,7 +247,7 @@ def _select(
 
 def _table(scheduler: Any, eta: float | None) -> TransitionTable:
     if not isinstance(scheduler, TransitionTable):
-        return TransitionTable.from_scheduler(scheduler, eta=1.0 if eta is None else eta)
+        return table_of(scheduler, 1.0 if eta is None else eta)
     if eta is not None:
         raise ValueError(f"eta = {eta}: expected None with a TransitionTable, which has its own eta")
     return scheduler

@@ -36,6 +36,12 @@ LAGGING = (
     "one of the wanted length, or, to extend it later, with 0."
 )
 
+INTRODUCED: dict[str, Any] = {"deterministic": False}
+"""Fields that older versions lack, and what they did. With that value a field is not part of the fingerprint, so that the
+checkpoints of these versions fit."""
+OLD_TF32 = {"float32": False, "tf32": True}
+"""reward.precision as reward.tf32, which older versions have in its place."""
+
 BEFORE_CONFIGURATION = {".lock", ".prompts.json.partial", "prompts.json", ".config.json.partial"}
 """Files that a run writes before its configuration."""
 
@@ -74,6 +80,9 @@ def fingerprint(config: TrainConfig, prompts: RunPrompts) -> str:
     """SHA-256 of the fields that results depend on, and of the prompts."""
     without_effect = (*WITHOUT_EFFECT, "updates") if can_extend(config) else WITHOUT_EFFECT
     fields = {name: value for name, value in flat(config).items() if name not in without_effect}
+    fields = {name: value for name, value in fields.items() if (name, value) not in INTRODUCED.items()}
+    if fields["reward.precision"] in OLD_TF32:
+        fields["reward.tf32"] = OLD_TF32[fields.pop("reward.precision")]
     fields["prompts.json"] = [prompts.texts, prompts.trained, prompts.evaluated.start, prompts.evaluated.stop]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -102,7 +111,8 @@ def run_to_resume(config: TrainConfig) -> tuple[Path, list[str]] | None:
     own = load_run(config.run)
     ours, theirs = flat(config), flat(own)
     names = [name for name in ours if ours[name] != theirs[name] and name not in ("run", "resume", "dry_run")]
-    names = [name for name in names if not (name.startswith("memory.") and ours[name] is None)]  # those are planned
+    # What is left open is as the run has it: planned, or chosen by its device.
+    names = [n for n in names if ours[n] is not None or not (n.startswith("memory.") or n == "reward.precision")]
     extended = can_extend(own) and config.updates > own.updates
     refused = [name for name in names if name not in WITHOUT_EFFECT and not (name == "updates" and can_extend(own))]
     if refused:

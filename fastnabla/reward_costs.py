@@ -27,10 +27,12 @@ def reward_bytes(config: RewardConfig, pixels: int) -> RewardBytes:
     known before it is built, and the testbed's are small.
 
     Args:
-        config: the terms, how they preprocess, and whether they recompute.
+        config: the terms, how they preprocess, whether they recompute, and in what precision.
         pixels: height and width of the images.
     """
-    options = RewardOptions(preprocess=config.preprocess, checkpoint=config.checkpoint, random_init=True)
+    options = RewardOptions(
+        preprocess=config.preprocess, checkpoint=config.checkpoint, precision=config.precision, random_init=True
+    )
     names = [name for name, _ in map(parse_term, config.terms) if name in PUBLISHED]
     rewards = [published_class(name).build(torch.device("meta"), options) for name in names]
     weights = sum(p.numel() * p.element_size() for reward in rewards for p in reward.parameters())

@@ -11,7 +11,7 @@ from fastnabla.lora import LORA_TARGETS
 from fastnabla.policy import Attention
 from fastnabla.prompts.order import PromptDraw
 from fastnabla.require import require as _require
-from fastnabla.rewards.options import Preprocess
+from fastnabla.rewards.options import Precision, Preprocess
 
 TESTBED = "testbed"
 
@@ -256,8 +256,10 @@ class RewardConfig:
     """Images as each scorer was trained with, or as the "reference" implementation of ∇-DB has them."""
     checkpoint: bool = False
     """Recompute the reward networks' transformer layers in the backward pass."""
-    tf32: bool = False
-    """Allow TF32 products in the reward networks on a GPU."""
+    precision: Precision | None = None
+    """What the published rewards compute in; docs/rewards.md has how far scores and gradients move. "float32". "tf32": products
+    of inputs rounded to 10 bits of mantissa, on a GPU; float32 elsewhere. "bf16": bfloat16 products and half the memory. None:
+    "tf32" on a GPU, "float32" elsewhere."""
     normalise: bool = False
     """Weigh terms in units of their spread over the rollouts so far."""
     clip: float | None = None

@@ -1,7 +1,7 @@
 """What a run writes as it goes: its folder, metrics, and progress on the terminal.
 
-`metrics.jsonl` holds only what the seed determines, so two equal runs write equal files; clock times and what is
-measured of the machine go to `timing.jsonl`.
+`metrics.jsonl` holds only what the seed determines: on a CPU, or with `--deterministic`, two equal runs write equal files.
+Clock times and what is measured of the machine go to `timing.jsonl`.
 """
 
 import glob

@@ -23,6 +23,7 @@ from fastnabla.bounds import BoundPassed  # noqa: E402
 from fastnabla.checkpoint import CheckpointError  # noqa: E402
 from fastnabla.config import TrainConfig, from_json, load_run, to_json  # noqa: E402
 from fastnabla.cost import cost_table, measured_rate, update_cost  # noqa: E402
+from fastnabla.determinism import make_deterministic  # noqa: E402
 from fastnabla.devices import device_of  # noqa: E402
 from fastnabla.distributed import LostProcess, World  # noqa: E402
 from fastnabla.durable import write_file  # noqa: E402
@@ -55,6 +56,9 @@ def parse(arguments: list[str]) -> TrainConfig:
     """
     if arguments[:1] == ["--"]:
         arguments = arguments[1:]
+    for argument in arguments:
+        if argument.partition("=")[0] in ("--reward.tf32", "--reward.no-tf32"):
+            raise ValueError(f"{argument}: is --reward.precision now; give tf32, float32 or bf16.")
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = [TESTBED, *arguments]
     description = (
@@ -129,6 +133,8 @@ def main(arguments: list[str]) -> int:
     try:
         place = Place.of()
         config = parse(arguments) if place.rank == 0 else _silently(parse, arguments)
+        if _is_deterministic(config):
+            make_deterministic() if place.rank == 0 else _silently(make_deterministic)  # before CUDA starts
         world = World.start(place, device_of(config, place))
     except ValueError as error:
         print_error(error)
@@ -143,6 +149,14 @@ def main(arguments: list[str]) -> int:
         fail(world, error, None if lost else f"{type(error).__name__}: {error}", None if lost else error)
         status = 1
     return world.leave(status)
+
+
+def _is_deterministic(config: TrainConfig) -> bool:
+    """Whether the run that the command line starts, or goes on with, is deterministic."""
+    folder = config.run if config.resume == AUTO else config.resume
+    with contextlib.suppress(ValueError):  # of a run that is not begun, or damaged, which `_start` says
+        return config.deterministic if folder is None else load_run(folder).deterministic
+    return config.deterministic
 
 
 def _silently(function: Callable[..., T], *arguments: Any) -> T:

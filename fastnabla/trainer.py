@@ -21,6 +21,7 @@ from fastnabla.checkpoint import Checkpoints, Progress, TrainState
 from fastnabla.collecting import Rollouts, Sampler, shares
 from fastnabla.compiling import compile_cost
 from fastnabla.config import TrainConfig, to_json
+from fastnabla.determinism import make_deterministic
 from fastnabla.devices import device_of
 from fastnabla.distributed import ALONE, World
 from fastnabla.durable import move_files, write_file
@@ -68,6 +69,8 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, prompts: RunPrompts | None = None, world: World = ALONE) -> None:
+        if config.deterministic:
+            make_deterministic()
         self.device, self.world = device_of(config, world.place), world
         parts = shares(world, config.rollout.trajectories, config.rollout.updates)
         for field, alone in (("replay", 0), ("epochs", 1)):

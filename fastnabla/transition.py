@@ -59,6 +59,8 @@ class TransitionTable:
         return len(self.timestep)
 
     def __post_init__(self) -> None:
+        if self.timestep.device.type != "cpu":  # a copy of one that was checked there, and a look at it would wait
+            return
         for field in dataclasses.fields(self):
             column = getattr(self, field.name)
             bad = ~torch.isfinite(column) if field.name != "sigma" else ~(torch.isfinite(column) & (column > 0))
@@ -126,7 +128,10 @@ class TransitionTable:
         if device == self.timestep.device:
             return self
         if device not in self._moved:
-            columns = {field.name: getattr(self, field.name).to(device) for field in dataclasses.fields(self)}
+            columns = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+            for dtype in {column.dtype for column in columns.values()}:  # a copy for all columns of a dtype
+                names = [name for name, column in columns.items() if column.dtype == dtype]
+                columns |= zip(names, torch.stack([columns[name] for name in names]).to(device), strict=True)
             self._moved[device] = TransitionTable(**columns)
         return self._moved[device]
 

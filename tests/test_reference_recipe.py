@@ -160,7 +160,7 @@ def test_a_run_is_the_authors_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     options, build = [], inputs.build_reward
     monkeypatch.setattr(inputs, "build_reward", lambda *given: options.append(given[2]) or build(*given))
     ours, theirs = (without_pictures(Trainer(compatible())) for _ in range(2))
-    assert [(option.preprocess, option.tf32) for option in options] == [("reference", True)] * 2
+    assert [(option.preprocess, option.precision) for option in options] == [("reference", "tf32")] * 2
     ours.train(tmp_path)
 
     parameters, epochs = theirs.policy.trainable(), theirs.config.rounds

@@ -1,18 +1,35 @@
 """Which run a command line goes on with."""
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fastnabla import train
 from fastnabla.config import TrainConfig, from_json, to_json
 from fastnabla.presets import PRESETS
 from fastnabla.prompts import RunPrompts
-from fastnabla.resuming import AUTO, BEFORE_CONFIGURATION, WITHOUT_EFFECT, fingerprint, flat, is_unbegun, run_to_resume
+from fastnabla.resuming import (
+    AUTO,
+    BEFORE_CONFIGURATION,
+    INTRODUCED,
+    WITHOUT_EFFECT,
+    fingerprint,
+    flat,
+    is_unbegun,
+    run_to_resume,
+)
 
 BASE = dataclasses.replace(
     PRESETS["testbed"][1], memory=dataclasses.replace(PRESETS["testbed"][1].memory, micro_batch=8)
 )
+FINGERPRINTS = {
+    False: "b54500fc3975a4fd127ed6d1c206502aa3036482c75293005b1253aedbe6c3e2",
+    True: "b3f5c1595180c2a9f7967e9bcc13b4ac83f592e1cef977a5b8467655d787ff79",
+}
+"""Of `BASE`, by reward.tf32, which was in place of reward.precision: what the version before computed."""
 PROMPTS = RunPrompts(texts=["a cow", "a dog"], trained=1, evaluated=range(1, 2))
 
 
@@ -42,6 +59,42 @@ def test_the_fingerprint_is_of_what_results_depend_on(tmp_path: Path) -> None:
         dataclasses.replace(PROMPTS, evaluated=range(2)),
     ):
         assert fingerprint(BASE, prompts) != own
+
+
+@pytest.mark.parametrize(("tf32", "precision"), [(False, "float32"), (True, "tf32")])
+def test_a_run_of_the_version_before_is_resumed(tf32: bool, precision: str, tmp_path: Path) -> None:
+    """Its checkpoints have the fingerprint that it computed. A field that you add: name it in `resuming.INTRODUCED`."""
+    values = json.loads(to_json(BASE))
+    for name in INTRODUCED:
+        section, _, field = name.rpartition(".")
+        del (values[section] if section else values)[field]
+    del values["reward"]["precision"]
+    values["reward"]["tf32"] = tf32
+    own = from_json(json.dumps(values))
+    assert own == dataclasses.replace(BASE, reward=dataclasses.replace(BASE.reward, precision=precision))
+    assert fingerprint(own, PROMPTS) == FINGERPRINTS[tf32]
+    assert fingerprint(BASE, PROMPTS) not in FINGERPRINTS.values()  # computed in what the device has
+    run = tmp_path / "run"
+    begun(run, BASE)
+    (run / "config.json").write_text(json.dumps(values))
+    assert run_to_resume(dataclasses.replace(BASE, resume=AUTO, run=run)) == (run, [])
+    other = dataclasses.replace(BASE, resume=AUTO, run=run, reward=dataclasses.replace(BASE.reward, precision="bf16"))
+    with pytest.raises(ValueError, match=rf"reward\.precision = '{precision}', not 'bf16'"):
+        run_to_resume(other)
+
+
+@pytest.mark.parametrize("tf32", [None, 1, "true"])
+def test_other_values_of_the_old_name_are_refused(tf32: Any) -> None:
+    values = json.loads(to_json(BASE))
+    values["reward"] |= {"tf32": tf32}
+    with pytest.raises(ValueError, match=r"reward\.tf32: no such field"):
+        from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize("argument", ["--reward.tf32", "--reward.no-tf32", "--reward.tf32=True"])
+def test_the_old_name_on_the_command_line(argument: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument}: is --reward.precision now; give tf32, float32 or bf16"):
+        train.parse(["sd15-aesthetic", argument])
 
 
 def test_without_resume_a_run_starts() -> None:

@@ -1,15 +1,19 @@
 """Network rewards: precision, checkpointing, prompts, shapes; on tiny models, and the real ones without memory."""
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnabla.rewards import PUBLISHED, published_class
+from fastnabla.rewards import PUBLISHED, precision, published_class
 from fastnabla.rewards.inspection import SavedBytes
 from fastnabla.rewards.model import RewardModel
 from fastnabla.rewards.options import DEFAULTS, RewardOptions
-from fastnabla.rewards.precision import float32
-from fastnabla.rewards.preprocess import crop_short_side, pad_long_side, squash
+from fastnabla.rewards.precision import computing_in, precision_on, score_in
+from fastnabla.rewards.preprocess import bicubic_by_matrices, crop_short_side, pad_long_side, squash
 from fastnabla.rewards.text import PromptCache, hash_tokenizer
 from tests.checks import relative_error
 from tests.golden_rewards import SETS, TINY, golden, gradient
@@ -19,17 +23,18 @@ IMAGES = torch.rand(3, 3, 50, 64, generator=torch.Generator().manual_seed(0))
 
 
 class Matrix(RewardModel):
-    """A single layer, that notes the precision in which its forward and backward pass run."""
+    """A single layer, that notes the precision in which its forward and backward pass run, and how prompts are encoded."""
 
     def __init__(self, options: RewardOptions = DEFAULTS, fail: bool = False) -> None:
         super().__init__(nn.Identity(), options, layer=nn.Linear(4, 1))
         self.fail, self.seen = fail, []
 
     def note(self, *_: Tensor) -> None:
-        autocast = torch.is_autocast_enabled("cpu")
-        self.seen.append(
-            (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision, autocast)
-        )
+        self.seen.append((set(precisions()), torch.is_autocast_enabled("cpu")))
+
+    def encode_prompt(self, prompt: str) -> Tensor:
+        self.note()
+        return torch.zeros(1)
 
     def score(self, pixel_values: Tensor, prompts: list[str]) -> Tensor:
         self.note()
@@ -43,8 +48,18 @@ class Matrix(RewardModel):
 
 def precisions() -> list[str]:
     backends = torch.backends
-    switches = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-    return [switch.fp32_precision for switch in switches]
+    cudnn, mkldnn = (getattr(backends, name) for name in ("cudnn", "mkldnn"))
+    kinds = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    return [switch.fp32_precision for switch in (backends, cudnn, mkldnn, *kinds)]
+
+
+def older() -> tuple[str, bool, bool]:
+    """The older switches, which torch refuses to read where they differ from the newer ones."""
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+    )
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -67,34 +82,126 @@ def test_float32_whatever_the_policy_runs_in(name: str) -> None:
     assert torch.equal(half, TINY[name]()(IMAGES.bfloat16().float(), prompts))
 
 
-@pytest.mark.parametrize("tf32", [False, True])
-def test_precision_holds_in_both_passes_and_is_put_back(tf32: bool) -> None:
-    reward = Matrix(RewardOptions(tf32=tf32))
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_precision_holds_in_both_passes_and_is_put_back(precision: str) -> None:
+    reward = Matrix(RewardOptions(precision=precision))
     images = torch.rand(2, 3, 5, 4, requires_grad=True)
-    before = precisions()
+    before = precisions(), older()
     values = reward(images, ["", ""])
-    assert precisions() == before
+    assert (precisions(), older()) == before
     with torch.autocast("cpu", dtype=torch.bfloat16):
         values.sum().backward()
-    assert precisions() == before
-    assert reward.seen == [("tf32" if tf32 else "ieee",) * 2 + (False,)] * 2
+    assert (precisions(), older()) == before
+    assert reward.seen == [({"ieee"}, precision == "bf16"), ({"ieee"}, False)]
     with torch.no_grad():
         reward(images, ["", ""])
-    assert len(reward.seen) == 3 and precisions() == before
+    assert len(reward.seen) == 3 and (precisions(), older()) == before
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reward.prompt_cache("")
+    assert reward.seen[-1] == ({"ieee"}, False)
 
 
-def test_precision_is_put_back_after_a_failure() -> None:
-    before = precisions()
-    with pytest.raises(ZeroDivisionError):
-        Matrix(fail=True)(torch.rand(1, 3, 5, 4), [""])
-    assert precisions() == before
-    torch.set_float32_matmul_precision("high")
+@contextlib.contextmanager
+def as_before() -> Iterator[None]:
+    """Leaves the switches as they are at the start of a process."""
     try:
-        with float32(torch.device("cpu")):
-            assert precisions() == ["ieee"] * 4
-        assert torch.get_float32_matmul_precision() == "high"  # the older switch can be read again
+        yield
     finally:
+        torch.backends.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@pytest.mark.parametrize("around", ["default", "older high", "older cudnn off", "newer matmul", "everything"])
+def test_all_switches_agree_and_are_put_back(precision: str, around: str) -> None:
+    """After a failure too. Torch can read the older ones within, as torch.compile does, whoever set which before."""
+    with as_before():
+        if around == "older high":
+            torch.set_float32_matmul_precision("high")
+        elif around == "older cudnn off":
+            torch.backends.cudnn.allow_tf32 = False
+        elif around == "newer matmul":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"  # from now on the older ones cannot be read
+        elif around == "everything":
+            torch.backends.fp32_precision = "tf32"
+        before = precisions()
+        with pytest.raises(ZeroDivisionError), computing_in(precision, torch.device("cpu")):
+            tf32 = precision == "tf32"
+            assert older() == (("high", True, True) if tf32 else ("highest", False, False))
+            assert set(precisions()) == {"tf32" if tf32 else "ieee"}
+            raise ZeroDivisionError
+        assert precisions() == before
+        if around == "everything":  # and not what was read of the wider one
+            torch.backends.fp32_precision = "ieee"
+            assert torch.backends.mkldnn.conv.fp32_precision == "ieee"
+        elif around != "newer matmul":
+            high = around == "older high"
+            assert older() == ("high" if high else "highest", high, around != "older cudnn off")
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_a_compiled_reward_runs_in_tf32(backend: str) -> None:
+    """Compiled there, and called there when compiled elsewhere; forward and backward. The CPU has no TF32: the same numbers,
+    but for fused operations' rounding. Deduplication makes dynamo read the older switches on a CPU, as inductor's choice of
+    kernels does on a GPU."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.SiLU(), nn.Flatten(), nn.Linear(8, 1), nn.Flatten(0))
+    network.requires_grad_(False)
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    for first_within in (True, False):
+        compiled, results = torch.compile(network, fullgraph=True, backend=backend), []
+        for function, within in ((network, True), (compiled, first_within), (compiled, True)):
+            with torch._dynamo.config.patch(use_graph_deduplication=backend == "aot_eager"):
+                values = score_in("tf32", function, images) if within else function(images)
+                results.append((values.detach(), torch.autograd.grad(values.sum(), images)[0]))
+        for found in results[1:]:
+            assert all(relative_error(a, b) < 1e-5 for a, b in zip(found, results[0], strict=True))
+        assert results[0][1].any()
+
+
+def test_default_precision(caplog: pytest.LogCaptureFixture) -> None:
+    """Where there is no TF32, it is float32, and told once."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    wanted = [None, "float32", "tf32", "bf16"]
+    assert [precision_on(gpu, precision) for precision in wanted] == ["tf32", "float32", "tf32", "bf16"]
+    precision._log_no_tf32.cache_clear()
+    assert [precision_on(cpu, precision) for precision in wanted * 2] == ["float32", "float32", "float32", "bf16"] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "reward.precision = 'tf32': no TF32 on cpu; the rewards compute in float32."
+    ]
+    with pytest.raises(
+        ValueError, match=r"reward\.precision = 'fp16': must be one of 'float32', 'tf32', 'bf16', or None"
+    ):
+        RewardOptions(precision="fp16")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_bfloat16_is_autocast_of_the_image_networks(name: str) -> None:
+    """The halved layers' numbers are those of autocast with float32 weights, bit for bit; scores and gradients are off by a
+    few roundings of 2⁻⁹; the prompt's embedding is float32's."""
+    prompts = ["0", "1", "2"]
+    exact, halved = TINY[name](), TINY[name](RewardOptions(precision="bf16"))
+    values, image_grad = gradient(halved, IMAGES, prompts)
+    assert values.dtype == image_grad.dtype == torch.float32
+    autocast = TINY[name]()
+    autocast.precision = "bf16"
+    assert all(
+        torch.equal(*pair) for pair in zip(gradient(autocast, IMAGES, prompts), (values, image_grad), strict=True)
+    )
+    wanted, wanted_grad = gradient(exact, IMAGES, prompts)
+    assert 0 < relative_error(values, wanted) < 2e-2
+    assert 0 < relative_error(image_grad, wanted_grad) < 5e-2
+    assert storage(halved) < storage(exact)
+    if halved.prompt_cache.results:
+        assert torch.equal(halved.prompt_cache("0"), exact.prompt_cache("0"))
+    checkpointed = TINY[name](RewardOptions(precision="bf16", checkpoint=True))
+    again, again_grad = gradient(checkpointed, IMAGES, prompts)
+    assert torch.equal(again, values) and relative_error(again_grad, image_grad) < 1e-6
+
+
+def storage(reward: RewardModel) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in reward.parameters())
 
 
 def test_one_backward_pass_a_call() -> None:
@@ -215,6 +322,18 @@ def test_preprocessing_sizes() -> None:
             pixels = resize(images, 32)
             assert pixels.shape == (1, 3, 32, 32), (resize, height, width)
             assert torch.isfinite(torch.autograd.grad(pixels.sum(), images)[0]).all()
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_bicubic_by_matrices(antialias: bool) -> None:
+    """What deterministic runs on a GPU resize with: in float64 equal to rounding, in both passes; larger and smaller."""
+    for height, width in ((24, 17), (80, 70), (50, 64)):
+        images = IMAGES.double().requires_grad_()
+        wanted = F.interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=antialias)
+        made = bicubic_by_matrices(images, height, width, antialias)
+        assert relative_error(made, wanted) < 1e-12
+        gradients = [torch.autograd.grad(x.square().sum(), images)[0] for x in (made, wanted)]
+        assert relative_error(*gradients) < 1e-12
 
 
 def test_squashing_without_antialias_leaves_most_pixels_out() -> None:

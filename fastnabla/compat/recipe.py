@@ -21,7 +21,7 @@ DEPARTURES: dict[str, Any] = {
     "prompts.draw": "independent",
     "flow.start": "random",
     "reward.preprocess": "reference",
-    "reward.tf32": True,
+    "reward.precision": "tf32",
 }
 """Field → what the reference implementation has, where fastnabla's default is another."""
 

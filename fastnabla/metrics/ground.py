@@ -13,7 +13,8 @@ def ground_luminance(images: Tensor) -> Tensor:
     weights = torch.tensor([0.2126, 0.7152, 0.0722], dtype=images.dtype, device=images.device)
     luminance = torch.einsum("bchw,c->bhw", images, weights)
     edges = (luminance[:, 0], luminance[:, -1], luminance[:, 1:-1, 0], luminance[:, 1:-1, -1])
-    return torch.cat(edges, 1).median(1).values
+    ordered = torch.cat(edges, 1).sort(1).values  # torch.median has no deterministic algorithm on a GPU
+    return ordered[:, (ordered.shape[1] - 1) // 2]
 
 
 def is_dark(images: Tensor) -> Tensor:

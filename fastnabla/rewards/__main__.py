@@ -1,5 +1,6 @@
 """`python -m fastnabla.rewards check SPEC…`: try rewards on sample images. `… list`: the named ones."""
 
+import copy
 import dataclasses
 import sys
 from pathlib import Path
@@ -14,9 +15,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastnabla.rewards import PUBLISHED, REWARDS, RewardOptions, build_reward, parse_weights, published_class
+from fastnabla.rewards import (
+    PUBLISHED,
+    REWARDS,
+    RewardFunction,
+    RewardOptions,
+    build_reward,
+    parse_weights,
+    published_class,
+)
 from fastnabla.rewards.inspection import Finding, inspect_reward
-from fastnabla.rewards.options import Preprocess
+from fastnabla.rewards.model import RewardModel
+from fastnabla.rewards.options import Precision, Preprocess
+from fastnabla.rewards.precision import precision_on
 from fastnabla.telemetry import print_error, quiet_libraries
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -50,8 +61,9 @@ class CheckConfig:
     """Images as each scorer was trained with, or as the reference implementation of ∇-DB has them."""
     checkpoint: bool = False
     """Recompute transformer layers in the backward pass."""
-    tf32: bool = False
-    """Allow TF32 products on a GPU."""
+    precision: Precision | None = None
+    """What the published rewards compute in, as --reward.precision. Gradient and rows are tested in float32, which shows
+    mistakes; how far values and gradient are from float32 is told beside."""
     random_init: bool = False
     """Random weights of the real size, without any download; only time, memory and gradient mean anything."""
 
@@ -101,14 +113,14 @@ def check(config: CheckConfig, console: Console) -> bool:
         weights=parse_weights(config.weights),
         preprocess=config.preprocess,
         checkpoint=config.checkpoint,
-        tf32=config.tf32,
+        precision=config.precision,
         random_init=config.random_init,
     )
     images = sample_images(config.images, config.batch, config.size).to(device)
     prompts = [config.prompts[i % len(config.prompts)] for i in range(config.batch)]
     findings: list[Finding] = []
     for name, (reward, _) in build_reward(config.spec, device, options).terms.items():
-        found = inspect_reward(reward, images, prompts)
+        found = inspect_reward(reward, images, prompts, in_float32(name, reward, images.device, options))
         table = Table(title=f"{name} on {config.batch} images of {config.size} × {config.size}, {device}")
         for column in ("what", "result", ""):
             table.add_column(column)
@@ -117,6 +129,17 @@ def check(config: CheckConfig, console: Console) -> bool:
         console.print(table)
         findings += found
     return all(finding.passed is not False for finding in findings)
+
+
+def in_float32(name: str, reward: RewardFunction, device: torch.device, options: RewardOptions) -> RewardModel | None:
+    """The same reward in float32; None if it computes in that, or its precision is its own affair."""
+    if not isinstance(reward, RewardModel) or precision_on(device, reward.precision) == "float32":
+        return None
+    if name in PUBLISHED:
+        return published_class(name).build(device, dataclasses.replace(options, precision="float32"))
+    exact = copy.copy(reward)
+    exact.precision = "float32"
+    return exact
 
 
 def list_rewards(console: Console) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from fastnabla.objective.gaussian import full
 from fastnabla.rewards.clip import POSITION_IDS, VIT_L_14
 from fastnabla.rewards.head import ScoreHead
 from fastnabla.rewards.options import DEFAULTS, RewardOptions
@@ -31,6 +32,7 @@ class Aesthetic(PublishedReward):
         "": Source("openai/clip-vit-large-patch14", ("model.safetensors",)),
         "head": Source("trl-lib/ddpo-aesthetic-predictor", ("aesthetic-model.pth",)),
     }
+    image_networks = ("clip",)
     clip: CLIPVisionModelWithProjection
     head: ScoreHead
 
@@ -40,7 +42,7 @@ class Aesthetic(PublishedReward):
 
     def score(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """Ratings `[B]`."""
-        return self.head(F.normalize(self.clip(pixel_values).image_embeds, dim=-1))
+        return self.head(F.normalize(full(self.clip(pixel_values).image_embeds), dim=-1))
 
     @classmethod
     def from_weights(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
+from fastnabla.objective.gaussian import full
 from fastnabla.rewards.options import DEFAULTS, RewardOptions
 from fastnabla.rewards.preprocess import crop_short_side
 from fastnabla.rewards.published import PublishedReward, made_on
@@ -73,6 +74,7 @@ class ClipReward(PublishedReward):
     config: ClassVar[CLIPConfig]
     """The architecture."""
     resize: ClassVar[Callable[[Tensor, int], Tensor]] = staticmethod(crop_short_side)
+    image_networks = ("clip.vision_model",)
     clip: CLIPModel
 
     def __init__(self, clip: CLIPModel, tokenize: Tokenize, options: RewardOptions = DEFAULTS) -> None:
@@ -86,7 +88,7 @@ class ClipReward(PublishedReward):
 
     def score(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosines `[B]`."""
-        image = F.normalize(self.clip.get_image_features(pixel_values).pooler_output, dim=-1)
+        image = F.normalize(full(self.clip.get_image_features(pixel_values).pooler_output), dim=-1)
         return (image * torch.stack([self.prompt_cache(prompt) for prompt in prompts])).sum(-1)
 
     @classmethod

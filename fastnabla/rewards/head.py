@@ -2,11 +2,15 @@
 
 from torch import Tensor, nn
 
+from fastnabla.objective.gaussian import full
+from fastnabla.rewards.precision import autocast
+
 
 class ScoreHead(nn.Module):
     """Features `[B, width]` to scores `[B]`, by linear layers without activations between them.
 
-    In training there was dropout; identities keep its places, so that the layers have their published numbers.
+    In training there was dropout; identities keep its places, so that the layers have their published numbers. Autocast is
+    off inside: in bfloat16 a score of 5 would be a multiple of 1/32.
     """
 
     def __init__(self, width: int = 768) -> None:
@@ -23,4 +27,5 @@ class ScoreHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features)[:, 0]
+        with autocast(features.device, enabled=False):
+            return self.layers(full(features))[:, 0]

@@ -83,6 +83,7 @@ class ImageReward(PublishedReward):
         "": Source("THUDM/ImageReward", ("ImageReward.pt",)),
         "tokenizer": Source("google-bert/bert-base-uncased", ("vocab.txt",)),
     }
+    image_networks = ("vision", "text")
     vision: BlipVisionModel
     text: BlipTextModel
     head: ScoreHead

@@ -86,14 +86,29 @@ def gradient_error(reward: RewardFunction, images: Tensor, prompts: Sequence[str
     return worst, rounding
 
 
-def inspect_reward(reward: RewardFunction, images: Tensor, prompts: Sequence[str]) -> list[Finding]:
+def deviation(
+    reward: RewardFunction, exact: RewardFunction, images: Tensor, prompts: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """How far `reward` is from `exact`: of the values their difference `[B]`, of the images' gradients the norm of the
+    difference relative to that of `exact`'s `[B]`; both float64."""
+    (values, gradient), (wanted, wanted_gradient) = (value_and_gradient(r, images, prompts) for r in (reward, exact))
+    apart = (gradient - wanted_gradient).double().flatten(1).norm(dim=1)
+    return values.double() - wanted.double(), apart / wanted_gradient.double().flatten(1).norm(dim=1)
+
+
+def inspect_reward(
+    reward: RewardFunction, images: Tensor, prompts: Sequence[str], exact: RewardFunction | None = None
+) -> list[Finding]:
     """Findings, the first broken one last if it rules out the rest.
 
     Args:
         reward: the function.
         images: `[B, 3, H, W]` in [0, 1], B at least 2.
         prompts: B prompts, not all the same.
+        exact: the same in float32 if `reward` rounds more than that: its gradient and rows are tested, and how far
+            `reward` is from it is told.
     """
+    rounded, reward = reward, exact or reward
     findings = [Finding("parameters", _millions(reward), None)] if isinstance(reward, nn.Module) else []
 
     def found(what: str, result: str, passed: bool | None) -> bool:
@@ -126,7 +141,11 @@ def inspect_reward(reward: RewardFunction, images: Tensor, prompts: Sequence[str
     found("rows", f"alone or in a batch, they differ by {apart:.1e} of the value", apart <= ROW_TOLERANCE)
     change = (turned - values).abs().max().item()
     found("prompts", "used" if change > PROMPT_TOLERANCE * size else "ignored", None)
-    seconds, memory = cost(lambda: value_and_gradient(reward, images, prompts), reward, images.device)
+    if exact is not None:
+        values_off, gradient_off = deviation(rounded, exact, images, prompts)
+        off = f"values by up to {values_off.abs().max():.2g}, gradients by up to {gradient_off.max():.1%} of their norm"
+        found("precision", f"off from float32: {off}", None)
+    seconds, memory = cost(lambda: value_and_gradient(rounded, images, prompts), rounded, images.device)
     found("time", f"{1e3 * seconds / len(images):.1f} ms an image, forward and backward", None)
     found("memory", memory, None)
     return findings

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 Preprocess = Literal["official", "reference"]
+Precision = Literal["float32", "tf32", "bf16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +24,10 @@ class RewardOptions:
     differs for ``aesthetic`` (no antialias, squashed instead of cropped) and in ``imagereward``'s longest prompt."""
     checkpoint: bool = False
     """Recompute each transformer layer in the backward pass instead of keeping its activations."""
-    tf32: bool = False
-    """Let GPUs multiply float32 matrices with TensorFloat-32 inside the rewards: faster, with 10 bits of mantissa."""
+    precision: Precision | None = None
+    """What the networks compute in, in both passes. "float32". "tf32": float32 whose products are of inputs rounded to 10 bits
+    of mantissa, on GPUs; float32 elsewhere. "bf16": autocast to bfloat16; norms, the residual stream, prompts that are encoded
+    once and the last layers stay float32. None: "tf32" on a GPU, "float32" elsewhere."""
     random_init: bool = False
     """Build the real architectures with random weights and a stand-in tokenizer: for smoke tests and measuring memory
     without any download. The rewards mean nothing."""
@@ -32,6 +35,9 @@ class RewardOptions:
     def __post_init__(self) -> None:
         if self.preprocess not in ("official", "reference"):
             raise ValueError(f"reward.preprocess = {self.preprocess!r}: must be 'official' or 'reference'.")
+        if self.precision not in (None, *get_args(Precision)):
+            known = ", ".join(map(repr, get_args(Precision)))
+            raise ValueError(f"reward.precision = {self.precision!r}: must be one of {known}, or None.")
 
 
 DEFAULTS = RewardOptions()

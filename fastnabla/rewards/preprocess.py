@@ -7,6 +7,8 @@ Bicubic resizing with antialias is PIL's, but for rounding to 8 bits and for ove
 and 1, where it would cut off the gradient too; here it stays, as in the scorers' own code for tensors.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +29,7 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     """Bicubic with antialias."""
     if images.shape[-2:] == (height, width):
         return images
-    return F.interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=True)
+    return _bicubic(images, height, width, antialias=True)
 
 
 def crop_short_side(images: Tensor, size: int) -> Tensor:
@@ -58,4 +60,27 @@ def squash(images: Tensor, size: int) -> Tensor:
     Without antialias each pixel depends on 4 × 4 of the image's, however much it shrinks: these are weighted unevenly,
     finer detail is folded into coarser, and beyond a factor of 4 some pixels have no gradient at all.
     """
-    return normalise(F.interpolate(images, (size, size), mode="bicubic", align_corners=False))
+    return normalise(_bicubic(images, size, size, antialias=False))
+
+
+def _bicubic(images: Tensor, height: int, width: int, antialias: bool) -> Tensor:
+    if images.is_cuda and torch.are_deterministic_algorithms_enabled():  # the backward pass of interpolate is not
+        return bicubic_by_matrices(images, height, width, antialias)
+    return F.interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=antialias)
+
+
+def bicubic_by_matrices(images: Tensor, height: int, width: int, antialias: bool) -> Tensor:
+    """`F.interpolate` as two matrix products, in float64, which neither TF32 nor autocast reaches."""
+    rows = _matrix(images.shape[-2], height, antialias, images.device)
+    columns = _matrix(images.shape[-1], width, antialias, images.device)
+    return (rows @ images.double() @ columns.T).to(images.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _matrix(before: int, after: int, antialias: bool, device: torch.device) -> Tensor:
+    """Weights `[after, before]` float64: what becomes of the columns of an identity matrix."""
+    with torch.inference_mode(False), torch.no_grad():
+        identity = torch.eye(before, dtype=torch.float64)[None, None]
+        shape = (after, before)
+        resized = F.interpolate(identity, shape, mode="bicubic", align_corners=False, antialias=antialias)
+        return resized[0, 0].to(device)
