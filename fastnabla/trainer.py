@@ -104,7 +104,7 @@ class Trainer:
         self.step.world = world
         if self.policy.compile != "none":
             most = math.ceil(max(method.cost(config).rows.values()) / world.size)
-            self.policy.static_rows = (min(config.memory.micro_batch, most),)
+            self.policy.static_rows = (math.ceil(most / math.ceil(most / config.memory.micro_batch)),)
         self.sampler = Sampler(config, self.policy, self.table, self.sample_shape, world)
         self.buffer: TrajectoryBuffer | None = None
         if method.stores:
