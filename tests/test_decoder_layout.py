@@ -81,6 +81,7 @@ def test_every_convolution_is_channels_last_when_compiled(monkeypatch: pytest.Mo
         return make_boxed_func(graph.forward)
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=aot_autograd(fw_compiler=record)))
+    torch._dynamo.reset()
     one_block = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
     decoder = Decoder(build_vae(block_out_channels=(16,), **one_block), compile=True, channels_last=True)
     decoder.reward_gradient(randn(4, 4, 8, 8), PROMPTS, reward)
