@@ -10,9 +10,10 @@ transitions in the same random order, and their values are checked, for equality
   next states and outputs are views in their code, whose states may be bfloat16 too.
 - index_select: slabs of the drawn transitions, one `index_copy_` or `index_select` a field and batch; tensordict: the
   same slabs in a TensorDict, where that is installed.
-- fastnabla: its buffer, `reserve` included; also with outputs in 8 bits, slabs in bfloat16, or, on CUDA, pinned slabs.
+- fastnabla: its buffer, `reserve` included; also with outputs in 8 bits, slabs in bfloat16, or, on CUDA, pinned slabs;
+  and all transitions gathered at once, as a whole update.
 
-A call stores a whole rollout, or gathers all its drawn transitions, batch by batch or all at once; caches are cold. Bytes are those of states, outputs
+A call stores a whole rollout, or gathers all its drawn transitions; caches are cold. Bytes are those of states, outputs
 and scales: what the others' copies read and write; for fastnabla what it has to, each row kept or gathered in and out once.
 """
 
@@ -130,17 +131,17 @@ class Ours:
             for t in range(STEPS):
                 self.buffer.append(slots, t, r.states[t, batch], r.outputs[t, batch], r.states[t + 1, batch])
         self.buffer.reward.copy_(r.reward)
-        self.slots = self.buffer.slots().to(DEVICE)
 
     def gather(self, parts: list[Tensor]) -> Iterator[Transitions]:
-        return self.buffer.batches(torch.cat(parts), len(parts[0]), torch.float32)
+        return self.buffer.batches(torch.cat(parts), BATCH, torch.float32)
 
     def device_append(self) -> None:
-        """What the device does of `append`, into the slots of the one before."""
-        r, b = rollout(), self.buffer
-        for batch, t in itertools.product(BATCHES, range(STEPS)):
-            slots = self.slots[batch]
-            buffer_ops.append(*b._slabs(), slots, t, r.states[t, batch], r.outputs[t, batch], r.states[t + 1, batch])
+        """The operation alone, of slots on the device, which the last rollout was stored in."""
+        r, slabs = rollout(), self.buffer._slabs()
+        for batch, slots in zip(BATCHES, torch.arange(TRAJECTORIES, device=DEVICE).split(BATCH), strict=True):
+            for t in range(STEPS):
+                x, output, x_next = (r.states[t, batch], r.outputs[t, batch], r.states[t + 1, batch])
+                buffer_ops.append(*slabs, slots, t, x, output, x_next)
 
     def device_gather(self, parts: list[Tensor]) -> Iterator[Any]:
         b = self.buffer
@@ -148,11 +149,21 @@ class Ours:
         return (buffer_ops.gather(*tensors, part, torch.float32) for part in parts)
 
 
+class OursAtOnce(Ours):
+    def gather(self, parts: list[Tensor]) -> Iterator[Transitions]:
+        whole = self.buffer.gather(torch.cat(parts), torch.float32)
+        return (whole[batch] for batch in map(slice, range(0, len(whole), BATCH), range(BATCH, len(whole) + 1, BATCH)))
+
+    def device_gather(self, parts: list[Tensor]) -> Iterator[Any]:
+        return super().device_gather([torch.cat(parts)])
+
+
 PROVIDERS = {
     "reference's pattern": Reference,
     "index_select": IndexSelect,
     "tensordict": lambda: IndexSelect(pytest.importorskip("tensordict").TensorDict),
     "fastnabla": Ours,
+    "fastnabla, at once": OursAtOnce,
     "fastnabla, 8-bit outputs": lambda: Ours(block=128),
     "fastnabla, bfloat16": lambda: Ours(torch.bfloat16),
     **({"fastnabla, pinned": lambda: Ours(storage="pinned")} if CUDA else {}),
@@ -178,20 +189,19 @@ def filled(name: str) -> Any:
     return provider
 
 
-APPEND, GATHER, WHOLE = "append", "gather", "gather at once"
-FIRST = [name for name in ("fastnabla", "fastnabla, pinned", "index_select") if name in PROVIDERS]
+CASES = [
+    case for case in itertools.product(PROVIDERS, ("append", "gather")) if case != ("fastnabla, at once", "append")
+]
+FIRST = ("fastnabla", "fastnabla, at once", "fastnabla, pinned", "index_select")
 """What comes first, since time may be short."""
-CASES = list(itertools.product(dict.fromkeys([*FIRST, *PROVIDERS]), (WHOLE, GATHER, APPEND)))
-CASES.remove(("reference's pattern", WHOLE))  # it gathers a step at a time
+CASES.sort(key=lambda case: FIRST.index(case[0]) if case[0] in FIRST else len(FIRST))
 
 
 @pytest.mark.parametrize(("name", "operation"), CASES)
 def bench_buffer(benchmark, name: str, operation: str) -> None:
     with measure.own_stream():  # on CUDA; it can be captured
         provider, parts, memory = filled(name), rollout().parts, torch.ones(2**25, device=DEVICE)
-        parts = [torch.cat(parts)] if operation == WHOLE else parts
-        kind = operation.removesuffix(" at once")
-        run = provider.append if operation == APPEND else lambda: drain(provider.gather(parts))
+        run = provider.append if operation == "append" else lambda: drain(provider.gather(parts))
         evict = measure.synchronised(lambda: drain([memory.sum()]))
         benchmark.group = f"{operation}, {TRAJECTORIES} trajectories of SD 1.5, {'CUDA' if CUDA else 'CPU'}"
         rounds = max(5, min(25, round(2 / timeit.timeit(measure.synchronised(run), number=2))))  # about 1 s
@@ -200,10 +210,10 @@ def bench_buffer(benchmark, name: str, operation: str) -> None:
             return
         stats = benchmark.stats.stats
         info, seconds = {"buffer": name, "operation": operation, "fastest s": stats.min, "graph us": None}, stats.median
-        if CUDA and operation == APPEND and isinstance(provider, Ours):
+        if CUDA and operation == "append" and isinstance(provider, Ours):
             info["graph us"] = measure.time_graph(provider.device_append)
             seconds = info["graph us"] / 1e6
-        elif CUDA and operation != APPEND:
+        if CUDA and operation == "gather":
             # Alone, of indices on the device; the buffer checks them on the host.
             gather, index = getattr(provider, "device_gather", provider.gather), [part.to(DEVICE) for part in parts]
             info["graph us"] = measure.time_graph(lambda: drain(gather(index)))
@@ -212,10 +222,10 @@ def bench_buffer(benchmark, name: str, operation: str) -> None:
                 host, rate = torch.ones(memory.shape).pin_memory(), provider.read / seconds / 1e9
                 copying = measure.time_cuda(lambda: memory.copy_(host, non_blocking=True))
                 info |= {"read GB/s": rate, "host to device GB/s": host.nbytes / copying / 1e3}
-        rate, copy = provider.moved[kind] / seconds / 1e9, measure.copy_bandwidth(DEVICE)
-        info |= {"bytes": provider.moved[kind], "GB/s": rate, "copy GB/s": copy, "share of copy": rate / copy}
-        info["row"] = f"{name}, {operation}"
+        rate, copy = provider.moved[operation] / seconds / 1e9, measure.copy_bandwidth(DEVICE)
+        info |= {"bytes": provider.moved[operation], "GB/s": rate, "copy GB/s": copy, "share of copy": rate / copy}
         info |= {"bytes a trajectory": provider.stored // TRAJECTORIES, "launches": measure.launches(run)}
         info |= {"of reference": provider.stored / Reference.stored, "threads": torch.get_num_threads()}
+        info["row"] = f"{name}, {operation}"
         info["extension used"] = buffer_ops.CUDA_AVAILABLE if CUDA else buffer_ops.AVAILABLE
         benchmark.extra_info |= {**info, "device": measure.device_info()}

@@ -72,20 +72,22 @@ class Diffusers(torch.nn.Module):
 
 
 def ours(chunk: int, channels_last: bool = False, **settings: bool) -> Decoder:
-    vae = build_vae()
-    return Decoder(vae, chunk, channels_last=True, **settings) if channels_last else Decoder(vae, chunk, **settings)
+    layout = {"channels_last": True} if channels_last else {}
+    return Decoder(build_vae(channels_last), chunk, **layout, **settings)
 
 
 DECODERS = {
     "fastnabla": ours,
-    "fastnabla, channels-last": functools.partial(ours, channels_last=True),
-    "fastnabla, channels-last, compiled": functools.partial(ours, channels_last=True, compile=True),
+    "fastnabla, channels last": functools.partial(ours, channels_last=True),
+    "fastnabla, compiled, channels last": functools.partial(ours, channels_last=True, compile=True),
     "diffusers": Diffusers,
     "diffusers, channels last": functools.partial(Diffusers, channels_last=True),
     "fastnabla, compiled": functools.partial(ours, compile=True),
     "diffusers, checkpointed": functools.partial(Diffusers, checkpoint=True),
     "fastnabla, checkpointed": functools.partial(ours, checkpoint=True),
-    "fastnabla, compiled, checkpointed": functools.partial(ours, checkpoint=True, compile=True),
+    "fastnabla, compiled, channels last, checkpointed": functools.partial(
+        ours, channels_last=True, compile=True, checkpoint=True
+    ),
 }
 ON_CPU = ("fastnabla", "diffusers", "diffusers, checkpointed", "fastnabla, checkpointed")
 NAMES = DECODERS if CUDA or rows.is_dry() else ON_CPU

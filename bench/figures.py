@@ -4,7 +4,7 @@ from typing import Any
 
 from bench.rows import Row, Tables
 
-EAGER, CHANNELS_LAST, COMPILED = "fastnabla", "fastnabla, channels-last", "fastnabla, channels-last, compiled"
+EAGER, CHANNELS_LAST, COMPILED = "fastnabla", "fastnabla, channels last", "fastnabla, compiled, channels last"
 PHASES = ("UNet", "decode", "reward", "rest")
 MICRO_BATCHES = (4, 8, 16)
 
