@@ -9,6 +9,7 @@ Environment:
     FASTNABLA_WERROR: 1 fails on warnings.
     FASTNABLA_PTXAS: 1 prints registers and spills of the kernels.
     FASTNABLA_SANITIZE: 1 builds the CPU part with the address and undefined behaviour sanitizers.
+    FASTNABLA_CUDA_ARCHITECTURES: what to build for instead of 80,90,100.
 """
 
 import os
@@ -26,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.c*") if path.suffix in (".cpp", ".cu"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.*h"))
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = tuple(map(int, os.environ.get("FASTNABLA_CUDA_ARCHITECTURES", "80,90,100").split(",")))
 # The stable ABI of torch 2.11, the oldest that we support: what is built with a newer torch runs with that one too.
 COMMON = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 ALL_WARNINGS = ["-Wall", "-Wextra"]

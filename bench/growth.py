@@ -3,7 +3,8 @@
     python -m bench.growth [--model sd15] [--budget-seconds 240]
 
 The step is fastnabla's, not compiled, with all else as `bench.whole_step` has it. What there is no time for is named.
-Files: `growth_<model>_<hardware>_<date>.json`, `.md` and, with matplotlib, `.png`.
+Files: `growth_<model>_<hardware>_<date>.json`, `.md` and, with matplotlib, `.png`, written anew after every point; in a GPU
+run the points are in the run's own.
 """
 
 import argparse
@@ -12,15 +13,17 @@ import importlib.util
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.measure import device_info, peak_gib, quiet_clock, seconds
+from bench import rows
+from bench.measure import device_info, peak_and_seconds
 from bench.models import MODELS, Model
 from bench.summary import RESULTS, file_stem, markdown_table
-from bench.variants import Variant, variants
+from bench.variants import full
 from bench.workload import DRAWN, STEPS, Workload
 
 AXES = {"transitions": "transitions in a step", "resolution": "resolution, pixels", "micro-batch": "micro-batch"}
@@ -44,9 +47,11 @@ def base(model: Model, cuda: bool) -> Point:
     return {"transitions": 24, "resolution": model.pixels, "micro-batch": model.micro_batch if cuda else 4}
 
 
-def growth(model: Model, device: torch.device, deadline: float, not_run: list[str]) -> list[Point]:
+def growth(
+    model: Model, device: torch.device, deadline: float, not_run: list[str], publish: Callable[[list[Point]], None]
+) -> None:
     """Points by axis, one at least; those that there is no time for until `deadline` (of `time.perf_counter`) go into
-    `not_run`."""
+    `not_run`. `publish` gets all points so far after each of them."""
     cuda, points = device.type == "cuda", []
     dtype = torch.bfloat16 if cuda else torch.float32
     workload = Workload(model, model.pixels, device, dtype)
@@ -62,6 +67,7 @@ def growth(model: Model, device: torch.device, deadline: float, not_run: list[st
             points.append(point)
             if same is not None:
                 point |= {**same, "axis": axis}
+                publish(points)
                 continue
             start = time.perf_counter()
             try:
@@ -72,22 +78,17 @@ def growth(model: Model, device: torch.device, deadline: float, not_run: list[st
             except Exception as error:  # it does not fit, most likely
                 point["note"], failed = f"{type(error).__name__}: {error}".splitlines()[0][:160], True
             last = time.perf_counter() - start
-            numbers = " ".join(f"{name} {number:.4g}" for name, number in point.items() if isinstance(number, float))
-            print(f"{axis} {value}: {numbers} {point.get('note', '')}", flush=True)
+            publish(points)
             if cuda:
                 torch.cuda.empty_cache()
-    return points
-
-
-def best(cuda: bool) -> Variant:
-    """The step with everything that helps, not compiled."""
-    return variants(cuda)[1][1]
 
 
 def _measure(point: Point, workload: Workload) -> None:
-    run, *_ = workload.step(best(workload.device.type == "cuda"), point["transitions"], point["micro-batch"])
-    point["peak GiB"] = peak_gib(run, workload.device)
-    point["s"] = statistics.median(seconds(run, quiet_clock(workload.device)) for _ in range(3))
+    run, *_ = workload.step(full(workload.device.type == "cuda"), point["transitions"], point["micro-batch"])
+    run()
+    point["peak GiB"], once = peak_and_seconds(run, workload.device)
+    again = [peak_and_seconds(run, workload.device, compiled=True)[1] for _ in range(2)]
+    point["s"] = statistics.median([once, *again])
     point["transitions/s"] = point["transitions"] / point["s"]
 
 
@@ -149,16 +150,27 @@ def plot(points: list[Point], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def write(result: dict[str, Any], folders: list[Path]) -> None:
+    """All files, replacing those of before."""
+    stem = file_stem(f"growth_{result['model']}", result["device"], result["date"])
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{stem}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        (folder / f"{stem}.md").write_text(markdown(result))
+        plot(result["growth"], folder / f"{stem}.png")
+
+
 def main(arguments: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
+    default = "toy" if rows.is_dry() else "sd15" if cuda else "testbed"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="sd15" if cuda else "testbed")
+    parser.add_argument("--model", choices=MODELS, default=default)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--budget-seconds", type=float, default=240)
     parser.add_argument("--into", nargs="+", type=Path, default=[RESULTS], help="folders for the files")
     options = parser.parse_args(arguments)
     device, model, not_run = torch.device(options.device), MODELS[options.model](), []
-    deadline = time.perf_counter() + options.budget_seconds
+    deadline = time.perf_counter() + min(options.budget_seconds, rows.time_left())
     standing = ", ".join(f"{name} {value}" for name, value in base(model, device.type == "cuda").items())
     result: dict[str, Any] = {
         "theme": "growth",
@@ -166,16 +178,21 @@ def main(arguments: list[str] | None = None) -> None:
         "device": device_info(),
         "model": options.model,
         "workload": f"where it is not varied: {standing}; {DRAWN} of {STEPS} steps, guidance, random weights",
-        "growth": growth(model, device, deadline, not_run),
+        "growth": [],
         "not run": not_run,
     }
-    stem = file_stem(f"growth_{options.model}", result["device"], result["date"])
-    for folder in options.into:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{stem}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        (folder / f"{stem}.md").write_text(markdown(result))
-        plot(result["growth"], folder / f"{stem}.png")
-    print(markdown(result))
+
+    def publish(points: list[Point]) -> None:
+        rows.add("growth", f"{points[-1]['axis']} {points[-1][points[-1]['axis']]}", **points[-1])
+        result["growth"] = points
+        if not rows.is_run():
+            write(result, options.into)
+
+    growth(model, device, deadline, not_run, publish)
+    if rows.is_run():
+        rows.add("growth", "not run, for want of time", note=", ".join(not_run) or "nothing")
+    else:
+        write(result, options.into)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def _between_events(run: Run, repetitions: int | None = None) -> float:
         repetitions = max(10, min(50, int(0.2 / seconds(synchronised(run)))))
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
     for start, end in marks:
-        flush.zero_()
+        flush.sum(dtype=torch.int32)
         start.record()
         run()
         end.record()
@@ -194,9 +194,10 @@ def _between_events(run: Run, repetitions: int | None = None) -> float:
 
 @functools.cache
 def _flush_buffer(device: int) -> Tensor:
-    """256 MiB, or four times the L2 cache: writing it evicts everything else, and takes longer than most launches."""
+    """256 MiB, or four times the L2 cache: reading it evicts everything else, and takes longer than most launches. Written,
+    it would leave the cache full of lines that what is timed has to write back."""
     size = max(2**28, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
-    return torch.empty(size, dtype=torch.int8, device=f"cuda:{device}")
+    return torch.zeros(size // 4, dtype=torch.int32, device=f"cuda:{device}")
 
 
 def launches(run: Run, calls: int = 4) -> float | None:
@@ -216,16 +217,24 @@ def _wake_profiler() -> None:
 
 
 def _profile(run: Run, calls: int) -> int:
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    def all_calls() -> None:
         for _ in range(calls):
             run()
+
+    return len(device_events(all_calls))
+
+
+def device_events(run: Run) -> list[dict[str, Any]]:
+    """The kernels, copies and fills that a call puts on the device, as torch.profiler's trace has them: "name", "ts" and
+    "dur" in µs. The host is not traced, which would slow it down."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(errors="replace"), strict=False)["traceEvents"]
-    return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in events)
+    return [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
 
 
 def peak_memory(run: Run) -> float | None:
@@ -241,13 +250,19 @@ def peak_memory(run: Run) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def peak_gib(run: Run, device: torch.device, compiled: bool = False) -> float | None:
-    """GiB at the peak of a call, over what was there before it; on a CPU what `LiveBytes` sees, which is nothing of
-    compiled code."""
+def peak_and_seconds(run: Run, device: torch.device, compiled: bool = False) -> tuple[float | None, float]:
+    """GiB at the peak of a call that is warm, over what was there before it, and the seconds that it takes.
+
+    On a CPU they are of two calls, and the peak is what `LiveBytes` sees, which is nothing of compiled code.
+    """
     if device.type == "cuda":
-        return peak_memory(run) / 1024
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        taken = seconds(synchronised(run))
+        return (torch.cuda.max_memory_allocated() - before) / 2**30, taken
     if compiled:
-        return None
+        return None, seconds(run, quiet_clock(device))
     with LiveBytes() as memory:
         run()
-    return memory.peak / 2**30
+    return memory.peak / 2**30, seconds(run, quiet_clock(device))

@@ -7,6 +7,7 @@ from typing import Any
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from fastnabla.architectures import MIDSIZE, SD15, SDXL
+from fastnabla.rewards.clip import VIT_L_14
 from fastnabla.testbed import pipeline_folder
 
 
@@ -18,6 +19,10 @@ class Model:
     vae: dict[str, Any]
     pixels: int
     reward_pixels: int = 224
+    vision: dict[str, Any] = dataclasses.field(default_factory=VIT_L_14.vision_config.to_dict)
+    """Of the reward that is a vision transformer."""
+    decode_chunk: int | None = None
+    """Images that the lean decoder decodes at once."""
     tokens: int = 77
     flow: tuple[int, ...] = (64, 128, 256, 256)
     transitions: int
@@ -41,8 +46,19 @@ TOY = Model(
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
     },
+    vision={
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+        "projection_dim": 8,
+    },
     **{"pixels": 16, "reward_pixels": 16, "tokens": 4, "flow": (16, 32), "transitions": 12, "micro_batch": 2},
 )
+SD15_SETTINGS = {"transitions": 48, "micro_batch": 16, "decode_chunk": 4}
+"""As the planner has it for 40 GB and more; 8 trajectories."""
 MODELS: dict[str, Callable[[], Model]] = {
     "toy": lambda: TOY,
     "testbed": lambda: Model(
@@ -51,6 +67,6 @@ MODELS: dict[str, Callable[[], Model]] = {
         **{"pixels": 32, "reward_pixels": 32, "tokens": 16, "transitions": 320, "micro_batch": 64},
     ),
     "midsize": lambda: Model(unet=MIDSIZE.unet, vae=MIDSIZE.vae, pixels=256, transitions=12, micro_batch=2),
-    "sd15": lambda: Model(unet=SD15.unet, vae=SD15.vae, pixels=512, transitions=24, micro_batch=4),
+    "sd15": lambda: Model(unet=SD15.unet, vae=SD15.vae, pixels=512, **SD15_SETTINGS),
     "sdxl": lambda: Model(unet=SDXL.unet, vae=SDXL.vae, pixels=1024, transitions=12, micro_batch=2),
 }

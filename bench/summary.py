@@ -19,17 +19,19 @@ RESULTS = Path(__file__).resolve().parent / "results"
 EAGER, COMPILE, OURS = PROVIDERS = ("published eager", "compiled plain", "fastnabla")
 HEADER = (
     *("operation", "pass", "shape", "batch"),
-    *("eager µs", "on device", "compiled µs", "on device", "fastnabla µs", "on device"),
-    *("vs eager", "on device", "vs compiled", "on device", "GB/s", "of copy"),
+    *("eager wall µs", "on device", "compiled wall µs", "on device", "fastnabla wall µs", "on device"),
+    *("wall vs eager", "on device", "wall vs compiled", "on device", "GB/s", "of copy"),
 )
 NOTES = """\
-Times are medians of a call with a wait for the device, launching included. On device: replayed from a CUDA graph with a
-cold L2 cache, launching excluded. Of copy: the share of the bandwidth measured with a large copy. A dash: not measured."""
+Wall times are medians of a call with a wait for the device, launching included. One marked with an h is bound by the host:
+it is more than twice the time on the device, and says how long Python and launching take. On device: replayed from a CUDA
+graph with a cold L2 cache, launching excluded. Of copy: the share of the bandwidth measured with a large copy. A dash: not
+measured."""
 KERNEL_NOTES = """\
 The kernels. Vs: times as fast as the published algorithm in eager torch, and as plain torch through torch.compile. GB/s:
 bytes that the operation has to move, over fastnabla's time on the device, or the whole time where there is none."""
 BUFFER_HEADER = (
-    *("operation", "buffer", "ms", "on device", "vs reference", "on device", "vs index_select", "on device"),
+    *("operation", "buffer", "wall ms", "on device", "vs reference", "on device", "vs index_select", "on device"),
     *("GB/s", "of copy", "KiB a trajectory", "of reference"),
 )
 BUFFER_NOTES = """\
@@ -42,22 +44,19 @@ def condense(raws: list[dict[str, Any]], theme: str, tests: str | None) -> dict[
     """What is kept of pytest-benchmark's files."""
     device, benchmarks = {}, []
     for benchmark in (benchmark for raw in raws for benchmark in raw["benchmarks"]):
-        extra, stats = dict(benchmark["extra_info"]), benchmark["stats"]
+        extra = dict(benchmark["extra_info"])
         if not extra:  # it was interrupted
             continue
         device = extra.pop("device", None) or device
-        benchmarks.append(
-            {
-                "name": benchmark["name"],
-                "group": benchmark["group"],
-                "median s": stats["median"],
-                "IQR s": stats["iqr"],
-                "rounds": stats["rounds"],
-                **extra,
-            }
-        )
+        benchmarks.append(condensed(benchmark["name"], benchmark["group"], benchmark["stats"], extra))
     date = datetime.datetime.fromisoformat(raws[0]["datetime"]).date().isoformat()
     return {"theme": theme, "date": date, "device": device, "GPU tests": tests, "benchmarks": benchmarks}
+
+
+def condensed(name: str, group: str, stats: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a benchmark, `extra` being what it counted itself."""
+    times = {"median s": stats["median"], "IQR s": stats["iqr"], "rounds": stats["rounds"]}
+    return {"name": name, "group": group, **times, **extra}
 
 
 def file_stem(theme: str, device: dict[str, Any], date: str) -> str:
@@ -94,7 +93,11 @@ def _row(key: tuple, case: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     measured = case.get(OURS, {})
     return (
         *map(str, key),
-        *(_number(value, ".1f") for value in (*eager, *compiled, *ours)),
+        *(
+            text
+            for wall, device in (eager, compiled, ours)
+            for text in (_wall(wall, device, ".1f"), _number(device, ".1f"))
+        ),
         *(_ratio(other, own) for others in (eager, compiled) for other, own in zip(others, ours, strict=True)),
         _number(measured.get("GB/s"), ".0f"),
         _number(measured.get("share of copy"), ".0%"),
@@ -103,6 +106,11 @@ def _row(key: tuple, case: dict[str, dict[str, Any]]) -> tuple[str, ...]:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
+
+
+def _wall(wall: float | None, device: float | None, form: str) -> str:
+    """A wall time, marked if it is the host's."""
+    return _number(wall, form) + " h" * bool(wall and device and wall > 2 * device)
 
 
 def _ratio(other: float | None, own: float | None) -> str:
@@ -120,7 +128,7 @@ def buffer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
         own = times[b["operation"], b["buffer"]]
         others = [times.get((b["operation"], base), (None, None)) for base in ("reference's pattern", "index_select")]
         return (
-            *(b["operation"], b["buffer"], *(_number(time, ".3f") for time in own)),
+            *(b["operation"], b["buffer"], _wall(*own, ".3f"), _number(own[1], ".3f")),
             *(_ratio(*pair) for other in others for pair in zip(other, own, strict=True)),
             *(_number(b["GB/s"], ".1f"), _number(b["share of copy"], ".0%")),
             *(_number(b["bytes a trajectory"] / 1024, ".0f"), _number(b["of reference"], ".1%")),

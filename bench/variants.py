@@ -1,6 +1,9 @@
-"""The rows of `bench.whole_step`'s tables: the published algorithm, and fastnabla with its optimisations one by one."""
+"""The rows of `bench.whole_step`'s tables: the published algorithm, and fastnabla with its optimisations."""
 
 import dataclasses
+from typing import Literal
+
+Attention = Literal["sdpa", "cudnn", "flash", "xformers"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,33 +18,66 @@ class Variant:
     lean: bool = False
     """The decoder that keeps less for its backward pass."""
     channels_last: bool = False
+    """The UNet in NHWC order."""
+    decoder_channels_last: bool = False
+    """The decoder in NHWC order; of the lean one."""
     kernels: bool = False
     compile: str = "none"
-    attention: str = "sdpa"
+    attention: Attention = "sdpa"
+    """"sdpa": torch's own choice. "cudnn", "flash": that one wherever it can, of torch's."""
     draw: str = "stratified"
     guidance: str = "lookahead"
+    reward: Literal["small", "float32", "tf32"] = "small"
+    """Two convolutions, or a vision transformer in a precision."""
 
 
-def variants(cuda: bool) -> list[list[Variant]]:
-    """The rows, in groups that are timed together; the published algorithm is the first of each."""
-    published = Variant(name="published", ours=False, autocast=cuda)
-    rows = [published]
+def published(cuda: bool) -> Variant:
+    """The baseline."""
+    return Variant(name="published", ours=False, autocast=cuda)
+
+
+def full(cuda: bool) -> Variant:
+    """fastnabla with everything that helps, not compiled."""
+    on_cuda = dict.fromkeys(("channels_last", "decoder_channels_last", "kernels"), True) if cuda else {}
+    return Variant(name="fastnabla, not compiled", lora=True, lean=True, **on_cuda)
+
+
+def decisive(cuda: bool) -> list[Variant]:
+    """What decides what to do next: the published algorithm, and ours with one thing changed at a time."""
+    ours = full(cuda)
+    changes = {
+        "decoder in NCHW": {"decoder_channels_last": False},
+        "without kernels": {"kernels": False},
+        "cuDNN attention": {"attention": "cudnn"},
+        "flash attention": {"attention": "flash"},
+        "ViT-L reward, float32": {"reward": "float32"},
+        "ViT-L reward, TF32": {"reward": "tf32"},
+    }
+    changed = [dataclasses.replace(ours, name=f"these, {name}", **change) for name, change in changes.items()]
+    return [published(cuda), ours, *changed]
+
+
+def one_by_one(cuda: bool) -> list[Variant]:
+    """Optimisations added one after the other, then what changes the draws, the gradients, or the attention."""
+    rows = [published(cuda)]
     if cuda:
         rows.append(Variant(name="published, no autocast", ours=False))
-    rows.append(full := Variant(name="fastnabla: fewer passes"))
+    rows.append(so_far := Variant(name="fastnabla: fewer passes"))
     switches = {"+ LoRA in the network's dtype": {"lora": True}, "+ decoder keeping less": {"lean": True}}
     if cuda:
-        switches |= {"+ channels-last": {"channels_last": True}, "+ Triton kernels": {"kernels": True}}
+        switches["+ channels-last"] = {"channels_last": True}
+        switches["+ decoder in channels-last"] = {"decoder_channels_last": True}
+        switches["+ Triton kernels"] = {"kernels": True}
     for name, switch in switches.items():
-        rows.append(full := dataclasses.replace(full, name=name, **switch))
+        rows.append(so_far := dataclasses.replace(so_far, name=name, **switch))
     if not cuda:
-        rows.append(dataclasses.replace(full, name="these, channels-last", channels_last=True))
+        rows.append(dataclasses.replace(so_far, name="these, channels-last", channels_last=True))
     others = {"draw=runs": {"draw": "runs"}} | {
         name: {"guidance": name.partition("=")[2]} for name in ("guidance=lookahead_detached", "guidance=terminal")
     }
-    rows += [dataclasses.replace(full, name=f"these, {name}", **switch) for name, switch in others.items()]
     if cuda:
-        rows.append(dataclasses.replace(full, name="these, xformers", attention="xformers"))
-    plain = dataclasses.replace(full, name="fastnabla, not compiled")
-    compiled = [dataclasses.replace(full, name=f"compiled: {how}", compile=how) for how in ("blocks", "whole")]
-    return [rows, *([published, plain, how] for how in compiled)]
+        others["xformers"] = {"attention": "xformers"}
+    return [*rows, *(dataclasses.replace(so_far, name=f"these, {name}", **switch) for name, switch in others.items())]
+
+
+ROWS = {"decisive": decisive, "one-by-one": one_by_one}

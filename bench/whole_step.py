@@ -1,46 +1,48 @@
-"""A whole training step: the published algorithm against fastnabla with its optimisations switched on one by one.
+"""A whole training step: the published algorithm against fastnabla with its optimisations.
 
-    python -m bench.whole_step [--model sd15] [--micro-batch 4] [--transitions 24] [--budget-seconds 240]
+    python -m bench.whole_step [--model sd15] [--micro-batch 16] [--transitions 48] [--budget-seconds 240]
 
 The networks have random weights (what they compute costs the same), the states are random, K of 50 DDIM steps are drawn.
-The gradients of the two algorithms must agree in float32, at a small size, before anything is timed. The rows of a table
-are timed in turn, round by round, so that a busy machine slows all of them; a row that cannot run says why. What there
-is no time for is named. Files: `step_<model>_<hardware>_<date>.json` and `.md`.
+A row is measured and written before the next is begun, and then measured again in turn with the others, so that a busy
+machine slows all of them. Beside it is how far its gradients at toy size are from the published algorithm's; if that is too
+far, the row says so. A row that cannot run says why, and one that does not fit into memory has a smaller micro-batch. What
+there is no time for is named. Files: `step_<model>_<hardware>_<date>.json` and `.md`; in a GPU run the run's own.
 """
 
 import argparse
-import dataclasses
 import datetime
 import importlib.util
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import agreement
-from bench.measure import device_info, peak_gib, quiet_clock, seconds
+from bench import agreement, rows
+from bench.measure import device_info, peak_and_seconds, seconds
 from bench.models import MODELS
+from bench.rollout import rollout
 from bench.summary import RESULTS, file_stem, markdown_table
-from bench.variants import Variant, variants
-from bench.workload import DRAWN, PROMPTS, STEPS, Workload
-from fastnabla.rollout import sample
-from fastnabla.transition import TransitionTable
+from bench.variants import ROWS, Variant, full
+from bench.workload import DRAWN, STEPS, Workload
 from fastnabla.unit_costs import UnitCosts
 
 HEADER = (
     *("step", "s", "spread", "transitions/s", "vs published", "U", "decodes", "peak GiB", "TFLOP/s", "of matmul"),
-    "note",
+    *("gradient difference", "note"),
 )
 NOTES = """\
 s: median of the rounds, spread: fastest to slowest; of a single CPU thread the time that it computed, else by the wall
 clock. Vs published: times as many transitions a second as the published algorithm in its faster form, median of the
 rounds. U and decodes (with backward): by transition. Peak: over what the weights take. TFLOP/s: arithmetic of these
-passes, decodes and of g_φ, the reward's not. Of matmul: of the rate of a bfloat16 product of 8192³. Each row has all that
-the rows above it have, but for the last ones, which say what they change in the row they are based on. draw=runs: adjacent
-transitions, which are correlated; lookahead_detached, terminal: other gradients than the paper's."""
+passes, decodes and of g_φ, the reward's not. Of matmul: of the rate of a bfloat16 product of 8192³. Gradient difference:
+the largest of a tensor, on toy networks in float64 (float32 with kernels), from the published algorithm's. Each row has all
+that the rows above it have, but for the last ones, which say what they change in the row they are based on. draw=runs:
+adjacent transitions, which are correlated; lookahead_detached, terminal: other gradients than the paper's."""
+Row = dict[str, Any]
 
 
 def matmul_rate(device: torch.device) -> float | None:
@@ -61,8 +63,8 @@ def matmul_rate(device: torch.device) -> float | None:
 class Bench:
     """Everything that is measured of one model on one device, in a limited time."""
 
-    def __init__(self, options: argparse.Namespace, deadline: float) -> None:
-        self.options, self.deadline = options, deadline
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.deadline = time.perf_counter() + min(options.budget_seconds, rows.time_left())
         self.device = torch.device(options.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model = MODELS[options.model]()
@@ -71,83 +73,86 @@ class Bench:
         self.transitions = options.transitions or self.model.transitions
         if self.transitions % DRAWN:
             self.transitions += DRAWN - self.transitions % DRAWN
-        self.clock = quiet_clock(self.device)
+        self.workload = Workload(self.model, self.pixels, self.device, self.dtype)
+        self.costs, self.ceiling = self.workload.costs(), matmul_rate(self.device)
         self.not_run: list[str] = []
 
     def time_left(self) -> float:
         return self.deadline - time.perf_counter()
 
-    def table(self, workload: Workload, group: list[Variant], rounds: int) -> list[dict[str, Any]]:
-        """Rows of `group`, timed in turn."""
-        rows, runs = [], []
+    def table(self, group: list[Variant], rounds: int, publish: Callable[[list[Row]], None]) -> None:
+        """Measure the rows of `group`, the published algorithm first; `publish` gets all of them whenever one is new."""
+        table: list[Row] = []
+        timed: list[tuple[Row, Callable[[], None], list[float]]] = []
+        slowest = 0.0
         for variant in group:
-            once = sum(min(times) for _, _, times in runs)
-            if self.time_left() < rounds * once or self.time_left() < 0:
+            if self.time_left() < max(0.0, 1.5 * slowest):
                 self.not_run.append(variant.name)
                 continue
-            row: dict[str, Any] = {"name": variant.name}
-            rows.append(row)
+            begun, row = time.perf_counter(), {"name": variant.name}
+            table.append(row)
             try:
-                if variant.attention == "xformers" and importlib.util.find_spec("xformers") is None:
-                    raise ValueError("xformers is not installed")
-                run, batch, policy = workload.step(variant, self.transitions, self.micro_batch)
-                policy.passes.rows = workload.decodes = 0
-                first = seconds(run)
-                row |= {"U": policy.passes.rows / self.transitions, "decodes": workload.decodes / self.transitions}
-                row["flow calls"] = 6 - 3 * (batch.step_index == STEPS - 1).float().mean().item() if variant.ours else 6
-                row["peak GiB"] = peak_gib(run, self.device, variant.compile != "none")
-                runs.append((row, run, [first]))
+                run = self.prepare(variant, row)
+                row["peak GiB"], once = peak_and_seconds(run, self.device, variant.compile != "none")
+                timed.append((row, run, [once]))
+                self.finish(timed)
+                publish(table)
+                row |= agreement.check(variant, self.device)
             except Exception as error:  # one row of many: no memory, no package, no compiler
                 row["note"] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            publish(table)
+            slowest = max(slowest, time.perf_counter() - begun)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        for round_ in range(rounds):
-            if round_ >= 3 and self.time_left() < 0:
-                break
-            for _, run, times in runs:
-                times.append(seconds(run, self.clock))
-        published = [times[1:] for row, _, times in runs if row["name"].startswith("published")]
-        for row, _, (_, *times) in runs:
+        for _ in range(1, rounds):
+            for _, run, times in timed:
+                if self.time_left() < 1.2 * times[-1]:
+                    return
+                times.append(peak_and_seconds(run, self.device, compiled=True)[1])
+                self.finish(timed)
+            publish(table)
+
+    def prepare(self, variant: Variant, row: Row) -> Callable[[], None]:
+        """The step, run once; with half the micro-batch as often as memory runs out."""
+        if variant.attention == "xformers" and importlib.util.find_spec("xformers") is None:
+            raise ValueError("xformers is not installed")
+        size = self.micro_batch
+        while (run := self._try(variant, size, row)) is None:
+            torch.cuda.empty_cache()  # outside the exception, whose frames hold what is to be freed
+            size //= 2
+        return run
+
+    def _try(self, variant: Variant, size: int, row: Row) -> Callable[[], None] | None:
+        try:
+            run, batch, policy = self.workload.step(variant, self.transitions, size)
+            policy.passes.rows = self.workload.decodes = 0
+            row["first s"] = seconds(run)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            return None
+        row |= {"micro-batch": size, "U": policy.passes.rows / self.transitions}
+        row["decodes"] = self.workload.decodes / self.transitions
+        row["flow calls"] = 6 - 3 * (batch.step_index == STEPS - 1).float().mean().item() if variant.ours else 6
+        return run
+
+    def finish(self, timed: list[tuple[Row, Callable[[], None], list[float]]]) -> None:
+        """What follows from the times so far."""
+        published = [times for row, _, times in timed if row["name"].startswith("published")]
+        for row, _, times in timed:
             median = statistics.median(times)
             row |= {"s": median, "fastest s": min(times), "slowest s": max(times), "rounds": len(times)}
             row["transitions/s"] = self.transitions / median
-            ratios = [min(others) / own for own, *others in zip(times, *published, strict=True)] if published else []
+            ratios = [min(others) / own for own, *others in zip(times, *published, strict=False)] if published else []
             row["vs published"] = statistics.median(ratios) if ratios else None
-        return rows
+            row |= rates(row, self.costs, self.ceiling)
 
-    def add_rates(self, rows: list[dict[str, Any]], costs: UnitCosts, ceiling: float | None) -> None:
-        """Arithmetic per second."""
-        for row in rows:
-            if "s" in row:
-                flops = row["U"] * costs.unet_flops + row["decodes"] * costs.decode_flops
-                flops += row["flow calls"] * costs.flow_flops
-                row["TFLOP/s"] = flops * row["transitions/s"] / 1e12
-                row["of matmul"] = row["TFLOP/s"] / ceiling if ceiling else None
 
-    def rollout(self, workload: Workload, best: Variant, images: int, steps: int = 4) -> dict[str, Any]:
-        """Images a second, from `steps` steps and a decode."""
-        columns = {f.name: getattr(workload.table, f.name)[:steps] for f in dataclasses.fields(TransitionTable)}
-        short, policy, decoder = TransitionTable(**columns), workload.policy(best), workload.decoders[True]
-        prompt, backend = torch.arange(images) % PROMPTS, "triton" if best.kernels else "torch"
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-
-        def walk() -> None:
-            sample(policy, short, prompt, list(range(images)), workload.shape, backend=backend)
-            wait()
-
-        def decode() -> None:
-            decoder.decode(torch.zeros(images, *workload.shape, device=self.device))
-            wait()
-
-        walk(), decode()
-        walking, decoding = (statistics.median(seconds(run, self.clock) for _ in range(3)) for run in (walk, decode))
-        whole = walking * STEPS / steps + decoding
-        return {
-            "images": images,
-            "steps measured": steps,
-            "images/s": images / whole,
-            "of it decoding": decoding / whole,
-        }
+def rates(row: Row, costs: UnitCosts, ceiling: float | None) -> Row:
+    """Arithmetic per second."""
+    flops = row["U"] * costs.unet_flops + row["decodes"] * costs.decode_flops + row["flow calls"] * costs.flow_flops
+    rate = flops * row["transitions/s"] / 1e12
+    return {"TFLOP/s": rate, "of matmul": rate / ceiling if ceiling else None}
 
 
 def cell(value: Any, form: str) -> str:
@@ -156,34 +161,31 @@ def cell(value: Any, form: str) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables, and what they depend on."""
+    """The table, and what it depends on."""
     facts = {k: v for k, v in result["device"].items() if v is not None}
-    worst = max(result["gradient difference"].values())
     lines = [f"# Training step, {result['model']}, {facts['hardware']}, {result['date']}", ""]
     lines += [f"- {', '.join(f'{name} {value}' for name, value in facts.items())}"]
     lines += [f"- {result['workload']}"]
-    lines += [f"- gradients: largest difference from the published algorithm's {worst:.0e} (float32, toy networks)"]
     if result["matmul TFLOP/s"]:
         lines += [f"- bfloat16 product of 8192³: {result['matmul TFLOP/s']:.0f} TFLOP/s"]
-    if rollout := result["rollout"]:
+    if found := result["rollout"]:
         lines += [
-            f"- rollout: {rollout['images/s']:.3g} images/s ({rollout['images']} at once, {STEPS} steps and decoding), "
-            f"scaled from {rollout['steps measured']} steps"
+            f"- rollout: {found['images/s']:.3g} images/s ({found['images']} at once, {STEPS} steps and decoding), "
+            f"scaled from {found['steps measured']} steps"
         ]
-    lines += [f"- not run, for want of time: {', '.join(result['not run']) or 'nothing'}", "", NOTES]
-    for rows in result["tables"]:
-        cells = [
-            (
-                *(row["name"], cell(row.get("s"), ".3f")),
-                f"{row['fastest s']:.3f}–{row['slowest s']:.3f}" if "s" in row else "–",
-                *(cell(row.get("transitions/s"), ".2f"), cell(row.get("vs published"), ".2f")),
-                *(cell(row.get("U"), ".2f"), cell(row.get("decodes"), ".2f"), cell(row.get("peak GiB"), ".3f")),
-                *(cell(row.get("TFLOP/s"), ".3g"), cell(row.get("of matmul"), ".0%"), row.get("note", "")),
-            )
-            for row in rows
-        ]
-        lines += ["", *markdown_table(HEADER, cells)]
-    return "\n".join(lines) + "\n"
+    lines += [f"- not run, for want of time: {', '.join(result['not run']) or 'nothing'}", "", NOTES, ""]
+    cells = [
+        (
+            *(row["name"], cell(row.get("s"), ".3f")),
+            f"{row['fastest s']:.3f}–{row['slowest s']:.3f}" if "s" in row else "–",
+            *(cell(row.get("transitions/s"), ".2f"), cell(row.get("vs published"), ".2f")),
+            *(cell(row.get("U"), ".2f"), cell(row.get("decodes"), ".2f"), cell(row.get("peak GiB"), ".3f")),
+            *(cell(row.get("TFLOP/s"), ".3g"), cell(row.get("of matmul"), ".0%")),
+            *(cell(row.get("gradient difference"), ".0e"), row.get("note", "")),
+        )
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, *markdown_table(HEADER, cells)]) + "\n"
 
 
 def write(result: dict[str, Any], folders: list[Path], json_file: Path | None) -> None:
@@ -201,28 +203,21 @@ def write(result: dict[str, Any], folders: list[Path], json_file: Path | None) -
 
 def main(arguments: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
+    default = "toy" if rows.is_dry() else "sd15" if cuda else "testbed"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="sd15" if cuda else "testbed")
+    parser.add_argument("--model", choices=MODELS, default=default)
+    parser.add_argument("--rows", choices=ROWS, default="one-by-one", help="which variants")
     parser.add_argument("--resolution", type=int, help="of the images, in pixels")
-    parser.add_argument("--micro-batch", type=int, help="transitions in one network pass")
+    parser.add_argument("--micro-batch", type=int, help="most transitions in one network pass")
     parser.add_argument("--transitions", type=int, help=f"in a step; rounded up to a multiple of {DRAWN}")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--budget-seconds", type=float, default=240)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled rows out")
     parser.add_argument("--into", nargs="+", type=Path, default=[RESULTS], help="folders for the files")
     parser.add_argument("--json", type=Path, help="write this file alone")
     options = parser.parse_args(arguments)
-    bench = Bench(options, time.perf_counter() + options.budget_seconds)
-    groups = variants(bench.device.type == "cuda")
-
-    torch.backends.cudnn.allow_tf32 = False
-    difference = agreement.check(bench.device)
-    torch.backends.cudnn.allow_tf32 = True
-    print("gradients agree:", ", ".join(f"{name} {value:.0e}" for name, value in difference.items()), flush=True)
-    bench.deadline = time.perf_counter() + options.budget_seconds
-    workload = Workload(bench.model, bench.pixels, bench.device, bench.dtype)
-    costs, ceiling = workload.costs(), matmul_rate(bench.device)
+    bench = Bench(options)
+    on_cuda = bench.device.type == "cuda"
     size = f"{bench.transitions} transitions ({DRAWN} of {STEPS} steps), micro-batch {bench.micro_batch}"
     result: dict[str, Any] = {
         "theme": "step",
@@ -230,32 +225,36 @@ def main(arguments: list[str] | None = None) -> None:
         "device": device_info(),
         "model": options.model,
         "workload": f"{size}, {bench.pixels} px, {str(bench.dtype).removeprefix('torch.')}, guidance, random weights",
-        "gradient difference": difference,
-        "matmul TFLOP/s": ceiling,
-        "TFLOP": {"U": costs.unet_flops / 1e12, "decode": costs.decode_flops / 1e12, "flow": costs.flow_flops / 1e12},
+        "matmul TFLOP/s": bench.ceiling,
         "rollout": None,
-        "tables": [],
+        "rows": [],
         "not run": bench.not_run,
     }
+    written: dict[str, Row] = {}
 
-    def add(group: list[Variant]) -> None:
-        rows = bench.table(workload, group, options.rounds)
-        bench.add_rates(rows, costs, ceiling)
-        result["tables"].append(rows)
+    def publish(table: list[Row]) -> None:
+        if not rows.is_run():
+            write(result | {"rows": table}, options.into, options.json)
+        for row in table:
+            if written.get(row["name"]) != row:
+                rows.add("step", **row)
+                written[row["name"]] = dict(row)
+        result["rows"] = table
+
+    if rows.is_run():
+        rows.add("machine", "step", workload=result["workload"], **{"matmul TFLOP/s": bench.ceiling})
+    bench.table(ROWS[options.rows](on_cuda or rows.is_dry()), options.rounds, publish)
+    if bench.not_run:
+        rows.add("step", "not run, for want of time", note=", ".join(bench.not_run))
+    if not rows.is_run():
+        if bench.time_left() > 0:
+            result["rollout"] = rollout(bench.workload, full(on_cuda), images=bench.micro_batch)
+        else:
+            bench.not_run.append("rollout")
         write(result, options.into, options.json)
-        for row in rows:
-            numbers = " ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
-            print(f"{row['name']}: {numbers} {row.get('note', '')}", flush=True)
-
-    add(groups[0])
-    if bench.time_left() > 0:
-        result["rollout"] = bench.rollout(workload, groups[1][1], images=bench.micro_batch)
-    else:
-        bench.not_run.append("rollout")
-    write(result, options.into, options.json)
-    for group in groups[1:] if not options.no_compile else ():
-        add(group)
-    print(markdown(result))
+        print(markdown(result))
+    if failed := [row["name"] for row in result["rows"] if "note" in row]:
+        raise SystemExit(f"failed, see the notes: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

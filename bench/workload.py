@@ -10,6 +10,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from bench.models import Model
 from bench.naive import naive_step
@@ -27,11 +29,16 @@ from fastnabla.objective.gaussian import full
 from fastnabla.objective.residual_db import Objective
 from fastnabla.policy import Policy
 from fastnabla.random_init import default_dtype
+from fastnabla.rewards.aesthetic import Aesthetic
+from fastnabla.rewards.head import ScoreHead
+from fastnabla.rewards.options import RewardOptions
 from fastnabla.shapes import Shapes
 from fastnabla.step import BalanceStep
 from fastnabla.unit_costs import UnitCosts
 
 STEPS, DRAWN, PROMPTS = 50, 6, 4
+FIRST = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+"""What `Variant.attention` prefers."""
 
 
 class WholeDecoder(Decoder):
@@ -53,6 +60,22 @@ class Reward(nn.Module):
     def forward(self, images: Tensor, prompts: Any) -> Tensor:
         images = nn.functional.interpolate(images, (self.pixels, self.pixels), mode="bilinear", antialias=True)
         return self.net(images).mean((1, 2, 3))
+
+
+def vision_reward(config: dict[str, Any], precision: str, device: torch.device) -> Aesthetic:
+    """The aesthetic reward with random weights, its CLIP tower as `config` says."""
+    with torch.device(device):
+        clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+        head = ScoreHead(clip.config.projection_dim)
+    return Aesthetic(clip, head, RewardOptions(precision=precision))
+
+
+def preferring(attention: str) -> contextlib.AbstractContextManager:
+    """Within, torch's attention is that of `FIRST`, or another where that one cannot run, as with heads of 160."""
+    if attention not in FIRST:
+        return contextlib.nullcontext()
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(list(dict.fromkeys([FIRST[attention], *others])), set_priority=True)
 
 
 class Mixed(nn.Module):
@@ -87,15 +110,14 @@ class Workload:
         torch.manual_seed(0)
         self.unet, self.vae, self.flow = self._networks(device)
         self.unet.requires_grad_(False)
-        self.reward = Reward(model.reward_pixels).to(device, self.master)
+        self.rewards: dict[str, nn.Module] = {"small": Reward(model.reward_pixels).to(device, self.master)}
         self.conditions = self._conditions()
         for parameter in self.flow.parameters():
             parameter.data += 0.02 * self._noise(*parameter.shape)
         self.table = ddim_table(STEPS)
-        self.decoders = {lean: (Decoder if lean else WholeDecoder)(self.vae) for lean in (False, True)}
+        self.decoders: dict[tuple[bool, bool], Decoder] = {}
         self.decodes = 0
-        for decoder in self.decoders.values():
-            decoder.register_forward_hook(self._count)
+        self.batches: dict[tuple[int, str], Transitions] = {}
         self.policies: dict[tuple, Policy] = {}
 
     def _networks(self, device: torch.device | str) -> tuple[nn.Module, ...]:
@@ -123,9 +145,28 @@ class Workload:
     def _count(self, decoder: nn.Module, arguments: tuple, images: Tensor) -> None:
         self.decodes += len(images)
 
+    def reward(self, variant: Variant) -> nn.Module:
+        """The reward that `variant` has."""
+        name = variant.reward
+        if name not in self.rewards:
+            self.rewards[name] = vision_reward(self.model.vision, name, self.device)
+        return self.rewards[name]
+
+    def decoder(self, variant: Variant) -> Decoder:
+        """The decoder as `variant` has it; it counts into `decodes`."""
+        key = (variant.lean, variant.decoder_channels_last)
+        if key not in self.decoders:
+            if variant.decoder_channels_last:  # in place, so of a copy
+                decoder = Decoder(copy.deepcopy(self.vae), self.model.decode_chunk, channels_last=True)
+            else:
+                decoder = Decoder(self.vae, self.model.decode_chunk) if variant.lean else WholeDecoder(self.vae)
+            decoder.register_forward_hook(self._count)
+            self.decoders[key] = decoder
+        return self.decoders[key]
+
     def policy(self, variant: Variant) -> Policy:
         """The networks as `variant` has them; those that are set up alike are shared."""
-        key = (variant.lora, variant.channels_last, variant.compile, variant.attention)
+        key = (variant.lora, variant.channels_last, variant.compile, variant.attention == "xformers")
         if key not in self.policies:
             policy = Policy(copy.deepcopy(self.unet), self.conditions, guidance_scale=5.0)
             generator = torch.Generator(self.device).manual_seed(1)
@@ -136,13 +177,20 @@ class Workload:
                 for module in policy.modules():
                     if isinstance(module, LoraLinear):
                         module.__class__ = Linear
-            policy.optimise(variant.compile, variant.attention, variant.channels_last)
+            attention = "sdpa" if variant.attention in FIRST else variant.attention
+            policy.optimise(variant.compile, attention, variant.channels_last)
             self.policies[key] = policy
         return self.policies[key]
 
-    @torch.no_grad()
     def transitions(self, count: int, draw: str, size: int) -> Transitions:
-        """K drawn steps of each of count / K trajectories, sampled from random states `size` at a time."""
+        """K drawn steps of each of count / K trajectories, sampled from random states `size` at a time; the same ones in
+        each call."""
+        if (count, draw) not in self.batches:
+            self.batches[count, draw] = self._sampled(count, draw, size)
+        return self.batches[count, draw]
+
+    @torch.no_grad()
+    def _sampled(self, count: int, draw: str, size: int) -> Transitions:
         policy = self.policy(Variant(name="sampler", lora=True))
         trajectories = count // DRAWN
         steps = DRAWS[draw](0, 0, trajectories, STEPS, DRAWN - 1).sort(1).values
@@ -170,14 +218,13 @@ class Workload:
 
     def step(self, variant: Variant, count: int, size: int) -> tuple[Callable[[], Any], Transitions, Policy]:
         """What runs a step of `count` transitions, those, and the policy."""
-        policy, decoder = self.policy(variant), self.decoders[variant.lean]
+        policy, decoder = self.policy(variant), self.decoder(variant)
         batch = self.transitions(count, variant.draw, size)
-        settings = (self.reward, [""] * PROMPTS, self.table, Objective(beta=100.0, guidance=variant.guidance))
+        settings = (self.reward(variant), [""] * PROMPTS, self.table, Objective(beta=100.0, guidance=variant.guidance))
         parameters = [*policy.trainable(), *self.flow.parameters()]
         if variant.ours:
             backend, share = "triton" if variant.kernels else "torch", variant.draw == "runs"
             step = BalanceStep(policy, self.flow, decoder, *settings, size, backend, share)
-            size_before = step.micro_batch
             run = lambda: step(batch)  # noqa: E731
         else:
             column = count // DRAWN
@@ -188,9 +235,10 @@ class Workload:
         def whole() -> None:
             for parameter in parameters:
                 parameter.grad = None
-            with torch.autocast(self.device.type, torch.bfloat16) if variant.autocast else contextlib.nullcontext():
+            mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=variant.autocast)
+            with mixed, preferring(variant.attention):
                 run()
-            if variant.ours and step.micro_batch < size_before:
+            if variant.ours and step.micro_batch < size:
                 raise torch.OutOfMemoryError(f"fits only {step.micro_batch} transitions in a micro-batch")
             if self.device.type == "cuda":
                 torch.cuda.synchronize()

@@ -242,6 +242,7 @@ def test_small_noise_costs_no_digits(device, state_dtype):
         assert relative_error((low_score(o) - low_score(o_ref))[i], truth[i]) > 0.05
 
 
+@pytest.mark.huge
 @on_gpu
 def test_more_elements_than_32_bits_count(device):
     batch = huge_batch(device, ("output", "output_ref", "x", "x_next", "reward_score", "flow"))

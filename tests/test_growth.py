@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from bench import growth
 from bench.growth import AXES, main
 
 
@@ -18,3 +21,18 @@ def test_writes_what_it_measured_and_names_what_not(tmp_path: Path) -> None:
     assert not measured & set(result["not run"])
     assert {name.rpartition(" ")[0] for name in measured.union(result["not run"])} == AXES.keys()
     assert all(name in files[".md"].read_text() for name in result["not run"])
+
+
+def test_what_is_cut_off_leaves_the_points_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = growth._measure
+
+    def once(point: dict, workload: object) -> None:
+        if point["transitions"] > 12:
+            raise KeyboardInterrupt
+        measure(point, workload)
+
+    monkeypatch.setattr(growth, "_measure", once)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--model", "toy", "--device", "cpu", "--into", str(tmp_path)])
+    (file,) = tmp_path.glob("*.json")
+    assert [point["transitions"] for point in json.loads(file.read_text())["growth"]] == [12]

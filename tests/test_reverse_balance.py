@@ -191,6 +191,7 @@ def test_gradients_have_no_gradient(device):
         torch.autograd.grad(call(FUSED, batch).sum(), flow, create_graph=True)
 
 
+@pytest.mark.huge
 @on_gpu
 def test_more_elements_than_32_bits_count(device):
     batch = huge_batch(device, (*INPUTS, "x"))

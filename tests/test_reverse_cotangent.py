@@ -174,6 +174,7 @@ def test_offsets_of_rows_are_64_bit(device, last):
     assert out.tolist() == [[start + inside(c, p) for p in range(block)] for c in range(channels)]
 
 
+@pytest.mark.huge
 @on_gpu
 def test_more_elements_than_32_bits_count(device):
     batch = huge_batch(device, INPUTS)

@@ -1,16 +1,20 @@
-"""The benchmark of a whole step: it runs at toy size, its table says what it should, and what it compares is the same."""
+"""The benchmarks of a whole step: they run at toy size, their tables say what they should, and what they compare is the same."""
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.agreement import FLOAT32_LIMIT, FLOAT64_LIMIT, difference, toy_gradients
+from bench import agreement, rows
+from bench.agreement import FLOAT64_LIMIT, KERNELS_LIMIT, check, difference, toy_gradients, verdict
 from bench.models import TOY, Model
-from bench.variants import Variant, variants
+from bench.profiled_step import Marks, by_kernel, idle_share, watch
+from bench.variants import Variant, decisive, full, one_by_one
 from bench.whole_step import HEADER, main, markdown
+from bench.workload import Workload
 
 CPU = torch.device("cpu")
 XL = {
@@ -24,27 +28,57 @@ XL = {
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     path: Path = tmp_path_factory.mktemp("bench") / "step.json"
-    options = ["--model", "toy", "--device", "cpu", "--no-compile", "--budget-seconds", "600", "--rounds", "1"]
+    options = ["--model", "toy", "--device", "cpu", "--budget-seconds", "600", "--rounds", "1"]
     main([*options, "--transitions", "6", "--json", str(path)])
     return json.loads(path.read_text())
 
 
 def test_gradients_were_compared(result: dict) -> None:
-    assert {"published", "fastnabla: fewer passes", "these, draw=runs"} <= result["gradient difference"].keys()
-    assert max(result["gradient difference"].values()) < FLOAT32_LIMIT
+    found = {row["name"]: row.get("gradient difference") for row in result["rows"]}
+    assert found["published"] is None and found["these, guidance=terminal"] is None
+    compared = ("fastnabla: fewer passes", "+ decoder keeping less", "these, channels-last", "these, draw=runs")
+    assert all(found[name] < FLOAT64_LIMIT for name in compared)
 
 
 def test_rows_have_the_passes_of_the_plan(result: dict) -> None:
-    rows = {row["name"]: row for row in result["tables"][0]}
-    assert all("note" not in row for row in rows.values())
-    assert rows["published"]["U"] == 8
-    assert rows["these, guidance=terminal"]["U"] < rows["these, guidance=lookahead_detached"]["U"]
-    assert rows["fastnabla: fewer passes"]["U"] == pytest.approx(rows["+ decoder keeping less"]["U"])
-    assert all(row["s"] > 0 and row["peak GiB"] > 0 for row in rows.values())
+    found = {row["name"]: row for row in result["rows"]}
+    assert all("note" not in row for row in found.values())
+    assert found["published"]["U"] == 8
+    assert found["these, guidance=terminal"]["U"] < found["these, guidance=lookahead_detached"]["U"]
+    assert found["fastnabla: fewer passes"]["U"] == pytest.approx(found["+ decoder keeping less"]["U"])
+    assert all(row["s"] > 0 and row["peak GiB"] > 0 for row in found.values())
 
 
 def test_markdown_has_all_columns(result: dict) -> None:
     assert f"| {' | '.join(HEADER)} |" in markdown(result)
+
+
+def test_a_row_that_fails_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """It is written with its reason, beside the others, and the exit status tells."""
+    broken = "these, guidance=terminal"
+    step = Workload.step
+
+    def failing(self: Workload, variant: Variant, *arguments):
+        if variant.name == broken:
+            raise RuntimeError("made to fail")
+        return step(self, variant, *arguments)
+
+    monkeypatch.setattr(Workload, "step", failing)
+    monkeypatch.setattr(agreement, "toy_gradients", lambda *_: [torch.tensor([float("nan")])])
+    path = tmp_path / "step.json"
+    with pytest.raises(SystemExit, match=broken):
+        main(["--model", "toy", "--device", "cpu", "--rounds", "1", "--transitions", "6", "--json", str(path)])
+    found = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    assert found[broken]["note"] == "RuntimeError: made to fail" and "s" not in found[broken]
+    assert "GRADIENTS DIFFER" in found["fastnabla: fewer passes"]["note"] and found["fastnabla: fewer passes"]["s"] > 0
+
+
+def test_rows_are_published_one_by_one_until_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(rows.DEADLINE, str(time.time() - 1))
+    path = tmp_path / "step.json"
+    main(["--model", "toy", "--device", "cpu", "--json", str(path), "--transitions", "6"])
+    result = json.loads(path.read_text())
+    assert not result["rows"] and result["not run"] == [*(v.name for v in one_by_one(cuda=False)), "rollout"]
 
 
 @pytest.mark.parametrize(
@@ -58,9 +92,82 @@ def test_markdown_has_all_columns(result: dict) -> None:
 )
 def test_gradients_are_the_published_algorithms(name: str, model: Model) -> None:
     """In float64, to 1e-12 as measured: what they differ by in float32 is rounding. The three have all optimisations."""
-    variant = next(variant for variant in variants(cuda=False)[0] if variant.name == name)
+    variant = next(variant for variant in one_by_one(cuda=False) if variant.name == name)
     assert variant.ours and variant.lora and variant.lean
     published = Variant(name="published", ours=False, draw=variant.draw)
     expected = toy_gradients(published, CPU, torch.float64, model)
     assert all(gradient.norm() > 0 for gradient in expected)
     assert difference(toy_gradients(variant, CPU, torch.float64, model), expected) < FLOAT64_LIMIT
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU")
+def test_the_gate_of_the_kernels() -> None:
+    variant = dataclasses.replace(full(cuda=False), kernels=True)
+    found = check(variant, CPU)
+    assert FLOAT64_LIMIT < found["gradient difference"] < KERNELS_LIMIT and "note" not in found
+    assert check(dataclasses.replace(variant, reward="tf32"), CPU) == {}
+
+
+def test_decisive_rows_change_one_thing_each() -> None:
+    baseline, ours, *others = decisive(cuda=True)
+    assert not baseline.ours and ours.kernels and ours.decoder_channels_last
+    for other in others:
+        changed = [f.name for f in dataclasses.fields(ours) if getattr(ours, f.name) != getattr(other, f.name)]
+        assert len(changed) == 2 and "name" in changed
+
+
+@pytest.mark.parametrize(
+    ("actual", "verdict_begins"),
+    [
+        ([[1.0, 2.0], [3.0]], "agree"),
+        ([[1.01, 2.0], [3.0]], "agree"),
+        ([[0.0, 0.0], [3.0]], "WRONG: 1 of 2"),
+        ([[2.0, 1.0], [3.0]], "WRONG: further"),
+        ([[float("nan"), 2.0], [3.0]], "WRONG: further"),
+    ],
+)
+def test_wrong_gradients_are_told(actual: list[list[float]], verdict_begins: str) -> None:
+    tensors = [[torch.tensor(values) for values in lists] for lists in (actual, [[1.0, 2.0], [3.0]])]
+    assert verdict(*tensors, floor=0.01)["gradients"].startswith(verdict_begins)
+
+
+def test_split_charges_each_pass_to_its_network() -> None:
+    """A network's layer is made slow, forward and backward; the time shows in its phase alone."""
+    workload, variant = Workload(TOY, TOY.pixels, CPU, torch.float32), full(cuda=False)
+    run, _, policy = workload.step(variant, 6, 6)
+    decoder, delay = workload.decoder(variant), 0.02
+    calls = dict.fromkeys(("UNet", "decode", "reward"), 0)
+
+    def slow(phase: str, output: torch.Tensor) -> torch.Tensor:
+        def wait(*_) -> None:
+            time.sleep(delay)
+            calls[phase] += 1
+
+        wait()
+        if output.requires_grad:
+            output.register_hook(wait)
+        return output
+
+    policy.unet.mid_block.register_forward_hook(lambda module, arguments, output: slow("UNet", output))
+    # Its layers' weights are taken without a call of theirs, but attention is called.
+    decoder.vae.decoder.mid_block.attentions[0].register_forward_hook(lambda m, a, output: slow("decode", output))
+    reward = workload.reward(variant)
+    reward.net.register_forward_hook(lambda module, arguments, output: slow("reward", output))
+    marks = Marks(cuda=False)
+    watch(marks, policy, decoder)
+    marks("rest")
+    run()
+    marks("rest")
+    seconds = marks.seconds()
+    assert all(calls.values())
+    assert all(seconds[phase] >= delay * number for phase, number in calls.items())
+    assert sum(seconds.values()) == pytest.approx(marks.marks[-1][1] - marks.marks[0][1])
+    workload.batches.clear()
+
+
+def test_idle_share_and_kernels() -> None:
+    """Kernels of two streams overlap; nothing runs from 30 to 40."""
+    events = [("a", 0, 20), ("b", 10, 20), ("a", 12, 3), ("c", 40, 60)]
+    events = [{"name": name, "ts": start, "dur": duration} for name, start, duration in events]
+    assert idle_share(events) == pytest.approx(0.1)
+    assert by_kernel(events) == [("c", 60, 1), ("a", 23, 2), ("b", 20, 1)]

@@ -1,0 +1,76 @@
+"""Steps at micro-batch 4, 8 and 16, a rollout at 16, and bfloat16's rounding floor: `python -m bench.batch_sizes`.
+
+A step at micro-batch m is of m trajectories' 6 m transitions, so that every micro-batch is full.
+
+The floor: κ ‖o_θ − o_old‖² should be 0 at the first update, where the policy is the one that sampled. But o_old is of the
+rollout's pass, 16 trajectories at once and without a graph, and o_θ of the policy's, at the micro-batch: other shapes, other
+kernels, other rounding.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from bench import rows
+from bench.figures import MICRO_BATCHES
+from bench.measure import peak_and_seconds
+from bench.models import MODELS
+from bench.rollout import rollout
+from bench.variants import Variant, full
+from bench.workload import DRAWN, Workload
+from fastnabla.objective.gaussian import guide
+from fastnabla.policy import Policy
+
+ROLLOUT = 16
+KAPPA = 1000.0
+"""Typical of the published settings."""
+
+
+def rounding_floor(policy: Policy, x: Tensor, timestep: Tensor, prompt: Tensor, size: int) -> dict[str, float]:
+    """How far guided outputs at micro-batch `size`, with a graph, are from those of all rows at once without."""
+
+    def outputs(part: slice) -> Tensor:
+        output = policy(x[part], timestep[part], prompt[part])
+        return guide(output, policy.guidance_scale).detach().float()
+
+    with torch.no_grad():
+        old = outputs(slice(None))
+    new = torch.cat([outputs(slice(i, i + size)) for i in range(0, len(x), size)])
+    found = (new - old).square().mean().item()
+    return {"mean square": found, "of it": KAPPA * found, "relative": (found / old.square().mean().item()) ** 0.5}
+
+
+def add_step(workload: Workload, variant: Variant, size: int) -> None:
+    """The row of a step at a micro-batch: its first run, and a second one in its place if there is time."""
+    run, *_ = workload.step(variant, DRAWN * size, size)
+    for note in ({"note": "the first step"}, {}):
+        peak, taken = peak_and_seconds(run, workload.device)
+        found = {"transitions": DRAWN * size, "s": taken, "transitions/s": DRAWN * size / taken, "peak GiB": peak}
+        rows.add("micro-batch", f"micro-batch {size}", **found, **note)
+        if rows.time_left() < 1.2 * taken:
+            return
+
+
+def main(arguments: list[str] | None = None) -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="sd15" if cuda and not rows.is_dry() else "toy")
+    options = parser.parse_args(arguments)
+    model, device, variant = MODELS[options.model](), torch.device("cuda" if cuda else "cpu"), full(cuda)
+    workload = Workload(model, model.pixels, device, torch.bfloat16)
+    policy = workload.policy(variant)
+    states = workload.transitions(DRAWN * ROLLOUT, "stratified", ROLLOUT)[:ROLLOUT]
+    for size in MICRO_BATCHES:
+        floor = rounding_floor(policy, states.x, states.timestep, states.prompt, size)
+        rows.add("rounding", f"micro-batch {size}", **floor)
+    for size in MICRO_BATCHES:
+        try:
+            add_step(workload, variant, size)
+        except torch.OutOfMemoryError as error:
+            rows.add("micro-batch", f"micro-batch {size}", note=str(error).splitlines()[0])
+    rows.add("rollout", f"batch {ROLLOUT}", **rollout(workload, variant, ROLLOUT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The compiled training step against the eager one, at one static size: `python -m bench.compiled_step {blocks,whole}`.
+
+The step's transitions are m trajectories' 6 m, so that every micro-batch has m of them and each graph is compiled once. The
+compiled gradients are compared with the eager ones, and with the rounding floor: the eager ones at half the micro-batch. If
+they are wrong, the row says so and has no speed-up.
+"""
+
+import argparse
+import dataclasses
+import statistics
+
+import torch
+
+from bench import rows
+from bench.agreement import distance, taken, verdict
+from bench.measure import peak_and_seconds, seconds
+from bench.models import MODELS
+from bench.variants import Variant, full
+from bench.workload import DRAWN, Workload
+
+
+class Measured:
+    """A step of a variant at a micro-batch: its gradients, and its times."""
+
+    def __init__(self, workload: Workload, variant: Variant, transitions: int, size: int) -> None:
+        self.device, self.compiled = workload.device, variant.compile != "none"
+        self.run, _, policy = workload.step(variant, transitions, size)
+        self.first = seconds(self.run)
+        self.gradients = taken([*policy.trainable(), *workload.flow.parameters()])
+        self.transitions, self.times = transitions, []
+
+    def time(self, rounds: int = 2) -> dict[str, float | None]:
+        """Cells of the row, of as many rounds as there is time for, at least one."""
+        for _ in range(rounds):
+            if self.times and rows.time_left() < 1.2 * self.times[-1]:
+                break
+            peak, taken_s = peak_and_seconds(self.run, self.device, self.compiled)
+            self.times.append(taken_s)
+        median = statistics.median(self.times)
+        numbers = {"s": median, "fastest s": min(self.times), "slowest s": max(self.times), "rounds": len(self.times)}
+        return numbers | {"transitions/s": self.transitions / median, "peak GiB": peak, "first s": self.first}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("how", choices=("blocks", "whole"))
+    parser.add_argument("--model", choices=MODELS, default="sd15" if cuda and not rows.is_dry() else "toy")
+    parser.add_argument("--micro-batch", type=int, help="m")
+    options = parser.parse_args(arguments)
+    model, device = MODELS[options.model](), torch.device("cuda" if cuda else "cpu")
+    size = options.micro_batch or max(2, model.micro_batch // 2)
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    workload = Workload(model, model.pixels, device, torch.bfloat16 if cuda else torch.float32)
+    variant = full(cuda)
+
+    eager = Measured(workload, variant, DRAWN * size, size)
+    times = eager.time()
+    rows.add("compiled", f"eager, for {options.how}", **{"micro-batch": size}, **times)
+    floor = distance(Measured(workload, variant, DRAWN * size, size // 2).gradients, eager.gradients)
+    rows.add("compiled", options.how, note=f"compiling, not ended; {rows.time_left():.0f} s were left")
+    compiled = Measured(workload, dataclasses.replace(variant, compile=options.how), DRAWN * size, size)
+    gradients = verdict(compiled.gradients, eager.gradients, floor)
+    found = {"micro-batch": size, **compiled.time(), **gradients, "graphs": graphs()}
+    found["compilation s"] = compiled.first - found["s"]
+    if gradients["gradients"] == "agree":
+        found["speed-up"] = times["s"] / found["s"]
+    else:
+        found["note"] = gradients["gradients"]
+    rows.add("compiled", options.how, **found)
+    if gradients["gradients"] != "agree":
+        raise SystemExit(f"compile = {options.how}: gradients {gradients['gradients']}")
+
+
+def graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Add the machine to a GPU run, or say why it cannot be used: `python -m bench.machine`."""
+
+import datetime
+import os
+import shutil
+import sys
+
+import torch
+
+from bench import rows
+from bench.measure import device_info
+
+
+def main() -> None:
+    if not torch.cuda.is_available() and not rows.is_dry():
+        sys.exit("torch sees no CUDA device here. To exercise the code without one: FASTNABLA_BENCH_DRY=1 bench/gpu.sh")
+    now = datetime.datetime.now(datetime.UTC)
+    tools = {tool: shutil.which(tool) or "not in PATH" for tool in ("nvcc", "compute-sanitizer")}
+    cores = len(os.sched_getaffinity(0))
+    rows.add("machine", "machine", date=f"{now:%Y-%m-%d %H:%M} UTC", **device_info(), cores=cores, **tools)
+
+
+if __name__ == "__main__":
+    main()
