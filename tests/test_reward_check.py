@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastnabla.rewards import PUBLISHED
-from fastnabla.rewards.__main__ import main, sample_images
-from fastnabla.rewards.inspection import SavedBytes, gradient_error, inspect_reward
+from fastnabla.rewards import PUBLISHED, RewardOptions
+from fastnabla.rewards.__main__ import in_float32, main, sample_images
+from fastnabla.rewards.inspection import SavedBytes, deviation, gradient_error, inspect_reward
+from tests.golden_rewards import TINY
 
 IMAGES = sample_images(None, 3, 32)
 PROMPTS = ["a", "b", "a"]
@@ -128,3 +129,24 @@ def test_saved_bytes_counts_each_storage_once_without_parameters() -> None:
         y = layer(x)
         (y * y.exp()).sum()
     assert saved.total == 3 * 4 * 8 * 4  # x, y and its exponential
+
+
+def test_deviation_from_float32_is_told() -> None:
+    """Of a reward that rounds more, whose gradient and rows are tried in float32; a reward of one's own is copied for that."""
+    halved, exact = TINY["hpsv2"](RewardOptions(precision="bf16")), TINY["hpsv2"]()
+    found = {finding.what: finding for finding in inspect_reward(halved, IMAGES, ["0", "1", "0"], exact)}
+    plain = {finding.what: finding for finding in inspect_reward(exact, IMAGES, ["0", "1", "0"])}
+    assert found["precision"].result.startswith("off from float32: values by up to ") and "precision" not in plain
+    assert [found[what] for what in ("gradient", "rows", "values")] == [
+        plain[what] for what in ("gradient", "rows", "values")
+    ]
+    values, gradients = deviation(halved, exact, IMAGES, ["0", "1", "0"])
+    assert 0 < values.abs().max() < 1e-2 and 1e-3 < gradients.min() <= gradients.max() < 5e-2
+
+    cpu = torch.device("cpu")
+    own = TINY["hpsv2"]()
+    own.precision = "bf16"
+    copied = in_float32("module:own", own, cpu, RewardOptions())
+    assert (copied.precision, own.precision) == ("float32", "bf16")
+    assert in_float32("module:own", exact, cpu, RewardOptions()) is None
+    assert in_float32("module:own", lambda images, prompts: images, cpu, RewardOptions()) is None
