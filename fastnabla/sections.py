@@ -85,7 +85,8 @@ class RolloutConfig:
     updates: int = 2
     """Optimizer updates per rollout and inner epoch, each on its own share of the trajectories; divides their number."""
     batch: int = 16
-    """Trajectories sampled at once; memory only, the samples do not depend on it."""
+    """Trajectories sampled at once; memory only, the samples do not depend on it. A compiled network has at most as many
+    in a pass as the training step has transitions."""
     epochs: int = 1
     """Inner epochs: how often a rollout's trajectories are gone over, each time for `updates` updates, split among them
     anew from the second on. The drawn steps stay, and with them what the reference network gives, which is computed
