@@ -1,18 +1,19 @@
 """The compiled training step against the eager one, at one static size: `python -m bench.compiled_step {blocks,whole}`.
 
-The step's transitions are m trajectories' 6 m, so that every micro-batch has m of them and each graph is compiled once. The
-compiled gradients are compared with the eager ones, and with the rounding floor: the eager ones at half the micro-batch. If
-they are wrong, the row says so and has no speed-up.
+The step's transitions are m trajectories' 6 m, so that every micro-batch has m of them and each graph is compiled once.
+`bench.agreement.verdict` compares the gradients. If they are wrong, the row says so and has no speed-up. A dry run traces the
+graphs and their backward passes, but generates no code, which takes minutes on a CPU.
 """
 
 import argparse
 import dataclasses
+import functools
 import statistics
 
 import torch
 
 from bench import rows
-from bench.agreement import distance, taken, verdict
+from bench.agreement import network_pass, taken, verdict
 from bench.measure import peak_and_seconds, seconds
 from bench.models import MODELS
 from bench.variants import Variant, full
@@ -51,16 +52,23 @@ def main(arguments: list[str] | None = None) -> None:
     model, device = MODELS[options.model](), torch.device("cuda" if cuda else "cpu")
     size = options.micro_batch or max(2, model.micro_batch // 2)
     torch._dynamo.config.automatic_dynamic_shapes = False
+    if rows.is_dry():
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
     workload = Workload(model, model.pixels, device, torch.bfloat16 if cuda else torch.float32)
     variant = full(cuda)
 
     eager = Measured(workload, variant, DRAWN * size, size)
     times = eager.time()
     rows.add("compiled", f"eager, for {options.how}", **{"micro-batch": size}, **times)
-    floor = distance(Measured(workload, variant, DRAWN * size, size // 2).gradients, eager.gradients)
     rows.add("compiled", options.how, note=f"compiling, not ended; {rows.time_left():.0f} s were left")
-    compiled = Measured(workload, dataclasses.replace(variant, compile=options.how), DRAWN * size, size)
-    gradients = verdict(compiled.gradients, eager.gradients, floor)
+    other = dataclasses.replace(variant, compile=options.how)
+    compiled = Measured(workload, other, DRAWN * size, size)
+    batch = workload.transitions(DRAWN * size, variant.draw, size)[:size]
+    passes = [
+        network_pass(workload, *of)
+        for of in ((other, batch, size), (variant, batch, size), (variant, batch, size // 2))
+    ]
+    gradients = verdict(compiled.gradients, eager.gradients, *passes)
     found = {"micro-batch": size, **compiled.time(), **gradients, "graphs": graphs()}
     found["compilation s"] = compiled.first - found["s"]
     if gradients["gradients"] == "agree":

@@ -68,7 +68,7 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-SETUP = ("env", "-C", str(ROOT), PYTHON, "setup.py", "build_ext")
+SETUP = ("env", "-C", str(ROOT / "build" / "source"), PYTHON, "setup.py", "build_ext")
 WORKERS = ("-n", "2" if rows.is_dry() else "8") if has("xdist") else ()
 TESTBED = ("fastnabla.train", "testbed", "--updates", "2", "--rollout.trajectories", "8", "--compute.compile", "none")
 TESTBED += (

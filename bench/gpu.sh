@@ -19,6 +19,11 @@ ln -sfn "$root/kernels" "$tree/fastnabla/kernels"
 for entry in "$root"/*; do
   case ${entry##*/} in fastnabla | kernels | build) ;; *) ln -s "$entry" "$tree/" ;; esac
 done
+# What setup.py builds the extension from, without pyproject.toml, which setuptools before 77 cannot read.
+source=$root/build/source
+rm -rf "$source"
+mkdir -p "$source"
+ln -s "$root"/{setup.py,csrc} "$source/"
 cd "$tree"
 export PYTHONPATH=$tree${PYTHONPATH:+:$PYTHONPATH}
 exec "$python" -m bench.gpu "$@"

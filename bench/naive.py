@@ -79,4 +79,4 @@ def naive_step(
                 residual = keep * (score_reverse - score_ref_reverse + flow_here + reward_here)
                 loss = loss + reverse * residual.square().mean()
         loss = loss + (score - target).square().mean()
-        (loss / len(slots)).backward(inputs=[*policy.trainable(), *(flow.parameters() if flow is not None else ())])
+        (loss / len(slots)).backward(inputs=[*policy.weights(), *(flow.parameters() if flow is not None else ())])

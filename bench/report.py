@@ -28,8 +28,9 @@ NOTES = {
     "networks, from the published algorithm's; a row with a failed check is no result.",
     "profile": "Shares: of the time on the device between marks, while it is profiled, which takes longer. Idle: of the time\n"
     "between the step's first and last kernel, when no kernel ran. Kernels: the 20 that took longest.",
-    "compiled": "Difference: of the whole gradient in bfloat16, from the eager step's. Floor: of the eager step at half the\n"
-    "micro-batch, from the same. A row whose gradients are wrong has no speed-up. Compilation: first step less a later one.",
+    "compiled": "Off by: of a compiled pass's output and of its gradients to input and LoRA, relative to the eager ones.\n"
+    "Floor: of the eager pass in two halves, likewise. A row whose gradients are wrong has no speed-up. Compilation: the\n"
+    "first step less a later one.",
     "micro-batch": "Steps of 6 m transitions, so that each micro-batch is full. Wall clock.",
     "rounding": "o_old from the rollout's pass at batch 16 without a graph, o_θ from the policy's pass at the micro-batch;\n"
     "same weights, so the trust region's mean square should be 0. Of it: times κ = 1000.",

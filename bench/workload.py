@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -76,6 +75,18 @@ def preferring(attention: str) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(list(dict.fromkeys([FIRST[attention], *others])), set_priority=True)
+
+
+class PeftLinear(LoraLinear):
+    """The adapter as PEFT's own layer computes it: in float32, of a copy of the activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        if not self.is_on:
+            return y
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        down, up = self.factors(x)
+        return y + nn.functional.linear(nn.functional.linear(x, down), up).to(y.dtype)
 
 
 class Mixed(nn.Module):
@@ -176,7 +187,7 @@ class Workload:
             if not variant.lora:
                 for module in policy.modules():
                     if isinstance(module, LoraLinear):
-                        module.__class__ = Linear
+                        module.__class__ = PeftLinear
             attention = "sdpa" if variant.attention in FIRST else variant.attention
             policy.optimise(variant.compile, attention, variant.channels_last)
             self.policies[key] = policy

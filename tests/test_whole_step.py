@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from bench import agreement, rows
-from bench.agreement import FLOAT64_LIMIT, KERNELS_LIMIT, check, difference, toy_gradients, verdict
+from bench.agreement import (
+    FLOAT64_LIMIT,
+    KERNELS_LIMIT,
+    check,
+    difference,
+    distance,
+    network_pass,
+    toy_gradients,
+    verdict,
+)
 from bench.models import TOY, Model
 from bench.profiled_step import Marks, by_kernel, idle_share, watch
 from bench.variants import Variant, decisive, full, one_by_one
@@ -117,18 +126,28 @@ def test_decisive_rows_change_one_thing_each() -> None:
 
 
 @pytest.mark.parametrize(
-    ("actual", "verdict_begins"),
+    ("step", "passed", "begins"),
     [
-        ([[1.0, 2.0], [3.0]], "agree"),
-        ([[1.01, 2.0], [3.0]], "agree"),
-        ([[0.0, 0.0], [3.0]], "WRONG: 1 of 2"),
-        ([[2.0, 1.0], [3.0]], "WRONG: further"),
-        ([[float("nan"), 2.0], [3.0]], "WRONG: further"),
+        ([[1.0, 2.0], [9.0]], [1.01, 2.0], "agree"),
+        ([[0.0, 0.0], [9.0]], [1.0, 2.0], "WRONG: 1 of 2 tensors are 0"),
+        ([[1.0, 2.0], [float("inf")]], [1.0, 2.0], "WRONG: not finite"),
+        ([[1.0, 2.0], [9.0]], [1.5, 2.0], "WRONG: LoRA"),
+        ([[1.0, 2.0], [9.0]], [float("nan"), 2.0], "WRONG: LoRA"),
     ],
 )
-def test_wrong_gradients_are_told(actual: list[list[float]], verdict_begins: str) -> None:
-    tensors = [[torch.tensor(values) for values in lists] for lists in (actual, [[1.0, 2.0], [3.0]])]
-    assert verdict(*tensors, floor=0.01)["gradients"].startswith(verdict_begins)
+def test_wrong_gradients_are_told(step: list[list[float]], passed: list[float], begins: str) -> None:
+    """A step's may be far apart, but not 0; a pass may be off by three times its halves' rounding."""
+    steps = [[torch.tensor(values) for values in lists] for lists in (step, [[1.0, 2.0], [3.0]])]
+    passes = [{"output": [torch.ones(1)], "LoRA": [torch.tensor(v)]} for v in (passed, [1.0, 2.0], [1.02, 2.0])]
+    assert verdict(*steps, *passes)["gradients"].startswith(begins)
+
+
+def test_a_pass_in_parts_is_the_whole() -> None:
+    workload, variant = Workload(TOY, TOY.pixels, CPU, torch.float64), full(cuda=False)
+    batch = workload.transitions(6, variant.draw, 6)
+    whole, parts = (network_pass(workload, variant, batch, size) for size in (6, 4))
+    assert whole.keys() == parts.keys() and all(any(tensor.any() for tensor in whole[name]) for name in whole)
+    assert all(distance(parts[name], whole[name]) < 1e-10 for name in whole)
 
 
 def test_split_charges_each_pass_to_its_network() -> None:
