@@ -9,11 +9,11 @@ OLDEST := .venv-oldest/bin
 
 # What test-oldest runs: the tests of what depends on torch's and Triton's versions and runs on a GPU.
 OLDEST_TESTS := $(patsubst %,tests/test_%.py, \
-  compiling compiled_gradients decoder decoder_layout decoder_memory frozen_layers policy lora recomputing \
+  compiling compiled_gradients decoder decoder_layout frozen_layers policy lora recomputing \
   half_precision sharding out_of_memory \
   forward_balance reverse_balance reverse_cotangent guided_step gaussian_log_prob launching machine_code \
-  losses balance step second_order whole_step ddpo direct guards buffer buffer_ops buffer_pinned replay extension \
-  reward_models determinism)
+  losses balance step whole_step guards buffer buffer_ops buffer_pinned extension \
+  reward_models)
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help

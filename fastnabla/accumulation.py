@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -52,7 +53,7 @@ class Part(Protocol):
 
     @property
     def pass_rows(self) -> tuple[int, ...]:
-        """Numbers of rows that network passes take, of which each kind of part has equally many."""
+        """Rows of its network passes, in an order that all parts of a step share; the first are all of its rows."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +162,7 @@ class Accumulation:
             return
         own, *others = (max(rows) for rows in zip(*(part.pass_rows for part in parts), strict=True))
         largest = max((own, *self.policy.static_rows))
-        smaller = [*self.policy.static_rows[:-1], *(rows for rows in others if 2 * rows <= own)]
+        smaller = [*self.policy.static_rows[:-1], *(rows for rows in others if 0 < 2 * rows <= own)]
         self.policy.static_rows = (*([max(smaller)] if smaller else ()), largest)
 
     def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -192,7 +193,7 @@ class Accumulation:
         of half precision."""
         mixed = self.policy.dtype in (torch.bfloat16, torch.float16)
         rows, static = len(states), max(self.policy.static_rows, default=1)
-        padded = -(-rows // static) * static
+        padded = math.ceil(rows / static) * static if self.policy.compile == "whole" else rows
         if padded > rows:
             states, timestep, prompt = pad_rows((states, timestep, prompt), padded)
         with torch.autocast(states.device.type, torch.bfloat16, enabled=mixed):

@@ -75,7 +75,7 @@ def measured_rate(policy: Policy, costs: UnitCosts, rows: int) -> float:
         rows: transitions in the pass on a GPU; on a CPU one will do.
     """
     device, shapes = policy.conditions.device, costs.shapes
-    rows = rows if device.type == "cuda" else 1
+    rows = max(policy.static_rows, default=rows if device.type == "cuda" else 1)
     x = torch.randn(rows, *shapes.sample_shape, device=device)
     zeros = torch.zeros(rows, dtype=torch.int64, device=device)
     policy.conditions.ensure(torch.zeros(1, dtype=torch.int64))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastnabla.accumulation import StepReport
-from fastnabla.zero_gradients import require_gradient
+from fastnabla.zero_gradients import REWARD_GRADIENT, require_gradient
 
 logger = logging.getLogger("fastnabla")
 
@@ -41,10 +41,14 @@ class Guard:
         timestep: timesteps by step, `[T]`.
         most: so many skipped updates in a row end the run.
         skipped: updates skipped last, in a row, if the run is resumed.
+        clips: rewards are clipped, so that a batch of them may rightly have no gradient.
     """
 
-    def __init__(self, prompts: Sequence[str], timestep: Tensor, most: int, skipped: int = 0) -> None:
+    def __init__(
+        self, prompts: Sequence[str], timestep: Tensor, most: int, skipped: int = 0, clips: bool = False
+    ) -> None:
         self.prompts, self.timestep, self.most, self.skipped = prompts, timestep.tolist(), most, skipped
+        self.clips = clips
         self._sources = self._remedy = ""
 
     def accepts(self, update: int, report: StepReport, norms: dict[str, Tensor]) -> bool:
@@ -59,6 +63,9 @@ class Guard:
         values = torch.stack([value.to(loss) for value in (loss, *norms.values(), *report.signals.values())]).tolist()
         if all(map(math.isfinite, values)):
             signals = dict(zip(report.signals, values[1 + len(norms) :], strict=True))
+            if self.clips and signals.get(REWARD_GRADIENT) == 0:
+                logger.warning("update %d: no reward has a gradient; all may be beyond reward.clip", update)
+                del signals[REWARD_GRADIENT]
             require_gradient(update, signals, values[1 + list(norms).index("grad_norm_lora")], report.path)
             self.skipped = 0
             return True

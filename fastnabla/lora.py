@@ -106,8 +106,12 @@ class Lora:
     def weights(self, dtype: torch.dtype) -> list[Tensor]:
         """What the layers compute with in a network of type `dtype`, in the order of `masters`: those themselves, or if it
         is of half precision or there is `one_graph`, leaves with copies of their values, which gradients are taken to
-        instead. A `backward` to them adds to the masters' `.grad`."""
+        instead. A `backward` to them adds to the masters' `.grad`. Several passes' gradients are summed in `dtype`.
+
+        The copies are as new as the last pass of a `Policy`: who calls the network itself calls `refresh` before.
+        """
         if dtype not in (torch.bfloat16, torch.float16) and not self.one_graph:
+            self._forget()
             return self.masters
         if [(p.device, dtype) for p in self.masters] != [(p.device, p.dtype) for p in self._copies]:
             self._copies = [torch.empty_like(master, dtype=dtype).requires_grad_() for master in self.masters]
@@ -128,6 +132,12 @@ class Lora:
         """
         if self.weights(dtype) is not self.masters:
             torch._foreach_copy_(self._values, [master.detach() for master in self.masters])
+
+    def _forget(self) -> None:
+        if self._copies:
+            self._copies = []
+            for layer in self.layers:
+                layer.copies = None
 
     def enable(self, enabled: bool) -> None:
         """Make the network the finetuned one, or the pretrained one."""

@@ -31,8 +31,8 @@ class MicroBatch:
 
     @property
     def pass_rows(self) -> tuple[int, int]:
-        """Rows of passes at x, and at x'."""
-        return len(self.rows), len(self.tails)
+        """Rows of passes at x, and at x', where finished samples need none."""
+        return len(self.rows), 0 if self.last else len(self.tails)
 
     @property
     def tails(self) -> Tensor:

@@ -117,7 +117,7 @@ class Policy(nn.Module):
         """Choose how the networks compute; what they compute stays the same, beyond rounding.
 
         A compiled network with a LoRA is one graph for each number of rows, whatever is asked of it: a pass without
-        gradient keeps the graph for nothing, gradients of the LoRA are computed where only those of the input are wanted
+        gradient builds a graph and throws it away, gradients of the LoRA are computed where only those of the input are wanted
         (0.6 % more arithmetic in a backward pass of Stable Diffusion 1.5), and the reference has B = 0. Otherwise two graphs of one network would
         round differently in half precision, and what should cancel in ``o_θ − o_ref`` and ``o_θ − o_old`` would not.
 
@@ -257,8 +257,8 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def constant_weights(self) -> Iterator[None]:
-        """Within, outputs carry no gradient to the parameters, and keep nothing for one; but for a compiled network's,
-        whose gradients are just not to be asked for."""
+        """Within, outputs carry no gradient to the parameters, and keep nothing for one. A compiled network with a LoRA still
+        has them, and they are not to be asked for."""
         weights = [] if self.is_lora else self.weights()
         if self.lora is not None:
             self.lora.switches.constant = not self._one_graph

@@ -263,7 +263,7 @@ def train_to_the_end(trainer: Trainer, run: Path, console: Console, resume: bool
         fail(trainer.world, error, f"{error} The newest checkpoint is from before that.")
         return DIVERGED
     except ZeroGradientError as error:
-        fail(trainer.world, error, f"{error} The newest checkpoint is intact; with the remedy, {go_on}")
+        fail(trainer.world, error, f"{error} A run keeps its settings: begin a new one with the remedy.")
         return 1
     except CheckpointError as error:
         fail(trainer.world, error)

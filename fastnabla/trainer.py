@@ -102,9 +102,7 @@ class Trainer:
         method = METHODS[config.method]
         self.step = method.build(config, networks, self.reward, self.prompts.texts)
         self.step.world = world
-        if self.policy.compile != "none":
-            most = math.ceil(max(method.cost(config).rows.values()) / world.size)
-            self.policy.static_rows = (math.ceil(most / math.ceil(most / config.memory.micro_batch)),)
+        self._fix_rows()
         self.sampler = Sampler(config, self.policy, self.table, self.sample_shape, world)
         self.buffer: TrajectoryBuffer | None = None
         if method.stores:
@@ -183,6 +181,7 @@ class Trainer:
         )
         checkpoints = Checkpoints(run, state, fingerprint(config, self.prompts), config.checkpoint_keep, world)
         done = checkpoints.load() if resume else Progress()
+        self._fix_rows()  # the micro-batch may have been halved
         update, rollout = done.update, done.rollout
         check_length(update, config.updates)
         self.source.rollouts[:] = done.rollouts
@@ -193,7 +192,8 @@ class Trainer:
             write_file(run / "config.json", to_json(config))
         tracker = Tracker(run, config.tracker, dataclasses.asdict(config), update) if world.is_main else Records()
         tracker.records = world.tell(lambda: tracker.records)
-        guard = Guard(self.prompts.texts, self.table.timestep, config.max_skipped, tracker.last_in_a_row("skipped"))
+        in_a_row, clips = tracker.last_in_a_row("skipped"), config.reward.clip is not None
+        guard = Guard(self.prompts.texts, self.table.timestep, config.max_skipped, in_a_row, clips)
         anomalies = Anomalies(policy=self.policy, flow=self.flow, reward=self.reward, step=self.step)
         meter = GpuMeter(self.device)
         meter.start()
@@ -298,6 +298,12 @@ class Trainer:
         if passed:
             raise BoundPassed(passed)
         return tracker.records
+
+    def _fix_rows(self) -> None:
+        """Let a compiled policy's passes have the rows of the step's largest part, in rollouts too."""
+        if self.policy.compile != "none":
+            most = math.ceil(max(METHODS[self.config.method].cost(self.config).rows.values()) / self.world.size)
+            self.policy.static_rows = (math.ceil(most / math.ceil(most / self.step.micro_batch)),)
 
     def _evaluate(self, run: Path, tracker: Records, update: int, before: Tensor, meter: GpuMeter) -> None:
         """Measure the policy and write its pictures and weights; the record comes last, and says that all is done."""

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from fastnabla.compiling import compiled
+from fastnabla.conditions import Conditions
 from fastnabla.decoder import Decoder
 from fastnabla.policy import Policy
-from tests.checks import relative_error
+from tests.checks import randn, relative_error
 from tests.golden import Flow, GoldenStep, load_step
 from tests.kernel_cases import on_cpu, on_each_device, on_gpu
 from tests.test_compiling import TINY
@@ -139,6 +140,26 @@ def test_gradients_on_a_gpu(
     compile: str, guidance: str, checkpoint: bool, backend: str, decoder: str, device: str
 ) -> None:
     check(device, compile, guidance, checkpoint, backend, decoder)
+
+
+@on_cpu
+def test_convolutions_without_guidance_in_half_precision(device: str) -> None:
+    """A LoRA on convolutions too, one row a transition, bfloat16, whose sums in another order are off by some 2⁻⁸."""
+
+    def gradients(compile: str) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(**TINY, cross_attention_dim=16).bfloat16()
+        targets = ("to_q", "to_out.0", "conv1")
+        policy = Policy(unet, Conditions(randn(3, 7, 16).bfloat16()), None, rank=2, targets=targets).to(device)
+        for parameter in policy.trainable():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        policy.optimise(compile)
+        x, timestep, prompt = randn(3, 4, 8, 8).requires_grad_(), torch.tensor([901, 501, 1]), torch.tensor([0, 1, 0])
+        output = policy(x, timestep, prompt)
+        return torch.autograd.grad(output.float().square().sum(), [x, *policy.weights()])
+
+    for actual, wanted in zip(gradients("blocks"), gradients("none"), strict=True):
+        assert actual.any() and relative_error(actual, wanted) < 0.05
 
 
 @on_each_device

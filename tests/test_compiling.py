@@ -78,6 +78,8 @@ def test_no_micro_batch_compiles_anew(guidance: str, share: bool, monkeypatch: p
     conditions = golden.policy.conditions
     unet = UNet2DConditionModel(**TINY, cross_attention_dim=conditions.width).requires_grad_(False)
     golden = dataclasses.replace(golden, policy=Policy(unet, conditions, guidance_scale=3.0, rank=2))
+    for parameter in golden.policy.trainable():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
     step = golden.step(100, guidance=guidance, share=share)
     transitions = batch(golden)
     parts = ((transitions, 100), (transitions[:8], 100), (transitions, 4), (different_cut(golden), 2), (transitions, 1))
@@ -113,6 +115,40 @@ def test_padded_rows_are_counted_and_running_out_of_memory_ends_them() -> None:
     compute, step._micro_step = step._micro_step, fails_once
     step(batch(golden))
     assert step.micro_batch == 3 and golden.policy.static_rows == (3,)
+
+
+def test_next_states_have_a_size_of_their_own_where_passes_are_shared() -> None:
+    """Whatever number of last transitions there is, which have no pass at x'."""
+    golden = load_step(GOLDEN)
+    golden.policy.compile = "whole"  # as far as the step knows
+    runs = [run_of(golden, trajectory, [0, 1, 2, 3]) for trajectory in range(2)]
+    last = [run_of(golden, trajectory, [len(golden.table) - 1]) for trajectory in range(8)]
+    report = golden.step(8, share=True)(joined(*runs, *last))
+    assert golden.policy.static_rows == (2, 8)
+    assert report.passes == {"inner": (6 * 8 + 2 * 2) / 8, "last": 3}
+
+
+def test_every_shape_of_a_block_has_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one class share a limit: Stable Diffusion 1.5 has 15 shapes of a residual block."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    network = nn.ModuleList(nn.Linear(width, 1) for width in range(1, 101))
+    compiling.compile_blocks(network, (nn.Linear,))
+    for layer in network:
+        layer(torch.ones(2, layer.in_features))
+    assert counters["stats"]["unique_graphs"] == 100
+
+
+def test_compiled_and_not_again() -> None:
+    policy = Policy(UNet2DConditionModel(**TINY, cross_attention_dim=16), Conditions(randn(3, 7, 16)), 5.0, rank=2)
+    x, timestep, prompt = randn(2, 4, 8, 8), torch.full((2,), 501), torch.tensor([0, 1])
+    policy.lora.one_graph = True  # as compiled
+    before = policy(x, timestep, prompt)
+    policy.lora.one_graph = False
+    for parameter in policy.trainable():
+        parameter.data.add_(0.1)
+    after = policy(x, timestep, prompt)
+    assert not torch.equal(before, after)
+    assert all(gradient.any() for gradient in torch.autograd.grad(after.sum(), policy.weights()))
 
 
 def test_graph_is_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,11 +91,13 @@ def test_a_zero_gradient_is_an_error_unless_nothing_drives_it() -> None:
     assert guard().accepts(5, settled, zero)
 
 
-def test_a_zero_reward_gradient_is_an_error() -> None:
+def test_a_zero_reward_gradient_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
     without = report()
     without.signals[REWARD_GRADIENT] = torch.tensor(0.0)
     with pytest.raises(ZeroGradientError, match=r"update 5: the reward's gradient is zero in every row.*the path"):
         guard().accepts(5, without, NORMS)
+    assert Guard(PROMPTS, TIMESTEP, 3, clips=True).accepts(5, without, NORMS)
+    assert "update 5: no reward has a gradient; all may be beyond reward.clip" in caplog.text
     del without.signals[REWARD_GRADIENT]  # of a method that asks for values alone
     assert guard().accepts(5, without, NORMS)
 
