@@ -97,7 +97,11 @@ def test_the_lag_starts_with_two_rollouts_of_the_pretrained_model(run: Path, tmp
     """The first round is that of the run without a lag, bit for bit; the second's trust region acts at once."""
     without_pictures(Trainer(replayed(0, updates=2))).train(tmp_path)
     ours = records_of(run)
-    assert ours[:2] == records_of(tmp_path)
+    # The trust region's floor is known only where the update learns from the policy as it is.
+    without = [
+        {name: value for name, value in record.items() if name != "trust_floor"} for record in records_of(tmp_path)
+    ]
+    assert ours[:2] == without
     assert ours[0]["loss_trust_region"] < 1e-9 < ours[2]["loss_trust_region"]
 
 
