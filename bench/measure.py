@@ -204,29 +204,30 @@ def launches(run: Run, calls: int = 4) -> float | None:
     """Kernels, copies and fills that one call puts on the device, by torch.profiler; None if it sees none."""
     if not torch.cuda.is_available():
         return None
-    _wake_profiler()
-    run()
-    torch.cuda.synchronize()
-    return (_profile(run, calls) / calls) or None
 
-
-@functools.cache
-def _wake_profiler() -> None:
-    """Profile something: the first profile of a process can miss kernels."""
-    _profile(lambda: torch.zeros(1, device="cuda"), 1)
-
-
-def _profile(run: Run, calls: int) -> int:
     def all_calls() -> None:
         for _ in range(calls):
             run()
 
-    return len(device_events(all_calls))
+    run()
+    torch.cuda.synchronize()
+    return (len(device_events(all_calls)) / calls) or None
 
 
 def device_events(run: Run) -> list[dict[str, Any]]:
     """The kernels, copies and fills that a call puts on the device, as torch.profiler's trace has them: "name", "ts" and
     "dur" in µs. The host is not traced, which would slow it down."""
+    _wake_profiler()
+    return _trace(run)
+
+
+@functools.cache
+def _wake_profiler() -> None:
+    """Profile something: the first profile of a process can miss kernels."""
+    _trace(lambda: torch.zeros(1, device="cuda"))
+
+
+def _trace(run: Run) -> list[dict[str, Any]]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()

@@ -146,6 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows.add("profile", "kernels", note="no device to be profiled")
         return
     events = device_events(marked)
+    if not events:
+        raise SystemExit("torch.profiler saw no kernel: no idle share, no list of kernels")
     rows.add("profile", "split", **numbers, idle=idle_share(events), kernels=len(events))
     total = sum(event["dur"] for event in events)
     for name, microseconds, calls in by_kernel(events):

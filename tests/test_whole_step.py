@@ -21,7 +21,7 @@ from bench.agreement import (
 )
 from bench.models import TOY, Model
 from bench.profiled_step import Marks, by_kernel, idle_share, watch
-from bench.variants import Variant, decisive, full, one_by_one
+from bench.variants import ROWS, Variant, decisive, full, one_by_one
 from bench.whole_step import HEADER, main, markdown
 from bench.workload import Workload
 
@@ -64,7 +64,7 @@ def test_markdown_has_all_columns(result: dict) -> None:
 
 def test_a_row_that_fails_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """It is written with its reason, beside the others, and the exit status tells."""
-    broken = "these, guidance=terminal"
+    spoilt, broken = "fastnabla: fewer passes", "these, guidance=terminal"
     step = Workload.step
 
     def failing(self: Workload, variant: Variant, *arguments):
@@ -72,14 +72,17 @@ def test_a_row_that_fails_hides_no_other(tmp_path: Path, monkeypatch: pytest.Mon
             raise RuntimeError("made to fail")
         return step(self, variant, *arguments)
 
+    some = [variant for variant in one_by_one(cuda=False) if variant.name in ("published", spoilt, broken)]
+    monkeypatch.setitem(ROWS, "one-by-one", lambda cuda: some)
     monkeypatch.setattr(Workload, "step", failing)
     monkeypatch.setattr(agreement, "toy_gradients", lambda *_: [torch.tensor([float("nan")])])
+    monkeypatch.setattr(agreement, "published_gradients", lambda *_: [torch.ones(1)])
     path = tmp_path / "step.json"
     with pytest.raises(SystemExit, match=broken):
         main(["--model", "toy", "--device", "cpu", "--rounds", "1", "--transitions", "6", "--json", str(path)])
     found = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
     assert found[broken]["note"] == "RuntimeError: made to fail" and "s" not in found[broken]
-    assert "GRADIENTS DIFFER" in found["fastnabla: fewer passes"]["note"] and found["fastnabla: fewer passes"]["s"] > 0
+    assert "GRADIENTS DIFFER" in found[spoilt]["note"] and found[spoilt]["s"] > 0 and "note" not in found["published"]
 
 
 def test_rows_are_published_one_by_one_until_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
