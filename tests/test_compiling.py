@@ -131,10 +131,15 @@ def test_next_states_have_a_size_of_their_own_where_passes_are_shared() -> None:
 def test_every_shape_of_a_block_has_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one class share a limit: Stable Diffusion 1.5 has 15 shapes of a residual block."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    network = nn.ModuleList(nn.Linear(width, 1) for width in range(1, 101))
-    compiling.compile_blocks(network, (nn.Linear,))
-    for layer in network:
-        layer(torch.ones(2, layer.in_features))
+
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    network = nn.ModuleList(Block() for _ in range(100))
+    compiling.compile_blocks(network, (Block,))
+    for width, block in enumerate(network, 1):
+        block(torch.ones(2, width))
     assert counters["stats"]["unique_graphs"] == 100
 
 
