@@ -8,12 +8,11 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
 # What test-oldest runs: the tests of what depends on torch's and Triton's versions and runs on a GPU.
-OLDEST_TESTS := $(patsubst %,tests/test_%.py, \
-  compiling compiled_gradients decoder decoder_layout frozen_layers policy lora recomputing \
-  half_precision sharding out_of_memory \
-  forward_balance reverse_balance reverse_cotangent guided_step gaussian_log_prob launching machine_code \
-  losses balance step whole_step guards buffer buffer_ops buffer_pinned extension \
-  reward_models)
+OLDEST_TESTS := tests/kernels tests/test_losses.py $(patsubst %,tests/%.py, \
+  $(addprefix models/test_,compiling compiled_gradients decoder decoder_layout frozen_layers policy lora recomputing) \
+  $(addprefix methods/test_,half_precision out_of_memory nabla_db) \
+  distributed/test_sharding objective/test_balance bench/test_whole_step training/test_guards rewards/test_models \
+  $(addprefix trajectories/test_,buffer buffer_ops buffer_pinned extension))
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -47,7 +46,7 @@ sanitize: .venv/stamp ## run the buffer's tests with its C++ under the address a
 	FASTNABLA_SANITIZE=1 $(BIN)/python setup.py build_ext --build-lib build/sanitize --build-temp build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 FASTNABLA_EXTENSION=build/sanitize/fastnabla/_C.so \
-	  $(BIN)/python -m pytest tests/test_buffer*.py tests/test_replay.py tests/test_extension.py $(ARGS)
+	  $(BIN)/python -m pytest tests/test_buffer*.py tests/trajectories/test_replay.py tests/trajectories/test_extension.py $(ARGS)
 
 clean: ## remove the environment and all caches; runs stay
 	rm -rf .venv .venv-oldest build dist fastnabla/_C.so *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
@@ -66,7 +65,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.c* csrc/*.h)
 .venv/stamp: constraints.txt $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --constraint constraints.txt torch numpy setuptools
 	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[test]'
-	@$(BIN)/python -c 'from fastnabla.buffer_ops import WHY_NOT; print(WHY_NOT or "the extension is built for CPU and CUDA")'
+	@$(BIN)/python -c 'from fastnabla.trajectories.buffer_ops import WHY_NOT; print(WHY_NOT or "the extension is built for CPU and CUDA")'
 	@touch $@
 
 # In an isolated build, which has no torch, pip leaves out the extension; it is built aside: .venv keeps its own.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench.models import TOY, Model
 from bench.variants import Variant
 from bench.workload import Workload
-from fastnabla.batch import Transitions
+from fastnabla.trajectories.transitions import Transitions
 
 FLOAT64_LIMIT = 1e-10
 KERNELS_LIMIT = 1e-2

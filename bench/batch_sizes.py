@@ -19,8 +19,8 @@ from bench.models import MODELS
 from bench.rollout import rollout
 from bench.variants import Variant, full
 from bench.workload import DRAWN, Workload
+from fastnabla.models.policy import Policy
 from fastnabla.objective.gaussian import guide
-from fastnabla.policy import Policy
 
 ROLLOUT = 16
 KAPPA = 1000.0

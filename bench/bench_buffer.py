@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from bench import measure
-from fastnabla import buffer_ops, buffer_torch
-from fastnabla.batch import Transitions
-from fastnabla.buffer import TrajectoryBuffer
+from fastnabla.trajectories import buffer_ops, buffer_torch
+from fastnabla.trajectories.buffer import TrajectoryBuffer
+from fastnabla.trajectories.transitions import Transitions
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")

@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from bench import measure, rows
-from fastnabla.decoder import Decoder, decode_bytes
+from fastnabla.models.decoder import Decoder, decode_bytes
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")

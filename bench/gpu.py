@@ -91,7 +91,7 @@ PARTS = (
         seconds=30,
         commands=(
             (*SETUP, "--build-lib", str(BUILD), "--build-temp", str(BUILD / "temp")),
-            (PYTHON, "-c", "from fastnabla.buffer_ops import require_cuda; require_cuda()"),
+            (PYTHON, "-c", "from fastnabla.trajectories.buffer_ops import require_cuda; require_cuda()"),
             module("bench.smoke"),
         ),
         needs=("setuptools",),

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from fastnabla.architectures import MIDSIZE, SD15, SDXL
+from fastnabla.models.architectures import MIDSIZE, SD15, SDXL
 from fastnabla.rewards.clip import VIT_L_14
 from fastnabla.testbed import pipeline_folder
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastnabla.batch import Transitions
+from fastnabla.models.policy import Policy
 from fastnabla.objective.balance import reward_weight
 from fastnabla.objective.gaussian import guide, step_score
 from fastnabla.objective.residual_db import Objective
-from fastnabla.policy import Policy
+from fastnabla.trajectories.transitions import Transitions
 from fastnabla.transition import TransitionRows, TransitionTable
 
 

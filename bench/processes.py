@@ -19,12 +19,12 @@ import torch
 
 from bench.measure import device_info
 from bench.summary import markdown_table
-from fastnabla.devices import device_of
-from fastnabla.distributed import World
-from fastnabla.launch import Place
-from fastnabla.presets import PRESETS
-from fastnabla.sections import RolloutConfig
-from fastnabla.trainer import Trainer
+from fastnabla.config.presets import PRESETS
+from fastnabla.config.sections import RolloutConfig
+from fastnabla.distributed.devices import device_of
+from fastnabla.distributed.launch import Place
+from fastnabla.distributed.world import World
+from fastnabla.training.trainer import Trainer
 
 PHASES = ("rollout", "step", "sum", "optimizer")
 

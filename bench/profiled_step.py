@@ -23,8 +23,8 @@ from bench.measure import device_events
 from bench.models import MODELS
 from bench.variants import full
 from bench.workload import Workload
-from fastnabla.decoder import Decoder
-from fastnabla.policy import Policy
+from fastnabla.models.decoder import Decoder
+from fastnabla.models.policy import Policy
 
 TOP = 20
 

@@ -9,7 +9,7 @@ import torch
 from bench.measure import quiet_clock, seconds, synchronised
 from bench.variants import Variant
 from bench.workload import PROMPTS, STEPS, Workload
-from fastnabla.rollout import sample
+from fastnabla.trajectories.rollout import sample
 from fastnabla.transition import TransitionTable
 
 

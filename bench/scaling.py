@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from bench.summary import markdown_table
-from fastnabla.config import TrainConfig
-from fastnabla.cost import update_cost, update_trajectories
-from fastnabla.distributed import BUCKET
-from fastnabla.planner import planned, unit_costs
-from fastnabla.presets import PRESETS
+from fastnabla.config.presets import PRESETS
+from fastnabla.config.train import TrainConfig
+from fastnabla.cost.planner import planned, unit_costs
+from fastnabla.cost.update_cost import update_cost, update_trajectories
+from fastnabla.distributed.world import BUCKET
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 HOST_COLLECTIVES = 12

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bench import rows
 from bench.operations import CUDA, DEVICE, OPERATIONS, disagreement, tensors
-from fastnabla import buffer_ops, buffer_torch
-from fastnabla.buffer import TrajectoryBuffer
 from fastnabla.objective.backend import select
+from fastnabla.trajectories import buffer_ops, buffer_torch
+from fastnabla.trajectories.buffer import TrajectoryBuffer
 
 TRAJECTORIES, STEPS, SHAPE = 3, 5, (4, 8, 8)
 KEPT = torch.tensor([[4, 0], [4, 1], [4, 3]])

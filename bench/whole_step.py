@@ -28,7 +28,7 @@ from bench.rollout import rollout
 from bench.summary import RESULTS, file_stem, markdown_table
 from bench.variants import ROWS, Variant, full
 from bench.workload import DRAWN, STEPS, Workload
-from fastnabla.unit_costs import UnitCosts
+from fastnabla.cost.unit_costs import UnitCosts
 
 HEADER = (
     *("step", "s", "spread", "transitions/s", "vs published", "U", "decodes", "peak GiB", "TFLOP/s", "of matmul"),

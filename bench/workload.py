@@ -16,24 +16,24 @@ from bench.models import Model
 from bench.naive import naive_step
 from bench.published import ddim_table
 from bench.variants import Variant
-from fastnabla.batch import Transitions
-from fastnabla.conditions import Conditions
-from fastnabla.decoder import Decoder
-from fastnabla.draws import DRAWS
-from fastnabla.flow import UNetFlow
-from fastnabla.lora import LoraLinear
-from fastnabla.model_files import is_xl, pooled_width
+from fastnabla.cost.shapes import Shapes
+from fastnabla.cost.unit_costs import UnitCosts
+from fastnabla.methods.nabla_db import BalanceStep
+from fastnabla.models.conditions import Conditions
+from fastnabla.models.decoder import Decoder
+from fastnabla.models.flow import UNetFlow
+from fastnabla.models.lora import LoraLinear
+from fastnabla.models.model_config import is_xl, pooled_width
+from fastnabla.models.policy import Policy
+from fastnabla.models.random_init import default_dtype
 from fastnabla.objective.backend import PLAIN
 from fastnabla.objective.gaussian import full
 from fastnabla.objective.residual_db import Objective
-from fastnabla.policy import Policy
-from fastnabla.random_init import default_dtype
 from fastnabla.rewards.aesthetic import Aesthetic
 from fastnabla.rewards.head import ScoreHead
 from fastnabla.rewards.options import RewardOptions
-from fastnabla.shapes import Shapes
-from fastnabla.step import BalanceStep
-from fastnabla.unit_costs import UnitCosts
+from fastnabla.trajectories.draws import DRAWS
+from fastnabla.trajectories.transitions import Transitions
 
 STEPS, DRAWN, PROMPTS = 50, 6, 4
 FIRST = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}

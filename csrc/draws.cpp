@@ -1,5 +1,5 @@
 // Which steps of a trajectory are kept. Trajectory number t draws from its own Philox stream, of key `seed`: the result
-// depends neither on threads nor on how trajectories are split over calls. fastnabla/buffer_torch.py repeats this in
+// depends neither on threads nor on how trajectories are split over calls. fastnabla/trajectories/buffer_torch.py repeats this in
 // NumPy and must give the same numbers. `bounded` (philox.h) is bounded(bound, seed, draw, t).
 //
 // Stratified: column 0 is the last step; column 1 + d is d * width + bounded(width, seed, d, t) for the strata

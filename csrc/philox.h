@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., SC 2011), as in fastnabla/seeding.py, and bounded integers from it.
+// Philox4x32-10 (Salmon et al., SC 2011), as in fastnabla/utils/seeding.py, and bounded integers from it.
 #pragma once
 
 #include <cstdint>

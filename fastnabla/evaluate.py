@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastnabla.telemetry import print_error, print_plain, progress_bar, quiet_libraries
+from fastnabla.run.tracker import print_error, print_plain, progress_bar, quiet_libraries
 
 quiet_libraries()
 
-from fastnabla.durable import write_file  # noqa: E402
-from fastnabla.printable import printable  # noqa: E402
-from fastnabla.run_evaluation import EvaluationOptions, RunEvaluation  # noqa: E402
+from fastnabla.evaluation.run import EvaluationOptions, RunEvaluation  # noqa: E402
+from fastnabla.utils.durable import write_file  # noqa: E402
+from fastnabla.utils.printable import printable  # noqa: E402
 
 FILE = "evaluation.json"
 

@@ -15,17 +15,17 @@ import tyro
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastnabla.telemetry import print_error, print_plain, quiet_libraries
+from fastnabla.run.tracker import print_error, print_plain, quiet_libraries
 
 quiet_libraries()
 
-from fastnabla.accumulation import StepReport  # noqa: E402
-from fastnabla.anomaly import Anomalies, read_facts  # noqa: E402
-from fastnabla.config import load_run  # noqa: E402
-from fastnabla.first_not_finite import first_not_finite  # noqa: E402
-from fastnabla.guards import trace  # noqa: E402
+from fastnabla.config.train import load_run  # noqa: E402
+from fastnabla.debug.anomaly import Anomalies, read_facts  # noqa: E402
+from fastnabla.debug.first_not_finite import first_not_finite  # noqa: E402
+from fastnabla.methods.accumulation import StepReport  # noqa: E402
 from fastnabla.prompts import RunPrompts  # noqa: E402
-from fastnabla.trainer import Trainer  # noqa: E402
+from fastnabla.training.guards import trace  # noqa: E402
+from fastnabla.training.trainer import Trainer  # noqa: E402
 
 TOLD = 3
 """Most parameters named."""

@@ -9,16 +9,16 @@ import torch
 import tyro
 from rich.console import Console
 
-from fastnabla.telemetry import print_error, print_plain, quiet_libraries
+from fastnabla.run.tracker import print_error, print_plain, quiet_libraries
 
 quiet_libraries()
 
-from fastnabla.config import load_run  # noqa: E402
-from fastnabla.pictures import save_grid  # noqa: E402
-from fastnabla.pipeline import load_policy, pipeline_of, require_policy, use_scheduler  # noqa: E402
+from fastnabla.config.train import load_run  # noqa: E402
+from fastnabla.models.pipeline import load_policy, pipeline_of, require_policy, use_scheduler  # noqa: E402
 from fastnabla.prompts.loading import checked_prompt  # noqa: E402
-from fastnabla.run_weights import WeightsName, weights_folder  # noqa: E402
-from fastnabla.seeding import seed_of  # noqa: E402
+from fastnabla.run.pictures import save_grid  # noqa: E402
+from fastnabla.run.weights import WeightsName, weights_folder  # noqa: E402
+from fastnabla.utils.seeding import seed_of  # noqa: E402
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -15,31 +15,31 @@ import torch
 import tyro
 from rich.console import Console
 
-from fastnabla.telemetry import create_run_folder, log_as, print_error, print_plain, quiet_libraries
+from fastnabla.run.tracker import create_run_folder, log_as, print_error, print_plain, quiet_libraries
 
 quiet_libraries()
 
-from fastnabla.bounds import BoundPassed  # noqa: E402
-from fastnabla.checkpoint import CheckpointError  # noqa: E402
-from fastnabla.config import TrainConfig, from_json, load_run, to_json  # noqa: E402
-from fastnabla.cost import cost_table, measured_rate, update_cost  # noqa: E402
-from fastnabla.determinism import make_deterministic  # noqa: E402
-from fastnabla.devices import device_of  # noqa: E402
-from fastnabla.distributed import LostProcess, World  # noqa: E402
-from fastnabla.durable import write_file  # noqa: E402
-from fastnabla.launch import Place  # noqa: E402
-from fastnabla.methods import METHODS  # noqa: E402
-from fastnabla.planner import MemoryPlan, planned, unit_costs  # noqa: E402
-from fastnabla.presets import PRESETS  # noqa: E402
+from fastnabla.config.presets import PRESETS  # noqa: E402
+from fastnabla.config.sections import TESTBED  # noqa: E402
+from fastnabla.config.train import TrainConfig, from_json, load_run, to_json  # noqa: E402
+from fastnabla.cost.planner import MemoryPlan, planned, unit_costs  # noqa: E402
+from fastnabla.cost.update_cost import cost_table, measured_rate, update_cost  # noqa: E402
+from fastnabla.distributed.devices import device_of  # noqa: E402
+from fastnabla.distributed.launch import Place  # noqa: E402
+from fastnabla.distributed.signals import Stopped, StopSignals  # noqa: E402
+from fastnabla.distributed.world import LostProcess, World  # noqa: E402
+from fastnabla.methods.registry import METHODS  # noqa: E402
+from fastnabla.methods.zero_gradients import ZeroGradientError  # noqa: E402
 from fastnabla.prompts import RunPrompts  # noqa: E402
-from fastnabla.require import require  # noqa: E402
-from fastnabla.resuming import AUTO, flat, is_unbegun, run_to_resume, updates_of  # noqa: E402
 from fastnabla.rewards.sum import RewardError  # noqa: E402
-from fastnabla.run_lock import RunFolderError, locked  # noqa: E402
-from fastnabla.sections import TESTBED  # noqa: E402
-from fastnabla.signals import Stopped, StopSignals  # noqa: E402
-from fastnabla.trainer import Trainer  # noqa: E402
-from fastnabla.zero_gradients import ZeroGradientError  # noqa: E402
+from fastnabla.run.checkpoint import CheckpointError  # noqa: E402
+from fastnabla.run.lock import RunFolderError, locked  # noqa: E402
+from fastnabla.run.resuming import AUTO, flat, is_unbegun, run_to_resume, updates_of  # noqa: E402
+from fastnabla.training.bounds import BoundPassed  # noqa: E402
+from fastnabla.training.trainer import Trainer  # noqa: E402
+from fastnabla.utils.determinism import make_deterministic  # noqa: E402
+from fastnabla.utils.durable import write_file  # noqa: E402
+from fastnabla.utils.require import require  # noqa: E402
 
 DIVERGED = 4
 """Exit status of a run that ends because its numbers are not finite."""

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from fastnabla.architectures import SD15, SD21, SDXL, Architecture, Sizes
-from fastnabla.random_init import random_pipeline
+from fastnabla.models.architectures import SD15, SD21, SDXL, Architecture, Sizes
+from fastnabla.models.random_init import random_pipeline
 
 VAE = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 16}
 VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}

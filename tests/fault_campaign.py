@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastnabla.trainer import Trainer
+from fastnabla.training.trainer import Trainer
 from tests.faults import campaign, tiny, without_pictures
 
 

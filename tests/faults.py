@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from fastnabla import durable, telemetry
-from fastnabla.checkpoint import CheckpointError
-from fastnabla.config import TrainConfig
-from fastnabla.sections import EvaluationConfig, RolloutConfig, SamplerConfig
-from fastnabla.signals import Stopped, StopSignals
-from fastnabla.trainer import Trainer
-from tests.test_trainer import small
+from fastnabla.config.sections import EvaluationConfig, RolloutConfig, SamplerConfig
+from fastnabla.config.train import TrainConfig
+from fastnabla.distributed.signals import Stopped, StopSignals
+from fastnabla.run import tracker as telemetry
+from fastnabla.run.checkpoint import CheckpointError
+from fastnabla.training.trainer import Trainer
+from fastnabla.utils import durable
+from tests.training.test_trainer import small
 
 
 def tiny(**changes) -> TrainConfig:

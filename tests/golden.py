@@ -15,14 +15,14 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastnabla.batch import Transitions
-from fastnabla.conditions import Conditions
-from fastnabla.decoder import Decoder
-from fastnabla.lora import ADAPTER
+from fastnabla.methods.nabla_db import BalanceStep
+from fastnabla.models.conditions import Conditions
+from fastnabla.models.decoder import Decoder
+from fastnabla.models.lora import ADAPTER
+from fastnabla.models.policy import Policy
 from fastnabla.objective.backend import Backend
 from fastnabla.objective.residual_db import Objective
-from fastnabla.policy import Policy
-from fastnabla.step import BalanceStep
+from fastnabla.trajectories.transitions import Transitions
 from fastnabla.transition import TransitionTable
 
 GOLDEN = Path(os.environ.get("FASTNABLA_GOLDEN") or Path(__file__).parent / "golden")
@@ -46,7 +46,7 @@ class Reward(nn.Module):
 
 
 class Flow(nn.Module):
-    """The reference's g_φ: a UNet, called as `fastnabla.flow`'s networks are."""
+    """The reference's g_φ: a UNet, called as `fastnabla.models.flow`'s networks are."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from fastnabla import train
-from fastnabla.distributed import World
-from fastnabla.launch import Place
+from fastnabla.distributed.launch import Place
+from fastnabla.distributed.world import World
 
 
 def environments(size: int) -> list[dict[str, str]]:

@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnabla.batch import Transitions
-from fastnabla.conditions import Conditions
-from fastnabla.decoder import Decoder
-from fastnabla.distributed import ALONE, World
-from fastnabla.flow import build_flow
+from fastnabla.config.sections import FlowConfig, OptimizerConfig
+from fastnabla.distributed.world import ALONE, World
+from fastnabla.methods.nabla_db import BalanceStep
+from fastnabla.models.conditions import Conditions
+from fastnabla.models.decoder import Decoder
+from fastnabla.models.flow import build_flow
+from fastnabla.models.policy import Policy
+from fastnabla.models.random_init import random_pipeline
 from fastnabla.objective.residual_db import Objective
-from fastnabla.optim import Optimizer
-from fastnabla.policy import Policy
-from fastnabla.random_init import random_pipeline
-from fastnabla.sections import FlowConfig, OptimizerConfig
-from fastnabla.step import BalanceStep
+from fastnabla.optim.optimizer import Optimizer
+from fastnabla.trajectories.transitions import Transitions
 from tests.checks import ddim_table, randn
 from tests.families import TINY
 

@@ -14,9 +14,9 @@ import numpy as np
 import psutil
 import torch
 
-from fastnabla.sections import EvaluationConfig, RolloutConfig
-from fastnabla.signals import Stopped, StopSignals
-from fastnabla.trainer import Trainer
+from fastnabla.config.sections import EvaluationConfig, RolloutConfig
+from fastnabla.distributed.signals import Stopped, StopSignals
+from fastnabla.training.trainer import Trainer
 from tests.faults import tiny
 
 EVERY = 50

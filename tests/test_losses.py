@@ -385,9 +385,9 @@ def test_needs_torch_alone():
         "transformers",
         "peft",
         "accelerate",
-        "fastnabla.policy",
-        "fastnabla.step",
-        "fastnabla.trainer",
+        "fastnabla.models.policy",
+        "fastnabla.methods.nabla_db",
+        "fastnabla.training.trainer",
     )
     code = f"import sys, fastnabla.losses; print([name for name in {heavy} if name in sys.modules])"
     root = Path(fastnabla.__file__).parents[1]

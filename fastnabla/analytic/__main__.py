@@ -6,7 +6,7 @@ import sys
 import tyro
 from rich.console import Console
 
-from fastnabla.telemetry import create_run_folder, print_error, quiet_libraries
+from fastnabla.run.tracker import create_run_folder, print_error, quiet_libraries
 
 quiet_libraries()
 

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastnabla.telemetry import create_run_folder, print_error, quiet_libraries
+from fastnabla.run.tracker import create_run_folder, print_error, quiet_libraries
 
 quiet_libraries()
 
@@ -21,9 +21,9 @@ from fastnabla.analytic.pictures import save_histograms  # noqa: E402
 from fastnabla.analytic.settings import SETTINGS, settings  # noqa: E402
 from fastnabla.analytic.spread import effective_number  # noqa: E402
 from fastnabla.analytic.training import measure, train  # noqa: E402
-from fastnabla.durable import write_file  # noqa: E402
-from fastnabla.run_table import markdown  # noqa: E402
-from fastnabla.sections import RolloutConfig  # noqa: E402
+from fastnabla.config.sections import RolloutConfig  # noqa: E402
+from fastnabla.run.table import markdown  # noqa: E402
+from fastnabla.utils.durable import write_file  # noqa: E402
 
 COLUMNS = ("mode masses, × floor", "sliced W₁, × floor", "modes", "width", "reward", "U / 1000", "core-seconds")
 

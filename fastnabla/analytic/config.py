@@ -5,11 +5,11 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from fastnabla.config import MethodName, TrainConfig
+from fastnabla.config.sections import FlowConfig, MemoryConfig, OptimizerConfig, RolloutConfig, SamplerConfig
+from fastnabla.config.train import MethodName, TrainConfig
 from fastnabla.objective.direct import Direct
 from fastnabla.objective.policy_gradient import PolicyGradient
 from fastnabla.objective.residual_db import Objective
-from fastnabla.sections import FlowConfig, MemoryConfig, OptimizerConfig, RolloutConfig, SamplerConfig
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -92,7 +92,7 @@ class AnalyticConfig:
         self.training()
 
     def training(self) -> TrainConfig:
-        """What `fastnabla.methods` builds the step of.
+        """What `fastnabla.methods.registry` builds the step of.
 
         Raises:
             ValueError: the settings do not suit the method.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnabla.analytic.mixture import GaussianMixture
-from fastnabla.seeding import generator_of
+from fastnabla.utils.seeding import generator_of
 
 
 def mode_masses(samples: Tensor, mixture: GaussianMixture) -> Tensor:

@@ -5,13 +5,13 @@ from torch import Tensor, nn
 
 from fastnabla.analytic.mixture import GaussianMixture
 from fastnabla.analytic.networks import MixtureNetwork
-from fastnabla.decoder import RewardFunction
+from fastnabla.models.decoder import RewardFunction
 from fastnabla.objective.balance import reward_weight
 from fastnabla.objective.residual_db import Objective
 
 
 class ExactFlow(nn.Module):
-    """``g(x) = ∇log p*(x) − ∇log p_ref(x) − β γ ∇r(x̂0(x))``, called as `fastnabla.flow`'s networks are; no parameters.
+    """``g(x) = ∇log p*(x) − ∇log p_ref(x) − β γ ∇r(x̂0(x))``, called as `fastnabla.models.flow`'s networks are; no parameters.
 
     p* and p_ref are the target and the pretrained distribution at the noise of x, and their ratio is the flow F that
     residual ∇-DB has (arXiv 2412.07775) where steps are infinitely many.

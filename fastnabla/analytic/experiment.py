@@ -9,26 +9,26 @@ from fastnabla.analytic.networks import MixtureNetwork, PerceptronFlow
 from fastnabla.analytic.prior import told
 from fastnabla.analytic.problems import PROBLEMS
 from fastnabla.analytic.scheduler import alpha_bars, log_snr_scheduler
-from fastnabla.buffer import TrajectoryBuffer
-from fastnabla.conditions import Conditions
-from fastnabla.decoder import Decoder
-from fastnabla.draws import DRAWS
-from fastnabla.methods import METHODS
-from fastnabla.networks import Networks
+from fastnabla.methods.registry import METHODS
+from fastnabla.models.build import Networks
+from fastnabla.models.conditions import Conditions
+from fastnabla.models.decoder import Decoder
+from fastnabla.models.policy import Policy
 from fastnabla.objective.balance import reward_weight
-from fastnabla.optim import Optimizer
-from fastnabla.policy import Policy
-from fastnabla.rollout import sample
-from fastnabla.seeding import seed_of
-from fastnabla.trajectories import NewTrajectories, Source, StoredTrajectories
+from fastnabla.optim.optimizer import Optimizer
+from fastnabla.trajectories.buffer import TrajectoryBuffer
+from fastnabla.trajectories.draws import DRAWS
+from fastnabla.trajectories.rollout import sample
+from fastnabla.trajectories.sources import NewTrajectories, Source, StoredTrajectories
 from fastnabla.transition import TransitionTable
+from fastnabla.utils.seeding import seed_of
 
 PROMPTS = ("",)
 """There is one, and nothing depends on it."""
 
 
 class IdentityDecoder(Decoder):
-    """The state is the image: `fastnabla.decoder.Decoder` without an autoencoder."""
+    """The state is the image: `fastnabla.models.decoder.Decoder` without an autoencoder."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -43,7 +43,7 @@ class Experiment:
     """The objects that the training loop works on.
 
     `policy`, `flow`, `decoder`, `table`, `step`, `buffer`, `source` and `optimizer` are what they are in
-    `fastnabla.trainer.Trainer`, and of the same classes but for the networks. `reference` and `target` are the exact
+    `fastnabla.training.trainer.Trainer`, and of the same classes but for the networks. `reference` and `target` are the exact
     distributions of finished samples before and after: the mixture with the noise that is left at the sampler's end, and
     its tilt by β times what γ is there. `reward` is the problem's; `told` is what the method is given for it.
 

@@ -68,7 +68,7 @@ class MixtureNetwork(nn.Module):
 
 
 class PerceptronFlow(nn.Module):
-    """g_φ, called as `fastnabla.flow`'s networks are. Arguments as `Perceptron`'s."""
+    """g_φ, called as `fastnabla.models.flow`'s networks are. Arguments as `Perceptron`'s."""
 
     def __init__(self, mixture: GaussianMixture, alphas: Tensor, width: int) -> None:
         super().__init__()

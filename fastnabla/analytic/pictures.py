@@ -15,7 +15,7 @@ from torch import Tensor
 from fastnabla.analytic.distance import floors
 from fastnabla.analytic.experiment import Experiment
 from fastnabla.analytic.mixture import GaussianMixture
-from fastnabla.seeding import generator_of
+from fastnabla.utils.seeding import generator_of
 
 LABELS = {"mode_mass_error": "mode-mass error", "sliced_wasserstein": "sliced Wasserstein distance"}
 

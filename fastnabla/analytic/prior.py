@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastnabla.analytic.mixture import GaussianMixture
 from fastnabla.analytic.reward import QuadraticReward
-from fastnabla.decoder import RewardFunction
+from fastnabla.models.decoder import RewardFunction
 
 WITHOUT_PRIOR = ("db", "dag")
 """Methods that go to exp(β r), whatever the pretrained policy was."""

@@ -7,7 +7,7 @@ import torch
 
 from fastnabla.analytic.mixture import GaussianMixture
 from fastnabla.analytic.reward import QuadraticReward
-from fastnabla.seeding import generator_of
+from fastnabla.utils.seeding import generator_of
 
 
 @dataclasses.dataclass(frozen=True)

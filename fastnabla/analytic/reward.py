@@ -11,7 +11,7 @@ from torch import Tensor
 class QuadraticReward:
     """``r(x) = slope · x − ½ Σ_d curvature_d x_d²``; linear without curvature.
 
-    It is a `fastnabla.decoder.RewardFunction` whose "image" is the state itself.
+    It is a `fastnabla.models.decoder.RewardFunction` whose "image" is the state itself.
 
     Args:
         slope: `[D]` float64.

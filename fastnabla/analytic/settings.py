@@ -4,9 +4,9 @@ import copy
 from typing import Any
 
 from fastnabla.analytic.config import AnalyticConfig, MethodName
+from fastnabla.config.sections import OptimizerConfig
 from fastnabla.objective.direct import Direct
 from fastnabla.objective.policy_gradient import PolicyGradient
-from fastnabla.sections import OptimizerConfig
 
 
 def _adamw(learning_rate: float) -> OptimizerConfig:

@@ -13,9 +13,9 @@ from fastnabla.analytic.distance import distances, floors
 from fastnabla.analytic.experiment import Experiment
 from fastnabla.analytic.pictures import save_pictures
 from fastnabla.analytic.spread import effective_modes, effective_number, mode_width
-from fastnabla.config import to_json
-from fastnabla.inner_epochs import learning_order
-from fastnabla.telemetry import Tracker, progress_bar
+from fastnabla.config.train import to_json
+from fastnabla.run.tracker import Tracker, progress_bar
+from fastnabla.trajectories.inner_epochs import learning_order
 
 
 def train(experiment: Experiment, run: Path, console: Console | None = None) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ evaluations do not, which are the same for all methods, nor decodes and the flow
 
 from typing import Any
 
-from fastnabla.config import TrainConfig
-from fastnabla.cost import rollout_passes
-from fastnabla.methods import METHODS
+from fastnabla.config.train import TrainConfig
+from fastnabla.cost.update_cost import rollout_passes
+from fastnabla.methods.registry import METHODS
 
 
 def update_passes(config: TrainConfig) -> float:

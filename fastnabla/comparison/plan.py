@@ -12,9 +12,9 @@ from rich.table import Table
 
 from fastnabla.comparison.budget import update_passes, updates_within
 from fastnabla.comparison.settings import method_config, method_settings, split_variant
-from fastnabla.config import TrainConfig
-from fastnabla.presets import PRESETS
-from fastnabla.resuming import AUTO, is_unbegun, run_to_resume
+from fastnabla.config.presets import PRESETS
+from fastnabla.config.train import TrainConfig
+from fastnabla.run.resuming import AUTO, is_unbegun, run_to_resume
 
 LAST_FILE = "table.md"
 """What a run writes when all is done."""

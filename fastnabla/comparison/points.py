@@ -7,7 +7,7 @@ from typing import Any
 
 from fastnabla.comparison.budget import measured_passes, measured_rows
 from fastnabla.comparison.plan import PlannedRun
-from fastnabla.cost import update_trajectories
+from fastnabla.cost.update_cost import update_trajectories
 
 NOT_METRICS = ("phase", "update")
 

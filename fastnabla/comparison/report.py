@@ -14,7 +14,7 @@ from fastnabla.comparison.plan import Plan, PlannedRun
 from fastnabla.comparison.points import Point, read_points
 from fastnabla.comparison.summary import common_rewards, matched
 from fastnabla.comparison.tables import Sheet, final_sheet, matched_sheet, target_sheets
-from fastnabla.durable import write_file
+from fastnabla.utils.durable import write_file
 
 NAME = "comparison"
 

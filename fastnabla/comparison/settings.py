@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import tyro
 
-from fastnabla.config import TrainConfig
-from fastnabla.methods import METHODS
-from fastnabla.presets import PRESETS
-from fastnabla.sections import TESTBED
+from fastnabla.config.presets import PRESETS
+from fastnabla.config.sections import TESTBED
+from fastnabla.config.train import TrainConfig
+from fastnabla.methods.registry import METHODS
 
 METHOD_SETTINGS: dict[str, dict[str, dict[str, str]]] = {
     # The direct methods make two to three times as many updates of the same passes; a third of the step size lets the

@@ -14,14 +14,14 @@ from types import FrameType
 import torch
 from rich.console import Console
 
-from fastnabla.bounds import BoundPassed
 from fastnabla.comparison.plan import PlannedRun
-from fastnabla.config import load_run
+from fastnabla.config.train import load_run
 from fastnabla.prompts import RunPrompts
-from fastnabla.resuming import run_to_resume
-from fastnabla.telemetry import print_plain
+from fastnabla.run.resuming import run_to_resume
+from fastnabla.run.tracker import print_plain
 from fastnabla.train import DIVERGED, train_to_the_end
-from fastnabla.trainer import Trainer
+from fastnabla.training.bounds import BoundPassed
+from fastnabla.training.trainer import Trainer
 
 ENDED = (0, BoundPassed.STATUS, DIVERGED)
 """Exit statuses of runs that have shown what they will: the comparison goes on."""

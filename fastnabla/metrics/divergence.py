@@ -11,8 +11,8 @@ divergence of the two distributions of trajectories. That of the finished sample
 import torch
 from torch import Tensor
 
+from fastnabla.models.policy import Policy
 from fastnabla.objective.gaussian import full, guide
-from fastnabla.policy import Policy
 from fastnabla.transition import TransitionRows, TransitionTable
 
 
@@ -23,7 +23,7 @@ def step_divergence(o: Tensor, o_ref: Tensor, rows: TransitionRows) -> Tensor:
 
 class TrajectoryDivergence:
     """Measures trajectories while they are sampled, by one reference pass a step: give it to
-    `fastnabla.rollout.sample` as the `buffer`, with ``slots = torch.arange(N)``.
+    `fastnabla.trajectories.rollout.sample` as the `buffer`, with ``slots = torch.arange(N)``.
 
     Args:
         policy: whose trajectories they are.

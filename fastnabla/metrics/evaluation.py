@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnabla.decoder import Decoder
-from fastnabla.distributed import ALONE, World
+from fastnabla.distributed.world import ALONE, World
 from fastnabla.metrics.diversity import hue_entropy, mean_distance, pairwise_distance
 from fastnabla.metrics.measures import Measures, measure_images, probe_features
 from fastnabla.metrics.prior import frechet_distance
 from fastnabla.metrics.vendi import mean_vendi_score
+from fastnabla.models.decoder import Decoder
 from fastnabla.rewards import RewardSum
 
 LatentSampler = Callable[[Tensor, int], Tensor]

@@ -1,4 +1,4 @@
-"""Settings of the methods that differentiate the reward through the sampler; the step is `fastnabla.direct`."""
+"""Settings of the methods that differentiate the reward through the sampler; the step is `fastnabla.methods.direct`."""
 
 import dataclasses
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastnabla.printable import CONTROL
 from fastnabla.prompts.readers import read_hub, read_json_lines, read_lines
 from fastnabla.prompts.sets import PROMPT_SETS
+from fastnabla.utils.printable import CONTROL
 
 MAX_PROMPT = 10_000
 """Longest prompt, in characters; no text encoder reads as much."""

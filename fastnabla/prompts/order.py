@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnabla.prompts.split import RunPrompts
-from fastnabla.seeding import generator_of
+from fastnabla.utils.seeding import generator_of
 
 PromptDraw = Literal["cycles", "independent"]
 

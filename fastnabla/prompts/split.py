@@ -7,9 +7,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastnabla.durable import write_file
 from fastnabla.prompts.loading import checked_prompt, load_prompts
-from fastnabla.typed_json import parse
+from fastnabla.utils.durable import write_file
+from fastnabla.utils.typed_json import parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnabla.time_limit import time_limit
+from fastnabla.utils.time_limit import time_limit
 
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 """Images `[B, 3, H, W]` in [0, 1] and B prompts to rewards `[B]`, differentiable in the images."""
@@ -130,7 +130,7 @@ class RewardSum:
 def score(
     name: str, reward: RewardFunction, images: Tensor, prompts: Sequence[str], timeout: float | None = None
 ) -> Tensor:
-    """What the reward called `name` gives; see `fastnabla.time_limit` for the `timeout`, in seconds.
+    """What the reward called `name` gives; see `fastnabla.utils.time_limit` for the `timeout`, in seconds.
 
     Raises:
         RewardError: it fails, takes longer, returns other than a tensor `[B]`, or has no gradient and the images want one.

@@ -12,7 +12,7 @@ import tyro
 from diffusers import StableDiffusionPipeline
 
 from fastnabla.metrics.diversity import hue_entropy, mean_hue
-from fastnabla.pictures import save_grid
+from fastnabla.run.pictures import save_grid
 from fastnabla.testbed import pipeline_folder
 from fastnabla.testbed.classifier import load_classifier
 from fastnabla.testbed.silhouettes import ANIMALS, caption, load_masks, tint

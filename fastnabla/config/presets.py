@@ -1,0 +1,98 @@
+"""Configurations to start from.
+
+Those for Stable Diffusion have the settings that the method was published with: 50 steps of DDPM, guidance 5, a LoRA of
+rank 8, K = 5 + 1 transitions of each of 64 trajectories an update, and β and κ by reward, from the authors'
+implementation (github.com/lzzcd001/nabla-gfn, config/ and README). Memory and time are in docs/stable-diffusion.md.
+"""
+
+import dataclasses
+
+from fastnabla.config.sections import (
+    TESTBED,
+    EvaluationConfig,
+    FlowConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PromptConfig,
+    RewardConfig,
+    RolloutConfig,
+    SamplerConfig,
+)
+from fastnabla.config.train import TrainConfig
+from fastnabla.objective.residual_db import Objective
+
+_TESTBED = TrainConfig(
+    updates=24,
+    model=ModelConfig(name=TESTBED, dtype="float32"),
+    sampler=SamplerConfig(steps=20, guidance_scale=3.0),
+    reward=RewardConfig(terms=("area=8", "classifier=1")),
+    prompts=PromptConfig(source="animals"),
+    objective=Objective(beta=300.0, guidance="terminal", weighting="sigma", trust_region=1.0),
+    rollout=RolloutConfig(fraction=0.2, updates=1, batch=64),
+    flow=FlowConfig(kind="conv"),
+    optimizer=OptimizerConfig(learning_rate=1e-2, beta2=0.95, schedule="linear", warmup=3),
+    memory=MemoryConfig(micro_batch=64, decode_chunk=64),
+    evaluation=EvaluationConfig(every=6, samples=16, probe=TESTBED),
+)
+# The authors' run of 100 epochs makes two updates of each epoch's samples.
+_PUBLISHED = TrainConfig(updates=200, rollout=RolloutConfig(trajectories=128, updates=2))
+_AESTHETIC = dataclasses.replace(
+    _PUBLISHED,
+    reward=RewardConfig(terms=("aesthetic=1",)),
+    prompts=PromptConfig(source="simple-animals"),
+    objective=Objective(beta=1e4, trust_region=2e3),
+)
+
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    TESTBED: ("The embedded testbed: larger animals, of any hue. Minutes on a laptop's CPU.", _TESTBED),
+    "sd15-aesthetic": (
+        "Stable Diffusion 1.5 towards LAION's aesthetic score, on prompts of animals; as published.",
+        _AESTHETIC,
+    ),
+    "sd15-hpsv2": (
+        "Stable Diffusion 1.5 towards HPSv2.1; as published but for the prompts, which are HPDv2's there and "
+        "photos-and-paintings here.",
+        dataclasses.replace(
+            _PUBLISHED,
+            reward=RewardConfig(terms=("hpsv2=1",)),
+            prompts=PromptConfig(source="photos-and-paintings", held_out=0.1),
+            objective=Objective(beta=1e4, trust_region=1e2),
+        ),
+    ),
+    "sd15-imagereward": (
+        "Stable Diffusion 1.5 towards ImageReward; as published but for the prompts, which are DrawBench's there and "
+        "compositions here.",
+        dataclasses.replace(
+            _PUBLISHED,
+            reward=RewardConfig(terms=("imagereward=1",)),
+            prompts=PromptConfig(source="compositions", held_out=0.1),
+            objective=Objective(beta=1e3, trust_region=1e3),
+        ),
+    ),
+    "sd15-24gb": (
+        "sd15-aesthetic on one consumer GPU: planned for 24 GB, with 16 trajectories an update and twice the updates, as "
+        "the authors advise for few GPUs.",
+        dataclasses.replace(
+            _AESTHETIC, vram=24.0, updates=400, rollout=RolloutConfig(trajectories=32, updates=2, batch=8)
+        ),
+    ),
+    "sdxl-pickscore": (
+        "Stable Diffusion XL, 1024², towards PickScore. Nobody has published settings for it: these are those for "
+        "ImageReward, whose score spreads as much, at a smaller step size; expect to tune them.",
+        dataclasses.replace(
+            _PUBLISHED,
+            model=ModelConfig(name="stabilityai/stable-diffusion-xl-base-1.0"),
+            reward=RewardConfig(terms=("pickscore=1",)),
+            prompts=PromptConfig(source="photos-and-paintings", held_out=0.1),
+            objective=Objective(beta=1e3, trust_region=1e3),
+            rollout=RolloutConfig(trajectories=64, updates=2, batch=4),
+            optimizer=OptimizerConfig(learning_rate=3e-4),
+        ),
+    ),
+    "stable-diffusion": (
+        "Any Stable Diffusion and reward, with the published settings; give it --prompts.source and --reward.terms.",
+        TrainConfig(),
+    ),
+}
+"""Name → (description, configuration): the subcommands of `python -m fastnabla.train`."""

@@ -1,0 +1,162 @@
+"""An update that is not finite, as a folder from which it can be done again elsewhere: see `fastnabla.reproduce`.
+
+RUN/anomalies/update-000003/ has what the update was computed from: its transitions (or, for a method that samples in its
+step, its trajectories' prompts and seeds), the trained weights before it, the run's configuration and prompts.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from fastnabla.config.train import TrainConfig, to_json
+from fastnabla.methods.accumulation import Accumulation
+from fastnabla.models.policy import Policy
+from fastnabla.prompts import RunPrompts
+from fastnabla.rewards import RewardSum
+from fastnabla.trajectories.sources import Trajectories
+from fastnabla.trajectories.transitions import Selection, Transitions
+from fastnabla.utils.durable import DamagedError, Write, verify_folder, write_folder
+
+logger = logging.getLogger("fastnabla")
+
+FOLDER, TENSORS = "anomalies", "update.safetensors"
+MOST = 3
+"""Updates that a run writes: the first."""
+MOST_BYTES = 2 * 2**30
+"""Of an update; a larger one is not written."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Anomalies:
+    """What writes a run's updates that are not finite, and reads them.
+
+    Args:
+        policy, flow, reward, step: the run's.
+    """
+
+    policy: Policy
+    flow: nn.Module | None
+    reward: RewardSum
+    step: Accumulation
+
+    def before(self) -> dict[str, Tensor]:
+        """What the step remembers, as it is now; `write` needs it from before the step was called."""
+        return {f"step.{name}": value.detach().cpu().clone() for name, value in self.step.state_dict().items()}
+
+    def write(
+        self,
+        run: Path,
+        update: int,
+        selection: Selection | Trajectories,
+        before: dict[str, Tensor],
+        config: TrainConfig,
+        prompts: RunPrompts,
+    ) -> None:
+        """Write the update into the folder `run`, if it is one of the first `MOST`, and not larger than `MOST_BYTES`.
+
+        Args:
+            run: its folder.
+            update: number of the update, which was not made: the weights are those before it.
+            selection: what the step was called with.
+            before: as `before` returned it.
+            config, prompts: the run's.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        folder = run / FOLDER / f"update-{update:06d}"
+        if len({*(path.name for path in folder.parent.glob("update-*")), folder.name}) > MOST:
+            return
+        facts: dict[str, Any] = {"update": update, "device": self.policy.conditions.device.type}
+        facts |= {"micro_batch": self.step.micro_batch, "reward": self.reward.state_dict()}
+        tensors = before | {f"policy.{name}": weight.detach() for name, weight in self.policy.trained().items()}
+        if self.flow is not None:
+            tensors |= {f"flow.{name}": value for name, value in self.flow.state_dict().items()}
+        if isinstance(selection, Trajectories):
+            facts["trajectories"] = {"noise": list(selection.noise), "draws": list(selection.draws)}
+            tensors["trajectories.prompt"] = selection.prompt
+        else:
+            tensors |= _gathered(selection, self.step.micro_batch)
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        size = sum(value.nbytes for value in tensors.values())
+        if size > MOST_BYTES:
+            logger.warning(
+                "update %d is not written: %s bytes, and the most is %s", update, f"{size:,}", f"{MOST_BYTES:,}"
+            )
+            return
+        contents = {
+            TENSORS: save(tensors),
+            "config.json": to_json(config).encode(),
+            "prompts.json": prompts.to_json().encode(),
+        }
+        write_folder(folder, {name: _writer(content) for name, content in contents.items()}, facts)
+        logger.warning("update %d can be looked into: python -m fastnabla.reproduce %s", update, folder)
+
+    @torch.no_grad()
+    def restore(self, folder: Path) -> tuple[dict[str, Any], Transitions | Trajectories]:
+        """Become what `write` wrote into `folder`; the facts of its manifest, and what to call the step with.
+
+        Raises:
+            ValueError: the folder is damaged, or of another configuration.
+        """
+        facts = read_facts(folder)
+        device = self.policy.conditions.device
+        tensors = {name: value.to(device) for name, value in load_file(folder / TENSORS).items()}
+        parts: dict[str, dict[str, Tensor]] = {
+            "policy": {},
+            "flow": {},
+            "step": {},
+            "transitions": {},
+            "trajectories": {},
+        }
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        try:
+            for name, parameter in self.policy.trained().items():
+                parameter.copy_(parts["policy"][name])
+            if self.flow is not None:
+                self.flow.load_state_dict(parts["flow"])
+            self.step.load_state_dict(parts["step"])
+            self.reward.load_state_dict(facts["reward"])
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{str(folder)!r} does not fit its configuration ({error}).") from error
+        self.step.micro_batch = facts["micro_batch"]
+        prompt = parts["trajectories" if "trajectories" in facts else "transitions"]["prompt"].cpu()
+        self.policy.conditions.ensure(prompt)
+        if "trajectories" in facts:
+            return facts, Trajectories(prompt=prompt, **facts["trajectories"])
+        return facts, Transitions(**parts["transitions"])
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The manifest of an update's folder.
+
+    Raises:
+        ValueError: it is not one, or damaged.
+    """
+    try:
+        return verify_folder(folder)
+    except DamagedError as error:
+        raise ValueError(f"{str(folder)!r} is not an update that --dump-anomalies wrote: {error}.") from error
+
+
+def _gathered(selection: Selection, size: int) -> dict[str, Tensor]:
+    """All transitions, on the host, `size` at a time."""
+    parts = [selection.gather(rows) for rows in torch.arange(len(selection)).split(size)]
+    return {
+        f"transitions.{field.name}": torch.cat([getattr(part, field.name).cpu() for part in parts])
+        for field in dataclasses.fields(Transitions)
+    }
+
+
+def _writer(content: bytes) -> Write:
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    return write

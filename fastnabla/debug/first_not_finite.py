@@ -1,0 +1,69 @@
+"""Finds out what is the first not to be finite: hooks on all modules, the decoder and the rewards."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastnabla.models.decoder import Decoder
+from fastnabla.models.policy import Policy
+from fastnabla.rewards import RewardSum
+
+TOLD = 5
+"""Most places that are kept."""
+
+
+@contextlib.contextmanager
+def first_not_finite(
+    policy: Policy, flow: nn.Module | None, decoder: Decoder, reward: RewardSum
+) -> Iterator[list[str]]:
+    """Within, every output of a module of the policy and the flow network, every decoded image, and every reward and its
+    gradient in an image, are looked at, which waits for the device; a list of those that are not finite, in the order
+    they are computed, at most `TOLD`, each place once."""
+    found: dict[str, None] = {}
+
+    def look(place: str, value: object) -> None:
+        tensors = value if isinstance(value, (tuple, list)) else [value]
+        if len(found) < TOLD and any(isinstance(t, Tensor) and not bool(t.isfinite().all()) for t in tensors):
+            found[place] = None
+
+    def hook(module: nn.Module, place: str) -> None:
+        hooks.append(module.register_forward_hook(lambda _module, _inputs, output: look(place, output)))
+
+    def watched(name: str, term: object) -> object:
+        def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+            values = term(images, prompts)
+            for i in (~values.detach().isfinite()).nonzero().flatten().tolist():
+                look(f"reward {name!r} of an image for {prompts[i]!r}", values.detach()[i])
+            return values
+
+        def with_gradient(images: Tensor, prompts: Sequence[str]) -> Tensor:
+            if not images.requires_grad:
+                return score(images, prompts)
+            own = images.view_as(images)  # whose gradient is this term's alone
+            own.register_hook(lambda gradient: gradients(gradient, prompts))
+            return score(own, prompts)
+
+        def gradients(gradient: Tensor, prompts: Sequence[str]) -> None:
+            for i in (~gradient.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+                look(f"gradient of reward {name!r} in an image for {prompts[i]!r}", gradient[i])
+
+        return with_gradient
+
+    hooks: list[torch.utils.hooks.RemovableHandle] = []
+    networks = {"UNet": policy.unet, "pretrained UNet": policy.pretrained, "flow network": flow}
+    for network, module in networks.items():
+        for name, part in module.named_modules() if module is not None else ():
+            hook(part, f"output of {name or 'all'} of the {network}")
+    hook(decoder, "decoded images")
+    terms = reward.terms
+    reward.terms = {name: (watched(name, term), weight) for name, (term, weight) in terms.items()}
+    try:
+        places: list[str] = []
+        yield places
+    finally:
+        places += found
+        reward.terms = terms
+        for handle in hooks:
+            handle.remove()

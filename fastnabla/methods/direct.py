@@ -1,0 +1,211 @@
+"""The training step of methods that climb the reward by its gradient through the sampler: ReFL, DRaFT-K, DRaFT-LV.
+
+All maximise ``E[r(x_T)]`` itself, and differ in how much of the sampler the gradient passes through. With x_i the state
+before step i of T, and what is in [brackets] without gradient:
+
+| ending                                | latents that are rewarded                                            | U a trajectory   |
+|---------------------------------------|----------------------------------------------------------------------|------------------|
+| `late_prediction` (ReFL)              | x̂0([x_i]) = c [x_i] + d o_θ([x_i]), i uniform among the late steps   | i + 2            |
+| `last_steps` (DRaFT-K)                | x_T, by x' = a x + b o_θ(x) + σ ε from [x_{T−K}] on                  | T + K            |
+| `last_step_redrawn` (DRaFT-LV)        | x', from n draws of x ~ q(x_{T−1} given [x_T])                       | T + 2 n          |
+
+ReFL is of Xu et al., arXiv 2304.05977 (algorithm 1; their map φ of the reward is the identity here, and there is no
+pretraining loss beside it), DRaFT of Clark et al., arXiv 2309.17400 (sections 3 and 3.2). DRaFT-LV noises the finished
+sample to the signal share of the last state by DDPM's noising kernel, whatever the sampler's η, because the marginals of
+DDIM do not depend on η; a sample of the n redraws is a sample of the last step.
+
+The loss is ``−mean r``. A decoder's graph is never joined to the UNet's: ∂r/∂x is taken chunk by chunk of images, and one
+backward pass takes it on into the sampler. So the memory is that of K (or n) graphs of the UNet.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastnabla.methods.accumulation import Accumulation, Share, StepReport
+from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, largest
+from fastnabla.models.decoder import Decoder, RewardFunction
+from fastnabla.models.policy import Policy
+from fastnabla.objective.backend import PLAIN, Backend, Operations
+from fastnabla.objective.gaussian import guide
+from fastnabla.objective.noising import renoise
+from fastnabla.trajectories.rollout import advance
+from fastnabla.trajectories.sources import Trajectories
+from fastnabla.transition import TransitionTable
+from fastnabla.utils.seeding import TrajectoryNoise
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Rows:
+    """Trajectories that are sampled together."""
+
+    rows: Tensor
+    kind: str = "trajectory"
+
+    @property
+    def pass_rows(self) -> tuple[int]:
+        """Rows of a pass."""
+        return (len(self.rows),)
+
+
+class Sampling:
+    """n trajectories under way.
+
+    Args:
+        policy, table: what is followed.
+        kernels: what computes steps without gradient.
+        trajectories: which.
+        sample_shape: (C, H, W) of the latents.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        table: TransitionTable,
+        kernels: Operations,
+        trajectories: Trajectories,
+        sample_shape: tuple[int, ...],
+    ) -> None:
+        device = policy.conditions.device
+        self.policy, self.table, self.kernels = policy, table, kernels
+        self.draws, self.prompt = trajectories.draws, trajectories.prompt.to(device)
+        self.noise = TrajectoryNoise(list(trajectories.noise), sample_shape, device)
+        self.x, self.step = self.noise.draw(), 0
+
+    def walk(self, until: int, gradient: bool = False) -> None:
+        """Advance to the state before step `until`."""
+        with torch.set_grad_enabled(gradient):
+            while self.step < until:
+                kernels = PLAIN if gradient else self.kernels
+                arguments = (self.policy, self.table, kernels, self.step, self.x, self.noise.draw(), self.prompt)
+                self.x, self.step = advance(*arguments)[0], self.step + 1
+
+    @torch.no_grad()
+    def walk_each(self, until: Tensor) -> None:
+        """Advance each trajectory to the state before its own step of `until [n]` int64, on the host."""
+        for step in range(int(until.max())):
+            noise = self.noise.draw()
+            rows = torch.where(until > step)[0].to(self.x.device, non_blocking=True)
+            arguments = (self.policy, self.table, self.kernels, step, self.x[rows], noise[rows], self.prompt[rows])
+            self.x = self.x.index_copy(0, rows, advance(*arguments)[0])
+
+
+Ending = Callable[[Sampling], Tensor]
+"""Samples to the end: latents to be rewarded, with their graph, `[m n, C, H, W]`, m times all n trajectories."""
+
+
+def last_steps(k: int) -> Ending:
+    """DRaFT-K: the finished samples, with gradient through the last `k` steps."""
+
+    def ending(sampling: Sampling) -> Tensor:
+        num_steps = len(sampling.table)
+        sampling.walk(num_steps - k)
+        sampling.walk(num_steps, gradient=True)
+        return sampling.x
+
+    return ending
+
+
+def last_step_redrawn(redraws: int) -> Ending:
+    """DRaFT-LV: the last step from `redraws` states that are drawn anew from the finished sample."""
+
+    def ending(sampling: Sampling) -> Tensor:
+        last, noise = len(sampling.table) - 1, sampling.noise
+        sampling.walk(last + 1)
+        row = sampling.table.rows(torch.full((len(sampling.x),), last, device=sampling.x.device), sampling.x)
+        x = torch.cat([renoise(sampling.x, noise.draw(), row) for _ in range(redraws)])
+        steps = torch.cat([noise.draw() for _ in range(redraws)])
+        return advance(sampling.policy, sampling.table, PLAIN, last, x, steps, sampling.prompt.repeat(redraws))[0]
+
+    return ending
+
+
+def late_prediction(first: int) -> Ending:
+    """ReFL: the clean sample predicted at a step drawn uniformly from `first` on, another for each trajectory."""
+
+    def ending(sampling: Sampling) -> Tensor:
+        policy, num_steps = sampling.policy, len(sampling.table)
+        stops = torch.tensor([late_step(seed, first, num_steps) for seed in sampling.draws])
+        sampling.walk_each(stops)
+        x = sampling.x
+        row = sampling.table.rows(stops.to(x.device, non_blocking=True), x)
+        output = policy(x, row.timestep, sampling.prompt)
+        return row.c * x + row.d * guide(output, policy.guidance_scale)
+
+    return ending
+
+
+def late_step(seed: int, first: int, num_steps: int) -> int:
+    """A step from `first` to `num_steps` − 1, uniform in `seed`."""
+    return int(torch.randint(first, num_steps, (), generator=torch.Generator().manual_seed(seed)))
+
+
+class DirectStep(Accumulation):
+    """Samples trajectories and accumulates the gradients of their rewards.
+
+    Its reports have the loss "reward", by row the "reward" that the gradient is of, "norm_reward", ‖∇r‖ in the latents, and,
+    on the host, "prompt", and U by "trajectory".
+
+    Args:
+        policy, decoder, reward, prompts, table, micro_batch, backend: as for `fastnabla.methods.nabla_db.BalanceStep`; a
+            micro-batch is of trajectories.
+        sample_shape: (C, H, W) of the latents.
+        ending: what is rewarded, and how far the gradient goes.
+    """
+
+    kinds = ("trajectory",)
+
+    def __init__(
+        self,
+        policy: Policy,
+        decoder: Decoder,
+        reward: RewardFunction,
+        prompts: Sequence[str],
+        table: TransitionTable,
+        sample_shape: tuple[int, ...],
+        ending: Ending,
+        micro_batch: int,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(policy, None, micro_batch, backend)
+        self.decoder, self.reward, self.prompts, self.table = decoder, reward, prompts, table
+        self.sample_shape, self.ending = sample_shape, ending
+
+    def __call__(self, trajectories: Trajectories, total: int | None = None) -> StepReport:
+        """Add the gradients of ``−mean r`` over `trajectories` to the parameters' `.grad`.
+
+        Args:
+            trajectories: to be sampled with the policy as it is.
+            total: what sums over trajectories are divided by, if the batch goes on in other calls.
+
+        Raises:
+            torch.OutOfMemoryError: not even one trajectory at a time fits.
+        """
+        total = total or self.world.total(len(trajectories))
+        return self._accumulate(
+            len(trajectories),
+            lambda rows, size: [_Rows(part) for part in rows.split(size)],
+            lambda part: self._share(trajectories[part.rows], total),
+        )
+
+    def _share(self, trajectories: Trajectories, total: int) -> Share:
+        sampling = Sampling(self.policy, self.table, self.kernels, trajectories, self.sample_shape)
+        latents = self.ending(sampling)
+        times = len(latents) // len(trajectories)
+        texts = [self.prompts[i] for i in trajectories.prompt.tolist()] * times
+        rewards, score = self.decoder.reward_gradient(latents.detach(), texts, self.reward)
+        gradients = self._gradients(-(latents * score).sum() / (total * times))
+        by_row = rewards.view(times, -1).mean(0)
+        norm_reward = score.flatten(1).norm(dim=1).view(times, -1).mean(0)
+        rows = {"reward": by_row, "norm_reward": norm_reward, "prompt": trajectories.prompt}
+        return Share(gradients=gradients, losses={"reward": -by_row.sum() / total}, rows=rows)
+
+    def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        rewards = rows["reward"]
+        std = rewards.std(correction=min(1, len(rewards) - 1))
+        return {"rollout_reward": rewards.mean(), "rollout_reward_std": std, "norm_reward": rows["norm_reward"].mean()}
+
+    def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict.fromkeys((DRIVE, REWARD_GRADIENT), largest(rows["norm_reward"]))

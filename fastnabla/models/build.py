@@ -1,0 +1,108 @@
+"""The networks of a run: built from its configuration, on its device, computing as it says."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from fastnabla.config.sections import ComputeConfig
+from fastnabla.config.train import TrainConfig
+from fastnabla.distributed.world import ALONE, World
+from fastnabla.models.compiling import compiled
+from fastnabla.models.decoder import Decoder
+from fastnabla.models.flow import build_flow
+from fastnabla.models.model_config import Pipeline
+from fastnabla.models.pipeline import (
+    encode_prompts,
+    latent_shape,
+    load_tiny_decoder,
+    text_encoders,
+    use_scheduler,
+)
+from fastnabla.models.policy import Policy
+from fastnabla.prompts import RunPrompts
+from fastnabla.transition import TransitionTable
+from fastnabla.utils.seeding import seed_of
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Networks:
+    """What maps noise to images and their rewards' gradients."""
+
+    policy: Policy
+    flow: nn.Module | None
+    """g_φ."""
+    decoder: Decoder
+    guiding_decoder: Decoder
+    """What decodes for the gradients of the training step: `decoder`, or a tiny one."""
+    table: TransitionTable
+    """The sampler."""
+    sample_shape: tuple[int, int, int]
+    """(C, H, W) of the latents."""
+
+
+def build_networks(
+    pipeline: Pipeline, prompts: RunPrompts, config: TrainConfig, device: torch.device, world: World = ALONE
+) -> Networks:
+    """The networks of the run `config`, made of `pipeline`, whose UNet is finetuned in place.
+
+    Args:
+        pipeline: frozen.
+        prompts: the run's.
+        config: with its memory settings planned.
+        device: where to compute.
+        world: the ranks that train together, and share the weights if all are trained.
+
+    Raises:
+        ValueError: the sampler, the tiny decoder or the attention asked for cannot be had.
+    """
+    use_scheduler(pipeline, config.sampler.scheduler)
+    table = TransitionTable.from_scheduler(pipeline.scheduler, config.sampler.steps, config.sampler.eta)
+    pipeline.to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(config.seed, "weights", 0))
+        policy = Policy(
+            pipeline.unet,
+            encode_prompts(pipeline, prompts.texts),
+            config.sampler.guidance_scale,
+            config.lora.rank,
+            config.lora.targets,
+        ).to(device)
+    if config.is_sharded(world.size):
+        policy.shard(world)
+    for encoder in text_encoders(pipeline):
+        encoder.to("cpu")
+    channels, memory = latent_shape(pipeline)[0], config.memory
+    kind = config.flow.kind if config.has_flow else "none"
+    flow = build_flow(kind, channels, policy.conditions.width, seed_of(config.seed, "weights", 1), config.flow.start)
+    if flow is not None:
+        flow.to(device)
+
+    compile, channels_last = _chosen(config.compute, device, policy.is_sharded)
+    policy.optimise(compile, config.compute.attention, channels_last, bool(memory.checkpoint_unet))
+    whole = compile == "whole"
+    if flow is not None and whole:
+        flow.forward = compiled(flow.forward)
+    decoder = guiding = Decoder(
+        pipeline.vae, memory.decode_chunk, bool(memory.checkpoint_decoder), whole, channels_last
+    )
+    if config.model.tiny_decoder is not None:
+        tiny = load_tiny_decoder(config.model.tiny_decoder, policy.dtype).to(device)
+        guiding = Decoder(tiny, memory.decode_chunk, compile=whole, channels_last=channels_last)
+    return Networks(
+        policy=policy,
+        flow=flow,
+        decoder=decoder,
+        guiding_decoder=guiding,
+        table=table.to(device),
+        sample_shape=latent_shape(pipeline),
+    )
+
+
+def _chosen(compute: ComputeConfig, device: torch.device, sharded: bool) -> tuple[str, bool]:
+    """What to compile, and whether to keep channels last."""
+    on_gpu = device.type == "cuda"
+    compile = compute.compile
+    if compile == "auto":
+        compile = ("blocks" if sharded else "whole") if on_gpu else "none"
+    return compile, on_gpu if compute.channels_last is None else compute.channels_last

@@ -1,0 +1,189 @@
+"""The optimizer: one algorithm over the LoRA and the flow network, one update a step.
+
+The 8-bit algorithms are bitsandbytes' (Dettmers et al., arXiv 2110.02861): each moment is one byte an element, an index
+into a table of 256 numbers, times a float32 scale for each `BLOCK` elements. A tensor of fewer than `MIN_8BIT_SIZE`
+elements keeps float32 moments: its bytes do not matter, and such tensors (biases, norms) are the sensitive ones.
+
+bitsandbytes waits for the GPU after every parameter tensor of an update; AdamW, the clipping and the schedule never do.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fastnabla.config.sections import FlowConfig, OptimizerConfig
+from fastnabla.models.policy import Policy
+
+MOMENTS = {"adamw": 2, "adamw8bit": 2, "paged_adamw8bit": 2, "lion8bit": 1}
+MIN_8BIT_SIZE = 4096
+BLOCK = 256
+TABLE_BYTES = 256 * 4
+
+
+def step_size_factor(update: int, updates: int, schedule: str, warmup: int) -> float:
+    """Share of the full step size in update number `update`, from 0, of `updates`; never 0."""
+    rise = min(1.0, (update + 1) / (warmup + 1))
+    done = update / updates
+    fall = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return rise * fall[schedule]
+
+
+def expected_state_bytes(name: str, sizes: Iterable[int]) -> int:
+    """Bytes of state that `Optimizer.state_bytes` will be after the first update.
+
+    Args:
+        name: `OptimizerConfig.name`.
+        sizes: elements of each parameter tensor, float32, all on one device and all with a gradient.
+    """
+    moments, sizes = MOMENTS[name], list(sizes)
+    if name == "adamw":
+        return sum(moments * 4 * size + 4 for size in sizes)  # a float32 counter of updates each
+    large = [size for size in sizes if size >= MIN_8BIT_SIZE]
+    small = sum(sizes) - sum(large)
+    scales = sum(math.ceil(size / BLOCK) for size in large)
+    return moments * (4 * small + sum(large) + 4 * scales + (TABLE_BYTES if large else 0))
+
+
+class Optimizer:
+    """An algorithm with a parameter group and a gradient-norm bound for each of LoRA and flow network.
+
+    Args:
+        policy: whose LoRA is trained.
+        flow: g_φ, or None.
+        config, flow_config: settings.
+        updates: length of the run, for the learning rates' schedule.
+
+    Raises:
+        ValueError: the algorithm does not run on these parameters, or its package is missing.
+    """
+
+    def __init__(
+        self, policy: Policy, flow: nn.Module | None, config: OptimizerConfig, flow_config: FlowConfig, updates: int
+    ) -> None:
+        self.max_grad_norm, self.applications = config.max_grad_norm, config.applications
+        self.groups = {"lora": policy.trainable()}
+        settings = [{"lr": config.learning_rate, "weight_decay": config.weight_decay}]
+        if flow is not None:
+            self.groups["flow"] = list(flow.parameters())
+            settings.append({"lr": flow_config.learning_rate, "weight_decay": flow_config.weight_decay})
+        self.algorithm = build_algorithm(
+            config.name,
+            [{"params": group} | setting for group, setting in zip(self.groups.values(), settings, strict=True)],
+            (config.beta1, config.beta2),
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.algorithm, lambda update: step_size_factor(update, updates, config.schedule, config.warmup)
+        )
+
+    def update(self, accepts: Callable[[dict[str, Tensor]], bool] = lambda norms: True) -> dict[str, Tensor]:
+        """Apply and clear the accumulated gradients; their norms before clipping, by group.
+
+        Where `accepts` says no to the norms, weights and moments stay as they are, and only the schedule goes on.
+
+        Gradients have their parameter's strides, as autograd makes them: fused AdamW goes by the order in memory, and
+        on a CPU does not check.
+        """
+        norms = {f"grad_norm_{name}": self._clip(group) for name, group in self.groups.items()}
+        if accepts(norms):
+            for _ in range(self.applications):
+                self._apply()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the first update was not made
+            self.schedule.step()
+        self.algorithm.zero_grad(set_to_none=True)
+        return norms
+
+    def _apply(self) -> None:
+        # bitsandbytes replaces weights that are not contiguous (channels_last) by contiguous ones.
+        strided = [(p, p.data) for group in self.groups.values() for p in group if not p.is_contiguous()]
+        self.algorithm.step()
+        for parameter, data in strided:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data.copy_(parameter.data)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state's tensors, each storage once, on whatever device; 0 before the first update."""
+        tensors = (value for state in self.algorithm.state.values() for value in state.values())
+        storages = (tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor))
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def load_state_dict(self, algorithm: dict[str, Any], schedule: dict[str, Any]) -> None:
+        """Go on from `algorithm.state_dict()` and `schedule.state_dict()` of an optimizer of the same settings."""
+        self.algorithm.load_state_dict(algorithm)
+        self.schedule.load_state_dict(schedule)
+        if getattr(self.algorithm, "is_paged", False):
+            page_states(self.algorithm)
+
+    def _clip(self, parameters: Iterable[Tensor]) -> Tensor:
+        """Scale the gradients to the bound; their norm before. The host reads nothing: a norm that is not finite
+        scales them to NaN, which the loss shows. Of sharded gradients it is the norm over all processes."""
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, error_if_nonfinite=False, foreach=True)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def build_algorithm(name: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """The optimizer called `name`, over parameter groups with their own `lr` and `weight_decay`.
+
+    Raises:
+        ValueError: it does not run on these parameters, or its package is missing.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    _check_parameters(name, parameters)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, fused=True)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer.name = {name!r}: the package is not installed; run: pip install bitsandbytes"
+        ) from error
+    if any(p.is_cuda for p in parameters) and not bitsandbytes.cextension.lib.compiled_with_cuda:
+        raise ValueError(
+            f"optimizer.name = {name!r}: bitsandbytes has no library for this torch's CUDA; "
+            "`python -m bitsandbytes` says more. Or use 'adamw'."
+        )
+    algorithms = {
+        "adamw8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit,
+        "lion8bit": bitsandbytes.optim.Lion8bit,
+    }
+    return algorithms[name](groups, betas=betas, min_8bit_size=MIN_8BIT_SIZE)
+
+
+def page_states(algorithm: torch.optim.Optimizer) -> None:
+    """Move loaded moments of a paged optimizer back into pages.
+
+    bitsandbytes loads them into ordinary memory of the GPU, and still takes them for pages where the file says so.
+    """
+    for parameter, state in algorithm.state.items():
+        for moment in ("state1", "state2"):
+            loaded = state[moment]
+            state[moment] = algorithm.get_state_buffer(parameter, dtype=loaded.dtype).copy_(loaded)
+
+
+def _check_parameters(name: str, parameters: Iterable[Tensor]) -> None:
+    dtypes = {torch.float32, torch.bfloat16, torch.float16} | ({torch.float64} if name == "adamw" else set())
+    for parameter in parameters:
+        if parameter.dtype not in dtypes or parameter.device.type not in ("cpu", "cuda"):
+            takes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise ValueError(
+                f"optimizer.name = {name!r}: takes parameters of {takes} on a CPU or a GPU, and one is "
+                f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}; convert or move it."
+            )
+        if name != "adamw" and isinstance(parameter, DTensor):
+            raise ValueError(
+                f"optimizer.name = {name!r}: its moments have a scale for each {BLOCK} elements of a process's share, so that "
+                "a run could not be resumed on another number of processes; use 'adamw', whose 8 bytes a parameter are "
+                "sharded, or --memory.shard False."
+            )
+        if name == "paged_adamw8bit" and not parameter.is_cuda:
+            raise ValueError(
+                f"optimizer.name = {name!r}: pages its state out of a GPU's memory, and the parameters are on the CPU; "
+                "use 'adamw8bit'."
+            )

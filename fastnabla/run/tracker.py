@@ -1,0 +1,216 @@
+"""What a run writes as it goes: its folder, metrics, and progress on the terminal.
+
+`metrics.jsonl` holds only what the seed determines: on a CPU, or with `--deterministic`, two equal runs write equal files.
+Clock times and what is measured of the machine go to `timing.jsonl`.
+"""
+
+import glob
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from fastnabla.distributed.world import World
+from fastnabla.run.records import Records, finite
+from fastnabla.run.wandb_run import wandb_run_id
+from fastnabla.utils.durable import write_file
+from fastnabla.utils.printable import printable
+
+logger = logging.getLogger("fastnabla")
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' start-up notices off the terminal; call it before importing them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def print_error(error: Exception | str) -> None:
+    """A line on stderr for a user's mistake."""
+    console = Console(stderr=True)
+    console.print("[bold red]error[/]: ", end="")
+    print_plain(console, str(error))
+
+
+def log_as(world: World) -> None:
+    """Let rank 0 alone log what all ranks would, and each process, by its name, what happens to it alone (the logger
+    `fastnabla.process`)."""
+    if world.size == 1:
+        return
+
+    def named(record: logging.LogRecord) -> bool:
+        record.msg = f"{world.name}: {record.msg}"
+        return True
+
+    logging.getLogger("fastnabla.process").addFilter(named)
+    if not world.is_main:
+        logging.getLogger("fastnabla").addFilter(lambda record: False)
+
+
+def print_plain(console: Console, text: str, style: str | None = None) -> None:
+    """A line of `text` as it is: no markup, no emoji codes, no control characters."""
+    console.print(Text(printable(text)), style=style, soft_wrap=True)
+
+
+def create_run_folder(run: Path | None, name: str) -> Path:
+    """Make the folder `run`, or the next free ``runs/name-001``.
+
+    Raises:
+        ValueError: it exists, or cannot be made.
+    """
+    if run is None:
+        taken = [int(p.name.rpartition("-")[2]) for p in Path("runs").glob(f"{glob.escape(name)}-[0-9][0-9][0-9]")]
+        run = Path("runs") / f"{name}-{max(taken, default=0) + 1:03d}"
+    try:
+        run.mkdir(parents=True)
+    except FileExistsError as error:
+        raise ValueError(
+            f"run = {str(run)!r}: exists already, and is never overwritten; name another or remove it."
+        ) from error
+    except OSError as error:
+        raise ValueError(f"run = {str(run)!r}: cannot be created ({error}).") from error
+    return run
+
+
+def read_records(path: Path, update: int) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file up to `update`; the others are removed from the file.
+
+    So is a last line that was cut off, and, with a warning, any other that cannot be read.
+    """
+    if not path.exists():
+        return []
+    lines, records = path.read_text(encoding="utf-8", errors="replace").split("\n"), []
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = _checked(json.loads(line))
+            if record["update"] <= update:
+                records.append(record)
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                logger.warning("line %d of %s cannot be read and is left out", number, path)
+    write_file(path, "".join(_line(record) for record in records))
+    return records
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """`record`, which is one: a phase, an update, and numbers, those that are not finite as None."""
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("phase"), str)
+        or type(record.get("update")) is not int
+    ):
+        raise ValueError("not a record")
+    if not all(value is None or isinstance(value, int | float) for name, value in record.items() if name != "phase"):
+        raise ValueError("not numbers")
+    return finite(record)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def tracker_keys(names: Iterable[str]) -> dict[str, str]:
+    """Names of metrics as TensorBoard and Weights & Biases take them: of letters, digits, `_` and `/`, all different.
+
+    A reward's may have others, as module:function has, which TensorBoard replaces and W&B cannot plot.
+    """
+    keys: dict[str, str] = {}
+    for name in names:
+        key = re.sub(r"[^A-Za-z0-9_/]", "_", name)
+        while key in keys.values():
+            key += "_"
+        keys[name] = key
+    return keys
+
+
+class Tracker(Records):
+    """Metrics to `metrics.jsonl` and to TensorBoard or Weights & Biases, one record an update.
+
+    Args:
+        folder: of the run.
+        kind: "tensorboard", "wandb" or "none".
+        config: the run's configuration, for W&B.
+        update: that the run goes on from; what the folder has recorded of later ones is removed.
+    """
+
+    def __init__(self, folder: Path, kind: str, config: dict[str, Any], update: int = 0) -> None:
+        self.folder, self.records = folder, read_records(folder / "metrics.jsonl", update)
+        read_records(folder / "timing.jsonl", update)
+        self.started = time.perf_counter()
+        self._board = self._wandb = None
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1 if update else None)
+        elif kind == "wandb":
+            import wandb
+
+            # Without these it uploads the working tree's uncommitted changes and the script.
+            settings = {"disable_git": True, "disable_code": True}
+            same = {"id": wandb_run_id(folder), "resume": "allow"}  # begins it if W&B does not know it
+            self._wandb = wandb.init(
+                dir=str(folder), config=config, name=printable(folder.name), settings=settings, **same
+            )
+
+    def log(self, phase: str, update: int, metrics: dict[str, float], measured: dict[str, float] | None = None) -> None:
+        """As `Records`, and to the files; what was `measured` under "gpu/" in TensorBoard and W&B."""
+        super().log(phase, update, metrics)
+        measured = measured or {}
+        self._append("metrics.jsonl", self.records[-1])
+        self.measure(phase, update, measured)
+        values = {f"{phase}/{name}": value for name, value in metrics.items()}
+        values |= {f"gpu/{name}": value for name, value in measured.items()}
+        keys = tracker_keys(values)
+        values = {keys[name]: value for name, value in values.items()}
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, update)
+        if self._wandb:
+            self._wandb.log(values, step=update)
+
+    def measure(self, phase: str, update: int, measured: dict[str, float]) -> None:
+        """Append to `timing.jsonl` alone what was measured of a phase."""
+        seconds = time.perf_counter() - self.started
+        self._append("timing.jsonl", finite({"phase": phase, "update": update, "seconds": seconds, **measured}))
+
+    def flush(self) -> None:
+        """Flush `metrics.jsonl` to the disk: a checkpoint must not be there before the records up to it."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            os.fsync(file.fileno())
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+
+    def close(self) -> None:
+        """Flush and close the trackers."""
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with the phase, what has been done, and the time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )

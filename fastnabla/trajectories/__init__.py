@@ -1,0 +1,1 @@
+"""Trajectories: sampled by rollouts, stored in the buffer, drawn to be learned from."""

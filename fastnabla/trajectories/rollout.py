@@ -1,0 +1,82 @@
+"""Sampling trajectories, ``x' = a x + b o + σ ε``, into the buffer."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastnabla.models.policy import Policy
+from fastnabla.objective.backend import Backend, Operations, select
+from fastnabla.transition import TransitionTable
+from fastnabla.utils.seeding import TrajectoryNoise
+
+
+class Recorder(Protocol):
+    """What sees a rollout's steps: a `TrajectoryBuffer`, or a `fastnabla.metrics.divergence.TrajectoryDivergence`."""
+
+    def append(self, slots: Tensor, step: int, x: Tensor, model_output: Tensor, x_next: Tensor) -> None:
+        """Take in step `step` of the trajectories `slots [n]`, from x by the guided output o to x', all `[n, …]`."""
+
+
+def advance(
+    policy: Policy, table: TransitionTable, kernels: Operations, step: int, x: Tensor, noise: Tensor, prompt: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The next states and the guided outputs, both `[N, C, H, W]`, of N trajectories at one step.
+
+    Args:
+        policy, table, kernels: what computes; plain torch's operations have gradients.
+        step: number of the step.
+        x: states `[N, C, H, W]`.
+        noise: of the step, alike.
+        prompt: prompt numbers `[N]`, on the device.
+    """
+    row = table.rows(torch.full((len(x),), step, device=x.device), x)
+    output = policy(x, row.timestep, prompt)
+    return kernels.guided_step(output, x, noise, row, guidance_scale=policy.guidance_scale)
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    table: TransitionTable,
+    prompt: Tensor,
+    seeds: list[int],
+    sample_shape: tuple[int, ...],
+    *,
+    batch: int | None = None,
+    buffer: Recorder | None = None,
+    slots: Tensor | None = None,
+    on_step: Callable[[int], None] | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Finished latents x_T `[N, C, H, W]`, float32, of one trajectory a prompt.
+
+    Args:
+        policy: whose outputs are followed.
+        table: the sampler.
+        prompt: prompt numbers `[N]`, on the host.
+        seeds: N seeds; they fix x_0 and all noise, whatever `batch` is.
+        sample_shape: (C, H, W) of the latents.
+        batch: trajectories sampled together; None for all.
+        buffer, slots: what is given the steps, as to store those drawn, and the trajectories' slots `[N]` in it.
+        on_step: called with the number of trajectories advanced, after each step.
+        backend: what computes the steps; see `fastnabla.objective.backend`.
+    """
+    device = policy.conditions.device
+    kernels = select(backend, device)
+    finished = []
+    for part in torch.arange(len(prompt)).split(batch or len(prompt)):
+        policy.conditions.ensure(prompt[part])
+        rows = prompt[part].to(device)
+        noise = TrajectoryNoise([seeds[i] for i in part.tolist()], sample_shape, device)
+        x = noise.draw()
+        for step in range(len(table)):
+            x_next, o = advance(policy, table, kernels, step, x, noise.draw(), rows)
+            if buffer is not None:
+                buffer.append(slots[part], step, x, o, x_next)
+            x = x_next
+            if on_step:
+                on_step(len(part))
+        finished.append(x)
+    return torch.cat(finished)

@@ -1,0 +1,85 @@
+"""With the flow known, the objective is solved by what solves the problem, and by nothing else."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastnabla.analytic.config import AnalyticConfig
+from fastnabla.analytic.experiment import Experiment
+from fastnabla.analytic.settings import settings
+from fastnabla.analytic.training import measure, updates
+from fastnabla.config.sections import RolloutConfig
+
+ROLLOUT = RolloutConfig(trajectories=128, fraction=0.5, updates=1, batch=128)
+
+
+class ExactPolicy(nn.Module):
+    """``ε_ref − factor √(1 − ᾱ) (∇log p* − ∇log p_ref)``: with 1, the target's own ε; called as `MixtureNetwork` is."""
+
+    def __init__(self, experiment: Experiment, factor: float) -> None:
+        super().__init__()
+        self.flow, self.perceptron, self.factor = experiment.flow, experiment.policy.unet.perceptron, factor
+
+    def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None, **_) -> tuple[Tensor]:
+        alpha_bar, state = self.flow.alphas[timestep], x.flatten(1).double()
+        left = alpha_bar / self.flow.alphas[0]
+        change = self.flow.target.score(state, left) - self.flow.reference.score(state, left)
+        noise = (1 - alpha_bar).sqrt()[:, None]
+        known = self.perceptron(x, timestep)[0] - self.factor * (noise * change).float().view_as(x)
+        return (known + 0 * sum(parameter.sum() for parameter in self.perceptron.parameters()),)  # "trained"
+
+
+def first_loss(steps: int, factor: float) -> float:
+    experiment = Experiment(settings("residual-db", steps=steps, exact_flow=True, rollout=ROLLOUT, updates=1))
+    experiment.policy.unet.forward = ExactPolicy(experiment, factor).forward
+    return next(iter(updates(experiment)))["loss_forward"]
+
+
+def test_the_target_s_score_solves_it_and_better_with_shorter_steps():
+    """By what a step's own size leaves: its square, 25 times less in five times as many steps. A policy that has not
+    moved, moves the other way, or half or twice as far, does not."""
+    coarse, fine = first_loss(20, 1.0), first_loss(100, 1.0)
+    assert fine < coarse / 15
+    for factor in (0.0, -1.0, 0.5, 2.0):
+        assert first_loss(100, factor) > 10 * fine, factor
+
+
+def test_it_is_learned_without_the_flow():
+    def left(**changes) -> float:
+        rollout = RolloutConfig(trajectories=128, fraction=0.5, updates=4, batch=128)
+        config = settings("residual-db", updates=60, steps=20, width=64, samples=1000, rollout=rollout, **changes)
+        subject = Experiment(config)
+        before = measure(subject, subject.evaluation_samples())["sliced_wasserstein"]
+        metrics = list(updates(subject))
+        assert ("grad_norm_flow" in metrics[-1]) == (not config.exact_flow)
+        return measure(subject, subject.evaluation_samples())["sliced_wasserstein"] / before
+
+    assert left(exact_flow=True) < 0.25 < left()
+
+
+def test_inner_epochs_need_no_more_of_the_reference():
+    """A later one is fed from the cache, which without a reverse residual has no product to give."""
+    rollout = RolloutConfig(trajectories=8, fraction=0.5, updates=1, epochs=2, batch=8)
+    experiment = Experiment(settings("residual-db", steps=4, exact_flow=True, rollout=rollout, updates=2))
+    first, second = list(updates(experiment))
+    assert experiment.buffer.reference.product is None
+    assert second["passes"] < first["passes"] and second["loss_forward"] < float("inf")
+
+
+@pytest.mark.parametrize("changes", [{"method": "db"}, {"objective": {"guidance": "terminal"}}], ids=str)
+def test_it_is_refused_where_it_has_no_place(changes):
+    default = AnalyticConfig()
+    objective = dataclasses.replace(default.objective, **changes.get("objective", {}))
+    with pytest.raises(
+        ValueError, match=r"exact_flow = True: is for method = residual-db with objective\.guidance = look"
+    ):
+        AnalyticConfig(method=changes.get("method", "residual-db"), objective=objective, exact_flow=True)
+
+
+def test_it_leaves_the_policy_s_parameters_to_the_policy():
+    experiment = Experiment(settings("residual-db", steps=4, exact_flow=True, rollout=ROLLOUT))
+    x = torch.randn(3, 2, 1, 1, requires_grad=True)
+    g = experiment.flow(x, torch.tensor([0, 500, 999]), torch.zeros(3, 1, 1))
+    assert not list(experiment.flow.parameters()) and not g.requires_grad and g.shape == x.shape and g.dtype == x.dtype

@@ -1,0 +1,115 @@
+"""The analytic testbed's command lines, from the configuration to the files of a run."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastnabla.analytic.__main__ import main, parse
+from fastnabla.analytic.compare import main as compare
+from fastnabla.analytic.experiment import Experiment
+from fastnabla.analytic.settings import SETTINGS, settings
+from fastnabla.analytic.training import updates
+from fastnabla.config.sections import RolloutConfig
+from fastnabla.methods.registry import METHODS
+
+QUICK = ["--updates=4", "--steps=4", "--width=8", "--samples=64", "--rollout.trajectories=8", "--rollout.fraction=0.5"]
+QUICK += ["--rollout.updates=4"]
+
+
+def test_the_command_line_writes_everything(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(QUICK) == 0 and main([*QUICK, "--dimension=16"]) == 0
+    for name in ("analytic-2d-residual-db-001", "analytic-16d-residual-db-001"):
+        run = tmp_path / "runs" / name
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [r["update"] for r in records if r["phase"] == "evaluate"] == [0, 4]
+        assert len([r for r in records if r["phase"] == "train"]) == 4
+        assert json.loads((run / "config.json").read_text())["steps"] == 4
+        assert "exact draws" in (run / "table.txt").read_text()
+        for picture in ("samples.png", "curves.png"):
+            with Image.open(run / picture) as image:
+                assert image.width > 500
+    assert "exact draws" in capsys.readouterr().out
+
+
+def test_methods_have_settings_of_their_own():
+    assert set(SETTINGS) == set(METHODS)
+    residual, draft = parse([]), parse(["--method", "draft", "--updates", "8", "--optimizer.beta1", "0.5"])
+    assert (residual.method, residual.optimizer.learning_rate) == ("residual-db", 1e-2)
+    assert (draft.direct.k, draft.optimizer.learning_rate) == (10, 1e-3)
+    assert (draft.updates, draft.optimizer.beta1) == (8, 0.5)
+
+
+def test_comparison_writes_a_line_for_each_method(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert compare([f"--folder={folder}", "--updates=4", "--samples=64", "--methods", "draft", "ddpo"]) == 0
+    lines = (folder / "table.md").read_text().splitlines()[4:]
+    assert [line.split(" | ")[0] for line in lines] == ["| pretrained", "| draft", "| ddpo", "| exact draws"]
+    for method in ("draft", "ddpo"):
+        records = [json.loads(line) for line in (folder / method / "metrics.jsonl").read_text().splitlines()]
+        passes = sum(record["passes"] for record in records if record["phase"] == "train")
+        assert f" | {passes / 1000:.0f} | " in next(line for line in lines if line.startswith(f"| {method} "))
+    with Image.open(folder / "samples.png") as image:
+        assert image.width > 500
+    assert compare([f"--folder={folder}"]) == 2
+    assert "exists already" in " ".join(capsys.readouterr().err.split())
+
+
+def test_passes_are_those_that_the_methods_plan():
+    """An update's 32 trajectories of T = 50 steps: draft runs through them, with a graph for K = 10 of the steps; ddpo has
+    a rollout of four updates' trajectories before the first, and then 26 transitions of each."""
+    rollout = RolloutConfig(trajectories=128, fraction=0.5, updates=4)
+    for method, expected in {"draft": [32 * 60] * 2, "ddpo": [4 * 32 * 50 + 32 * 26 * 2, 32 * 26 * 2]}.items():
+        records = itertools.islice(updates(Experiment(settings(method, rollout=rollout))), 2)
+        assert [record["passes"] for record in records] == expected
+
+
+def test_rollouts_are_learned_from_late_and_again_as_in_the_trainer():
+    """Two rounds of two inner epochs, a round late: rollouts 0 and 1 before the first update, none after. Of a round's 24
+    transitions, those that are inner take 7 U, and 5 in the second inner epoch; last ones 3, and 2."""
+    rollout = RolloutConfig(trajectories=8, fraction=0.5, updates=1, epochs=2, replay=1)
+    subject = Experiment(settings("residual-db", updates=4, steps=4, width=8, rollout=rollout))
+    passes = [record["passes"] for record in updates(subject)]
+    passes[0] -= 2 * 8 * 4
+    for first, again in (passes[:2], passes[2:]):
+        inner = (first - 3 * 24) / 4
+        assert 8 <= inner <= 16 and again == 5 * inner + 2 * (24 - inner)
+
+
+def test_equal_seeds_give_equal_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert main([*QUICK, "--run", run, f"--seed={seed}"]) == 0
+    a, b, c = (Path(run, "metrics.jsonl").read_text() for run in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--updates", "0"], "updates"),
+        (["--updates", "6", "--rollout.updates", "4"], "updates"),
+        (["--steps", "11"], "rollout.fraction"),
+        (["--rollout.fraction", "0.001"], "rollout.fraction"),
+        (["--flow-learning-rate", "-1"], "flow_learning_rate"),
+        (["--objective.beta", "-1"], "objective.beta"),
+        (["--run", "."], "run"),
+        (["--reward-factor", "nan"], "reward_factor"),
+        (["--method", "draft", "--direct.k", "60"], "direct.k"),
+        (["--method", "draft", "--rollout.replay", "1"], "rollout.replay"),
+        (["--optimizer.ema", "0.9"], "optimizer.ema"),
+        (["--method", "dag", "--flow-learning-rate", "0"], "flow.kind"),
+        (["--method", "db", "--objective.beta", "0"], "objective.beta"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(arguments, field, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert main(arguments) == 2
+    except SystemExit as stop:  # tyro's own, of what a section of the configuration refuses
+        assert stop.code == 2
+    assert field in " ".join(capsys.readouterr().err.split())
+    assert not Path("runs").exists()

@@ -1,0 +1,229 @@
+"""What a comparison is planned and summed up by: budget, settings, points, tables."""
+
+import dataclasses
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastnabla.comparison import figures, page
+from fastnabla.comparison.budget import measured_passes, measured_rows, update_passes, updates_within
+from fastnabla.comparison.plan import Plan, make_plan
+from fastnabla.comparison.points import Point, seconds_by_update
+from fastnabla.comparison.settings import METHOD_SETTINGS, method_config, method_settings
+from fastnabla.comparison.summary import Mean, Spread, changes, common_rewards, front, matched
+from fastnabla.comparison.tables import Sheet
+from fastnabla.config.presets import PRESETS
+from fastnabla.config.train import MethodName
+from fastnabla.methods.registry import METHODS
+from fastnabla.training.trainer import Trainer
+from fastnabla.trajectories.draws import DRAWS
+from tests.integration.test_methods import config_of
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_measured_passes_are_those_the_networks_make(method: str) -> None:
+    """Of two updates and their rollout, by the policy's own counter."""
+    trainer = Trainer(config_of(method, updates=2))
+    config, counter, measured = trainer.config, trainer.policy.passes, 0.0
+    before = counter.rows
+    trainer.source.collect(0)
+    for half in ((0, 1), (2, 3)):
+        report = trainer.step(trainer.source.select(0, torch.tensor(half)))
+        record = {f"rows_{kind}": count for kind, count in report.counts.items()}
+        assert measured_rows(config, record) == (2 if method in ("refl", "draft", "draft-lv") else 6)
+        measured += measured_passes(config, record | {f"passes_{kind}": each for kind, each in report.passes.items()})
+    assert counter.rows - before == pytest.approx(measured, rel=1e-12)
+    if method in ("draft", "draft-lv", "ddpo"):  # of the others it depends on the draws
+        assert measured == 2 * update_passes(config)
+
+
+@pytest.mark.parametrize("draw", ["stratified", "uniform"])
+def test_planned_passes_are_the_mean_over_draws(draw: str) -> None:
+    """A stratified draw may be of the last step, which costs 3 U instead of 7. 4,000 trajectories: five standard errors."""
+    config = config_of("residual-db")
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, draw=draw))
+    steps, drawn, count = config.sampler.steps, config.drawn_steps, 4000
+    last = (DRAWS[draw](0, 0, count, steps, drawn) == steps - 1).sum(1).double()
+    each = steps + 3 * last + 7 * (drawn + 1 - last)
+    tolerance = 5 * each.std().item() / count**0.5
+    assert update_passes(config) / 2 == pytest.approx(each.mean().item(), abs=tolerance, rel=1e-12)
+
+
+def test_updates_fill_the_budget_and_never_pass_it() -> None:
+    config = config_of("draft")  # 2 trajectories an update, 2 updates a rollout, 4 + 2 U each
+    assert update_passes(config) == 12
+    assert [updates_within(config, passes) for passes in (1, 23.9, 24, 47, 48, 100)] == [2, 2, 2, 2, 4, 8]
+    for method in METHODS:
+        config = dataclasses.replace(PRESETS["testbed"][1], method=method)
+        count = updates_within(config, 60_000)
+        assert count * update_passes(config) <= 60_000 < (count + 1) * update_passes(config)
+
+
+def plan(**changes) -> Plan:
+    options = {"preset": "testbed", "methods": ("residual-db", "draft"), "seeds": 1, "folder": Path("nowhere")}
+    return make_plan(**{**options, **changes})
+
+
+def test_budget_by_default_is_the_first_method_s() -> None:
+    found = plan()
+    # The preset's updates: rollout, inner and last transitions, of which one draw in five of the last stratum is.
+    assert found.passes == pytest.approx(24 * 64 * (20 + 3.8 * 5 + 1.2 * 3))
+    assert [run.config.updates for run in found.runs] == [24, found.passes // (64 * 21)]
+    assert [run.config.evaluation.every for run in found.runs] == [4, 8]
+    equal = plan(updates=5)
+    assert equal.passes is None and [run.config.updates for run in equal.runs] == [5, 5]
+
+
+def test_settings_go_from_the_preset_to_the_method_to_the_command_line() -> None:
+    rate = METHOD_SETTINGS["testbed"]["draft"]["optimizer.learning_rate"]
+    given = ["optimizer.beta2=0.9", "draft.direct.k=3", "refl.direct.late=0.5", "reward.terms=area=8 hue=1"]
+    settings = method_settings("testbed", "draft", given)
+    assert settings == {
+        "optimizer.learning_rate": rate, "optimizer.beta2": "0.9", "direct.k": "3", "reward.terms": "area=8 hue=1",
+    }  # fmt: skip
+    config = method_config("testbed", "draft", settings)
+    assert (config.method, config.optimizer.learning_rate, config.optimizer.beta2) == ("draft", float(rate), 0.9)
+    assert (config.direct.k, config.reward.terms, config.direct.late) == (3, ("area=8", "hue=1"), 0.25)
+    both = ["draft.optimizer.learning-rate=2", "optimizer.learning_rate=1"]
+    assert method_settings("testbed", "draft", both)["optimizer.learning_rate"] == "2"
+    assert method_settings("testbed", "db", both)["optimizer.learning_rate"] == "1"
+    assert method_settings("sd15-aesthetic", "draft", []) == {}
+
+
+def test_a_variant_has_its_method_s_settings_and_its_own() -> None:
+    found = plan(
+        methods=("draft", "draft,direct.k=3", "draft,direct.k=4,optimizer.learning-rate=1e-4"),
+        settings=["draft.direct.k=2", "optimizer.beta2=0.9"],
+    )
+    values = [(r.config.direct.k, r.config.optimizer.learning_rate, r.config.optimizer.beta2) for r in found.runs]
+    assert values == [(2, 3e-3, 0.9), (3, 3e-3, 0.9), (4, 1e-4, 0.9)]
+    assert [run.folder.name for run in found.runs] == [
+        "draft-seed-0", "draft,direct.k=3-seed-0", "draft,direct.k=4,optimizer.learning-rate=1e-4-seed-0",
+    ]  # fmt: skip
+    assert [found.of(variant) for variant in found.variants] == [[run] for run in found.runs]
+    other = plan(methods=("draft", "refl,direct.late=0.5,optimizer.beta2=0.8"), settings=["refl.optimizer.beta1=0.5"])
+    assert other.own_settings("refl,direct.late=0.5,optimizer.beta2=0.8") == ["optimizer.beta1 = 0.5"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_methods_own_settings_are_valid(method: MethodName) -> None:
+    for preset, own in METHOD_SETTINGS.items():
+        config = method_config(preset, method, own.get(method, {}))
+        assert config.method == method
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "nothing"}, "preset = 'nothing': must be one of testbed"),
+        ({"methods": ()}, "methods = ''"),
+        ({"methods": ("draft", "draft")}, "methods = 'draft draft'"),
+        ({"methods": ("drift",)}, "methods = 'drift': 'drift' is none of residual-db"),
+        ({"methods": ("draft,direct.k",)}, r"methods = 'draft,direct\.k': write METHOD,FIELD=VALUE"),
+        ({"methods": ("draft,direct.k=",)}, r"write METHOD,FIELD=VALUE"),
+        ({"methods": ("draft,reward.clip=1",)}, r"reward\.clip must be the same for all methods"),
+        ({"methods": ("draft,objective.gamma=constant",)}, r"draft has no use for objective\.gamma"),
+        ({"settings": ["ddpo.direct.k=3"]}, r"ddpo has no use for direct\.k"),
+        ({"methods": ("draft,seed=1",)}, "seed is set by the comparison"),
+        ({"methods": ("draft,direct.k=../1",)}, "names its runs' folders"),
+        ({"methods": ("draft,direct.k=21",)}, r"direct\.k = 21"),
+        ({"seeds": 0}, "seeds = 0"),
+        ({"points": 0}, "points = 0"),
+        ({"passes": float("inf")}, "passes = inf"),
+        ({"passes": 10.0, "updates": 3}, "updates = 3: give either"),
+        ({"settings": ["direct.k"]}, r"set = 'direct\.k': write FIELD=VALUE"),
+        ({"settings": ["seed=3"]}, "seed is set by the comparison"),
+        ({"settings": ["draft.evaluation.every=3"]}, r"evaluation\.every is set by the comparison"),
+        (
+            {"settings": ["draft.reward.terms=hue=1"]},
+            "reward.terms must be the same for all methods; write --set reward.terms=",
+        ),
+        ({"settings": ["draft.direct.k=21"]}, r"direct\.k = 21"),
+        ({"settings": ["draft.rollout.updates=3"]}, r"rollout\.updates"),
+    ],
+)
+def test_bad_plans_are_refused(changes: dict, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        with pytest.raises(ValueError, match=message):
+            plan(**changes)
+    except SystemExit:  # what tyro finds is printed
+        assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "draft-seed-0").mkdir()
+    plan(folder=tmp_path).check_folders()  # one in which a job ended before it began
+    (tmp_path / "draft-seed-0" / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="draft-seed-0': exists and is no run"):
+        plan(folder=tmp_path).check_folders()
+
+
+def test_seconds_leave_out_evaluations_checkpoints_and_starts() -> None:
+    records = [
+        ("start", 0, 9.0), ("evaluate", 0, 10.0), ("train", 1, 12.0), ("train", 2, 15.0), ("evaluate", 2, 25.0),
+        ("checkpoint", 2, 26.0), ("start", 2, 7.0), ("train", 3, 11.0),
+    ]  # fmt: skip
+    lines = [{"phase": phase, "update": update, "seconds": seconds} for phase, update, seconds in records]
+    assert seconds_by_update(lines) == {1: 2.0, 2: 3.0, 3: 4.0}
+
+
+def test_front() -> None:
+    """Against the definition: a point is on it if nothing is right of and above it."""
+    assert front([(0, 3), (1, 2), (1, 1), (2, 2), (3, 0), (0, 3)]) == [0, 3, 4, 5]
+    assert front([(1.0, 1.0)]) == [0]
+
+
+def point(variant: str, seed: int, update: int, **metrics: float) -> Point:
+    spent = {"passes": 10.0 * update, "trajectories": update, "transitions": update, "seconds": 0.5 * update}
+    return Point(variant=variant, seed=seed, update=update, **spent, metrics=metrics)
+
+
+POINTS = [
+    *[point("a", 0, update, reward=reward) for update, reward in ((0, 9.0), (1, 2.0), (2, 5.0))],
+    *[point("b", 0, update, reward=reward) for update, reward in ((0, 9.0), (3, 3.0), (6, 2.8))],
+    *[point("a", 1, update, reward=reward) for update, reward in ((0, 0.0), (1, 0.5), (2, 1.0))],
+    *[point("b", 1, update, reward=reward) for update, reward in ((0, 0.0), (3, 4.0), (6, 8.0))],
+]
+
+
+def test_matched_points_are_of_one_seed_and_never_the_pretrained_model() -> None:
+    assert common_rewards(POINTS) == {0: 3.0, 1: 1.0}
+    assert [(p.variant, p.seed, p.update) for p in matched(POINTS)] == [
+        ("a", 0, 1),
+        ("b", 0, 3),
+        ("a", 1, 2),
+        ("b", 1, 3),
+    ]
+
+
+def test_changes_are_from_the_run_s_own_start_and_means_are_over_seeds() -> None:
+    moved = [p for p in changes(POINTS) if (p.variant, p.update) == ("b", 6)]
+    mean = Mean.of(moved)
+    assert mean.metrics["reward"] == Spread(pytest.approx((-6.2 + 8) / 2), pytest.approx(-6.2), 8.0)
+    assert (mean.passes, mean.seconds) == (Spread(60.0, 60.0, 60.0), Spread(3.0, 3.0, 3.0))
+    assert all(p.metrics["reward"] == 0 for p in changes(POINTS) if p.update == 0)
+
+
+def test_pictures_tell_all_variants_apart() -> None:
+    variants = ["residual-db", "draft", *(f"draft,direct.k={k}" for k in range(10))]
+    colours = figures._colours(variants)
+    assert list(colours) == variants and len(set(colours.values())) == 12
+    assert colours["draft"] == figures.METHOD_COLOURS["draft"]
+    points = [point(variant, 0, update, reward=update) for variant in variants for update in (0, 6)]
+    tall, flat = (Image.open(io.BytesIO(figures.reward_curves(some))).size for some in (points, points[:4]))
+    assert tall[0] == flat[0] and tall[1] > flat[1]  # by the lines of the legend
+
+
+def test_texts_of_tables_are_escaped() -> None:
+    sheet = Sheet("a <title>", ["a|b", "<c>"], [["1|2\\", "</td>"]])
+    assert "| a\\|b | <c> |\n| --- | ---: |\n| 1\\|2\\\\ | </td> |\n" in sheet.markdown()
+    shown = page.table(sheet)
+    assert shown.count("<td>") == 2 and "&lt;/td&gt;" in shown and "<c>" not in shown and "a &lt;title&gt;" in shown
+    assert page.picture(b"", '"><script>') == (
+        '<figure><img alt="&quot;&gt;&lt;script&gt;" src="data:image/png;base64,">'
+        "<figcaption>&quot;&gt;&lt;script&gt;</figcaption></figure>"
+    )

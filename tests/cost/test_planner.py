@@ -1,0 +1,161 @@
+"""The memory plan: what it chooses for Stable Diffusion, and a training step measured against it."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from fastnabla.config.sections import LoraConfig, MemoryConfig, ModelConfig, RolloutConfig
+from fastnabla.config.train import TrainConfig
+from fastnabla.cost import planner
+from fastnabla.cost.planner import ENOUGH, MOST, SHARE, DoesNotFit, MemoryPlan, plan_memory, planned, unit_costs
+from fastnabla.cost.reward_bytes import RewardBytes
+from fastnabla.training.trainer import Trainer
+from fastnabla.trajectories.buffer import TrajectoryBuffer
+from fastnabla.utils.live_bytes import LiveBytes
+from tests.cost.test_unit_costs import stable_diffusion
+from tests.training.test_trainer import small
+
+CPU = torch.device("cpu")
+
+
+def plan(gigabytes: float, rank: int = 8, **memory) -> MemoryPlan:
+    config = TrainConfig(vram=gigabytes, lora=LoraConfig(rank=rank), memory=MemoryConfig(**memory))
+    return plan_memory(config, stable_diffusion(rank), int(gigabytes * 1e9), CPU)
+
+
+def test_plans_fit_and_grow() -> None:
+    """With more memory nothing is recomputed that was not before; micro-batches grow, but beyond `ENOUGH` not at the
+    price of recomputing or of smaller chunks."""
+    plans = [plan(gigabytes) for gigabytes in (8, 10, 12, 14, 16, 20, 24, 32, 48, 80)]
+    for chosen in plans:
+        assert chosen.total <= SHARE * chosen.budget
+    for less, more in itertools.pairwise(plans):
+        assert min(less.micro_batch, ENOUGH[0]) <= min(more.micro_batch, ENOUGH[0])
+        kept = [(not p.checkpoint_unet, not p.checkpoint_decoder, p.decode_chunk, p.micro_batch) for p in (less, more)]
+        assert kept[0] <= kept[1]
+    assert plans[0].checkpoint_unet
+    assert plans[-1].micro_batch == MOST
+
+
+def test_24_gigabytes_need_no_checkpointing() -> None:
+    chosen = plan(24)
+    assert not chosen.checkpoint_unet and not chosen.checkpoint_decoder
+    assert chosen.micro_batch >= 4
+    larger = planner._step(stable_diffusion(), chosen.micro_batch + 1, chosen.decode_chunk, False, False)
+    assert sum(chosen.fixed.values()) + max(larger.values()) > SHARE * 24e9, "one more would fit"
+
+
+def test_a_pinned_buffer_is_counted_in_the_hosts_memory() -> None:
+    """As many bytes as on the device, to the byte; the device has that much more room."""
+    on_device, pinned = (
+        plan_memory(
+            TrainConfig(vram=24, memory=MemoryConfig(buffer=buffer, output_block=64)),
+            stable_diffusion(),
+            int(24e9),
+            torch.device("cuda"),
+        )
+        for buffer in ("device", "pinned")
+    )
+    trajectories, config = TrainConfig().rollout.trajectories, TrainConfig(memory=MemoryConfig(output_block=64))
+    slabs = TrajectoryBuffer(1, config.sampler.steps, config.drawn_steps + 1, (4, 64, 64), output_block=64)
+    assert on_device.host == pinned.fixed["trajectory buffer"] == 0
+    assert pinned.host == on_device.fixed["trajectory buffer"] == trajectories * slabs.nbytes
+    for chosen, shown in ((on_device, False), (pinned, True)):
+        rows = list(chosen.table().columns[0].cells)
+        assert ("trajectory buffer, in the host's memory" in rows) == shown
+
+
+def test_activations_of_rewards_count() -> None:
+    """Those of hpsv2, once for each image of a chunk; its weights once."""
+    without = plan(24)
+    rewards = RewardBytes(3_900_000_000, 435_000_000)
+    chosen = plan_memory(TrainConfig(vram=24), stable_diffusion(), int(24e9), CPU, rewards)
+    assert chosen.total <= SHARE * chosen.budget
+    assert chosen.fixed["reward networks"] == rewards.weights
+    assert (chosen.micro_batch, chosen.decode_chunk) < (without.micro_batch, without.decode_chunk)
+    settings = (stable_diffusion(), chosen.micro_batch, chosen.decode_chunk, False, False)
+    more = chosen.step["step, while decoding"] - planner._step(*settings)["step, while decoding"]
+    assert more == chosen.decode_chunk * rewards.image
+
+
+def test_full_finetuning() -> None:
+    """Gradients and casts of 860 M weights are counted by network, not by transition."""
+    chosen = plan(80, rank=0)
+    assert chosen.micro_batch == MOST and not chosen.checkpoint_unet
+    phase = "step, in backward passes"
+    assert chosen.step[phase] < 1.2 * plan(80).step[phase]
+    with pytest.raises(DoesNotFit, match=r"^vram = 12\.0 GB"):
+        plan(12, rank=0)
+
+
+def test_sharded_full_finetuning() -> None:
+    """By the arithmetic of docs/full-finetuning.md for P parameters in bfloat16: 4 P whole, of both networks, and a share of 4 P
+    of masters, 2 P of the frozen copy, 4 P of gradients and 8 P of moments."""
+    costs = stable_diffusion(0)
+    config = TrainConfig(vram=80, lora=LoraConfig(rank=0))
+    alone, eight = (plan_memory(config, costs, int(80e9), CPU, ranks=ranks).fixed for ranks in (1, 8))
+    parameters = sum(p.numel() for p in costs.shapes.unet.parameters())
+    saved = sum(alone.values()) - sum(eight.values())
+    assert saved == pytest.approx((18 - (4 + 18 / 8)) * parameters, rel=1e-5)
+    replicated = dataclasses.replace(config, memory=MemoryConfig(shard=False))
+    assert plan_memory(replicated, costs, int(80e9), CPU, ranks=8).fixed == alone
+    assert plan_memory(TrainConfig(vram=80), stable_diffusion(), int(80e9), CPU, ranks=8).fixed == plan(80).fixed
+
+
+def test_fixed_settings_are_respected() -> None:
+    chosen = plan(24, micro_batch=2, decode_chunk=1, checkpoint_unet=True, checkpoint_decoder=True)
+    assert (chosen.micro_batch, chosen.decode_chunk) == (2, 1)
+    assert chosen.checkpoint_unet and chosen.checkpoint_decoder
+    assert plan(24, micro_batch=3).micro_batch == 3
+    assert plan(24, micro_batch=12).checkpoint_unet
+
+
+@pytest.mark.parametrize(("gigabytes", "memory"), [(4, {}), (16, {"micro_batch": 8, "checkpoint_unet": False})])
+def test_what_does_not_fit_fits_into_what_is_said_to_be_needed(gigabytes: int, memory: dict) -> None:
+    with pytest.raises(DoesNotFit, match=rf"^vram = {gigabytes}\.0 GB: the smallest setting needs about ") as caught:
+        plan(gigabytes, **memory)
+    needed = float(str(caught.value).split("needs about ")[1].split(" GB")[0])
+    assert needed > gigabytes
+    plan(needed + 0.06, **memory)
+    with pytest.raises(DoesNotFit):
+        plan(needed - 0.06, **memory)
+
+
+def test_complete_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "unit_costs", lambda config: stable_diffusion())
+    config = TrainConfig(memory=MemoryConfig(micro_batch=3, decode_chunk=2))
+    complete, none = planned(config, CPU)
+    assert none is None
+    assert complete.memory == MemoryConfig(
+        micro_batch=3, decode_chunk=2, checkpoint_decoder=False, checkpoint_unet=False
+    )
+    assert planned(complete, CPU) == (complete, None)
+    opened, chosen = planned(dataclasses.replace(TrainConfig(), vram=24), CPU)
+    assert chosen is not None and opened.memory == chosen.settings(MemoryConfig())
+
+
+@pytest.mark.parametrize(("micro_batch", "chunk", "rank"), [(4, 1, 4), (4, 4, 4), (1, 8, 4), (1, 1, 0)])
+def test_measured_step(micro_batch: int, chunk: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a micro-step of the testbed takes is the larger of the planned phases: to 3% as measured, by backward passes and
+    by decoding. Their sum would be a decode more."""
+    config = small(
+        model=ModelConfig(name="testbed", dtype="float32"),
+        lora=LoraConfig(rank=rank),
+        rollout=RolloutConfig(trajectories=2 * micro_batch, fraction=0.5, updates=2),
+        memory=MemoryConfig(micro_batch=micro_batch, decode_chunk=chunk),
+    )
+    trainer = Trainer(config)
+    monkeypatch.setattr("fastnabla.cost.unit_costs.TEXT_LENGTH", trainer.policy.conditions.text.shape[1])
+    costs = unit_costs(config)
+    trainer.source.collect(0)
+    selection = trainer.buffer.select()
+    inner = torch.where(selection.step_index < len(trainer.table) - 1)[0]
+    selection = selection[inner[:micro_batch]]
+    assert len(selection) == micro_batch
+    trainer.step(selection)  # the gradients are there, and all that is made once
+    with LiveBytes() as memory:
+        trainer.step(selection)
+    expected = planner._step(costs, micro_batch, chunk, False, False)
+    assert memory.peak == pytest.approx(max(expected.values()), rel=0.05)

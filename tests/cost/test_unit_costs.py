@@ -1,0 +1,74 @@
+"""Arithmetic and memory of Stable Diffusion 1.5's passes, from shapes."""
+
+import functools
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from fastnabla.cost.shapes import Shapes, pretended
+from fastnabla.cost.unit_costs import UnitCosts
+from fastnabla.models.flow import build_flow
+from fastnabla.models.lora import LORA_TARGETS, add_lora
+
+
+@functools.cache
+def stable_diffusion(rank: int = 8, guided: bool = True) -> UnitCosts:
+    """In bfloat16; with rank 0 for full finetuning."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        vae = AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+        flow = build_flow("unet", 4, 768, seed=0)
+    unet, vae = (network.bfloat16().requires_grad_(False) for network in (unet, vae))
+    if rank:
+        add_lora(unet, rank, LORA_TARGETS)
+    else:
+        unet.float().requires_grad_()
+    return UnitCosts(Shapes(unet, vae, flow, torch.bfloat16), guided=guided)
+
+
+def test_arithmetic() -> None:
+    """A row of the UNet is 0.80 TFLOP as published (402 G multiply-adds), and a decode with its backward pass 5.06."""
+    costs = stable_diffusion()
+    assert costs.unet_flops == pytest.approx(1.61e12, rel=0.03)
+    assert costs.unet_flops == pytest.approx(2 * stable_diffusion(guided=False).unet_flops)
+    assert costs.decode_flops == pytest.approx(5.0e12, rel=0.05)
+    assert 0 < costs.flow_flops < 0.05 * costs.unet_flops
+
+
+def test_memory_of_a_pass() -> None:
+    """1.65 GB kept by a transition, in proportion to their number; a fifth of it with checkpointing."""
+    costs = stable_diffusion()
+    one, eight = costs.unet_bytes(False), costs.unet_bytes(False, 8)
+    assert one.kept == pytest.approx(1.65e9, rel=0.03)
+    assert one.kept < one.peak < 1.1 * one.kept
+    # Not 8: the LoRA's weights and gradients are there once.
+    assert 7.9 < eight.peak / one.peak < 8
+    recomputed = costs.unet_bytes(True)
+    assert recomputed.kept < 0.2 * one.kept
+    assert recomputed.peak < 0.35 * one.peak
+    assert costs.shapes.unet.device.type == "meta" and not costs.shapes.unet.is_gradient_checkpointing
+
+
+def test_memory_of_full_finetuning() -> None:
+    """More by float32 gradients and weights cast to bfloat16, however many transitions there are."""
+    costs = stable_diffusion(rank=0)
+    weights = sum(parameter.numel() for parameter in costs.shapes.unet.parameters())
+    assert weights == pytest.approx(860e6, rel=0.01)
+    extra = costs.unet_bytes(False).kept - stable_diffusion().unet_bytes(False).kept
+    assert 1.9 * weights < extra < 2.6 * weights
+    assert costs.unet_bytes(False).peak > 4 * weights
+    assert costs.unet_bytes(False, 8).kept < 8 * costs.unet_bytes(False).kept - 6 * 2 * weights
+
+
+def test_pretended_weights_are_put_back() -> None:
+    unet = stable_diffusion().shapes.unet
+    before = dict(unet.named_parameters())
+    with pytest.raises(RuntimeError, match="within"), pretended(unet):
+        assert unet.conv_in.weight.device.type == "cpu"
+        assert {n: p.requires_grad for n, p in unet.named_parameters()} == {
+            n: p.requires_grad for n, p in before.items()
+        }
+        raise RuntimeError("within")
+    assert all(parameter is before[name] for name, parameter in unet.named_parameters())

@@ -1,0 +1,186 @@
+"""Whole evaluations of tiny runs of the testbed."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastnabla import evaluate
+from fastnabla.config.sections import LoraConfig, OptimizerConfig, PromptConfig
+from fastnabla.config.train import TrainConfig
+from fastnabla.evaluation.run import REFERENCE_NOISE, EvaluationOptions, RunEvaluation
+from fastnabla.models.pipeline import read_policy
+from fastnabla.run.checkpoint import newest_checkpoint
+from fastnabla.training.trainer import Trainer
+from tests.training.test_trainer import small, train
+
+QUICK = ["--samples-per-prompt=3", "--reference-samples=12", "--ess=0.25"]
+OPTIONS = EvaluationOptions(samples_per_prompt=3, reference_samples=12, ess=0.25)
+LORA = "lora/pytorch_lora_weights.safetensors"
+
+
+def tiny(**changes) -> TrainConfig:
+    """Two updates, and prompts of which some are held out."""
+    base = small(updates=2, prompts=PromptConfig(source="animals", held_out=0.5))
+    base = dataclasses.replace(base, optimizer=OptimizerConfig(learning_rate=0.02))
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = train(tiny(), tmp_path_factory.mktemp("runs") / "run")
+    assert evaluate.main([str(folder), *QUICK]) == 0
+    return folder
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / evaluate.FILE).read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+def copy_of(run: Path, folder: Path) -> Path:
+    """The run without what evaluating it has left."""
+    return Path(shutil.copytree(run, folder, ignore=shutil.ignore_patterns("reference-*", evaluate.FILE)))
+
+
+def test_results_are_complete(run: Path) -> None:
+    found = results(run)
+    assert found["groups"].keys() == {"trained", "held_out"}
+    assert found["settings"]["beta"] == 300 and found["settings"]["reference_samples"] == 12
+    prompts = [group["prompts"] for group in found["groups"].values()]
+    assert len(prompts[0]) == 2 and prompts[1] and not set(prompts[0]) & set(prompts[1])
+    for group in found["groups"].values():
+        for model in ("pretrained", "finetuned"):
+            assert group[model].keys() >= {
+                "reward", "reward_std", "reward_area", "reward_classifier", "pairwise_distance", "vendi", "hue_entropy",
+                "dark_grounds", "accuracy", "frechet_to_reference", "frechet_to_reference_within_prompts",
+            }  # fmt: skip
+        assert group["divergence"]["nats"] > 0
+        assert sum(group["divergence"]["by_step"]) == pytest.approx(group["divergence"]["nats"])
+        target = group["targets"]["tilted"]
+        assert 0 < target["beta"] < 200
+        assert target["smallest_ess"] == pytest.approx(0.25 * 12, rel=1e-6) and target["ess"] >= 0.25 * 12
+        assert target["reference_samples"] == 12 * len(group["prompts"])
+        assert target["floor"].keys() == target["finetuned"].keys() == target["pretrained"].keys()
+        gap = group["finetuned"]["reward"] - target["reward"]
+        assert target["finetuned"]["reward_gap"] == pytest.approx(gap, abs=1e-6)
+    assert not list(run.glob("*.partial"))
+
+
+def test_the_table_has_a_column_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And a second run takes the first one's reference samples."""
+    other = copy_of(run, tmp_path / "other-run")
+    assert evaluate.main([str(run), str(other), *QUICK]) == 0
+    printed = capsys.readouterr().out
+    assert "other-run" in printed and "held-out prompts" in printed and "hue_total_variation" in printed
+    assert not list(other.glob("reference-*"))
+    assert {**results(other), "run": ""} == {**results(run), "run": ""}
+
+
+def test_reference_samples_are_kept_for_their_seed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy_of(run, tmp_path / "run")
+    for group in results(run)["groups"]:
+        shutil.copy(run / f"reference-{group}.safetensors", folder)
+    drawn = []
+    original = RunEvaluation._sample
+
+    def watched(self, numbers, samples, noise, recorder=None):
+        drawn.append((noise, samples))
+        return original(self, numbers, samples, noise, recorder)
+
+    monkeypatch.setattr(RunEvaluation, "_sample", watched)
+    for seed, reference in ((0, []), (1, [range(12)] * 2)):
+        drawn.clear()
+        RunEvaluation(folder, dataclasses.replace(OPTIONS, probe="none", seed=seed)).measure()
+        assert [samples for noise, samples in drawn if noise == REFERENCE_NOISE] == reference
+
+
+def test_a_policy_that_learned_nothing_is_the_pretrained_one(run: Path, tmp_path: Path) -> None:
+    folder = copy_of(run, tmp_path / "run")
+    weights = load_file(folder / LORA)
+    save_file({name: weight * ("lora_A" in name) for name, weight in weights.items()}, folder / LORA)
+    for group in RunEvaluation(folder, OPTIONS).measure()["groups"].values():
+        # B = 0 adds zeros, but W x may be rounded in another order; features amplify it to some 1e-5.
+        assert group["finetuned"] == pytest.approx(group["pretrained"], rel=1e-3, abs=1e-6)
+        assert group["divergence"]["nats"] < 1e-6
+        tilted = group["targets"]["tilted"]
+        assert tilted["finetuned"] == pytest.approx(tilted["pretrained"], rel=1e-3, abs=1e-5)
+        # It has no more reward than the reference samples, or what little chance gives.
+        same = group["targets"]["same_reward"]
+        assert same is None or same["finetuned"]["reward_gap"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_saved_lora_is_read_exactly(tmp_path: Path) -> None:
+    config = tiny()
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(config)
+    trainer.train(tmp_path / "run")
+    fresh = Trainer(config)
+    read_policy(fresh.policy, tmp_path / "run")
+    expected = trainer.policy.trained()
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in fresh.policy.trained().items())
+    assert any(parameter.abs().max() > 0 for name, parameter in expected.items() if "lora_B" in name)
+
+
+def test_all_parameters_are_read_exactly_and_evaluated(tmp_path: Path) -> None:
+    config = tiny(lora=LoraConfig(rank=0), optimizer=OptimizerConfig(learning_rate=1e-4))
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(config)
+    trainer.train(tmp_path / "run")
+    evaluation = RunEvaluation(tmp_path / "run", OPTIONS)
+    read = evaluation.trainer.policy.trained()
+    assert all(torch.equal(parameter, read[name]) for name, parameter in trainer.policy.trained().items())
+    found = evaluation.measure()["groups"]["trained"]
+    assert found["divergence"]["nats"] > 0 and found["finetuned"]["reward"] != found["pretrained"]["reward"]
+
+
+def test_weights_of_another_rank_are_refused(run: Path, tmp_path: Path) -> None:
+    folder = copy_of(run, tmp_path / "run")
+    saved = json.loads((folder / "config.json").read_text())
+    saved["lora"]["rank"] = 4
+    (folder / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="do not fit"):
+        RunEvaluation(folder, OPTIONS)
+
+
+def test_a_normalised_reward_tilts_by_what_was_trained_on(tmp_path: Path) -> None:
+    config = tiny()
+    folder = train(
+        dataclasses.replace(config, reward=dataclasses.replace(config.reward, normalise=True)), tmp_path / "run"
+    )
+    evaluation = RunEvaluation(folder, OPTIONS)
+    checkpoint, _ = newest_checkpoint(folder)
+    state = torch.load(checkpoint / "state.pt", weights_only=True)["reward"]
+    assert evaluation.trainer.reward.state_dict() == state and state["area"]["count"] > 0
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ValueError, match=r"reward\.normalise"):
+        RunEvaluation(folder, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "not a run folder"),
+        (["unfinished"], "has no lora/"),
+        ([], "run folder"),
+        (["nowhere", "--samples-per-prompt=1"], "samples_per_prompt = 1"),
+        (["nowhere", "--reference-samples=3"], "reference_samples = 3"),
+        (["nowhere", "--reference-samples=10"], "more than one sample"),
+        (["nowhere", "--ess=2"], "ess = 2"),
+    ],
+)
+def test_bad_input_is_refused(
+    arguments: list[str], words: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("unfinished").mkdir()
+    shutil.copy(run / "config.json", "unfinished")
+    try:
+        assert evaluate.main(arguments) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert words in message and "Traceback" not in message

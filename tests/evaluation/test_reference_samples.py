@@ -1,0 +1,75 @@
+"""The file of reference samples: drawn once, extended, shared, and safe from interruptions."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastnabla.evaluation import reference_samples
+from fastnabla.evaluation.reference_samples import reference_latents
+
+KEY = {"model": {"name": "a"}, "prompts": ["x", "y"]}
+
+
+def draw(samples: range) -> Tensor:
+    """Two prompts' latents, which say their prompt and number."""
+    number = torch.tensor(samples, dtype=torch.float32)
+    return torch.stack([number, number + 1000])[:, :, None, None, None].expand(2, -1, 1, 2, 2)
+
+
+def never(samples: range) -> Tensor:
+    pytest.fail(f"drew {samples}")
+
+
+@pytest.fixture(autouse=True)
+def blocks_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_samples, "BLOCK", 4)
+
+
+def test_are_drawn_once_and_extended(tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    assert torch.equal(reference_latents(path, [], KEY, 6, draw), draw(range(6)))
+    assert torch.equal(reference_latents(path, [], KEY, 6, never), draw(range(6)))
+    assert torch.equal(reference_latents(path, [], KEY, 5, never), draw(range(5)))
+    drawn = []
+    more = reference_latents(path, [], KEY, 12, lambda samples: drawn.append(samples) or draw(samples))
+    assert torch.equal(more, draw(range(12))) and drawn == [range(6, 10), range(10, 12)]
+
+
+def test_an_interruption_loses_a_block_at_most(tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+
+    def interrupted(samples: range) -> Tensor:
+        if samples.start == 8:
+            raise KeyboardInterrupt
+        return draw(samples)
+
+    with pytest.raises(KeyboardInterrupt):
+        reference_latents(path, [], KEY, 12, interrupted)
+    assert torch.equal(reference_latents(path, [], KEY, 8, never), draw(range(8)))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_longest_file_is_taken_and_others_are_only_read(tmp_path: Path) -> None:
+    own, short, long = (tmp_path / name for name in ("own", "short", "long"))
+    reference_latents(short, [], KEY, 2, draw)
+    reference_latents(long, [], KEY, 6, draw)
+    before = long.read_bytes()
+    assert torch.equal(reference_latents(own, [short, long], KEY, 6, never), draw(range(6)))
+    assert not own.exists()
+    assert torch.equal(reference_latents(own, [short, long], KEY, 7, draw), draw(range(7)))
+    assert own.exists() and long.read_bytes() == before
+
+
+def test_files_of_another_key_are_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    reference_latents(path, [], KEY, 6, lambda samples: draw(samples) + 0.5)
+    assert torch.equal(reference_latents(path, [], {**KEY, "seed": 1}, 3, draw), draw(range(3)))
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    path.write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"reference\.safetensors.*remove it"):
+        reference_latents(path, [], KEY, 3, draw)

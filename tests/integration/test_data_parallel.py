@@ -1,0 +1,135 @@
+"""The same global batch on 1, 2 and 4 processes gives the same update.
+
+A network pass of one row has the same bits on every rank, so what is left is the order in which float32 sums are taken:
+1e-7 of a gradient's norm. Later updates start from weights that differ by that, which the residuals amplify.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastnabla.config.sections import EvaluationConfig, FlowConfig, MemoryConfig, RolloutConfig
+from fastnabla.config.train import TrainConfig
+from fastnabla.distributed.world import ALONE, World
+from fastnabla.methods.registry import METHODS
+from fastnabla.training.trainer import Trainer
+from fastnabla.trajectories.collection import shares
+from tests.faults import tiny, without_pictures
+from tests.ranks import on_ranks
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # threads do not survive a fork
+
+
+def row_by_row(trajectories: int = 10, updates: int = 2, **changes) -> TrainConfig:
+    """Two updates of one rollout, each of five trajectories, which neither 2 nor 4 divide; all passes of one row."""
+    config = tiny(
+        memory=MemoryConfig(micro_batch=1, decode_chunk=1),
+        flow=FlowConfig(kind="conv"),
+    )
+    rollout = RolloutConfig(trajectories=trajectories, fraction=0.5, updates=updates, batch=1)
+    evaluation = EvaluationConfig(every=0, samples=3, prompts=1, probe="testbed")
+    return dataclasses.replace(config, updates=2, rollout=rollout, evaluation=evaluation, **changes)
+
+
+def gradient(trainer: Trainer) -> Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.step.parameters])
+
+
+def trained(world: World, config: TrainConfig, folder: Path) -> dict:
+    """Gradients of all updates, as they are reduced, and what is left in the end."""
+    trainer, gradients = without_pictures(Trainer(config, world=world)), []
+    update = trainer.optimizer.update
+
+    def watched(accepts):
+        gradients.append(gradient(trainer))
+        return update(accepts)
+
+    trainer.optimizer.update = watched
+    run = folder / f"run-of-{world.size}"
+    if world.is_main:
+        run.mkdir()
+    world.barrier()
+    records = trainer.train(run)
+    weights = torch.cat([parameter.detach().flatten() for parameter in trainer.step.parameters])
+    return {"gradients": gradients, "weights": weights, "records": json.dumps(records)}
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def assert_same_records(ours: str, theirs: str) -> None:
+    """Relative to 1e-6 in the first update, and to what the residuals make of 1e-7 in the weights, 2e-5, in others."""
+    for one, other in zip(json.loads(ours), json.loads(theirs), strict=True):
+        assert one.keys() == other.keys()
+        tolerance = 2e-6 if (one["phase"], one["update"]) in (("evaluate", 0), ("train", 1)) else 1e-4
+        for name, value in other.items():
+            close = pytest.approx(value, rel=tolerance, abs=1e-7) if isinstance(value, float) else value
+            assert one[name] == close, (one["phase"], one["update"], name)
+
+
+def test_same_update_on_1_2_and_4_processes(tmp_path: Path) -> None:
+    config = row_by_row()
+    alone = trained(ALONE, config, tmp_path)
+    for size in (2, 4):
+        ranks = on_ranks(tmp_path / str(size), size, lambda world: trained(world, config, tmp_path))
+        for rank in ranks:
+            assert distance(rank["gradients"][0], alone["gradients"][0]) < 1e-6
+            assert distance(rank["gradients"][1], alone["gradients"][1]) < 2e-5
+            assert distance(rank["weights"], alone["weights"]) < 1e-6
+            assert torch.equal(rank["weights"], ranks[0]["weights"])
+            assert_same_records(rank["records"], alone["records"])
+        written = (tmp_path / f"run-of-{size}" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in written] == json.loads(ranks[0]["records"])
+
+
+def first_step(world: World, config: TrainConfig) -> dict:
+    trainer = Trainer(config, world=world)
+    rollout = trainer.source.collect(0)
+    settings = trainer.config.rollout
+    report = trainer.step(
+        trainer.source.select(0, torch.tensor(shares(trainer.world, settings.trajectories, settings.updates)[0]))
+    )
+    world.sum_([parameter.grad for parameter in trainer.step.parameters])
+    numbers = {name: value.item() for name, value in (report.losses | report.statistics).items()}
+    counts = {f"rows {kind}": count for kind, count in report.counts.items()}
+    return {"gradient": gradient(trainer), "numbers": numbers | rollout | report.passes | counts}
+
+
+def test_all_methods_on_2_processes(tmp_path: Path) -> None:
+    others = [name for name in METHODS if name != "residual-db"]
+    configs = {name: row_by_row(5, 1, method=name) for name in others}
+    configs["terminal, normalised"] = row_by_row(
+        5,
+        1,
+        objective=dataclasses.replace(row_by_row().objective, guidance="terminal"),
+        reward=dataclasses.replace(row_by_row().reward, normalise=True),
+    )
+
+    def each(world: World) -> dict:
+        return {name: first_step(world, config) for name, config in configs.items()}
+
+    alone = each(ALONE)
+    for rank in on_ranks(tmp_path, 2, each):
+        for name, expected in alone.items():
+            assert distance(rank[name]["gradient"], expected["gradient"]) < 1e-6, name
+            close = {key: pytest.approx(value, rel=2e-6, abs=1e-9) for key, value in expected["numbers"].items()}
+            assert rank[name]["numbers"] == close, name
+
+
+def test_an_update_needs_a_trajectory_for_each_process() -> None:
+    world = World()
+    world.rank, world.size = 2, 3
+    assert shares(world, 10, 2) == [range(4, 5), range(9, 10)]
+    world.size = 6
+    with pytest.raises(
+        ValueError, match=r"rollout\.trajectories = 10: gives an update 5 .* the 6 processes.* least 12"
+    ):
+        shares(world, 10, 2)

@@ -1,0 +1,150 @@
+"""Whatever ends a run, the resumed one ends as if nothing had happened, bit for bit."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastnabla.run.checkpoint import Checkpoints, TrainState
+from fastnabla.run.resuming import fingerprint
+from fastnabla.training.trainer import Trainer
+from tests.faults import CHECKPOINT_FAILED, POINTS, assert_same_result, attempt, campaign, tiny, without_pictures
+from tests.utils.test_durable import fill, places
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    """As it was built; forks train it."""
+    torch.set_num_threads(1)  # threads do not survive a fork
+    return without_pictures(Trainer(tiny()))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run that nothing happened to, and the seconds it took. It runs in this process, which then has all loaded."""
+    run = tmp_path_factory.mktemp("undisturbed")
+    another = without_pictures(Trainer(tiny()))
+    started = time.perf_counter()
+    another.train(run)
+    return run, time.perf_counter() - started
+
+
+def finish(trainer: Trainer, run: Path, expected: Path) -> None:
+    assert attempt(trainer, run, lambda: None, None, 0) == 0
+    assert_same_result(run, expected)
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :]
+
+
+def before(owner: object, name: str, call: int, action: Callable[[], None]) -> None:
+    """Do `action` at the beginning of call number `call`, from 0, of `owner.name`."""
+    function, calls = getattr(owner, name), []
+
+    def acting(*arguments):
+        calls.append(None)
+        if len(calls) == call + 1:
+            action()
+        return function(*arguments)
+
+    setattr(owner, name, acting)
+
+
+def test_killed_again_and_again(trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    counts = campaign(trainer, tmp_path, undisturbed[0], kills=5, seed=1, seconds=undisturbed[1])
+    assert sum(counts.values()) - counts["runs"] >= 5
+
+
+@pytest.mark.parametrize(
+    ("point", "call", "after"),
+    [("write", 4000, False), ("rename", 3, False), ("record", 5, False)],
+)
+def test_killed_at_a_certain_point(
+    point: str, call: int, after: bool, trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
+    status = attempt(trainer, tmp_path, lambda: POINTS[point][1](trainer, call, after), None, 0)
+    assert status == -signal.SIGKILL
+    finish(trainer, tmp_path, undisturbed[0])
+
+
+def test_a_signal_between_two_updates_of_a_rollout_loses_nothing(
+    trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
+    """The third update, the first of its rollout, is finished and saved; the rollout is not sampled again."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    run.mkdir()
+
+    def arm() -> None:
+        before(trainer.optimizer, "update", 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+    assert attempt(trainer, run, arm, None, 0) == 138
+    assert checkpoints(run) == ["update-000002", "update-000003"]
+    records = (run / "metrics.jsonl").read_text()
+    assert (undisturbed[0] / "metrics.jsonl").read_text().startswith(records)
+    assert '"update": 3' in records.splitlines()[-1]
+
+    shutil.copytree(run, again)
+
+    def arm_again() -> None:
+        trainer.source = dataclasses.replace(trainer.source, rollout=lambda round_: os._exit(9))
+
+    assert attempt(trainer, again, arm_again, None, 0) == 9
+    assert '"update": 4' in (again / "metrics.jsonl").read_text()
+    finish(trainer, run, undisturbed[0])
+
+
+def test_a_signal_during_the_evaluation_comes_back_to_it(
+    trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
+    def arm() -> None:
+        before(trainer, "_evaluate", 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    assert attempt(trainer, tmp_path, arm, None, 0) == 143
+    assert checkpoints(tmp_path)[-1] == "update-000004"
+    assert not (tmp_path / "lora").exists()
+    # Killed in the repeated evaluation once more, when the weights are not yet in their place.
+    assert attempt(trainer, tmp_path, lambda: POINTS["record"][1](trainer, 0, False), None, 0) == -signal.SIGKILL
+    finish(trainer, tmp_path, undisturbed[0])
+
+
+def test_a_full_disk_costs_no_checkpoint(trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    def arm() -> None:
+        fill(pytest.MonkeyPatch(), "write", 4000)  # undone by the fork's end
+
+    assert attempt(trainer, tmp_path, arm, None, 0) == CHECKPOINT_FAILED
+    assert checkpoints(tmp_path) == ["update-000002"]
+    finish(trainer, tmp_path, undisturbed[0])
+
+
+@pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
+def test_a_damaged_file_of_the_newest_checkpoint_costs_no_more_than_that(
+    name: str, trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed[0], run)
+    fresh = Trainer(tiny())
+    parts = ("policy", "flow", "optimizer", "reward", "step", "buffer")
+    state = TrainState(**{part: getattr(fresh, part) for part in parts})
+    found = Checkpoints(run, state, fingerprint(fresh.config, fresh.prompts), 2)
+    assert found.load().update == 6
+    path = run / "checkpoints" / "update-000006" / name
+    content = path.read_bytes()
+    for place in places(len(content) - 1):
+        for damaged in (content[:place], flipped(content, place)):
+            path.write_bytes(damaged)
+            caplog.clear()
+            assert found.load().update == 4
+            assert f"update-000006 is damaged and passed over: {name}" in caplog.text
+    finish(trainer, run, undisturbed[0])
+    assert checkpoints(run) == ["update-000004", "update-000006"]

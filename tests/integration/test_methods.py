@@ -1,0 +1,171 @@
+"""Every method through the trainer, on the testbed: it runs, again to the same bits, resumed too, at the planned cost."""
+
+import dataclasses
+import json
+import re
+import signal
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from safetensors.torch import load_file
+
+from fastnabla.config.sections import MemoryConfig, ModelConfig, RewardConfig, SamplerConfig
+from fastnabla.config.train import MethodName, TrainConfig, from_json, to_json
+from fastnabla.distributed.signals import Stopped, StopSignals
+from fastnabla.methods.direct import late_step
+from fastnabla.methods.registry import METHODS
+from fastnabla.objective.direct import Direct
+from fastnabla.objective.residual_db import Objective
+from fastnabla.train import parse
+from fastnabla.training.trainer import Trainer
+from fastnabla.utils.seeding import seed_of
+from tests.faults import assert_same_result, without_pictures
+from tests.training.test_trainer import small, train
+
+OTHERS = [name for name in METHODS if name != "residual-db"]
+
+
+def config_of(method: str, **changes) -> TrainConfig:
+    """Four updates, two a rollout. ReFL's steps are the last two."""
+    evaluation = dataclasses.replace(small().evaluation, every=0)
+    changes = {"direct": Direct(k=2, late=0.5), "evaluation": evaluation} | changes
+    return small(method=method, **changes)
+
+
+def records_of(folder: Path) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["phase"] == "train"]
+
+
+def test_the_names_are_those_of_the_command_line() -> None:
+    assert get_args(MethodName) == tuple(METHODS)
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_run(method: str, tmp_path: Path) -> None:
+    """Complete; and stopped between two updates of a rollout and resumed, bit for bit the same."""
+    config = config_of(method)
+    run = train(config, tmp_path / "run")
+    records = records_of(run)
+    assert [record["update"] for record in records] == [1, 2, 3, 4]
+    weights = load_file(run / "lora/pytorch_lora_weights.safetensors")
+    assert any(weight.any() for name, weight in weights.items() if "lora_B" in name or "lora.up" in name)
+
+    cost = METHODS[method].cost(config)
+    for number, record in enumerate(records):
+        passes = {kind: record[f"passes_{kind}"] for kind in cost.rows}
+        planned = dict(cost.passes)
+        if method == "refl":  # the plan is the average over the draws of its steps
+            draws = [late_step(seed_of(0, "draws", 2 * number + i), 2, 4) for i in range(2)]
+            planned["trajectory"] = sum(draws) / 2 + 2
+        assert passes == planned
+
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    trainer, stop, calls = without_pictures(Trainer(config)), StopSignals(), []
+    update = trainer.optimizer.update
+
+    def stopping(*arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            stop.received = signal.SIGTERM
+        return update(*arguments)
+
+    trainer.optimizer.update = stopping
+    with pytest.raises(Stopped):
+        trainer.train(folder, stop=stop)
+    assert (folder / "checkpoints/update-000003").is_dir()
+    without_pictures(Trainer(config)).train(folder, resume=True)
+    assert_same_result(folder, run)
+
+
+def test_direct_methods_sample_what_a_rollout_does(tmp_path: Path) -> None:
+    """Prompts and noise are those of the trajectories' numbers, whatever the method: before the first update, DRaFT's
+    samples are the rollout's of residual ∇-DB."""
+    rollout = dataclasses.replace(small().rollout, updates=1)
+    configs = [config_of(method, updates=2, rollout=rollout) for method in ("residual-db", "draft")]
+    first, second = (records_of(train(config, tmp_path / config.method))[0] for config in configs)
+    for name in ("rollout_reward", "rollout_reward_std"):
+        assert first[name] == pytest.approx(second[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_bfloat16_networks_train_a_float32_lora(method: str, tmp_path: Path) -> None:
+    trainer = Trainer(config_of(method, updates=2, model=ModelConfig(name="testbed", dtype="bfloat16")))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    trainer.train(folder)
+    assert all(parameter.isfinite().all() for parameter in trainer.step.parameters)
+    assert any(parameter.any() for name, parameter in trainer.policy.trained().items() if "lora_B" in name)
+    if method == "ddpo":  # the first update trains the policy that sampled; the outputs are stored in float32
+        assert records_of(folder)[0]["ratio"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("db", {"sampler": SamplerConfig(steps=4, eta=0.5)}, r"sampler\.eta = 0\.5.*method = 'db'.*η = 1"),
+        ("db", {"objective": Objective(strength=0.5)}, r"objective\.strength = 0\.5.*leave it at 1"),
+        ("dag", {"sampler": SamplerConfig(steps=4, eta=0.5)}, r"sampler\.eta = 0\.5.*method = 'dag'"),
+        ("dag", {"flow": dataclasses.replace(small().flow, kind="none")}, r"flow\.kind = 'none'.*learns a flow"),
+        ("draft", {"direct": Direct(k=5)}, r"direct\.k = 5: must be at most sampler\.steps = 4"),
+        ("ddpo", {"memory": MemoryConfig(output_block=64)}, r"memory\.output_block = 64.*leave it None"),
+        ("refl", {"reward": RewardConfig(normalise=True)}, r"reward\.normalise = True.*method = 'refl' has no rollout"),
+        ("nonsense", {}, r"method = 'nonsense': must be one of residual-db, db"),
+    ],
+)
+def test_unsuitable_settings_are_refused(method: str, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(method, **changes)
+
+
+OTHER_VALUES = {
+    "objective": {
+        "gamma": "sqrt_alpha_bar", "guidance": "terminal", "weighting": "score", "strength": 0.5, "reverse": 3.0,
+        "reverse_second_order": True, "trust_region": 30.0,
+    },
+    "direct": {"k": 3, "late": 0.9, "redraws": 3},
+    "policy_gradient": {"clip": 0.3, "advantage_clip": 0.1, "window": 3, "min_count": 2},
+    "flow": {"kind": "unet", "start": "random", "learning_rate": 0.1, "weight_decay": 0.3},
+    "rollout": {"fraction": 0.25, "draw": "uniform"},
+    "memory": {"buffer": "pinned", "output_block": 64},
+}  # fmt: skip
+"""Section → field → a value that is not that of `config_of`."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_without_a_part_in_a_method_change_nothing(method: str, tmp_path: Path) -> None:
+    config, others = config_of(method), {}
+    for name in METHODS[method].without:
+        section, _, field = name.partition(".")
+        others.setdefault(section, {})[field] = OTHER_VALUES[section][field]
+    for section, values in others.items():
+        assert all(getattr(getattr(config, section), field) != value for field, value in values.items())
+        others[section] = dataclasses.replace(getattr(config, section), **values)
+    changed = dataclasses.replace(config, **others)
+    first, second = train(config, tmp_path / "as it is"), train(changed, tmp_path / "changed")
+    assert_same_result(first, second)
+
+
+def test_settings_without_a_part_in_a_method_are_refused_on_its_command_line() -> None:
+    for method, name, value in (
+        ("residual-db", "direct.k", "2"), ("draft", "objective.gamma", "constant"), ("refl", "direct.k", "2"),
+        ("ddpo", "flow.kind", "unet"), ("dag", "objective.reverse", "2"), ("draft-lv", "rollout.fraction", "0.5"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} = .* method = '{method}' has no use for it"):
+            parse(["testbed", "--method", method, f"--{name}", value])
+    assert parse(["testbed", "--method", "draft", "--objective.beta", "5", "--direct.k", "3"]).direct.k == 3
+
+
+@pytest.mark.parametrize("settings", [{"k": 0}, {"redraws": 0}, {"late": 0.0}, {"late": 1.5}])
+def test_settings_of_direct_methods_are_checked(settings: dict) -> None:
+    (name,) = settings
+    with pytest.raises(ValueError, match=rf"direct\.{name} = "):
+        Direct(**settings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_round_trip_through_json(method: str) -> None:
+    config = config_of(method)
+    assert from_json(to_json(config)) == config

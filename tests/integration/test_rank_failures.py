@@ -1,0 +1,179 @@
+"""What ends one process ends all, soon, and says why; asked to stop, they stop together."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from fastnabla.distributed import watchdog as watch
+from fastnabla.distributed import world as distributed
+from fastnabla.optim.optimizer import Optimizer
+from fastnabla.rewards.testbed import area
+from fastnabla.training.trainer import Trainer
+from fastnabla.trajectories import rollout
+from tests.ranks import begin, end, trained
+
+TINY = [
+    "--updates=2",
+    "--tracker=none",
+    "--device=cpu",
+    "--reward.terms=tests.integration.test_rank_failures:reward=8",
+    "--sampler.steps=2",
+    "--sampler.guidance-scale=1",
+    "--rollout.trajectories=4",
+    "--rollout.updates=2",
+    "--rollout.fraction=0.5",
+    "--rollout.batch=1",
+    "--memory.micro-batch=1",
+    "--memory.decode-chunk=1",
+    "--evaluation.samples=2",
+    "--evaluation.prompts=1",
+    "--evaluation.every=0",
+    "--run=run",
+]
+
+
+class Reward:
+    """The area, until it is `broken`."""
+
+    broken = False
+
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        if self.broken:
+            raise ZeroDivisionError("no pixels left")
+        return area(images.device)(images, prompts)
+
+
+reward = Reward()
+
+
+@pytest.fixture(autouse=True)
+def impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)  # threads do not survive a fork
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "_write_pictures", lambda *_: None)
+    monkeypatch.setattr(watch, "INTERVAL", 0.1)
+    monkeypatch.setattr(watch, "LINGER", 0.5)
+
+
+def before(owner: object, name: str, call: int, event: Callable[[], None]) -> None:
+    """Let `event` happen before call number `call`, from 0, of the function `owner.name`."""
+    function, calls = getattr(owner, name), []
+
+    def called(*arguments, **options):
+        calls.append(None)
+        if len(calls) == call + 1:
+            event()
+        return function(*arguments, **options)
+
+    setattr(owner, name, called)
+
+
+def in_rank_1(owner: object, name: str, call: int, event: Callable[[], None]) -> Callable[[int], None]:
+    return lambda rank: before(owner, name, call, event) if rank == 1 else None
+
+
+def send(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def outputs(size: int) -> list[str]:
+    return [Path(f"rank-{rank}.txt").read_text() for rank in range(size)]
+
+
+def break_reward() -> None:
+    reward.broken = True
+
+
+def test_a_reward_that_raises_in_one_rank() -> None:
+    prepare = in_rank_1(Optimizer, "update", 0, break_reward)
+    assert end(begin(2, lambda: trained(TINY, prepare))) == [1, 1]
+    first, failed = outputs(2)
+    assert "ZeroDivisionError: no pixels left" in failed and "Traceback" in failed
+    assert "error: rank 1 on" in failed and "reward 'tests.integration.test_rank_failures:reward' failed" in failed
+    assert "error: rank 1 on" in first and "no pixels left" in first and "Traceback" not in first
+    assert first.count("error:") == 1
+
+
+def test_a_mistake_that_all_ranks_find_is_told_once_by_each() -> None:
+    assert 0 not in end(begin(2, lambda: trained([*TINY, "--reward.terms=beauty"])))
+    told = [output.count("unknown reward 'beauty'") for output in outputs(2)]
+    assert max(told) == 1  # of a machine's two, by the first, or by both: the other was ended before it found out
+
+
+def test_a_rank_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "PATIENCE", 1.0)
+    prepare = in_rank_1(Optimizer, "update", 0, send(signal.SIGKILL))
+    assert end(begin(2, lambda: trained(TINY, prepare))) == [1, -signal.SIGKILL]
+    told = outputs(2)[0]
+    assert "error: rank 0 on" in told and "another process can no longer be reached" in told and "Traceback" not in told
+    assert "no sign of life from ranks [1]" in told
+
+
+def test_a_rank_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after the loss of its machine: its connections stay open."""
+    monkeypatch.setattr(watch, "SILENCE", 1.5)
+    children = begin(2, lambda: trained(TINY, in_rank_1(Optimizer, "update", 0, send(signal.SIGSTOP))))
+    try:
+        assert end(children[:1]) == [1]
+    finally:
+        os.kill(children[1], signal.SIGKILL)
+    assert end(children[1:]) == [-signal.SIGKILL]
+    assert "error: rank 1: no sign of life for 2 s; so all processes end." in outputs(2)[0]
+
+
+def weights() -> torch.Tensor:
+    layers = load_file("run/lora/pytorch_lora_weights.safetensors")
+    return torch.cat([layers[name].flatten() for name in sorted(layers)])
+
+
+def test_a_signal_to_one_rank_stops_all_and_another_number_goes_on() -> None:
+    """Between the two updates of a rollout, so that the checkpoint has the rollout's trajectories: those of 2 processes for 1."""
+    assert end(begin(1, lambda: trained(TINY))) == [0]
+    expected = weights()
+    Path("run").rename("alone")
+    prepare = in_rank_1(Optimizer, "update", 0, send(signal.SIGTERM))
+    assert end(begin(2, lambda: trained(TINY, prepare))) == [128 + signal.SIGTERM] * 2
+    assert [folder.name for folder in Path("run/checkpoints").iterdir()] == ["update-000001"]
+    assert "stopped by SIGTERM, all is saved" in outputs(2)[0] and not outputs(2)[1].count("stopped")
+    assert end(begin(1, lambda: trained(["--resume=run"]))) == [0]
+    assert (weights() - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_a_signal_in_a_rollout_of_one_rank_stops_all() -> None:
+    prepare = in_rank_1(rollout, "advance", 7, send(signal.SIGUSR1))
+    assert end(begin(2, lambda: trained(TINY, prepare))) == [128 + signal.SIGUSR1] * 2
+    assert not Path("run/checkpoints").exists()
+
+
+def restarted(arguments: list[str]) -> None:
+    """A process of `torchrun`: rank 1 is killed in the second update of the first attempt."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+        before(Optimizer, "update", 1, send(signal.SIGKILL))
+    status = trained(arguments)
+    if status:
+        raise SystemExit(status)
+
+
+def test_restarted_by_torchrun_it_goes_on_from_the_last_checkpoint() -> None:
+    arguments = [*TINY, "--rollout.updates=1", "--checkpoint-every=1", "--resume=auto"]
+    assert end(begin(1, lambda: trained(arguments))) == [0]
+    expected = weights()
+    Path("run").rename("alone")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=1,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    elastic_launch(config, restarted)(arguments)
+    assert (weights() - expected).norm() < 1e-6 * expected.norm()

@@ -1,0 +1,82 @@
+"""DAG-DB against its definition in float64."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastnabla.methods.dag import DetailedBalanceStep
+from fastnabla.objective.residual_db import Objective
+from fastnabla.transition import TransitionTable
+from tests.checks import BACKENDS, assert_gradients, ddim_table, randn
+from tests.exact import Exact
+from tests.golden import STEP_SETS, GoldenStep, load_step
+
+WITH_FLOW = next(folder for folder in STEP_SETS if (folder / "flow").exists())
+REWARDS = torch.tensor([0.3, -1.2, 2.0])
+PROMPTS = [str(i) for i in range(3)]
+SETTINGS = {"beta": 500.0, "trust_region": 0.5}
+
+
+@functools.cache
+def golden() -> GoldenStep:
+    """Transitions that the policy may have sampled: log-densities of the size they have in a run."""
+    g = load_step(WITH_FLOW)
+    rows = g.transitions
+    row = g.table.rows(rows.step_index, rows.x)
+    x_next = row.a * rows.x + row.b * rows.model_output + row.sigma * randn(*rows.x.shape, seed=2)
+    return dataclasses.replace(g, transitions=dataclasses.replace(rows, x_next=x_next, reward=REWARDS[rows.trajectory]))
+
+
+def step_of(micro_batch: int = 100, backend: str = "auto", table: TransitionTable | None = None, **settings):
+    g = golden()
+    networks = (g.policy, g.flow, g.decoder, g.reward, PROMPTS, table or g.table)
+    return DetailedBalanceStep(*networks, Objective(**SETTINGS | settings), micro_batch, backend)
+
+
+def run(step: DetailedBalanceStep):
+    for parameter in step.parameters:
+        parameter.grad = None
+    report = step(golden().transitions)
+    return report, {name: gradient.clone() for name, gradient in golden().gradients().items()}
+
+
+def expected_loss(exact: Exact, objective: Objective) -> Tensor:
+    total = 0
+    power = {"alpha_bar": 1, "sqrt_alpha_bar": 0.5, "constant": 0}[objective.gamma]
+    for (i, x, x_next, o_old, prompt), trajectory in zip(exact.rows(), golden().transitions.trajectory, strict=True):
+        o = exact.output(x, i, prompt)
+
+        def log_flow(state: Tensor, o: Tensor, after: bool, i=i, prompt=prompt) -> Tensor:
+            gamma = exact.at("alpha_bar_next" if after else "alpha_bar", i) ** power
+            reward = exact.reward(exact.clean(state, o, i, after), prompt).detach()
+            return objective.beta * gamma * reward + exact.flow_at(state, i, prompt, after).sum()
+
+        if i == len(exact.table) - 1:
+            log_flow_next = objective.beta * exact.at("alpha_bar_next", i) ** power * REWARDS[trajectory]
+        else:
+            log_flow_next = log_flow(x_next, exact.output(x_next, i, prompt, after=True), True)
+        sides = log_flow(x, o, False) + exact.log_prob(x, x_next, o, i), log_flow_next + exact.log_noising(x, x_next, i)
+        trust = (o - o_old).square().mean()
+        total = total + ((sides[0] - sides[1]) / x.numel()).square().sum() + objective.trust_region * trust
+    return total / len(exact.transitions)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("micro_batch", "gamma"), [(100, "constant"), (2, "alpha_bar")])
+def test_gradients(micro_batch, gamma, backend):
+    step = step_of(micro_batch, backend, gamma=gamma)
+    report, gradients = run(step)
+    exact = Exact(golden())
+    loss = expected_loss(exact, step.objective)
+    assert_gradients(gradients, exact.gradients(golden(), loss))
+    torch.testing.assert_close(report.losses["loss"].double(), loss.detach(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(report.losses["balance"], report.rows["residual"].square().mean())
+    assert report.passes == {"inner": 3, "last": 2}
+
+
+def test_the_sampler_must_be_ddpm():
+    with pytest.raises(ValueError, match=r"method = 'dag'.*sampler\.eta = 1"):
+        step_of(table=ddim_table(50, eta=0.5))

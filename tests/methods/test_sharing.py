@@ -1,0 +1,147 @@
+"""Adjacent transitions that share network passes: the same gradients, fewer passes."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastnabla.methods.micro_batches import cut
+from fastnabla.methods.nabla_db import BalanceStep
+from fastnabla.trajectories.transitions import Transitions
+from tests.checks import BACKENDS, assert_gradients, randn
+from tests.golden import STEP_SETS, GoldenStep, load_step
+
+GOLDEN = next(folder for folder in STEP_SETS if (folder / "flow").exists())
+load_once = functools.cache(load_step)
+PROMPTS = 2
+
+
+def run_of(golden: GoldenStep, trajectory: int, steps: list[int]) -> Transitions:
+    """Transitions of adjacent `steps` of one trajectory, whose states are shared by neighbours."""
+    shape, count = golden.transitions.x.shape[1:], len(steps)
+    states = randn(count + 1, *shape, seed=trajectory)
+    step_index = torch.tensor(steps)
+    number = torch.full((count,), trajectory)
+    return Transitions(
+        x=states[:-1],
+        x_next=states[1:],
+        model_output=randn(count, *shape, seed=100 + trajectory),
+        step_index=step_index,
+        timestep=golden.table.timestep[step_index],
+        prompt=number % PROMPTS,
+        trajectory=number,
+        reward=torch.zeros(count),
+        epoch=torch.zeros(count, dtype=torch.int64),
+    )
+
+
+def joined(*parts: Transitions) -> Transitions:
+    fields = (field.name for field in dataclasses.fields(Transitions))
+    return Transitions(**{name: torch.cat([getattr(part, name) for part in parts]) for name in fields})
+
+
+def batch(golden: GoldenStep) -> Transitions:
+    """Two runs, a lone transition, and the last transition of each trajectory, in no order."""
+    last = len(golden.table) - 1
+    parts = [run_of(golden, 0, [2, 3, 4]), run_of(golden, 1, [0, 1]), run_of(golden, 2, [5])]
+    whole = joined(*parts, *(run_of(golden, trajectory, [last]) for trajectory in range(3)))
+    return whole[torch.tensor([4, 6, 1, 0, 8, 5, 3, 7, 2])]
+
+
+def gradients(golden: GoldenStep, step: BalanceStep, transitions: Transitions) -> dict[str, Tensor]:
+    for parameter in step.parameters:
+        parameter.grad = None
+    step(transitions)
+    return {name: gradient.clone() for name, gradient in golden.gradients().items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("micro_batch", [100, 4, 1])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {},
+        {"reverse": 0.0},
+        {"guidance": "lookahead_detached"},
+        {"guidance": "lookahead_detached", "reverse": 0.0},
+        {"guidance": "terminal"},
+        {"strength": 0.7, "weighting": "sigma", "gamma": "sqrt_alpha_bar"},
+    ],
+)
+def test_shared_passes_give_the_same_gradients(objective, micro_batch, backend):
+    golden = load_once(GOLDEN)
+    transitions = batch(golden)
+    expected = gradients(golden, golden.step(100, **objective), transitions)
+    actual = gradients(golden, golden.step(micro_batch, backend, share=True, **objective), transitions)
+    assert_gradients(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("objective", "passes", "decodes"),
+    [
+        # 6 L + 2 of each micro-batch, and one decode of each of its L + 1 states a run.
+        ({}, (6 * 6 + 2 * 3) / 6, 9),
+        # Without the reverse residual: reference 1, policy 1, to its input 1, to the parameters 1, and 2 of each tail.
+        ({"reverse": 0.0}, (4 * 6 + 2 * 3) / 6, 6),
+        # Without the UNet's Jacobian: 5, and 1 of each tail.
+        ({"guidance": "lookahead_detached"}, (5 * 6 + 3) / 6, 9),
+        ({"guidance": "terminal"}, 5, 0),
+    ],
+)
+def test_passes_and_decodes(objective, passes, decodes):
+    golden = load_once(GOLDEN)
+    decoded = []
+
+    class Counter(nn.Module):
+        def forward(self, images, prompts):
+            decoded.extend(prompts)
+            return golden.reward(images, prompts)
+
+    counted = dataclasses.replace(golden, reward=Counter())
+    report = counted.step(100, share=True, **objective)(batch(golden))
+    assert report.passes["inner"] == pytest.approx(passes)
+    assert report.passes["last"] == 3
+    assert len(decoded) == decodes + 3
+
+
+def test_without_sharing_nothing_follows():
+    golden = load_once(GOLDEN)
+    for micro in cut(batch(golden).select(), len(golden.table), 100, share=False):
+        assert len(micro.followers) == 0
+        assert micro.after().tolist() == list(range(len(micro.rows), 2 * len(micro.rows)))
+
+
+def test_followers_are_neighbours():
+    golden = load_once(GOLDEN)
+    selection = batch(golden).select()
+    inner, last = cut(selection, len(golden.table), 100, share=True)
+    assert (inner.last, last.last) == (False, True)
+    names = list(zip(selection.trajectory[inner.rows].tolist(), selection.step_index[inner.rows].tolist(), strict=True))
+    assert names == [(0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (2, 5)]
+    assert inner.followed_by.tolist() == [1, 2, -1, 4, -1, -1]
+    assert inner.followers.tolist() == [1, 2, 4]
+    assert inner.tails.tolist() == [2, 4, 5]
+    assert inner.after().tolist() == [1, 2, 6, 4, 7, 8]
+    assert len(last.followers) == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7])
+def test_cuts_are_even_and_complete(size):
+    golden = load_once(GOLDEN)
+    selection = batch(golden).select()
+    parts = cut(selection, len(golden.table), size, share=False)
+    assert sorted(torch.cat([part.rows for part in parts]).tolist()) == list(range(len(selection)))
+    for last in (False, True):
+        sizes = [len(part.rows) for part in parts if part.last == last]
+        assert max(sizes) <= size
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_sampler_that_is_no_chain_cannot_share():
+    golden = load_once(GOLDEN)
+    table = dataclasses.replace(golden.table, timestep_next=golden.table.timestep_next.clone())
+    table.timestep_next[1] += 1
+    with pytest.raises(ValueError, match="does not end where the next begins"):
+        dataclasses.replace(golden, table=table).step(4, share=True)

@@ -1,0 +1,79 @@
+"""Nothing in the training step waits for the device."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastnabla.trajectories.transitions import Transitions
+from tests.golden import STEP_SETS, load_step
+from tests.methods.test_sharing import batch as adjacent
+
+GOLDEN = next(folder for folder in STEP_SETS if (folder / "flow").exists())
+load_once = functools.cache(load_step)
+WAITING = {
+    torch.ops.aten._local_scalar_dense,
+    torch.ops.aten.nonzero,
+    torch.ops.aten._unique2,
+    torch.ops.aten.unique_dim,
+    torch.ops.aten.masked_select,
+    torch.ops.aten.is_nonzero,
+    torch.ops.aten.equal,
+    torch.ops.aten.bincount,
+}
+"""Operations whose result's shape, or use by the host, depends on values on the device."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host reads a float tensor, or indexes one by a mask.
+
+    On a CPU everything is on the host. The step's own planning touches integers alone, the selection's host columns, so
+    floats stand for what would be on the GPU.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kind = function.overloadpacket
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if first is not None and first.is_floating_point():
+            assert kind not in WAITING, f"{kind} of a float tensor"
+            by_mask = kind is torch.ops.aten.index and any(i is not None and i.dtype == torch.bool for i in args[1])
+            assert not by_mask, "floats indexed by a mask"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("guidance", ["lookahead", "lookahead_detached", "terminal"])
+@pytest.mark.parametrize("share", [False, True])
+def test_no_float_decides_on_the_host(guidance, share):
+    golden = load_once(GOLDEN)
+    step = golden.step(4, "torch", share=share, guidance=guidance)
+    with NoWaiting():
+        step(adjacent(golden))
+
+
+def test_the_mode_sees_waiting():
+    with NoWaiting(), pytest.raises(AssertionError):
+        torch.randn(3).sum().item()
+    x = torch.randn(3)
+    with NoWaiting(), pytest.raises(AssertionError):
+        x[x > 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("guidance", ["lookahead", "lookahead_detached", "terminal"])
+@pytest.mark.parametrize("share", [False, True])
+def test_nothing_waits_on_a_gpu(guidance, share):
+    golden = load_step(GOLDEN).to("cuda")
+    host = adjacent(load_once(GOLDEN))
+    columns = (field.name for field in dataclasses.fields(host))
+    on_gpu = Transitions(**{name: getattr(host, name).cuda() for name in columns})
+    selection = dataclasses.replace(host.select(), gather=lambda rows: on_gpu[rows.to("cuda", non_blocking=True)])
+    step = golden.step(4, share=share, guidance=guidance)
+    step(selection)  # kernels are compiled, and libraries started
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(selection)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

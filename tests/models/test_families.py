@@ -1,0 +1,137 @@
+"""Every family of Stable Diffusion trains, is saved, and is loaded again by plain diffusers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from fastnabla.config.sections import (
+    ComputeConfig,
+    EvaluationConfig,
+    LoraConfig,
+    MemoryConfig,
+    ModelConfig,
+    RewardConfig,
+)
+from fastnabla.config.train import TrainConfig
+from fastnabla.cost.shapes import shapes_of
+from fastnabla.models.build import build_networks
+from fastnabla.models.model_config import vae_dtype
+from fastnabla.models.pipeline import encode_prompts, pipeline_of, use_scheduler
+from fastnabla.prompts import RunPrompts
+from fastnabla.training.trainer import Trainer
+from fastnabla.trajectories.rollout import sample
+from tests.families import TINY, save_tiny
+from tests.training.test_trainer import small
+
+FAMILIES = list(TINY)
+PROMPTS = ["a cat", "a dog"]
+
+
+def config_of(model: str, **changes) -> TrainConfig:
+    settings = {
+        "updates": 2,
+        "checkpoint_every": 2,
+        "model": ModelConfig(name=model, dtype="float32"),
+        "reward": RewardConfig(terms=("hue=1",)),
+        "evaluation": EvaluationConfig(every=2, samples=2, prompts=2),
+    }
+    return small(**(settings | changes))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(request.param, tmp_path_factory.mktemp("models"))
+
+
+def plain_images(pipeline: DiffusionPipeline, config: TrainConfig) -> torch.Tensor:
+    """What diffusers makes of `PROMPTS`, with the sampler of `config`."""
+    use_scheduler(pipeline, config.sampler.scheduler)
+    return pipeline(
+        PROMPTS,
+        num_inference_steps=config.sampler.steps,
+        guidance_scale=config.sampler.guidance_scale,
+        eta=config.sampler.eta,
+        generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
+        output_type="pt",
+    ).images
+
+
+def test_policy_samples_what_plain_diffusers_does(model: str) -> None:
+    """The same prompts, conditions, guidance, sampler and noise: to float32 rounding."""
+    config = config_of(model)
+    pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    expected = plain_images(pipeline, config)
+    prompts = RunPrompts(texts=PROMPTS, trained=2, evaluated=range(2))
+    networks = build_networks(pipeline_of(config.model), prompts, config, torch.device("cpu"))
+    with networks.policy.pretrained_weights():
+        latents = sample(
+            networks.policy, networks.table, torch.arange(2), [1, 2], networks.sample_shape, backend="torch"
+        )
+    torch.testing.assert_close(networks.decoder.decode(latents), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_channels_last_is_of_unet_and_decoder(model: str, channels_last: bool) -> None:
+    config = config_of(model, compute=ComputeConfig(channels_last=channels_last))
+    prompts = RunPrompts(texts=PROMPTS, trained=2, evaluated=range(2))
+    networks = build_networks(pipeline_of(config.model), prompts, config, torch.device("cpu"))
+    for layer in (networks.policy.unet.conv_in, networks.decoder.vae.decoder.conv_in):
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(targets=("all-linear",)), LoraConfig(rank=0)],
+                         ids=["lora", "all-linear", "full"])  # fmt: skip
+def test_trained_weights_load_in_plain_diffusers(model: str, lora: LoraConfig, tmp_path: Path) -> None:
+    config = config_of(model, lora=lora)
+    trainer = Trainer(config)
+    trainer.train(tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["update"] for r in records if r["phase"] == "train"] == [1, 2]
+
+    pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    before = plain_images(pipeline, config)
+    if lora.rank:
+        assert all(v.dtype == torch.float32 for v in load_file(next((tmp_path / "lora").iterdir())).values())
+        pipeline.load_lora_weights(tmp_path / "lora")
+    else:
+        pipeline.unet = type(pipeline.unet).from_pretrained(tmp_path / "unet")
+    loaded = plain_images(pipeline, config)
+    pipeline.unet = trainer.policy.unet
+    torch.testing.assert_close(loaded, plain_images(pipeline, config), rtol=0, atol=1e-6)
+    assert (loaded - before).abs().max() > 1e-4
+
+
+def test_vae_of_xl_computes_in_float32_where_all_else_is_float16(tmp_path: Path) -> None:
+    """Its activations overflow in float16; diffusers' own pipeline upcasts it for that reason."""
+    dtypes = {}
+    for family in FAMILIES:
+        model = ModelConfig(name=save_tiny(family, tmp_path), dtype="float16")
+        pipeline = pipeline_of(model)
+        assert pipeline.vae.dtype == shapes_of(small(model=model)).vae.dtype
+        assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float16
+        dtypes[family] = pipeline.vae.dtype
+    assert dtypes == {"sd15": torch.float16, "sd21": torch.float16, "sdxl": torch.float32}
+
+    xl, fixed = {"addition_embed_type": "text_time"}, {"force_upcast": False}
+    assert vae_dtype(ModelConfig(dtype="float16"), xl, fixed) == torch.float16
+    assert vae_dtype(ModelConfig(dtype="bfloat16"), xl, {}) == torch.bfloat16
+    assert vae_dtype(ModelConfig(dtype="bfloat16", vae_dtype="float32"), {}, {}) == torch.float32
+
+
+def test_xl_is_told_nothing_for_no_prompt_and_the_size_of_its_images(tmp_path: Path) -> None:
+    """Zeros for the empty prompt, as its pipeline has `force_zeros_for_empty_prompt`; sizes in pixels."""
+    pipeline = pipeline_of(ModelConfig(name=save_tiny("sdxl", tmp_path), dtype="float32"))
+    conditions = encode_prompts(pipeline, PROMPTS)
+    assert conditions.text.shape[::2] == (3, 40) and conditions.pooled.shape == (3, 12)
+    assert not conditions.text[0].any() and not conditions.pooled[0].any() and conditions.text[1:].any()
+    assert conditions.time_ids.tolist() == [16, 16, 0, 0, 16, 16]
+
+
+def test_pipeline_of_another_family_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match=r"model\.name.*it is a FluxPipeline; supported are StableDiffusionPipeline"):
+        Trainer(config_of(str(tmp_path), memory=MemoryConfig(micro_batch=1, decode_chunk=1)))

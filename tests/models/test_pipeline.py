@@ -1,0 +1,64 @@
+"""Loading pipelines: what is accepted, what is refused, and how it is said."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+
+from fastnabla.config.sections import ModelConfig
+from fastnabla.models.pipeline import encode_prompts, pipeline_of, use_scheduler
+from fastnabla.testbed import pipeline_folder
+from fastnabla.transition import TransitionTable
+
+TESTBED = ModelConfig(name="testbed", dtype="float32")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the testbed's pipeline to damage."""
+    return Path(shutil.copytree(pipeline_folder(), tmp_path / "pipeline"))
+
+
+def test_unknown_model_names_the_field_and_the_download_command() -> None:
+    with pytest.raises(ValueError, match=r"model\.name = 'no/such/model'.*hf download no/such/model"):
+        pipeline_of(ModelConfig(name="no/such/model"))
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_pipeline_without_a_part_is_refused(copy: Path, part: str) -> None:
+    index = json.loads((copy / "model_index.json").read_text())
+    index[part] = [None, None]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"model\.name = .*{part}"):
+        pipeline_of(ModelConfig(name=str(copy)))
+
+
+@pytest.mark.parametrize("kind", ["ddim", "sde-dpmsolver++"])
+@pytest.mark.parametrize("shipped", [PNDMScheduler, EulerDiscreteScheduler])
+def test_sampler_takes_the_noise_schedule_that_came_with_the_model(kind: str, shipped: type) -> None:
+    pipeline = pipeline_of(TESTBED)
+    alphas = pipeline.scheduler.alphas_cumprod
+    pipeline.scheduler = shipped.from_config(pipeline.scheduler.config)
+    use_scheduler(pipeline, kind)
+    assert torch.equal(pipeline.scheduler.alphas_cumprod, alphas)
+    assert len(TransitionTable.from_scheduler(pipeline.scheduler, 20)) == 20
+
+
+def test_scheduler_of_another_kind_of_model_is_refused() -> None:
+    pipeline = pipeline_of(TESTBED)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler, is not supported"):
+        use_scheduler(pipeline, "ddim")
+
+
+def test_first_condition_is_the_empty_prompt() -> None:
+    pipeline = pipeline_of(TESTBED)
+    conditions = encode_prompts(pipeline, ["a cat", "a dog", "a cat"])
+    text = conditions.text
+    assert text.shape == (4, pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size)
+    assert torch.equal(text[1], text[3]) and not torch.equal(text[1], text[2])
+    torch.testing.assert_close(text[:1], encode_prompts(pipeline, [""]).text[1:])
+    assert conditions.pooled is None and conditions.time_ids is None

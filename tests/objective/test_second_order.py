@@ -1,0 +1,97 @@
+"""The reverse residual's gradient to θ, against double backward in float64."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from fastnabla.methods.passes import planned_passes
+from fastnabla.objective.residual_db import Objective
+from tests.checks import BACKENDS, assert_gradients
+from tests.exact import Exact, grad
+from tests.golden import STEP_SETS, GoldenStep, load_step
+
+GOLDEN = [folder for folder in STEP_SETS if (folder / "flow").exists()]
+load_once = functools.cache(load_step)
+
+
+@sdpa_kernel(SDPBackend.MATH)
+def expected_gradients(golden: GoldenStep, objective: Objective) -> dict[str, Tensor]:
+    exact, total, beta, strength = Exact(golden), 0, objective.beta, objective.strength
+
+    def gamma(alpha_bar: Tensor) -> Tensor:
+        return alpha_bar.sqrt() if objective.gamma == "sqrt_alpha_bar" else alpha_bar
+
+    for i, x, x_next, o_old, prompt in exact.rows():
+        o, o_ref = (exact.output(x, i, prompt, reference=reference) for reference in (False, True))
+        log_prob, log_ref = (exact.log_prob(x, x_next, out, i) for out in (o, o_ref))
+        o_next = exact.output(x_next, i, prompt, after=True)
+        score_next = grad(exact.reward(exact.clean(x_next, o_next, i, after=True), prompt).sum(), x_next)
+        forward = grad(log_prob, x_next, create_graph=True) - strength * grad(log_ref, x_next, retain_graph=True)
+        forward = forward - beta * gamma(exact.at("alpha_bar_next", i)) * score_next
+        g_next = exact.flow_at(x_next.detach(), i, prompt, after=True)
+        if i == len(exact.table) - 1:
+            loss = forward.square().mean() + g_next.square().mean()
+        else:
+            score = grad(exact.reward(exact.clean(x, o, i), prompt).sum(), x, retain_graph=True)
+            reverse = strength * (grad(log_prob, x, create_graph=True) - grad(log_ref, x))
+            reverse = reverse + exact.flow_at(x.detach(), i, prompt) + beta * gamma(exact.at("alpha_bar", i)) * score
+            loss = (forward - g_next).square().mean() + objective.reverse * reverse.square().mean()
+        loss = loss + objective.trust_region * (o - o_old).square().mean()
+        total = total + loss / len(exact.transitions)
+    return exact.gradients(golden, total)
+
+
+def gradients(golden: GoldenStep, step) -> dict[str, Tensor]:
+    for parameter in step.parameters:
+        parameter.grad = None
+    step(golden.transitions)
+    return {name: gradient.clone() for name, gradient in golden.gradients().items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+def test_gradients(folder, backend):
+    """With a ρ at which the second-order part is most of the gradient; at ρ = 1 the forward residual's buries it."""
+    golden = load_once(folder)
+    inner = golden.transitions.step_index < len(golden.table) - 1
+    golden = dataclasses.replace(golden, transitions=golden.transitions[inner])
+    step = golden.step(4, backend, reverse_second_order=True, reverse=1e6, trust_region=0.0)
+    second = gradients(golden, step)
+    assert_gradients(second, expected_gradients(golden, step.objective))
+    first = gradients(golden, golden.step(4, backend, reverse=1e6, trust_region=0.0))
+    lora = [name for name in second if name.startswith("grad.lora")]
+    distance, size = (
+        torch.stack([values[name].norm() for name in lora]).norm()
+        for values in ({name: first[name] - second[name] for name in lora}, second)
+    )
+    assert distance > 0.5 * size
+
+
+@pytest.mark.parametrize(("guidance", "passes"), [("lookahead", 10), ("lookahead_detached", 8), ("terminal", 7)])
+def test_passes(guidance, passes):
+    golden = load_once(GOLDEN[0])
+    step = golden.step(4, guidance=guidance, reverse_second_order=True)
+    assert step(golden.transitions).passes == {"inner": passes, "last": 3}
+    assert planned_passes(step.objective, with_flow=True) == (passes, 3)
+
+
+@pytest.mark.parametrize("settings", [{"compile": "whole"}, {"checkpoint": True}])
+def test_networks_without_second_derivatives_are_refused(settings):
+    golden = load_step(GOLDEN[0])
+    golden.policy.optimise(**settings)
+    with pytest.raises(ValueError, match=r"reverse_second_order = True.*--compute\.compile none"):
+        golden.step(4, reverse_second_order=True)
+
+
+def test_fused_attention_has_no_second_derivatives():
+    """Why the step chooses its attention; if torch learns it, the step need not."""
+    x = torch.randn(1, 1, 4, 8, requires_grad=True)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        first = grad(scaled_dot_product_attention(x, x, x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="not implemented"):
+            grad(first.sum(), x)

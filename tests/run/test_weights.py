@@ -1,0 +1,49 @@
+"""Which weights a run folder has, of which evaluation."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fastnabla.run.weights import is_best, weights_folder
+from fastnabla.training.trainer import Trainer
+from tests.training.test_trainer import small
+
+LORA = Path("lora") / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("rewards", "kept"), [([1.0, 3.0, 2.0], 2), ([3.0, 2.0, 1.0], 1), ([float("nan"), 2.0, 1.0], 2)]
+)
+def test_the_best_evaluation_s_weights_are_kept(rewards: list[float], kept: int, tmp_path: Path) -> None:
+    """Evaluations after updates 2, 4 and 6; the pretrained model's reward, 9, does not count."""
+    trainer, given, written = Trainer(small(updates=6)), iter([9.0, *rewards]), []
+    measure, write = trainer.evaluator.measure, trainer._write_weights
+    trainer.evaluator.measure = lambda images: measure(images) | {"reward": next(given)}
+    trainer._write_pictures = lambda *_: None
+
+    def watched(run: Path, best: bool) -> None:
+        write(run, best)
+        written.append(load_file(run / LORA))
+
+    trainer._write_weights = watched
+    trainer.train(tmp_path)
+    best, last = load_file(tmp_path / "best" / LORA), load_file(tmp_path / LORA)
+    assert all(weight.equal(written[kept - 1][name]) for name, weight in best.items()) and best.keys() == last.keys()
+    assert all(weight.equal(written[-1][name]) for name, weight in last.items())
+    assert any(not weight.equal(last[name]) for name, weight in best.items())
+
+
+def test_the_first_evaluation_after_an_update_is_the_best_so_far() -> None:
+    pretrained = {"phase": "evaluate", "update": 0, "reward": 5.0}
+    assert is_best(1.0, [pretrained, {"phase": "train", "update": 1}])
+    assert not is_best(1.0, [pretrained, {"phase": "evaluate", "update": 2, "reward": 1.0}])
+    assert is_best(1.0, [{"phase": "evaluate", "update": 2, "reward": None}])
+
+
+def test_folders_by_name() -> None:
+    run = Path("run")
+    assert weights_folder(run, "raw", None) == run and weights_folder(run, "best", None) == run / "best"
+    assert weights_folder(run, "ema", 0.9) == run / "ema"
+    with pytest.raises(ValueError, match=r"weights = 'ema'.*without optimizer\.ema; use raw"):
+        weights_folder(run, "ema", None)

@@ -1,0 +1,246 @@
+"""Whole runs of the testbed, cut down to seconds."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from fastnabla.config.presets import PRESETS
+from fastnabla.config.sections import EvaluationConfig, ModelConfig, OptimizerConfig, RolloutConfig, SamplerConfig
+from fastnabla.config.train import TrainConfig
+from fastnabla.methods.passes import planned_passes
+from fastnabla.objective.residual_db import Objective
+from fastnabla.testbed import pipeline_folder
+from fastnabla.training.trainer import Trainer
+from fastnabla.utils.seeding import seed_of
+from tests.checks import BACKENDS
+
+
+def small(**changes) -> TrainConfig:
+    """A run of four updates of seconds, with look-ahead guidance."""
+    preset = PRESETS["testbed"][1]
+    config = dataclasses.replace(
+        preset,
+        objective=dataclasses.replace(preset.objective, guidance="lookahead"),
+        updates=4,
+        checkpoint_every=2,
+        tracker="none",
+        sampler=SamplerConfig(steps=4, guidance_scale=3.0),
+        rollout=RolloutConfig(trajectories=4, fraction=0.5, updates=2),
+        evaluation=EvaluationConfig(every=2, samples=2, prompts=2, probe="testbed"),
+        optimizer=OptimizerConfig(schedule="linear", warmup=2),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def train(config: TrainConfig, folder: Path) -> Path:
+    folder.mkdir()
+    Trainer(config).train(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(small(), tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_run_folder_is_complete(run: Path) -> None:
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert names >= {
+        "config.json",
+        "metrics.jsonl",
+        "curves.png",
+        "table.md",
+        "checkpoints/update-000002/manifest.json",
+        "checkpoints/update-000002/state.pt",
+        "checkpoints/update-000004/manifest.json",
+        "checkpoints/update-000004/state.pt",
+        "lora/pytorch_lora_weights.safetensors",
+        "samples/update-0002.png",
+        "samples/update-0004.png",
+    }
+    assert not [name for name in names if name.endswith(".partial")]
+
+
+def test_records(run: Path) -> None:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["phase"], r["update"]) for r in records] == [
+        ("evaluate", 0),
+        ("train", 1),
+        ("train", 2),
+        ("evaluate", 2),
+        ("train", 3),
+        ("train", 4),
+        ("evaluate", 4),
+    ]
+    training = [r for r in records if r["phase"] == "train"]
+    assert all((r["passes_inner"], r["passes_last"]) == (7, 3) for r in training)
+    # The first update of a rollout trains the policy that sampled; the second has moved away from it.
+    assert training[0]["loss_trust_region"] < 1e-9 < training[1]["loss_trust_region"]
+
+
+def test_same_seed_same_metrics_bit_for_bit(run: Path, tmp_path: Path) -> None:
+    again = train(small(), tmp_path / "again")
+    assert (again / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    other = train(small(seed=1), tmp_path / "other")
+    assert (other / "metrics.jsonl").read_bytes() != (run / "metrics.jsonl").read_bytes()
+
+
+def interrupt(trainer: Trainer, call: int) -> None:
+    """Make the training that comes fail in the optimizer's call number `call`, from 1."""
+    update, calls = trainer.optimizer.update, []
+
+    def interrupted(*arguments) -> dict[str, torch.Tensor]:
+        calls.append(None)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return update(*arguments)
+
+    trainer.optimizer.update = interrupted
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion8bit"])
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(name: str, run: Path, tmp_path: Path) -> None:
+    config = small(optimizer=dataclasses.replace(small().optimizer, name=name))
+    expected = run if name == "adamw" else train(config, tmp_path / "uninterrupted")
+    folder = tmp_path / "interrupted"
+    folder.mkdir()
+    trainer = Trainer(config)
+    interrupt(trainer, 4)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(folder)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["update-000002"]
+    Trainer(config).train(folder, resume=True)
+    assert (folder / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
+    ours, theirs = (load_file(f / "lora/pytorch_lora_weights.safetensors") for f in (folder, expected))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_evaluations_and_checkpoints_are_due_once_per_interval_and_at_the_end() -> None:
+    trainer = object.__new__(Trainer)
+    trainer.config = small(updates=12)
+    assert [u for u in range(2, 13, 2) if trainer._due(u, 5)] == [6, 10, 12]
+    assert [u for u in range(2, 13, 2) if trainer._due(u, 1)] == [2, 4, 6, 8, 10, 12]
+    assert [u for u in range(2, 13, 2) if trainer._due(u, 0)] == [12]
+
+
+def test_saved_lora_gives_the_same_images_in_plain_diffusers(tmp_path: Path) -> None:
+    config = small(updates=2)
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.05))
+    trainer = Trainer(config)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    trainer.train(folder)
+    ours = trainer.evaluator.images()
+    with trainer.policy.pretrained_weights():
+        pretrained = trainer.evaluator.images()
+
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder(), dtype=torch.float32, safety_checker=None)
+    pipe.load_lora_weights(folder / "lora")
+    generators = [torch.Generator().manual_seed(seed_of(0, "evaluation", 0, i)) for i in range(4)]
+    theirs = pipe(
+        trainer.evaluator.prompts,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        eta=1.0,
+        generator=generators,
+        output_type="pt",
+    ).images
+    # Float32 rounding of two differently ordered samplers, through four steps and the decoder.
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert (ours - pretrained).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("guidance", ["lookahead_detached", "terminal"])
+@pytest.mark.parametrize("flow", ["unet", "none"])
+def test_other_settings_run_with_the_planned_passes(guidance: str, flow: str, tmp_path: Path) -> None:
+    base = small(updates=2)
+    objective = Objective(guidance=guidance, weighting="sigma")
+    config = dataclasses.replace(base, objective=objective, flow=dataclasses.replace(base.flow, kind=flow))
+    folder = train(config, tmp_path / "run")
+    record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])
+    assert (record["passes_inner"], record["passes_last"]) == planned_passes(objective, flow != "none")
+
+
+def test_bfloat16_networks_train_a_float32_lora(tmp_path: Path) -> None:
+    trainer = Trainer(small(updates=2, model=ModelConfig(name="testbed", dtype="bfloat16")))
+    assert trainer.policy.unet.dtype == torch.bfloat16
+    folder = tmp_path / "run"
+    folder.mkdir()
+    trainer.train(folder)
+    weights = load_file(folder / "lora/pytorch_lora_weights.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert any(weight.any() for name, weight in weights.items() if "lora_B" in name or "lora.up" in name)
+
+
+def test_other_sampler_runs(tmp_path: Path) -> None:
+    train(
+        small(updates=2, sampler=SamplerConfig(steps=4, scheduler="sde-dpmsolver++", guidance_scale=1)),
+        tmp_path / "run",
+    )
+
+
+def test_outputs_in_8_bits_touch_the_trust_region_alone(run: Path, tmp_path: Path) -> None:
+    """The first update of a rollout has the policy that sampled: all of its trust region is rounding, a share of it
+    within (1/254)² of the outputs' squares, which are about 1."""
+    memory = dataclasses.replace(small().memory, output_block=64, buffer="pinned")
+    folder = train(small(memory=memory), tmp_path / "run")
+    plain, rounded = (json.loads((path / "metrics.jsonl").read_text().splitlines()[1]) for path in (run, folder))
+    kappa = small().objective.trust_region
+    assert 0 < rounded["loss_trust_region"] < kappa * 4 / 254**2
+    others = plain.keys() - {"loss", "loss_trust_region", "grad_norm_lora", "trust_floor"}
+    assert {name: rounded[name] for name in others} == {name: plain[name] for name in others}
+
+
+def test_batch_sizes_do_not_change_the_first_update(tmp_path: Path) -> None:
+    base = small(updates=2)
+    changed = dataclasses.replace(
+        base,
+        rollout=dataclasses.replace(base.rollout, batch=3),
+        memory=dataclasses.replace(base.memory, micro_batch=1, decode_chunk=1),
+    )
+    records = [
+        json.loads((train(config, tmp_path / name) / "metrics.jsonl").read_text().splitlines()[1])
+        for name, config in (("a", base), ("b", changed))
+    ]
+    for name, value in records[0].items():
+        if isinstance(value, float):
+            # Same noise and transitions; float32 sums in another order. The reverse residual amplifies it most.
+            assert records[1][name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_kernels_do_not_change_the_run(backend: str, run: Path, tmp_path: Path) -> None:
+    through_kernels = train(small(backend=backend), tmp_path / "run")
+    lines = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (run, through_kernels))
+    for plain, fused in zip(*([json.loads(line) for line in part] for part in lines), strict=True):
+        assert plain.keys() == fused.keys()
+        for name, value in plain.items():
+            close = pytest.approx(value, rel=2e-3, abs=1e-6) if isinstance(value, float) else value
+            assert fused[name] == close, name
+
+
+def test_a_tiny_decoder_guides_and_the_vae_reports(run: Path, tmp_path: Path) -> None:
+    widths = (8, 8, 8)
+    blocks = {"encoder_block_out_channels": widths, "decoder_block_out_channels": widths}
+    counts = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
+    AutoencoderTiny(**blocks, **counts).save_pretrained(tmp_path / "tiny")
+    model = dataclasses.replace(small().model, tiny_decoder=str(tmp_path / "tiny"))
+    folder = train(
+        small(model=model, updates=2, evaluation=dataclasses.replace(small().evaluation, every=0)), tmp_path / "run"
+    )
+    first, others = (json.loads((f / "metrics.jsonl").read_text().splitlines()[1]) for f in (folder, run))
+    assert first["rollout_reward"] == pytest.approx(others["rollout_reward"], rel=1e-5)
+    assert first["norm_reward"] != pytest.approx(others["norm_reward"], rel=0.01)
+
+
+def test_a_tiny_decoder_that_is_not_there() -> None:
+    model = dataclasses.replace(small().model, tiny_decoder="no/such/decoder")
+    with pytest.raises(ValueError, match=r"model\.tiny_decoder = 'no/such/decoder'"):
+        Trainer(small(model=model))
