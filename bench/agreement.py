@@ -57,7 +57,7 @@ def published_gradients(draw: str, device: torch.device, dtype: torch.dtype) -> 
 def check(variant: Variant, device: torch.device) -> dict[str, Any]:
     """For a row of the table: the "gradient difference" of `variant` on toy networks from the published algorithm, and a
     "note" if it is above the limit. Nothing for variants that change the gradients, or are the algorithm itself."""
-    changes = variant.guidance != "lookahead" or variant.attention != "sdpa" or variant.reward != "small"
+    changes = variant.reward_gradient != "lookahead" or variant.attention != "sdpa" or variant.reward != "small"
     if changes or variant.compile != "none" or not variant.ours:
         return {}
     dtype, limit = (torch.float32, KERNELS_LIMIT) if variant.kernels else (torch.float64, FLOAT64_LIMIT)

@@ -36,7 +36,8 @@ from bench.operations import (
     whole,
 )
 from bench.published import PUBLISHED
-from fastnabla.objective.backend import PLAIN, Operations, select
+from fastnabla.objective.backend import select
+from fastnabla.objective.ops import PLAIN, ObjectiveOps
 
 SHAPES = {"SD 1.5": (4, 64, 64), "SDXL": (4, 128, 128), "SD3": (16, 128, 128)} if CUDA else {"small": (4, 32, 32)}
 BATCHES = (64, 16, 4, 256) if CUDA else (4,)
@@ -67,7 +68,7 @@ def cases() -> Iterator[Case]:
                 yield Case(operation, shape, batch, whole(operation), COMPILE)
 
 
-def operations_of(provider: str) -> Operations:
+def operations_of(provider: str) -> ObjectiveOps:
     if provider == COMPILE:
         torch._dynamo.reset()  # each case as if it were the only one: no recompilation limit, no dynamic shapes
         compiled = {name: torch.compile(getattr(PLAIN, name), dynamic=False) for name in OPERATIONS}
@@ -83,7 +84,7 @@ def stream() -> Iterator[None]:
 
 
 @pytest.fixture
-def agreeing(case: Case) -> tuple[Operations, float]:
+def agreeing(case: Case) -> tuple[ObjectiveOps, float]:
     """The provider, once its values and gradients are those of plain torch; and how far from them it is."""
     operations = operations_of(case.provider)
     try:
@@ -95,7 +96,7 @@ def agreeing(case: Case) -> tuple[Operations, float]:
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: "-".join(map(str, case)).replace(" ", "_"))
-def bench_kernel(benchmark, case: Case, agreeing: tuple[Operations, float]) -> None:
+def bench_kernel(benchmark, case: Case, agreeing: tuple[ObjectiveOps, float]) -> None:
     operations, error = agreeing
     shape = SHAPES[case.shape]
     run = runner(operations, case.operation, tensors(shape, case.batch), case.direction)

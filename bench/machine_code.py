@@ -34,7 +34,7 @@ from fastnabla.kernels.reverse_cotangent import reverse_cotangent
 TABLE = Path(__file__).parent / "results" / "machine_code.md"
 ARCHITECTURES = (80, 90, 100)
 ROWS, SHAPE = 16, (4, 64, 64)
-WEIGHTS = {"guidance_scale": 5.0, "beta": 1.0, "gamma": "alpha_bar", "strength": 1.0}
+WEIGHTS = {"guidance_scale": 5.0, "beta": 1.0, "gamma": "alpha_bar", "prior_weight": 1.0}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def _forward_balance(dtype: torch.dtype, last: bool) -> None:
     output, flow = _states(2, dtype, last).requires_grad_(), _states(1, dtype, last).requires_grad_()
     reference, x, table, steps = _states(2, dtype, last), _states(), *_steps()
     loss, _ = forward_balance(
-        *(output, reference, x, x, table, steps, x, flow, x), by_sigma=True, trust_region=1.0, **WEIGHTS
+        *(output, reference, x, x, table, steps, x, flow, x), by_sigma=True, trust_region_weight=1.0, **WEIGHTS
     )
     loss.sum().backward()
 

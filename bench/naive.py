@@ -30,12 +30,12 @@ def naive_step(
     slots: Sequence[Transitions],
 ) -> None:
     """Accumulate the gradients of residual ∇-DB over `slots`, each of one drawn step of every trajectory."""
-    w, strength, reverse = policy.guidance_scale, objective.strength, objective.reverse
+    w, prior_weight, reverse = policy.guidance_scale, objective.prior_weight, objective.reverse_weight
 
     def step_score_in_start(o: Tensor, x: Tensor, x_next: Tensor, row: TransitionRows, retain: bool) -> Tensor:
         log_probability = -(x_next - row.a * x - row.b * o).square().sum() / 2
         (score,) = torch.autograd.grad(log_probability, x, retain_graph=retain)
-        return strength * score / row.sigma**2
+        return prior_weight * score / row.sigma**2
 
     def reward_score(clean: Tensor, x: Tensor, texts: list[str], retain: bool) -> Tensor:
         (score,) = torch.autograd.grad(reward(decode(clean), texts).sum(), x, retain_graph=retain)
@@ -50,7 +50,7 @@ def naive_step(
 
         with torch.set_grad_enabled(reverse > 0):
             o_ref = guide(policy.reference(x, row.timestep, slot.prompt), w)
-        score_ref = strength * step_score(o_ref, slot.x, slot.x_next, row).detach()
+        score_ref = prior_weight * step_score(o_ref, slot.x, slot.x_next, row).detach()
         if reverse > 0:
             score_ref_reverse = step_score_in_start(o_ref, x, slot.x_next, row, retain=False)
 
@@ -67,7 +67,7 @@ def naive_step(
         reward_next = objective.beta * reward_weight(row.alpha_bar_next, objective.gamma) * reward_next
 
         target = score_ref + reward_next
-        loss = objective.trust_region * (o - slot.model_output).square().mean()
+        loss = objective.trust_region_weight * (o - slot.model_output).square().mean()
         if flow is not None:
             embeddings = policy.conditions.of_prompts(slot.prompt)
             flow_next = flow(slot.x_next, row.timestep_next, embeddings)

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from bench.measure import Run
 from bench.published import ddim_table
-from fastnabla.objective.backend import PLAIN, Operations
 from fastnabla.objective.balance import ForwardBalance, Weights
+from fastnabla.objective.ops import PLAIN, ObjectiveOps
 from fastnabla.transition import TransitionRows
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
-WEIGHTS = Weights(guidance_scale=5.0, beta=100.0, trust_region=1.0)
+WEIGHTS = Weights(guidance_scale=5.0, beta=100.0, trust_region_weight=1.0)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-3}
 """Euclidean norm of a result's difference over its norm, by the result's dtype. Subtracting whole scores costs the
 published algorithm digits; a gradient in bfloat16 is rounded by up to 4e-3 an element."""
@@ -82,7 +82,7 @@ def tensors(shape: tuple[int, ...], batch: int) -> dict[str, Any]:
     }
 
 
-def call(operations: Operations, operation: str, t: dict[str, Any]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+def call(operations: ObjectiveOps, operation: str, t: dict[str, Any]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """What an operation returns, what is differentiated first; and the tensors with respect to which."""
     run, states = getattr(operations, operation), (t["x"], t["x_next"], t["rows"])
     if operation == "guided_step":
@@ -100,7 +100,7 @@ def call(operations: Operations, operation: str, t: dict[str, Any]) -> tuple[tup
     return tuple(getattr(results, name) for name in ForwardBalance.__dataclass_fields__), [t["output"], t["flow"]]
 
 
-def runner(operations: Operations, operation: str, t: dict[str, Any], direction: str) -> Run:
+def runner(operations: ObjectiveOps, operation: str, t: dict[str, Any], direction: str) -> Run:
     """What is timed: a callable without arguments."""
     if direction == "forward":
         return lambda: call(operations, operation, t)
@@ -116,10 +116,10 @@ def runner(operations: Operations, operation: str, t: dict[str, Any], direction:
     return lambda: torch.autograd.grad(loss, inputs, upstream, retain_graph=True)
 
 
-def disagreement(operations: Operations, operation: str, t: dict[str, Any], reference: Operations = PLAIN) -> float:
+def disagreement(operations: ObjectiveOps, operation: str, t: dict[str, Any], reference: ObjectiveOps = PLAIN) -> float:
     """The largest difference of a value or gradient from the reference's, in units of its tolerance."""
 
-    def results(operations: Operations) -> list[Tensor]:
+    def results(operations: ObjectiveOps) -> list[Tensor]:
         values, inputs = call(operations, operation, t)
         upstream = torch.linspace(0.5, 1.5, len(t["x"]), device=DEVICE)
         return [*values, *(torch.autograd.grad(values[0], inputs, upstream) if inputs else ())]

@@ -3,7 +3,7 @@
 Residual ∇-DB as in arXiv 2412.07775: the scores of both policies are computed whole, as ``−(x' − μ)/σ²``, and then
 subtracted, which is also what the authors' code does; the losses are separate mean squares, with masks for last
 rows. Plain torch, one operation after the other, gradients by autograd. Signatures, results and precision are those
-of `fastnabla.objective.backend.PLAIN`: also the statistics are computed, so that the work compared is the same.
+of `fastnabla.objective.ops.PLAIN`: also the statistics are computed, so that the work compared is the same.
 
 The baseline gets what costs it nothing to have: coefficients in rows `[N, 1, 1, 1]`, gathered once; means as
 ``a x + b o``, where the authors' sampler goes over the predicted clean sample; no copies but those of the arithmetic.
@@ -15,9 +15,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastnabla.objective.backend import PLAIN, Operations
 from fastnabla.objective.balance import ForwardBalance, Weights, mean_square, norm, residual_weight, reward_weight
 from fastnabla.objective.gaussian import full, guide, step_score, unguide
+from fastnabla.objective.ops import PLAIN, ObjectiveOps
 from fastnabla.transition import TransitionRows, TransitionTable
 
 
@@ -83,7 +83,7 @@ def forward_balance(
     o = guide(output, weights.guidance_scale)
     score = step_score(o, x, x_next, rows)
     with torch.no_grad():
-        score_ref = weights.strength * step_score(guide(output_ref, weights.guidance_scale), x, x_next, rows)
+        score_ref = weights.prior_weight * step_score(guide(output_ref, weights.guidance_scale), x, x_next, rows)
         reward = weights.beta * reward_weight(rows.alpha_bar_next, weights.gamma) * full(reward_score)
     target = score_ref + reward
     nothing = torch.zeros(len(x), device=x.device)
@@ -95,7 +95,7 @@ def forward_balance(
         trust = mean_square(o - full(output_old))
     residual = unit * (score - target)
     forward = mean_square(residual)
-    loss = forward + terminal + weights.trust_region * trust
+    loss = forward + terminal + weights.trust_region_weight * trust
     with torch.no_grad():
         return ForwardBalance(
             loss=loss,
@@ -123,7 +123,7 @@ def reverse_cotangent(
     """As `balance.reverse_cotangent`, which computes what autograd would: the whole score, carried back to the output
     through the mean and through guidance."""
     w = weights.guidance_scale
-    cotangent = -weights.strength * rows.b * step_score(guide(output, w), x, x_next, rows)
+    cotangent = -weights.prior_weight * rows.b * step_score(guide(output, w), x, x_next, rows)
     if pixel_score is not None:
         cotangent = cotangent + weights.beta * reward_weight(rows.alpha_bar, weights.gamma) * rows.d * full(pixel_score)
     return unguide(cotangent, w).to(output.dtype)
@@ -147,9 +147,9 @@ def reverse_balance(
     """
     with torch.no_grad():
         if outputs is None:
-            whole, whole_ref = weights.strength * full(score), weights.strength * full(score_ref)
+            whole, whole_ref = weights.prior_weight * full(score), weights.prior_weight * full(score_ref)
         else:
-            direct = weights.strength * rows.a * rows.b / rows.sigma**2
+            direct = weights.prior_weight * rows.a * rows.b / rows.sigma**2
             whole = full(score) - direct * guide(outputs[0], weights.guidance_scale)
             whole_ref = full(score_ref) - direct * guide(outputs[1], weights.guidance_scale)
         reward = rows.c * full(pixel_score) if reward_score is None else full(reward_score)
@@ -158,7 +158,7 @@ def reverse_balance(
     return mean_square((1 - rows.last.float()) * residual_weight(rows, weights.weighting) * residual)
 
 
-PUBLISHED: Operations = PLAIN._replace(
+PUBLISHED: ObjectiveOps = PLAIN._replace(
     name="published algorithm, eager torch",
     guided_step=guided_step,
     gaussian_log_prob=gaussian_log_prob,

@@ -26,7 +26,7 @@ class Variant:
     attention: Attention = "sdpa"
     """"sdpa": torch's own choice. "cudnn", "flash": that one wherever it can, of torch's."""
     draw: str = "stratified"
-    guidance: str = "lookahead"
+    reward_gradient: str = "lookahead"
     reward: Literal["small", "float32", "tf32"] = "small"
     """Two convolutions, or a vision transformer in a precision."""
 
@@ -73,7 +73,8 @@ def one_by_one(cuda: bool) -> list[Variant]:
     if not cuda:
         rows.append(dataclasses.replace(so_far, name="these, channels-last", channels_last=True))
     others = {"draw=runs": {"draw": "runs"}} | {
-        name: {"guidance": name.partition("=")[2]} for name in ("guidance=lookahead_detached", "guidance=terminal")
+        name: {"reward_gradient": name.partition("=")[2]}
+        for name in ("reward_gradient=lookahead_detached", "reward_gradient=terminal")
     }
     if cuda:
         others["xformers"] = {"attention": "xformers"}

@@ -26,8 +26,8 @@ from fastnabla.models.lora import LoraLinear
 from fastnabla.models.model_config import is_xl, pooled_width
 from fastnabla.models.policy import Policy
 from fastnabla.models.random_init import default_dtype
-from fastnabla.objective.backend import PLAIN
 from fastnabla.objective.gaussian import full
+from fastnabla.objective.ops import PLAIN
 from fastnabla.objective.residual_db import Objective
 from fastnabla.rewards.aesthetic import Aesthetic
 from fastnabla.rewards.head import ScoreHead
@@ -231,7 +231,12 @@ class Workload:
         """What runs a step of `count` transitions, those, and the policy."""
         policy, decoder = self.policy(variant), self.decoder(variant)
         batch = self.transitions(count, variant.draw, size)
-        settings = (self.reward(variant), [""] * PROMPTS, self.table, Objective(beta=100.0, guidance=variant.guidance))
+        settings = (
+            self.reward(variant),
+            [""] * PROMPTS,
+            self.table,
+            Objective(beta=100.0, reward_gradient=variant.reward_gradient),
+        )
         parameters = [*policy.trainable(), *self.flow.parameters()]
         if variant.ours:
             backend, share = "triton" if variant.kernels else "torch", variant.draw == "runs"

@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from fastnabla.run.tracker import print_error, quiet_libraries
+from fastnabla.utils.console import print_error, quiet_libraries
 
 quiet_libraries()
 
@@ -19,7 +19,7 @@ from fastnabla.comparison.report import NAME, Report  # noqa: E402
 from fastnabla.comparison.training import train_all, train_in_processes  # noqa: E402
 from fastnabla.config.presets import PRESETS  # noqa: E402
 from fastnabla.config.sections import TESTBED  # noqa: E402
-from fastnabla.evaluate import FILE, evaluate_run  # noqa: E402
+from fastnabla.evaluation.report import FILE, evaluate_run  # noqa: E402
 from fastnabla.evaluation.run import EvaluationOptions  # noqa: E402
 from fastnabla.methods.registry import METHODS  # noqa: E402
 from fastnabla.utils.require import require  # noqa: E402

@@ -18,9 +18,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from fastnabla.objective.backend import PLAIN, Backend, Operations, select
+from fastnabla.objective.backend import Backend, select
 from fastnabla.objective.balance import Gamma, Weighting, Weights
 from fastnabla.objective.gaussian import full
+from fastnabla.objective.ops import PLAIN, ObjectiveOps
 from fastnabla.scheduler_tables import table_of
 from fastnabla.transition import TransitionRows, TransitionTable
 
@@ -63,10 +64,10 @@ def residual_db_loss(
     beta: float,
     eta: float | None = None,
     gamma: Gamma = "alpha_bar",
-    strength: float = 1.0,
+    prior_weight: float = 1.0,
     weighting: Weighting = "score",
-    reverse: float = 1.0,
-    trust_region: float = 1.0,
+    reverse_weight: float = 1.0,
+    trust_region_weight: float = 1.0,
     score_reverse: Tensor | None = None,
     score_ref_reverse: Tensor | None = None,
     reward_score: Tensor | None = None,
@@ -96,10 +97,10 @@ def residual_db_loss(
         beta: β ≥ 0, the reward scale: the target distribution is p_ref · exp(β r).
         eta: η > 0, noise of DDIM steps, 1 if None; None with a `TransitionTable`, which has its own.
         gamma: γ by signal share ᾱ: "alpha_bar" (the paper), "sqrt_alpha_bar" or "constant".
-        strength: λ ≥ 0, the weight of the pretrained policy's score.
+        prior_weight: λ ≥ 0, the weight of the pretrained policy's score.
         weighting: units of the residuals: "score", 1/σ (the paper), or "sigma", each multiplied by its step's σ.
-        reverse: ρ ≥ 0, weight of the reverse term, which is there if the last four arguments are.
-        trust_region: κ ≥ 0, weight of the trust region.
+        reverse_weight: ρ ≥ 0, weight of the reverse term, which is there if the last four arguments are.
+        trust_region_weight: κ ≥ 0, weight of the trust region.
         score_reverse, score_ref_reverse: s̄_θ and s̄_ref, `[N, …]`, from `reverse_scores`; no gradient flows.
         reward_score: ∇_x r(x̂0(x)), `[N, …]`, raw, as `reward_score_next`; no gradient flows.
         flow_score: g(x), `[N, …]`.
@@ -120,15 +121,20 @@ def residual_db_loss(
 
         o, o_ref = u + w * (c - u), u_ref + w * (c_ref - u_ref)
         s, s_ref = (-(x_next - a * x - b * p) / sigma**2 for p in (o, o_ref))
-        forward = s - strength * s_ref - where(last, 0, g_next) - beta * gamma_next * reward_score_next
-        backward = strength * (score_reverse - score_ref_reverse) + g + beta * gamma * reward_score
+        forward = s - prior_weight * s_ref - where(last, 0, g_next) - beta * gamma_next * reward_score_next
+        backward = prior_weight * (score_reverse - score_ref_reverse) + g + beta * gamma * reward_score
         loss = mean(forward**2) + rho * mean(where(last, 0, backward)**2)
         loss = loss + mean(where(last, g_next, 0)**2) + kappa * mean((o - o_old)**2)
         loss = loss.mean()
 
     with x'/σ² cancelled by hand in ``s − λ s_ref``: a difference of two float32 scores loses digits at small σ.
     """
-    settings = {"beta": beta, "strength": strength, "reverse": reverse, "trust_region": trust_region}
+    settings = {
+        "beta": beta,
+        "prior_weight": prior_weight,
+        "reverse_weight": reverse_weight,
+        "trust_region_weight": trust_region_weight,
+    }
     for name, value in settings.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} = {value}: expected a finite number, not negative")
@@ -158,9 +164,9 @@ def residual_db_loss(
         guidance_scale=guidance_scale,
         beta=beta,
         gamma=gamma,
-        strength=strength,
+        prior_weight=prior_weight,
         weighting=weighting,
-        trust_region=trust_region,
+        trust_region_weight=trust_region_weight,
     )
     forward = kernels.forward_balance(
         noise_pred,
@@ -178,7 +184,7 @@ def residual_db_loss(
         reverse_loss = kernels.reverse_balance(
             score_reverse, score_ref_reverse, rows, flow_score, reward_score, weights=weights
         )
-        loss = loss + reverse * reverse_loss
+        loss = loss + reverse_weight * reverse_loss
     return ResidualDBLoss(
         loss=loss.mean(),
         forward=forward.forward,
@@ -239,7 +245,7 @@ def reverse_scores(
 
 def _select(
     backend: Backend, table: TransitionTable, x_t: Tensor, timesteps: Tensor
-) -> tuple[Operations, TransitionRows]:
+) -> tuple[ObjectiveOps, TransitionRows]:
     kernels = select(backend, x_t.device, x_t.dtype)
     check = kernels is PLAIN or timesteps.device.type == "cpu"
     return kernels, table.rows(table.step_index(timesteps, check), x_t)

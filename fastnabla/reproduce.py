@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastnabla.run.tracker import print_error, print_plain, quiet_libraries
+from fastnabla.utils.console import print_error, print_plain, quiet_libraries
 
 quiet_libraries()
 

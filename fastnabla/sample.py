@@ -9,7 +9,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from fastnabla.run.tracker import print_error, print_plain, quiet_libraries
+from fastnabla.utils.console import print_error, print_plain, quiet_libraries
 
 quiet_libraries()
 

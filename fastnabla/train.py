@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import errno
 import os
 import shlex
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +13,9 @@ import torch
 import tyro
 from rich.console import Console
 
-from fastnabla.run.tracker import create_run_folder, log_as, print_error, print_plain, quiet_libraries
+from fastnabla.distributed.world import log_as
+from fastnabla.run.folder import create_run_folder
+from fastnabla.utils.console import print_error, print_plain, quiet_libraries
 
 quiet_libraries()
 
@@ -26,23 +26,16 @@ from fastnabla.cost.planner import MemoryPlan, planned, unit_costs  # noqa: E402
 from fastnabla.cost.update_cost import cost_table, measured_rate, update_cost  # noqa: E402
 from fastnabla.distributed.devices import device_of  # noqa: E402
 from fastnabla.distributed.launch import Place  # noqa: E402
-from fastnabla.distributed.signals import Stopped, StopSignals  # noqa: E402
 from fastnabla.distributed.world import LostProcess, World  # noqa: E402
 from fastnabla.methods.registry import METHODS  # noqa: E402
-from fastnabla.methods.zero_gradients import ZeroGradientError  # noqa: E402
 from fastnabla.prompts import RunPrompts  # noqa: E402
-from fastnabla.rewards.sum import RewardError  # noqa: E402
-from fastnabla.run.checkpoint import CheckpointError  # noqa: E402
-from fastnabla.run.lock import RunFolderError, locked  # noqa: E402
+from fastnabla.run.lock import locked  # noqa: E402
 from fastnabla.run.resuming import AUTO, flat, is_unbegun, run_to_resume, updates_of  # noqa: E402
-from fastnabla.training.bounds import BoundPassed  # noqa: E402
 from fastnabla.training.trainer import Trainer  # noqa: E402
+from fastnabla.training.whole_run import fail, train_to_the_end  # noqa: E402
 from fastnabla.utils.determinism import make_deterministic  # noqa: E402
 from fastnabla.utils.durable import write_file  # noqa: E402
 from fastnabla.utils.require import require  # noqa: E402
-
-DIVERGED = 4
-"""Exit status of a run that ends because its numbers are not finite."""
 
 T = TypeVar("T")
 
@@ -179,7 +172,7 @@ def _run(config: TrainConfig, world: World) -> int:
         fail(world, error)
         return 2
     many = f" and {world.size - 1} more" if world.size > 1 else ""
-    kernels = trainer.step.kernels.name
+    kernels = trainer.step.ops.name
     print_plain(console, f"writing to {run}; {kernels} between network passes, on {trainer.device}{many}")
     command = f"python -m fastnabla.train --resume {shlex.quote(str(run))}"
     status = train_to_the_end(trainer, run, console, prompts is not None, command)
@@ -211,76 +204,6 @@ def _print_costs(trainer: Trainer, plan: dict[str, Any] | None, console: Console
     costs = unit_costs(config)
     rate = measured_rate(trainer.policy, costs, config.memory.micro_batch)
     console.print(cost_table(update_cost(config, costs), plan and MemoryPlan(**plan), rate))
-
-
-def fail(world: World, error: BaseException, message: str | None = None, cause: BaseException | None = None) -> None:
-    """Print why this process ends, and end the other ranks.
-
-    Args:
-        world: the ranks.
-        error: why.
-        message: what to print; what `error` says if None.
-        cause: whose traceback is printed before.
-    """
-
-    def show() -> None:
-        if cause is not None:
-            traceback.print_exception(cause)
-        print_error(f"{world.name}: {message or error}" if world.size > 1 else message or str(error))
-
-    world.fail(error, show)
-
-
-def train_to_the_end(trainer: Trainer, run: Path, console: Console, resume: bool, command: str) -> int:
-    """Train, and say what ended it if that was not the last update; the exit status, 0 if it was.
-
-    Args:
-        trainer, run, console, resume: see `Trainer.train`.
-        command: what continues the run, for the message.
-    """
-    go_on = f"go on with: {command}"
-    try:
-        with StopSignals() as stop:
-            trainer.train(run, console, resume, stop)
-    except Stopped as stopped:
-        print_plain(console, f"stopped by {stopped}, all is saved; {go_on}")
-        return stopped.status
-    except BoundPassed as passed:
-        if trainer.world.is_main:
-            print_error(
-                f"{passed}. All is saved: look at the pictures in {run}. To train on nonetheless, loosen that bound in its "
-                f"config.json, or make it null, and {go_on}"
-            )
-        return BoundPassed.STATUS
-    except RunFolderError as error:
-        fail(trainer.world, error)
-        return 2
-    except RewardError as error:
-        message = f"{error} The newest checkpoint is intact: mend it, and {go_on}"
-        fail(trainer.world, error, message, error.__cause__)
-        return 1
-    except FloatingPointError as error:
-        fail(trainer.world, error, f"{error} The newest checkpoint is from before that.")
-        return DIVERGED
-    except ZeroGradientError as error:
-        fail(trainer.world, error, f"{error} A run keeps its settings: begin a new one with the remedy.")
-        return 1
-    except CheckpointError as error:
-        fail(trainer.world, error)
-        return 1
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"{error.strerror} in {run}. The newest checkpoint is intact: make room, and {go_on}"
-        elif error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(run):
-            message = f"{os.fsdecode(error.filename)!r} cannot be used: {error.strerror}. Put it right, and {go_on}"
-        else:
-            raise
-        fail(trainer.world, error, message)
-        return 1
-    except KeyboardInterrupt as error:
-        trainer.world.fail(error, lambda: print_plain(console, f"interrupted; {go_on}"))
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

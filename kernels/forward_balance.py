@@ -73,8 +73,8 @@ def _forward_balance_kernel(
     # weights
     w,
     beta,
-    strength,
-    trust_region,
+    prior_weight,
+    trust_region_weight,
     GUIDED: tl.constexpr,
     GAMMA: tl.constexpr,
     BY_SIGMA: tl.constexpr,
@@ -102,9 +102,9 @@ def _forward_balance_kernel(
     b_x_next = read(x_next, offsets(i_row, o_c, o_p, positions, C, LAST, 3), mask)
     b_target = reward_scale * read(reward_score, offsets(i_row, o_c, o_p, positions, C, LAST, 4), mask)
 
-    b_change = guide(b_u - strength * b_u_ref, b_c - strength * b_c_ref, w, GUIDED)
-    b_difference = precision * (b * b_change + (1 - strength) * (a * b_x - b_x_next))
-    b_score_ref = -strength * precision * (b_x_next - a * b_x - b * guide(b_u_ref, b_c_ref, w, GUIDED))
+    b_change = guide(b_u - prior_weight * b_u_ref, b_c - prior_weight * b_c_ref, w, GUIDED)
+    b_difference = precision * (b * b_change + (1 - prior_weight) * (a * b_x - b_x_next))
+    b_score_ref = -prior_weight * precision * (b_x_next - a * b_x - b * guide(b_u_ref, b_c_ref, w, GUIDED))
     reward2 = total(b_target * b_target)
     terminal2 = 0.0
     if flow is not None:
@@ -123,7 +123,7 @@ def _forward_balance_kernel(
         b_old = read(output_old, offsets(i_row, o_c, o_p, positions, C, LAST, 6), mask)
         b_moved = guide(b_u, b_c, w, GUIDED) - b_old
         trust2 = total(b_moved * b_moved)
-        b_gradient += 2 * inverse_size * trust_region * b_moved
+        b_gradient += 2 * inverse_size * trust_region_weight * b_moved
     if gradient_output is not None:
         write(gradient_output, o_output, b_gradient, mask)
     if gradient_flow is not None:
@@ -131,7 +131,7 @@ def _forward_balance_kernel(
 
     forward2 = total(b_residual * b_residual)
     to_part = partial + tl.program_id(0).to(tl.int64) * _NUM_COLUMNS
-    tl.store(to_part + 0, (forward2 + terminal2 + trust_region * trust2) * inverse_size)
+    tl.store(to_part + 0, (forward2 + terminal2 + trust_region_weight * trust2) * inverse_size)
     tl.store(to_part + 1, forward2 * inverse_size)
     tl.store(to_part + 2, terminal2 * inverse_size)
     tl.store(to_part + 3, trust2 * inverse_size)
@@ -184,9 +184,9 @@ def forward_balance_op(
     guidance_scale: float | None,
     beta: float,
     gamma: str,
-    strength: float,
+    prior_weight: float,
     by_sigma: bool,
-    trust_region: float,
+    trust_region_weight: float,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     made = _layout(output, output_ref, x, x_next, reward_score, flow, output_old, guidance_scale)
@@ -210,8 +210,8 @@ def forward_balance_op(
         partial=partial,
         inverse_size=1 / made.size,
         beta=beta,
-        strength=strength,
-        trust_region=trust_region,
+        prior_weight=prior_weight,
+        trust_region_weight=trust_region_weight,
         GAMMA=GAMMAS.index(gamma),
         BY_SIGMA=by_sigma,
     )
@@ -255,9 +255,9 @@ def forward_balance(
     guidance_scale: float | None,
     beta: float,
     gamma: str,
-    strength: float,
+    prior_weight: float,
     by_sigma: bool,
-    trust_region: float,
+    trust_region_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """The loss by row `[N]`, with gradients to `output` and `flow`, and its `COLUMNS[1:]`, `[8, N]` float32.
 
@@ -266,7 +266,7 @@ def forward_balance(
         x, x_next, reward_score, flow, output_old: `[N, …]`.
         table: coefficients `[T, 8]` float32, as `fastnabla.transition.TransitionTable.packed`.
         step_index: rows of the table, `[N]` int64.
-        guidance_scale, beta, gamma, strength, by_sigma, trust_region: w, β, γ, λ, weighting by σ and κ.
+        guidance_scale, beta, gamma, prior_weight, by_sigma, trust_region_weight: w, β, γ, λ, weighting by σ and κ.
 
     Tensors are bfloat16, float16 or float32 in any mixture, contiguous or channels-last, on one device.
 
@@ -289,8 +289,8 @@ def forward_balance(
         guidance_scale,
         beta,
         gamma,
-        strength,
+        prior_weight,
         by_sigma,
-        trust_region,
+        trust_region_weight,
         with_gradients,
     )

@@ -63,7 +63,7 @@ def _reverse_balance_kernel(
     # weights
     w,
     beta,
-    strength,
+    prior_weight,
     GUIDED: tl.constexpr,
     GAMMA: tl.constexpr,
     BY_SIGMA: tl.constexpr,
@@ -88,14 +88,14 @@ def _reverse_balance_kernel(
     b_difference = read(score, offsets(i_row, o_c, o_p, positions, C, LAST, 0), mask)
     b_difference -= read(score_ref, offsets(i_row, o_c, o_p, positions, C, LAST, 1), mask)
     if output is None:
-        b_difference *= strength
+        b_difference *= prior_weight
     else:
         o_output, o_output_c = pair_offsets(i_row, num_rows, o_c, o_p, positions, C, LAST, 4)
         o_ref, o_ref_c = pair_offsets(i_row, num_rows, o_c, o_p, positions, C, LAST, 5)
         b_u, b_c = read_pair(output, o_output, o_output_c, mask, GUIDED)
         b_u_ref, b_c_ref = read_pair(output_ref, o_ref, o_ref_c, mask, GUIDED)
         a, b = coefficient(table, i_step, num_steps, A), coefficient(table, i_step, num_steps, B)
-        direct = strength * a * b * coefficient(table, i_step, num_steps, PRECISION)
+        direct = prior_weight * a * b * coefficient(table, i_step, num_steps, PRECISION)
         b_difference -= direct * guide(b_u - b_u_ref, b_c - b_c_ref, w, GUIDED)
     b_reward = reward_scale * read(reward_score, offsets(i_row, o_c, o_p, positions, C, LAST, 3), mask)
     b_residual = unit * (b_difference + b_reward + read(flow, o_flow, mask))
@@ -142,7 +142,7 @@ def reverse_balance_op(
     guidance_scale: float | None,
     beta: float,
     gamma: str,
-    strength: float,
+    prior_weight: float,
     by_sigma: bool,
     at_clean: bool,
     with_gradient: bool,
@@ -166,7 +166,7 @@ def reverse_balance_op(
         partial=partial,
         inverse_size=1 / made.size,
         beta=beta,
-        strength=strength,
+        prior_weight=prior_weight,
         GAMMA=GAMMAS.index(gamma),
         BY_SIGMA=by_sigma,
         AT_CLEAN=at_clean,
@@ -202,7 +202,7 @@ def reverse_balance(
     guidance_scale: float | None,
     beta: float,
     gamma: str,
-    strength: float,
+    prior_weight: float,
     by_sigma: bool,
     at_clean: bool,
 ) -> Tensor:
@@ -214,7 +214,7 @@ def reverse_balance(
         flow: g(x), `[N, …]`.
         reward_score: `[N, …]`, ∇r(x), or ∂r/∂x̂0 if `at_clean`.
         outputs: pairs of policy and reference, `[2N, …]`, or `[N, …]` without guidance.
-        guidance_scale, beta, gamma, strength, by_sigma: w, β, γ, λ and weighting by σ.
+        guidance_scale, beta, gamma, prior_weight, by_sigma: w, β, γ, λ and weighting by σ.
 
     Raises:
         ValueError: a tensor has a device, shape, dtype or layout that it should not.
@@ -234,7 +234,7 @@ def reverse_balance(
         guidance_scale,
         beta,
         gamma,
-        strength,
+        prior_weight,
         by_sigma,
         at_clean,
         torch.is_grad_enabled() and flow.requires_grad,

@@ -55,7 +55,7 @@ def _reverse_cotangent_kernel(
     # weights
     w,
     beta,
-    strength,
+    prior_weight,
     GUIDED: tl.constexpr,
     GAMMA: tl.constexpr,
     C: tl.constexpr,
@@ -74,7 +74,7 @@ def _reverse_cotangent_kernel(
     b_x = read(x, offsets(i_row, o_c, o_p, positions, C, LAST, 1), mask)
     b_x_next = read(x_next, offsets(i_row, o_c, o_p, positions, C, LAST, 2), mask)
 
-    scale = strength * b * coefficient(table, i_step, num_steps, PRECISION)
+    scale = prior_weight * b * coefficient(table, i_step, num_steps, PRECISION)
     b_cotangent = scale * (b_x_next - a * b_x - b * guide(b_u, b_c, w, GUIDED))
     if pixel_score is not None:
         reward_scale = beta * reward_weight(coefficient(table, i_step, num_steps, ALPHA_BAR), GAMMA)
@@ -98,7 +98,7 @@ def reverse_cotangent_op(
     guidance_scale: float | None,
     beta: float,
     gamma: str,
-    strength: float,
+    prior_weight: float,
 ) -> Tensor:
     tensors = {"output": output, "x": x, "x_next": x_next, "pixel_score": pixel_score}
     made = layout(x, pairs=() if guidance_scale is None else ("output",), **tensors)
@@ -112,7 +112,7 @@ def reverse_cotangent_op(
         **tensors,
         cotangent=cotangent,
         beta=beta,
-        strength=strength,
+        prior_weight=prior_weight,
         GAMMA=GAMMAS.index(gamma),
     )
     return cotangent
@@ -129,7 +129,7 @@ def reverse_cotangent(
     guidance_scale: float | None,
     beta: float,
     gamma: str,
-    strength: float,
+    prior_weight: float,
 ) -> Tensor:
     """The cotangent, with shape, dtype and layout of the output; without gradient.
 
@@ -137,7 +137,7 @@ def reverse_cotangent(
         output: pair `[2N, …]`, or `[N, …]` without guidance.
         x, x_next, pixel_score: `[N, …]`; the last is ∂r/∂x̂0, or None for p = 0.
         table, step_index: as in `fastnabla.kernels.forward_balance`.
-        guidance_scale, beta, gamma, strength: w, β, γ, λ.
+        guidance_scale, beta, gamma, prior_weight: w, β, γ, λ.
 
     Raises:
         ValueError: a tensor has a device, shape, dtype or layout that it should not.
@@ -146,4 +146,4 @@ def reverse_cotangent(
     """
     tensors = (output.detach(), x.detach(), x_next.detach(), table, step_index)
     pixel_score = None if pixel_score is None else pixel_score.detach()
-    return reverse_cotangent_op(*tensors, pixel_score, guidance_scale, beta, gamma, strength)
+    return reverse_cotangent_op(*tensors, pixel_score, guidance_scale, beta, gamma, prior_weight)

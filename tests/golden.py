@@ -141,9 +141,9 @@ def load_step(folder: Path) -> GoldenStep:
         objective=Objective(
             beta=meta["reward_scale"],
             gamma="alpha_bar" if meta["reward_adaptive_mode"] == "squared" else "sqrt_alpha_bar",
-            strength=meta["pretrained_strength"],
-            reverse=meta["reverse_loss_scale"],
-            trust_region=meta["unet_reg_scale"],
+            prior_weight=meta["pretrained_strength"],
+            reverse_weight=meta["reverse_loss_scale"],
+            trust_region_weight=meta["unet_reg_scale"],
         ),
         transitions=transitions,
     )

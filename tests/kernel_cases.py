@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.published import ddim_table
-from fastnabla.objective.backend import PLAIN, Operations
 from fastnabla.objective.balance import Weights
 from fastnabla.objective.fused import FUSED
 from fastnabla.objective.gaussian import guide
+from fastnabla.objective.ops import PLAIN, ObjectiveOps
 from fastnabla.transition import TransitionRows
 from tests.checks import randn
 
@@ -27,7 +27,7 @@ on_gpu = pytest.mark.parametrize("device", [GPU])
 
 TABLE = ddim_table(10, eta=0.8)
 LAST = len(TABLE) - 1
-WEIGHTS = Weights(guidance_scale=5.0, beta=2.0, strength=0.5, trust_region=0.7)
+WEIGHTS = Weights(guidance_scale=5.0, beta=2.0, prior_weight=0.5, trust_region_weight=0.7)
 PAIRS = ("output", "output_ref")
 TENSORS = (*PAIRS, "x", "x_next", "flow", "reward_score", "pixel_score", "output_old", "score", "score_ref")
 MIXED = ("output", "output_ref", "flow")
@@ -181,7 +181,7 @@ class Case:
         return Batch(tensors=tensors, step_index=step_index.to(device), weights=self.weights)
 
 
-Evaluate = Callable[[Operations, Batch], dict[str, Tensor]]
+Evaluate = Callable[[ObjectiveOps, Batch], dict[str, Tensor]]
 """An operation's results and gradients by name, for a batch."""
 
 
@@ -273,8 +273,8 @@ def cases(without: list[tuple[str, ...]]) -> st.SearchStrategy[Case]:
             guidance_scale=st.sampled_from([None, 1.0, 5.0]),
             beta=st.sampled_from([0.0, 2.0]),
             gamma=st.sampled_from(["alpha_bar", "sqrt_alpha_bar", "constant"]),
-            strength=st.sampled_from([1.0, 0.5, 0.0]),
+            prior_weight=st.sampled_from([1.0, 0.5, 0.0]),
             weighting=st.sampled_from(["score", "sigma"]),
-            trust_region=st.sampled_from([0.0, 0.7]),
+            trust_region_weight=st.sampled_from([0.0, 0.7]),
         ),
     )

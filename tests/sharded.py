@@ -49,7 +49,7 @@ def build(world: World = ALONE, dtype: torch.dtype = torch.float32, rank: int = 
         lambda images, prompts: images.square().mean((1, 2, 3)) + images[:, 0].mean((1, 2)),
         ["a", "b", "c"],
         ddim_table(STEPS),
-        Objective(**{"beta": 10.0, "trust_region": 0.1} | objective),
+        Objective(**{"beta": 10.0, "trust_region_weight": 0.1} | objective),
         micro_batch=2,
     )
     step.world = world

@@ -51,7 +51,9 @@ def reverse_arguments(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     return values
 
 
-def naive_loss(held: dict, *, guidance_scale, beta, gamma, strength, weighting, reverse, trust_region) -> Tensor:
+def naive_loss(
+    held: dict, *, guidance_scale, beta, gamma, prior_weight, weighting, reverse_weight, trust_region_weight
+) -> Tensor:
     """One row at a time: scores by autograd of log-densities, terms by the definition."""
 
     def guided(name: str, row: int) -> Tensor:
@@ -74,7 +76,7 @@ def naive_loss(held: dict, *, guidance_scale, beta, gamma, strength, weighting, 
         )
         power = {"alpha_bar": 1, "sqrt_alpha_bar": 0.5, "constant": 0}[gamma]
         unit = table.sigma[i] if weighting == "sigma" else 1.0
-        forward = s - strength * s_ref - beta * table.alpha_bar_next[i] ** power * held["reward_score_next"][row]
+        forward = s - prior_weight * s_ref - beta * table.alpha_bar_next[i] ** power * held["reward_score_next"][row]
         if held.get("flow_score_next") is not None:
             g_next = held["flow_score_next"][row]
             if last:
@@ -83,13 +85,13 @@ def naive_loss(held: dict, *, guidance_scale, beta, gamma, strength, weighting, 
                 forward = forward - g_next
         if held.get("flow_score") is not None and not last:
             backward = (
-                strength * (held["score_reverse"][row] - held["score_ref_reverse"][row]) + held["flow_score"][row]
+                prior_weight * (held["score_reverse"][row] - held["score_ref_reverse"][row]) + held["flow_score"][row]
             )
             backward = backward + beta * table.alpha_bar[i] ** power * held["reward_score"][row]
-            total = total + reverse * (unit * backward).square().mean()
+            total = total + reverse_weight * (unit * backward).square().mean()
         total = total + (unit * forward).square().mean()
         if held.get("noise_pred_old") is not None:
-            total = total + trust_region * (o - held["noise_pred_old"][row]).square().mean()
+            total = total + trust_region_weight * (o - held["noise_pred_old"][row]).square().mean()
     return total / SHAPE[0]
 
 
@@ -97,8 +99,8 @@ def naive_loss(held: dict, *, guidance_scale, beta, gamma, strength, weighting, 
 @pytest.mark.parametrize("trust_region", [0.0, 2.5])
 @pytest.mark.parametrize("weighting", ["score", "sigma"])
 @pytest.mark.parametrize("guidance", [None, 5.0])
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_agrees_with_the_definition(strength, guidance, weighting, trust_region, extras):
+@pytest.mark.parametrize("prior_weight", [1.0, 0.5])
+def test_agrees_with_the_definition(prior_weight, guidance, weighting, trust_region, extras):
     """Loss and gradients in float64; one batch mixes inner and last rows."""
     held = arguments(guidance)
     if "flow" in extras:
@@ -111,10 +113,10 @@ def test_agrees_with_the_definition(strength, guidance, weighting, trust_region,
         "guidance_scale": guidance,
         "beta": 3.0,
         "gamma": "sqrt_alpha_bar" if "old" in extras else "alpha_bar",
-        "strength": strength,
+        "prior_weight": prior_weight,
         "weighting": weighting,
-        "reverse": 0.7,
-        "trust_region": trust_region,
+        "reverse_weight": 0.7,
+        "trust_region_weight": trust_region,
     }
     result = residual_db_loss(**held, **settings)
     expected = naive_loss(held, **settings)
@@ -142,7 +144,7 @@ def test_no_gradient_to_targets_and_states():
         for name, value in held.items()
         if name not in ("noise_pred", "timesteps", "scheduler", "flow_score")
     ]
-    loss = residual_db_loss(**held, guidance_scale=5.0, beta=3.0, strength=0.5).loss
+    loss = residual_db_loss(**held, guidance_scale=5.0, beta=3.0, prior_weight=0.5).loss
     assert set(torch.autograd.grad(loss, fixed, allow_unused=True)) == {None}
 
 
@@ -286,9 +288,9 @@ def test_agrees_with_the_reference(folder, backend):
         noise_pred_old=batch.model_output,
         beta=objective.beta,
         gamma=objective.gamma,
-        strength=objective.strength,
-        reverse=objective.reverse,
-        trust_region=objective.trust_region,
+        prior_weight=objective.prior_weight,
+        reverse_weight=objective.reverse_weight,
+        trust_region_weight=objective.trust_region_weight,
         **settings,
         **scores,
     )
@@ -360,9 +362,9 @@ WRONG = {
     "eta": ({"eta": 0.0, "scheduler": ddim(10)}, r"eta = 0\.0: must be positive"),
     "guidance": ({"guidance_scale": float("nan")}, "guidance_scale = nan: expected a finite number"),
     "beta": ({"beta": float("inf")}, "beta = inf: expected a finite number, not negative"),
-    "strength": ({"strength": -0.5}, r"strength = -0\.5: expected"),
-    "trust_region": ({"trust_region": float("nan")}, "trust_region = nan: expected"),
-    "reverse": ({"reverse": -1.0}, r"reverse = -1\.0: expected"),
+    "prior_weight": ({"prior_weight": -0.5}, r"prior_weight = -0\.5: expected"),
+    "trust_region_weight": ({"trust_region_weight": float("nan")}, "trust_region_weight = nan: expected"),
+    "reverse_weight": ({"reverse_weight": -1.0}, r"reverse_weight = -1\.0: expected"),
     "gamma": ({"gamma": "alpha"}, r"gamma = 'alpha': expected one of \('alpha_bar', "),
     "weighting": ({"weighting": "snr"}, r"weighting = 'snr': expected one of \('score', 'sigma'\)"),
     "reverse_term": (

@@ -29,6 +29,7 @@ STOREYS = (
     ("losses", "compat"),
     ("objective",),
     ("kernels",),
+    ("scheduler_tables",),
     ("transition",),
     ("utils",),
 )

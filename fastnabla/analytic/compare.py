@@ -10,7 +10,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastnabla.run.tracker import create_run_folder, print_error, quiet_libraries
+from fastnabla.run.folder import create_run_folder
+from fastnabla.utils.console import print_error, quiet_libraries
 
 quiet_libraries()
 

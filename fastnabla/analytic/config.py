@@ -21,8 +21,8 @@ class AnalyticConfig:
     Diffusion. What the result samples is compared with the target by the masses of the modes and by the sliced
     Wasserstein distance, each beside its Monte-Carlo floor: what as many exact draws would show.
 
-    docs/analytic.md tells what each setting does here. Try --objective.reverse 1, --flow-learning-rate 0, or
-    --objective.guidance terminal.
+    docs/analytic.md tells what each setting does here. Try --objective.reverse_weight 1, --flow-learning-rate 0, or
+    --objective.reward_gradient terminal.
     """
 
     method: MethodName = "residual-db"
@@ -54,7 +54,7 @@ class AnalyticConfig:
     samples: int = 4096
     """Samples of an evaluation: the more, the lower the Monte-Carlo floor, and the smaller the errors that show."""
     objective: Objective = dataclasses.field(
-        default_factory=lambda: Objective(beta=0.6, reverse=300.0, trust_region=0.0)
+        default_factory=lambda: Objective(beta=0.6, reverse_weight=300.0, trust_region_weight=0.0)
     )
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-2, beta2=0.95, weight_decay=0.0, schedule="cosine")
@@ -84,10 +84,10 @@ class AnalyticConfig:
             )
         if not math.isfinite(self.reward_factor):
             raise ValueError(f"reward_factor = {self.reward_factor}: must be finite.")
-        if self.exact_flow and (self.method, self.objective.guidance) != ("residual-db", "lookahead"):
+        if self.exact_flow and (self.method, self.objective.reward_gradient) != ("residual-db", "lookahead"):
             raise ValueError(
-                f"exact_flow = True: is for method = residual-db with objective.guidance = lookahead, not {self.method!r} with "
-                f"{self.objective.guidance!r}; change these, or leave it out."
+                f"exact_flow = True: is for method = residual-db with objective.reward_gradient = lookahead, not {self.method!r} with "
+                f"{self.objective.reward_gradient!r}; change these, or leave it out."
             )
         self.training()
 
@@ -99,7 +99,7 @@ class AnalyticConfig:
         """
         rate, objective = self.flow_learning_rate, self.objective
         if self.exact_flow:
-            objective = dataclasses.replace(objective, reverse=0.0)
+            objective = dataclasses.replace(objective, reverse_weight=0.0)
         return TrainConfig(
             method=self.method,
             updates=self.updates,

@@ -80,7 +80,7 @@ class Experiment:
             policy=self.policy,
             flow=self.flow,
             decoder=self.decoder,
-            guiding_decoder=self.decoder,
+            gradient_decoder=self.decoder,
             table=self.table,
             sample_shape=self.sample_shape,
         )
@@ -92,7 +92,7 @@ class Experiment:
             sizes = (rollout.trajectories * (1 + rollout.replay), len(self.table), config.drawn_steps + 1)
             self.buffer = TrajectoryBuffer(*sizes, self.sample_shape, timestep=self.table.timestep)
             if rollout.epochs > 1 and method.has_reference:
-                self.buffer.keep_reference(with_product=training.has_flow and training.objective.reverse > 0)
+                self.buffer.keep_reference(with_product=training.has_flow and training.objective.reverse_weight > 0)
             slots = torch.arange(rollout.trajectories)
             self.source = StoredTrajectories(self._rollout, self.buffer, slots, training.rounds, rollout.replay)
         learned = None if config.exact_flow else self.flow

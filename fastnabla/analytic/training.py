@@ -14,8 +14,9 @@ from fastnabla.analytic.experiment import Experiment
 from fastnabla.analytic.pictures import save_pictures
 from fastnabla.analytic.spread import effective_modes, effective_number, mode_width
 from fastnabla.config.train import to_json
-from fastnabla.run.tracker import Tracker, progress_bar
+from fastnabla.run.tracker import Tracker
 from fastnabla.trajectories.inner_epochs import learning_order
+from fastnabla.utils.console import progress_bar
 
 
 def train(experiment: Experiment, run: Path, console: Console | None = None) -> list[dict[str, Any]]:

@@ -18,10 +18,10 @@ from fastnabla.comparison.plan import PlannedRun
 from fastnabla.config.train import load_run
 from fastnabla.prompts import RunPrompts
 from fastnabla.run.resuming import run_to_resume
-from fastnabla.run.tracker import print_plain
-from fastnabla.train import DIVERGED, train_to_the_end
 from fastnabla.training.bounds import BoundPassed
 from fastnabla.training.trainer import Trainer
+from fastnabla.training.whole_run import DIVERGED, train_to_the_end
+from fastnabla.utils.console import print_plain
 
 ENDED = (0, BoundPassed.STATUS, DIVERGED)
 """Exit statuses of runs that have shown what they will: the comparison goes on."""

@@ -23,8 +23,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastnabla.objective.backend import PLAIN, select
+from fastnabla.objective.backend import select
 from fastnabla.objective.gaussian import full, step_score
+from fastnabla.objective.ops import PLAIN
 from fastnabla.transition import TransitionRows, TransitionTable
 
 

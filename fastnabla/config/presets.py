@@ -28,7 +28,7 @@ _TESTBED = TrainConfig(
     sampler=SamplerConfig(steps=20, guidance_scale=3.0),
     reward=RewardConfig(terms=("area=8", "classifier=1")),
     prompts=PromptConfig(source="animals"),
-    objective=Objective(beta=300.0, guidance="terminal", weighting="sigma", trust_region=1.0),
+    objective=Objective(beta=300.0, reward_gradient="terminal", weighting="sigma", trust_region_weight=1.0),
     rollout=RolloutConfig(fraction=0.2, updates=1, batch=64),
     flow=FlowConfig(kind="conv"),
     optimizer=OptimizerConfig(learning_rate=1e-2, beta2=0.95, schedule="linear", warmup=3),
@@ -41,7 +41,7 @@ _AESTHETIC = dataclasses.replace(
     _PUBLISHED,
     reward=RewardConfig(terms=("aesthetic=1",)),
     prompts=PromptConfig(source="simple-animals"),
-    objective=Objective(beta=1e4, trust_region=2e3),
+    objective=Objective(beta=1e4, trust_region_weight=2e3),
 )
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
@@ -57,7 +57,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             _PUBLISHED,
             reward=RewardConfig(terms=("hpsv2=1",)),
             prompts=PromptConfig(source="photos-and-paintings", held_out=0.1),
-            objective=Objective(beta=1e4, trust_region=1e2),
+            objective=Objective(beta=1e4, trust_region_weight=1e2),
         ),
     ),
     "sd15-imagereward": (
@@ -67,7 +67,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             _PUBLISHED,
             reward=RewardConfig(terms=("imagereward=1",)),
             prompts=PromptConfig(source="compositions", held_out=0.1),
-            objective=Objective(beta=1e3, trust_region=1e3),
+            objective=Objective(beta=1e3, trust_region_weight=1e3),
         ),
     ),
     "sd15-24gb": (
@@ -85,7 +85,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             model=ModelConfig(name="stabilityai/stable-diffusion-xl-base-1.0"),
             reward=RewardConfig(terms=("pickscore=1",)),
             prompts=PromptConfig(source="photos-and-paintings", held_out=0.1),
-            objective=Objective(beta=1e3, trust_region=1e3),
+            objective=Objective(beta=1e3, trust_region_weight=1e3),
             rollout=RolloutConfig(trajectories=64, updates=2, batch=4),
             optimizer=OptimizerConfig(learning_rate=3e-4),
         ),

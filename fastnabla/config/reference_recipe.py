@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("residual-db", "db"),
     "model.tiny_decoder": (None,),
     "sampler.scheduler": ("ddim",),
-    "objective.guidance": ("lookahead",),
+    "objective.reward_gradient": ("lookahead",),
     "objective.gamma": ("alpha_bar", "sqrt_alpha_bar"),
     "objective.weighting": ("score",),
     "objective.reverse_second_order": (False,),

@@ -192,7 +192,7 @@ def cache_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: int
     """Of what later inner epochs have of the reference network, in float32 (`fastnabla.trajectories.reference_cache`)."""
     if config.rollout.epochs == 1 or not METHODS[config.method].has_reference:
         return 0
-    with_product = config.has_flow and config.objective.reverse > 0
+    with_product = config.has_flow and config.objective.reverse_weight > 0
     return 4 * (1 + with_product) * trajectories * (config.drawn_steps + 1) * sample_shape.numel()
 
 

@@ -11,6 +11,7 @@ a device. Plain data goes as JSON; nothing is pickled.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -244,3 +245,18 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             bucket = groups[tensor.dtype, tensor.device] = []
         bucket.append(tensor)
     yield from groups.values()
+
+
+def log_as(world: World) -> None:
+    """Let rank 0 alone log what all ranks would, and each process, by its name, what happens to it alone (the logger
+    `fastnabla.process`)."""
+    if world.size == 1:
+        return
+
+    def named(record: logging.LogRecord) -> bool:
+        record.msg = f"{world.name}: {record.msg}"
+        return True
+
+    logging.getLogger("fastnabla.process").addFilter(named)
+    if not world.is_main:
+        logging.getLogger("fastnabla").addFilter(lambda record: False)

@@ -124,7 +124,11 @@ class RunEvaluation:
         return {
             "run": str(self.run),
             "settings": settings
-            | {"probe": config.evaluation.probe, "beta": config.objective.beta, "strength": config.objective.strength},
+            | {
+                "probe": config.evaluation.probe,
+                "beta": config.objective.beta,
+                "prior_weight": config.objective.prior_weight,
+            },
             "groups": {name: self._measure_group(name, numbers) for name, numbers in self.groups().items()},
         }
 

@@ -86,7 +86,7 @@ class Accumulation:
 
     def __init__(self, policy: Policy, flow: nn.Module | None, micro_batch: int, backend: Backend) -> None:
         self.policy, self.flow, self.micro_batch = policy, flow, micro_batch
-        self.kernels = select(backend, policy.conditions.device)
+        self.ops = select(backend, policy.conditions.device)
         self.flow_parameters = list(flow.parameters()) if flow is not None else []
         self.parameters = policy.trainable() + self.flow_parameters
         self.replicated = self.flow_parameters if policy.is_sharded else self.parameters
@@ -153,7 +153,7 @@ class Accumulation:
     @property
     def path(self) -> str:
         """How gradients are computed, in words."""
-        return f"compute.compile = {self.policy.compile!r}, torch {torch.__version__}, {self.kernels.name}"
+        return f"compute.compile = {self.policy.compile!r}, torch {torch.__version__}, {self.ops.name}"
 
     def _fix_sizes(self, parts: Sequence[Part]) -> None:
         """Where networks are compiled, let their passes have few numbers of rows, each of which is compiled for: that of

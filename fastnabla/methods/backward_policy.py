@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastnabla.models.policy import Policy
-from fastnabla.objective.backend import Operations
 from fastnabla.objective.balance import Weights
 from fastnabla.objective.gaussian import guide
 from fastnabla.objective.noising import check_is_ddpm, noising_output, noising_reverse
+from fastnabla.objective.ops import ObjectiveOps
 from fastnabla.trajectories.reference_cache import CachedRows
 from fastnabla.trajectories.transitions import Transitions
 from fastnabla.transition import TransitionRows, TransitionTable
@@ -50,8 +50,8 @@ class PretrainedReversal:
 
     passes = 1
 
-    def __init__(self, policy: Policy, kernels: Operations, weights: Weights) -> None:
-        self.policy, self.kernels, self.weights = policy, kernels, weights
+    def __init__(self, policy: Policy, kernels: ObjectiveOps, weights: Weights) -> None:
+        self.policy, self.ops, self.weights = policy, kernels, weights
 
     def __call__(
         self, x: Tensor, batch: Transitions, row: TransitionRows, with_reverse: bool, cached: CachedRows | None = None
@@ -77,7 +77,7 @@ class PretrainedReversal:
             if not with_reverse:
                 return output, None
             states = (batch.x, batch.x_next, row)
-            cotangent = self.kernels.reverse_cotangent(output.detach(), *states, weights=self.weights)
+            cotangent = self.ops.reverse_cotangent(output.detach(), *states, weights=self.weights)
             (vjp,) = torch.autograd.grad(output, x, cotangent)
             return output.detach(), vjp
 

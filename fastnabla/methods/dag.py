@@ -94,14 +94,14 @@ class DetailedBalanceStep(Accumulation):
         flow, flow_next = self._flows(batch, micro.last)
         residual = balance_residual(
             log_flow(reward, flow, row.alpha_bar, elements, weights=weights),
-            self.kernels.gaussian_log_prob(output, batch.x, batch.x_next, row, guidance_scale=w),
+            self.ops.gaussian_log_prob(output, batch.x, batch.x_next, row, guidance_scale=w),
             log_flow(reward_next, flow_next, row.alpha_bar_next, elements, weights=weights),
             noising_log_prob(batch.x, batch.x_next, row),
             elements,
         )
         parts = {
             "balance": residual.square(),
-            "trust_region": self.objective.trust_region * mean_square(o - full(batch.model_output)),
+            "trust_region": self.objective.trust_region_weight * mean_square(o - full(batch.model_output)),
         }
         gradients = self._gradients(sum(part.sum() for part in parts.values()) / total)
         losses = {name: part.detach().sum() / total for name, part in parts.items()}

@@ -92,8 +92,8 @@ class PolicyGradientStep(Accumulation):
         row, states = self.table.rows(batch.step_index, batch.x), (batch.x, batch.x_next)
         advantage, scale = (numbers.to(batch.x.device, non_blocking=True) for numbers in (advantage, scale.float()))
         output = self.policy(batch.x, row.timestep, batch.prompt)
-        log_prob = self.kernels.gaussian_log_prob(output, *states, row, guidance_scale=w)
-        log_prob_old = self.kernels.gaussian_log_prob(batch.model_output, *states, row, guidance_scale=None)
+        log_prob = self.ops.gaussian_log_prob(output, *states, row, guidance_scale=w)
+        log_prob_old = self.ops.gaussian_log_prob(batch.model_output, *states, row, guidance_scale=None)
         log_ratio = (log_prob - log_prob_old) / batch.x[0].numel()
         loss = (scale * clipped_surrogate(log_ratio, advantage, self.settings.clip)).sum()
         rows = {"ratio": log_ratio.detach().exp(), "advantage": advantage, "step_index": batch.step_index}

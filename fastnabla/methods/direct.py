@@ -28,9 +28,10 @@ from fastnabla.methods.accumulation import Accumulation, Share, StepReport
 from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy
-from fastnabla.objective.backend import PLAIN, Backend, Operations
+from fastnabla.objective.backend import Backend
 from fastnabla.objective.gaussian import guide
 from fastnabla.objective.noising import renoise
+from fastnabla.objective.ops import PLAIN, ObjectiveOps
 from fastnabla.trajectories.rollout import advance
 from fastnabla.trajectories.sources import Trajectories
 from fastnabla.transition import TransitionTable
@@ -64,12 +65,12 @@ class Sampling:
         self,
         policy: Policy,
         table: TransitionTable,
-        kernels: Operations,
+        kernels: ObjectiveOps,
         trajectories: Trajectories,
         sample_shape: tuple[int, ...],
     ) -> None:
         device = policy.conditions.device
-        self.policy, self.table, self.kernels = policy, table, kernels
+        self.policy, self.table, self.ops = policy, table, kernels
         self.draws, self.prompt = trajectories.draws, trajectories.prompt.to(device)
         self.noise = TrajectoryNoise(list(trajectories.noise), sample_shape, device)
         self.x, self.step = self.noise.draw(), 0
@@ -78,7 +79,7 @@ class Sampling:
         """Advance to the state before step `until`."""
         with torch.set_grad_enabled(gradient):
             while self.step < until:
-                kernels = PLAIN if gradient else self.kernels
+                kernels = PLAIN if gradient else self.ops
                 arguments = (self.policy, self.table, kernels, self.step, self.x, self.noise.draw(), self.prompt)
                 self.x, self.step = advance(*arguments)[0], self.step + 1
 
@@ -88,7 +89,7 @@ class Sampling:
         for step in range(int(until.max())):
             noise = self.noise.draw()
             rows = torch.where(until > step)[0].to(self.x.device, non_blocking=True)
-            arguments = (self.policy, self.table, self.kernels, step, self.x[rows], noise[rows], self.prompt[rows])
+            arguments = (self.policy, self.table, self.ops, step, self.x[rows], noise[rows], self.prompt[rows])
             self.x = self.x.index_copy(0, rows, advance(*arguments)[0])
 
 
@@ -191,7 +192,7 @@ class DirectStep(Accumulation):
         )
 
     def _share(self, trajectories: Trajectories, total: int) -> Share:
-        sampling = Sampling(self.policy, self.table, self.kernels, trajectories, self.sample_shape)
+        sampling = Sampling(self.policy, self.table, self.ops, trajectories, self.sample_shape)
         latents = self.ending(sampling)
         times = len(latents) // len(trajectories)
         texts = [self.prompts[i] for i in trajectories.prompt.tolist()] * times

@@ -100,9 +100,9 @@ class BalanceStep(Accumulation):
             guidance_scale=policy.guidance_scale,
             beta=objective.beta,
             gamma=objective.gamma,
-            strength=objective.strength,
+            prior_weight=objective.prior_weight,
             weighting=objective.weighting,
-            trust_region=objective.trust_region,
+            trust_region_weight=objective.trust_region_weight,
         )
         if share and not table.is_chain():
             raise ValueError("passes are to be shared, but a step of the sampler does not end where the next begins.")
@@ -115,7 +115,7 @@ class BalanceStep(Accumulation):
         self.backward_policy: BackwardPolicy = (
             NoisingKernel(table, policy.guidance_scale is not None)
             if noising
-            else PretrainedReversal(policy, self.kernels, self.weights)
+            else PretrainedReversal(policy, self.ops, self.weights)
         )
 
     def __call__(self, transitions: Transitions | Selection, total: int | None = None) -> StepReport:
@@ -132,7 +132,7 @@ class BalanceStep(Accumulation):
         """
         selection = transitions.select() if isinstance(transitions, Transitions) else transitions
         total, num_steps = total or self.world.total(len(selection)), len(self.table)
-        terminal = self._terminal_scores(selection) if self.objective.guidance == "terminal" else None
+        terminal = self._terminal_scores(selection) if self.objective.reward_gradient == "terminal" else None
         with self.policy.whole_reference() if self.backward_policy.passes else contextlib.nullcontext():
             return self._accumulate(
                 len(selection),
@@ -151,7 +151,7 @@ class BalanceStep(Accumulation):
     @property
     def path(self) -> str:
         """How gradients are computed, in words."""
-        return f"{super().path}, objective.guidance = {self.objective.guidance!r}"
+        return f"{super().path}, objective.reward_gradient = {self.objective.reward_gradient!r}"
 
     def _terminal_scores(self, selection: Selection) -> TerminalScores:
         samples = int((selection.step_index == len(self.table) - 1).sum())
@@ -173,8 +173,8 @@ class BalanceStep(Accumulation):
             return self._compute(selection, micro, total, terminal)
 
     def _compute(self, selection: Selection, micro: MicroBatch, total: int, terminal: TerminalScores | None) -> Share:
-        objective, policy, kernels = self.objective, self.policy, self.kernels
-        with_reverse = not micro.last and self.flow is not None and objective.reverse > 0
+        objective, policy, kernels = self.objective, self.policy, self.ops
+        with_reverse = not micro.last and self.flow is not None and objective.reverse_weight > 0
         batch, prompts = selection.gather(micro.rows), selection.prompt[micro.rows]
         row = self.table.rows(batch.step_index, batch.x)
         x, states = batch.x.detach().requires_grad_(), (batch.x, batch.x_next, row)
@@ -186,7 +186,7 @@ class BalanceStep(Accumulation):
         elif micro.last:
             reward = RewardScores(after=self._pixel_gradient(batch.x_next, prompts.tolist()))
         else:
-            settings = {"through_unet": objective.guidance == "lookahead", "here": with_reverse}
+            settings = {"through_unet": objective.reward_gradient == "lookahead", "here": with_reverse}
             ahead = LookAhead(policy, self._pixel_gradient, self.table, micro, batch, prompts, **settings)
         cached = None if selection.reference is None else selection.reference[micro.rows]
         output_ref, vjp_ref = self.backward_policy(x, batch, row, with_reverse, cached)
@@ -202,14 +202,14 @@ class BalanceStep(Accumulation):
             "forward": forward.forward,
             "reverse": nothing,
             "terminal": forward.terminal if micro.last and self.flow is not None else nothing,
-            "trust_region": objective.trust_region * forward.trust,
+            "trust_region": objective.trust_region_weight * forward.trust,
         }
         if with_reverse:
-            through_unet = reward.clean if objective.guidance == "lookahead" else None
+            through_unet = reward.clean if objective.reward_gradient == "lookahead" else None
             operations = second_order if objective.reverse_second_order else kernels
             vjp = self._vjp(x, output, states, through_unet)
             scores = (reward.before, reward.clean, (output, output_ref))
-            reverse = objective.reverse * operations.reverse_balance(
+            reverse = objective.reverse_weight * operations.reverse_balance(
                 vjp, vjp_ref, row, flow, *scores, weights=self.weights
             )
             loss = loss + reverse
@@ -226,7 +226,7 @@ class BalanceStep(Accumulation):
         """Vector-Jacobian product of the policy: ``λ s̄_θ + ∇R(x)`` but for the direct parts, without ∇R if there is no
         `pixel_score`. The graph of `output` stays."""
         if not self.objective.reverse_second_order:
-            cotangent = self.kernels.reverse_cotangent(output.detach(), *states, pixel_score, weights=self.weights)
+            cotangent = self.ops.reverse_cotangent(output.detach(), *states, pixel_score, weights=self.weights)
             (vjp,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
             return vjp
         cotangent = second_order.score_cotangent(output, *states, weights=self.weights)
@@ -234,8 +234,8 @@ class BalanceStep(Accumulation):
         vjp = self.policy.passes.watch_backward(vjp, 2 * len(x))
         if pixel_score is None:
             return vjp
-        reward_alone = dataclasses.replace(self.weights, strength=0.0)
-        cotangent = self.kernels.reverse_cotangent(output.detach(), *states, pixel_score, weights=reward_alone)
+        reward_alone = dataclasses.replace(self.weights, prior_weight=0.0)
+        cotangent = self.ops.reverse_cotangent(output.detach(), *states, pixel_score, weights=reward_alone)
         return vjp + torch.autograd.grad(output, x, cotangent, retain_graph=True)[0]
 
     def _flow_scores(

@@ -41,8 +41,8 @@ def planned_passes(
         noising: whether the backward policy is the noising kernel, which takes no pass.
         cached: whether an earlier inner epoch has kept what the reference network gave.
     """
-    lookahead, ahead = objective.guidance == "lookahead", objective.guidance != "terminal"
-    with_reverse = with_flow and objective.reverse > 0
+    lookahead, ahead = objective.reward_gradient == "lookahead", objective.reward_gradient != "terminal"
+    with_reverse = with_flow and objective.reverse_weight > 0
     reference = not noising and not cached
     reverse = (1 + reference) * with_reverse
     second_order = (2 + lookahead) * (with_reverse and objective.reverse_second_order)
@@ -53,6 +53,6 @@ def planned_passes(
 
 def planned_decodes(objective: Objective, with_flow: bool, run: int = 1, tails: float = 1) -> tuple[float, float]:
     """Decodes with backward per inner and per last transition; arguments as for `planned_passes`."""
-    if objective.guidance == "terminal":
+    if objective.reward_gradient == "terminal":
         return 0, 1
-    return (1 + tails / run if with_flow and objective.reverse > 0 else 1), 1
+    return (1 + tails / run if with_flow and objective.reverse_weight > 0 else 1), 1

@@ -78,7 +78,7 @@ def _balance(noising: bool) -> Method:
         return BalanceStep(
             networks.policy,
             networks.flow,
-            networks.guiding_decoder,
+            networks.gradient_decoder,
             reward,
             prompts,
             networks.table,
@@ -98,7 +98,7 @@ def _balance(noising: bool) -> Method:
         first, later = planned_passes(*settings), planned_passes(*settings, cached=True)
         passes = [(one + (epochs - 1) * other) / epochs for one, other in zip(first, later, strict=True)]
         decodes = planned_decodes(objective, with_flow, run, tails)
-        flow_passes = 3 * (rows["inner"] * (1 + tails / run if objective.reverse > 0 else 1) + rows["last"])
+        flow_passes = 3 * (rows["inner"] * (1 + tails / run if objective.reverse_weight > 0 else 1) + rows["last"])
         return StepCost(
             rows=rows,
             passes=dict(zip(rows, passes, strict=True)),
@@ -110,9 +110,9 @@ def _balance(noising: bool) -> Method:
         if noising:
             _require_noising(config)
             require(
-                config.objective.strength == 1,
-                "objective.strength",
-                config.objective.strength,
+                config.objective.prior_weight == 1,
+                "objective.prior_weight",
+                config.objective.prior_weight,
                 "method = 'db' has no pretrained policy to weigh; leave it at 1.",
             )
 
@@ -162,7 +162,7 @@ def _direct(
     def build(config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]) -> Accumulation:
         return DirectStep(
             networks.policy,
-            networks.guiding_decoder,
+            networks.gradient_decoder,
             reward,
             prompts,
             networks.table,
@@ -234,7 +234,7 @@ def _build_dag(config: TrainConfig, networks: Networks, reward: RewardFunction, 
     return DetailedBalanceStep(
         networks.policy,
         networks.flow,
-        networks.guiding_decoder,
+        networks.gradient_decoder,
         reward,
         prompts,
         networks.table,
@@ -294,7 +294,7 @@ METHODS: dict[str, Method] = {
         has_flow=True,
         check=_check_dag,
         without=(
-            *_fields("objective", Objective, but=(*_TARGET, "gamma", "trust_region")),
+            *_fields("objective", Objective, but=(*_TARGET, "gamma", "trust_region_weight")),
             *_DIRECT,
             *_POLICY_GRADIENT,
         ),

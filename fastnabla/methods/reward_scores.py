@@ -127,8 +127,8 @@ class TerminalScores:
         is_last = selection.step_index == num_steps - 1
         if not bool(torch.isin(selection.trajectory, selection.trajectory[is_last]).all()):
             raise ValueError(
-                "objective.guidance = 'terminal' needs the last transition of every trajectory in the batch; "
-                "gather whole trajectories, or use another guidance."
+                "objective.reward_gradient = 'terminal' needs the last transition of every trajectory in the batch; "
+                "gather whole trajectories, or use another objective.reward_gradient."
             )
         places = {slot: row for row, slot in enumerate(selection.trajectory.tolist()) if is_last[row]}
         self.number = {slot: number for number, slot in enumerate(places)}

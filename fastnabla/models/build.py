@@ -33,7 +33,7 @@ class Networks:
     flow: nn.Module | None
     """g_φ."""
     decoder: Decoder
-    guiding_decoder: Decoder
+    gradient_decoder: Decoder
     """What decodes for the gradients of the training step: `decoder`, or a tiny one."""
     table: TransitionTable
     """The sampler."""
@@ -93,7 +93,7 @@ def build_networks(
         policy=policy,
         flow=flow,
         decoder=decoder,
-        guiding_decoder=guiding,
+        gradient_decoder=guiding,
         table=table.to(device),
         sample_shape=latent_shape(pipeline),
     )

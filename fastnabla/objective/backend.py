@@ -8,34 +8,16 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
-from fastnabla.objective.balance import ForwardBalance, forward_balance, reverse_balance, reverse_cotangent
-from fastnabla.objective.gaussian import gaussian_log_prob, guided_step
+from fastnabla.objective.ops import PLAIN, ObjectiveOps
 
 Backend = Literal["auto", "triton", "torch"]
 
 
-class Operations(NamedTuple):
-    """The objective's operations; documented in `gaussian.py` and `balance.py`."""
-
-    name: str
-    """What computes them, for people."""
-    guided_step: Callable[..., tuple[Tensor, Tensor]]
-    gaussian_log_prob: Callable[..., Tensor]
-    forward_balance: Callable[..., ForwardBalance]
-    reverse_cotangent: Callable[..., Tensor]
-    reverse_balance: Callable[..., Tensor]
-
-
-PLAIN = Operations("plain torch", guided_step, gaussian_log_prob, forward_balance, reverse_cotangent, reverse_balance)
-
-
-def select(backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32) -> Operations:
+def select(backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32) -> ObjectiveOps:
     """The operations to use on `device` for states of `dtype`; says in the log, once, which they are.
 
     "auto" takes the kernels where they can run: on CUDA, with Triton installed, below float64.

@@ -1,7 +1,7 @@
 """Residual ∇-DB (arXiv 2412.07775), per transition, in plain torch: the specification.
 
 With ``s_θ = ∇_{x'} log P_θ(x'|x)`` the score of a step in its end, ``s̄_θ = ∇_x log P_θ(x'|x)`` the score in its
-start, λ the pretrained strength, g the learned flow score, ∇R = βγ∇r the scaled reward score:
+start, λ the weight of the pretrained policy, g the learned flow score, ∇R = βγ∇r the scaled reward score:
 
     forward   s_θ − λ s_ref − g(x') − ∇R(x')          trains θ and φ
     reverse   λ (s̄_θ − s̄_ref) + g(x) + ∇R(x)          trains φ
@@ -36,11 +36,11 @@ class Weights:
     """β, the reward scale."""
     gamma: Gamma = "alpha_bar"
     """γ, weight of the reward score by signal share ᾱ."""
-    strength: float = 1.0
+    prior_weight: float = 1.0
     """λ, weight of the pretrained policy's score."""
     weighting: Weighting = "score"
     """Units of the residuals: 1/σ, or with "sigma" those of the step's noise."""
-    trust_region: float = 0.0
+    trust_region_weight: float = 0.0
     """κ, weight of the trust region."""
 
 
@@ -67,15 +67,15 @@ def norm(tensor: Tensor) -> Tensor:
 
 
 def score_residual(
-    o: Tensor, o_ref: Tensor, x: Tensor, x_next: Tensor, rows: TransitionRows, strength: float
+    o: Tensor, o_ref: Tensor, x: Tensor, x_next: Tensor, rows: TransitionRows, prior_weight: float
 ) -> Tensor:
     """``s_θ − λ s_ref``, with the x'/σ² that both carry cancelled by hand.
 
     For λ = 1 it is ``(b/σ²)(o_θ − o_ref)``; subtracting two scores would lose the digits that x'/σ² occupies.
     """
-    residual = rows.b / rows.sigma**2 * (o - strength * o_ref)
-    if strength != 1.0:
-        residual = residual + (1 - strength) * (rows.a * full(x) - full(x_next)) / rows.sigma**2
+    residual = rows.b / rows.sigma**2 * (o - prior_weight * o_ref)
+    if prior_weight != 1.0:
+        residual = residual + (1 - prior_weight) * (rows.a * full(x) - full(x_next)) / rows.sigma**2
     return residual
 
 
@@ -130,7 +130,7 @@ def forward_balance(
     o, unit = guide(output, weights.guidance_scale), residual_weight(rows, weights.weighting)
     o_ref = guide(output_ref, weights.guidance_scale).detach()
     reward_score = weights.beta * reward_weight(rows.alpha_bar_next, weights.gamma) * full(reward_score.detach())
-    difference = score_residual(o, o_ref, x.detach(), x_next.detach(), rows, weights.strength)
+    difference = score_residual(o, o_ref, x.detach(), x_next.detach(), rows, weights.prior_weight)
     zero = torch.zeros_like(reward_score)
     flow_inner, flow_last = (zero, zero) if flow is None else (full(flow), zero)
     if flow is not None:
@@ -138,9 +138,9 @@ def forward_balance(
     residual = unit * (difference - flow_inner - reward_score)
     forward, terminal = mean_square(residual), mean_square(unit * flow_last)
     trust = mean_square(zero if output_old is None else o - full(output_old.detach()))
-    loss = forward + terminal + weights.trust_region * trust
+    loss = forward + terminal + weights.trust_region_weight * trust
     with torch.no_grad():
-        score_ref = weights.strength * step_score(o_ref, x, x_next, rows)
+        score_ref = weights.prior_weight * step_score(o_ref, x, x_next, rows)
         return ForwardBalance(
             loss=loss,
             forward=forward.detach(),
@@ -178,7 +178,7 @@ def reverse_cotangent(
     """
     with torch.no_grad():
         score = step_score(guide(output, weights.guidance_scale), x, x_next, rows)
-        cotangent = -weights.strength * rows.b * score
+        cotangent = -weights.prior_weight * rows.b * score
         if pixel_score is not None:
             scale = weights.beta * reward_weight(rows.alpha_bar, weights.gamma)
             cotangent = cotangent + scale * rows.d * full(pixel_score)
@@ -233,9 +233,9 @@ def reverse_residual(
     scale = weights.beta * reward_weight(rows.alpha_bar, weights.gamma)
     difference = full(score) - full(score_ref)
     if outputs is None:
-        difference = weights.strength * difference
+        difference = weights.prior_weight * difference
     else:
         change = guide(outputs[0], weights.guidance_scale) - guide(outputs[1], weights.guidance_scale)
-        difference = difference - weights.strength * rows.a * rows.b / rows.sigma**2 * change
+        difference = difference - weights.prior_weight * rows.a * rows.b / rows.sigma**2 * change
     reward = scale * (rows.c * full(pixel_score) if reward_score is None else full(reward_score))
     return residual_weight(rows, weights.weighting) * (difference + reward + full(flow))

@@ -11,8 +11,8 @@ from fastnabla.kernels import gaussian_log_prob as log_prob_kernel
 from fastnabla.kernels import guided_step as step_kernel
 from fastnabla.kernels import reverse_balance as reverse_kernel
 from fastnabla.kernels import reverse_cotangent as cotangent_kernel
-from fastnabla.objective.backend import Operations
 from fastnabla.objective.balance import ForwardBalance, Weights
+from fastnabla.objective.ops import ObjectiveOps
 from fastnabla.transition import TransitionRows
 
 
@@ -25,7 +25,7 @@ def _weights(weights: Weights) -> dict[str, float | str | None]:
         "guidance_scale": weights.guidance_scale,
         "beta": weights.beta,
         "gamma": weights.gamma,
-        "strength": weights.strength,
+        "prior_weight": weights.prior_weight,
     }
 
 
@@ -67,7 +67,7 @@ def forward_balance(
         flow,
         output_old,
         by_sigma=weights.weighting == "sigma",
-        trust_region=weights.trust_region,
+        trust_region_weight=weights.trust_region_weight,
         **_weights(weights),
     )
     return ForwardBalance(loss=loss, **dict(zip(forward_kernel.COLUMNS[1:], statistics, strict=True)))
@@ -111,6 +111,6 @@ def reverse_balance(
     )
 
 
-FUSED = Operations(
+FUSED = ObjectiveOps(
     "Triton kernels", guided_step, gaussian_log_prob, forward_balance, reverse_cotangent, reverse_balance
 )

@@ -5,7 +5,7 @@ from typing import Literal
 
 from fastnabla.objective.balance import Gamma, Weighting
 
-Guidance = Literal["lookahead", "lookahead_detached", "terminal"]
+RewardGradient = Literal["lookahead", "lookahead_detached", "terminal"]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -14,7 +14,7 @@ class Objective:
 
     beta: float = 1000.0
     """β, the reward scale: the target distribution is p_ref · exp(β r). ≥ 0."""
-    guidance: Guidance = "lookahead"
+    reward_gradient: RewardGradient = "lookahead"
     """Where ∇r is taken. "lookahead": at the one-step prediction of the clean sample, through the UNet (the paper).
     "lookahead_detached": the same without the UNet's Jacobian; one pass less, a biased direction at high noise.
     "terminal": at the finished sample, once per trajectory; two passes and nearly all decodes less, but every step
@@ -24,20 +24,20 @@ class Objective:
     weighting: Weighting = "score"
     """Units of the residuals. "score": as they are, 1/σ (the paper; late steps dominate). "sigma": times the
     step's σ, so that every step counts in units of its own noise."""
-    strength: float = 1.0
+    prior_weight: float = 1.0
     """λ, the weight of the pretrained policy's score. ≥ 0; 1 keeps the prior as it is."""
-    reverse: float = 1.0
+    reverse_weight: float = 1.0
     """ρ, weight of the reverse residual, which trains the flow network. ≥ 0; 0 saves two passes."""
     reverse_second_order: bool = False
     """Let the reverse residual train θ too, by second derivatives of the UNet: three passes more, attention that keeps its
     matrices, twice the memory and more, plain torch; not with networks that are compiled or checkpointed, nor xformers. Off, as in the paper's first-order form, it trains the
     flow network alone."""
-    trust_region: float = 1000.0
+    trust_region_weight: float = 1000.0
     """κ, weight of the squared distance to the outputs of the policy that sampled. ≥ 0. It acts from the second
     update of a rollout on: in the first the two policies are the same, but with rollout.replay."""
 
     def __post_init__(self) -> None:
-        for name in ("beta", "strength", "reverse", "trust_region"):
+        for name in ("beta", "prior_weight", "reverse_weight", "trust_region_weight"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"objective.{name} = {value}: must be finite and not negative.")

@@ -19,7 +19,7 @@ def score_cotangent(output: Tensor, x: Tensor, x_next: Tensor, rows: TransitionR
     """As `balance.reverse_cotangent` without a pixel score, ``λ b e_θ`` spread over the pair, but with gradients to
     `output`."""
     score = step_score(guide(output, weights.guidance_scale), x, x_next, rows)
-    return unguide(-weights.strength * rows.b * score, weights.guidance_scale).to(output.dtype)
+    return unguide(-weights.prior_weight * rows.b * score, weights.guidance_scale).to(output.dtype)
 
 
 def reverse_balance(

@@ -28,7 +28,7 @@ from fastnabla.rewards.inspection import Finding, inspect_reward
 from fastnabla.rewards.model import RewardModel
 from fastnabla.rewards.options import Precision, Preprocess
 from fastnabla.rewards.precision import precision_on
-from fastnabla.run.tracker import print_error, quiet_libraries
+from fastnabla.utils.console import print_error, quiet_libraries
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 MARKS = {True: "[green]passed[/]", False: "[bold red]failed[/]", None: ""}

@@ -4,7 +4,6 @@
 Clock times and what is measured of the machine go to `timing.jsonl`.
 """
 
-import glob
 import json
 import logging
 import os
@@ -14,72 +13,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
-
-from fastnabla.distributed.world import World
 from fastnabla.run.records import Records, finite
 from fastnabla.run.wandb_run import wandb_run_id
 from fastnabla.utils.durable import write_file
 from fastnabla.utils.printable import printable
 
 logger = logging.getLogger("fastnabla")
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' start-up notices off the terminal; call it before importing them."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def print_error(error: Exception | str) -> None:
-    """A line on stderr for a user's mistake."""
-    console = Console(stderr=True)
-    console.print("[bold red]error[/]: ", end="")
-    print_plain(console, str(error))
-
-
-def log_as(world: World) -> None:
-    """Let rank 0 alone log what all ranks would, and each process, by its name, what happens to it alone (the logger
-    `fastnabla.process`)."""
-    if world.size == 1:
-        return
-
-    def named(record: logging.LogRecord) -> bool:
-        record.msg = f"{world.name}: {record.msg}"
-        return True
-
-    logging.getLogger("fastnabla.process").addFilter(named)
-    if not world.is_main:
-        logging.getLogger("fastnabla").addFilter(lambda record: False)
-
-
-def print_plain(console: Console, text: str, style: str | None = None) -> None:
-    """A line of `text` as it is: no markup, no emoji codes, no control characters."""
-    console.print(Text(printable(text)), style=style, soft_wrap=True)
-
-
-def create_run_folder(run: Path | None, name: str) -> Path:
-    """Make the folder `run`, or the next free ``runs/name-001``.
-
-    Raises:
-        ValueError: it exists, or cannot be made.
-    """
-    if run is None:
-        taken = [int(p.name.rpartition("-")[2]) for p in Path("runs").glob(f"{glob.escape(name)}-[0-9][0-9][0-9]")]
-        run = Path("runs") / f"{name}-{max(taken, default=0) + 1:03d}"
-    try:
-        run.mkdir(parents=True)
-    except FileExistsError as error:
-        raise ValueError(
-            f"run = {str(run)!r}: exists already, and is never overwritten; name another or remove it."
-        ) from error
-    except OSError as error:
-        raise ValueError(f"run = {str(run)!r}: cannot be created ({error}).") from error
-    return run
 
 
 def read_records(path: Path, update: int) -> list[dict[str, Any]]:
@@ -200,17 +139,3 @@ class Tracker(Records):
             self._board.close()
         if self._wandb:
             self._wandb.finish()
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar with the phase, what has been done, and the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )

@@ -16,7 +16,7 @@ from fastnabla.methods.zero_gradients import REWARD_GRADIENT, require_gradient
 logger = logging.getLogger("fastnabla")
 
 TOLD = 3
-"""Most transitions or samples named in one message."""
+"""Most transitions named in one message."""
 
 REMEDIES = {
     "norm_reward": "the reward's gradient overflows or is undefined: try `python -m fastnabla.rewards check`, a smaller "
@@ -119,36 +119,3 @@ def place(rows: dict[str, Tensor], row: int, prompts: Sequence[str], timestep: S
     """Where row `row` of a step's `rows` comes from, in words; no timestep for a method whose rows are whole trajectories."""
     at = f" at timestep {timestep[rows['step_index'][row]]}" if "step_index" in rows else ""
     return f"{at} of a sample for {prompts[rows['prompt'][row]]!r}"
-
-
-def finite_samples(latents: Tensor, parts: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
-    """Which samples of a rollout are finite, and have finite rewards; a warning names others. Waits for the device.
-
-    Args:
-        latents: `[N, C, H, W]`.
-        parts: rewards `[N]` by name.
-        prompts: the N prompts.
-
-    Returns:
-        `[N]` bool, on the host.
-
-    Raises:
-        FloatingPointError: none is.
-    """
-    named = {"the latents": latents.isfinite().flatten(1).all(1)}
-    named |= {f"reward {name!r}": values.isfinite() for name, values in parts.items()}
-    finite = torch.stack(list(named.values())).cpu()
-    every = finite.all(0)
-    told = [
-        f"{', '.join(name for name, is_finite in zip(named, finite[:, i], strict=True) if not is_finite)} for {prompts[i]!r}"
-        for i in (~every).nonzero().flatten().tolist()
-    ]
-    if told:
-        more = f" and {len(told) - TOLD} more" if len(told) > TOLD else ""
-        message = f"not finite in {len(told)} of {len(every)} samples: {'; '.join(told[:TOLD])}{more}"
-        if not every.any():
-            raise FloatingPointError(
-                f"{message}. Nothing can be learned from such a rollout; lower optimizer.learning_rate."
-            )
-        logger.warning("%s; they are left out of the rollout's statistics", message)
-    return every

@@ -37,7 +37,7 @@ from fastnabla.run.pictures import save_curves, save_grid
 from fastnabla.run.records import Records
 from fastnabla.run.resuming import check_length, fingerprint
 from fastnabla.run.table import decimals, final_table, markdown
-from fastnabla.run.tracker import Tracker, progress_bar
+from fastnabla.run.tracker import Tracker
 from fastnabla.run.weights import AVERAGE, BEST, is_best
 from fastnabla.training.bounds import BoundPassed, passed_bound, require_measurable
 from fastnabla.training.guards import Guard
@@ -48,6 +48,7 @@ from fastnabla.trajectories.collection import Rollouts, Sampler, shares
 from fastnabla.trajectories.inner_epochs import learning_order
 from fastnabla.trajectories.pooled_buffer import PooledBuffer
 from fastnabla.trajectories.sources import NewTrajectories, Source, StoredTrajectories
+from fastnabla.utils.console import progress_bar
 from fastnabla.utils.determinism import make_deterministic
 from fastnabla.utils.durable import move_files, write_file
 from fastnabla.utils.require import require
@@ -122,7 +123,7 @@ class Trainer:
         self.source: Source = NewTrajectories(config.seed, count, self.prompts.trained, draw)
         if self.buffer is not None:
             if config.rollout.epochs > 1 and method.has_reference:
-                self.buffer.keep_reference(with_product=config.has_flow and config.objective.reverse > 0)
+                self.buffer.keep_reference(with_product=config.has_flow and config.objective.reverse_weight > 0)
             rollouts = Rollouts(self.sampler, self.decoder, self.reward, self.prompts, self.buffer, self.slots)
             settings = (self.slots, config.rounds, config.rollout.replay)
             self.source = StoredTrajectories(rollouts, self.buffer, *settings)

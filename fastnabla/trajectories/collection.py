@@ -13,9 +13,9 @@ from fastnabla.models.decoder import Decoder
 from fastnabla.models.policy import Policy
 from fastnabla.prompts import RunPrompts, assign_prompts
 from fastnabla.rewards import RewardSum
-from fastnabla.training.guards import finite_samples
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.draws import DRAWS
+from fastnabla.trajectories.finite_samples import finite_samples
 from fastnabla.trajectories.rollout import sample
 from fastnabla.transition import TransitionTable
 from fastnabla.utils.seeding import seed_of

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastnabla.models.policy import Policy
-from fastnabla.objective.backend import Backend, Operations, select
+from fastnabla.objective.backend import Backend, select
+from fastnabla.objective.ops import ObjectiveOps
 from fastnabla.transition import TransitionTable
 from fastnabla.utils.seeding import TrajectoryNoise
 
@@ -20,7 +21,7 @@ class Recorder(Protocol):
 
 
 def advance(
-    policy: Policy, table: TransitionTable, kernels: Operations, step: int, x: Tensor, noise: Tensor, prompt: Tensor
+    policy: Policy, table: TransitionTable, kernels: ObjectiveOps, step: int, x: Tensor, noise: Tensor, prompt: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The next states and the guided outputs, both `[N, C, H, W]`, of N trajectories at one step.
 

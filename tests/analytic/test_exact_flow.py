@@ -68,12 +68,12 @@ def test_inner_epochs_need_no_more_of_the_reference():
     assert second["passes"] < first["passes"] and second["loss_forward"] < float("inf")
 
 
-@pytest.mark.parametrize("changes", [{"method": "db"}, {"objective": {"guidance": "terminal"}}], ids=str)
+@pytest.mark.parametrize("changes", [{"method": "db"}, {"objective": {"reward_gradient": "terminal"}}], ids=str)
 def test_it_is_refused_where_it_has_no_place(changes):
     default = AnalyticConfig()
     objective = dataclasses.replace(default.objective, **changes.get("objective", {}))
     with pytest.raises(
-        ValueError, match=r"exact_flow = True: is for method = residual-db with objective\.guidance = look"
+        ValueError, match=r"exact_flow = True: is for method = residual-db with objective\.reward_gradient = look"
     ):
         AnalyticConfig(method=changes.get("method", "residual-db"), objective=objective, exact_flow=True)
 

@@ -43,7 +43,7 @@ def test_every_method_is_learned_with():
     ("method", "factor", "objective", "reaches"),
     [
         *((method, factor, {}, factor == 1) for method in BALANCE for factor in (1.0, -1.0, 0.4, 3.0)),
-        ("residual-db", 1.0, {"reverse": 0.0}, False),
+        ("residual-db", 1.0, {"reverse_weight": 0.0}, False),
     ],
 )
 def test_balance_reaches_the_target_and_only_as_it_is(method, factor, objective, reaches):

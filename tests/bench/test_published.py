@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench.published import PUBLISHED, ddim_table
-from fastnabla.objective.backend import PLAIN
 from fastnabla.objective.balance import Weights
+from fastnabla.objective.ops import PLAIN
 from tests import checks
 from tests.checks import randn
 
@@ -24,9 +24,9 @@ def test_table_is_that_of_diffusers(eta):
         )
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("prior_weight", [1.0, 0.5])
 @pytest.mark.parametrize("guidance", [None, 5.0])
-def test_operations_are_those_of_plain_torch(guidance, strength):
+def test_operations_are_those_of_plain_torch(guidance, prior_weight):
     """In float64, values and gradients; one of the rows is a last transition."""
     copies = 1 if guidance is None else 2
     x, x_next, reward, old, noise = (randn(*SHAPE, seed=seed, dtype=torch.float64) for seed in range(5))
@@ -34,7 +34,9 @@ def test_operations_are_those_of_plain_torch(guidance, strength):
     flow = randn(*SHAPE, seed=7, dtype=torch.float64).requires_grad_()
     output.requires_grad_()
     rows = ddim_table(10).rows(torch.tensor([0, 6, 9]), x)
-    weights = Weights(guidance_scale=guidance, beta=3.0, strength=strength, weighting="sigma", trust_region=2.0)
+    weights = Weights(
+        guidance_scale=guidance, beta=3.0, prior_weight=prior_weight, weighting="sigma", trust_region_weight=2.0
+    )
 
     def results(operations):
         pairs = (output.detach(), output_ref)

@@ -44,7 +44,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def test_gradients_were_compared(result: dict) -> None:
     found = {row["name"]: row.get("gradient difference") for row in result["rows"]}
-    assert found["published"] is None and found["these, guidance=terminal"] is None
+    assert found["published"] is None and found["these, reward_gradient=terminal"] is None
     compared = ("fastnabla: fewer passes", "+ decoder keeping less", "these, channels-last", "these, draw=runs")
     assert all(found[name] < FLOAT64_LIMIT for name in compared)
 
@@ -53,7 +53,7 @@ def test_rows_have_the_passes_of_the_plan(result: dict) -> None:
     found = {row["name"]: row for row in result["rows"]}
     assert all("note" not in row for row in found.values())
     assert found["published"]["U"] == 8
-    assert found["these, guidance=terminal"]["U"] < found["these, guidance=lookahead_detached"]["U"]
+    assert found["these, reward_gradient=terminal"]["U"] < found["these, reward_gradient=lookahead_detached"]["U"]
     assert found["fastnabla: fewer passes"]["U"] == pytest.approx(found["+ decoder keeping less"]["U"])
     assert all(row["s"] > 0 and row["peak GiB"] > 0 for row in found.values())
 
@@ -64,7 +64,7 @@ def test_markdown_has_all_columns(result: dict) -> None:
 
 def test_a_row_that_fails_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """It is written with its reason, beside the others, and the exit status tells."""
-    spoilt, broken = "fastnabla: fewer passes", "these, guidance=terminal"
+    spoilt, broken = "fastnabla: fewer passes", "these, reward_gradient=terminal"
     step = Workload.step
 
     def failing(self: Workload, variant: Variant, *arguments):

@@ -36,7 +36,7 @@ SETTINGS = (
     "evaluation.samples=2",
     "evaluation.prompts=2",
     "optimizer.warmup=1",
-    "objective.guidance=lookahead",
+    "objective.reward_gradient=lookahead",
     "tracker=none",
     "draft.checkpoint-every=2",
 )

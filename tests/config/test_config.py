@@ -22,7 +22,7 @@ def test_unknown_field_is_refused() -> None:
         from_json(text)
 
 
-@pytest.mark.parametrize("name", ["beta", "strength", "reverse", "trust_region"])
+@pytest.mark.parametrize("name", ["beta", "prior_weight", "reverse_weight", "trust_region_weight"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_objective_weights_must_be_finite_and_not_negative(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"objective.{name}"):

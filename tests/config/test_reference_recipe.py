@@ -38,7 +38,7 @@ PUBLISHED = ("sd15-aesthetic", "sd15-hpsv2", "sd15-imagereward", "sd15-24gb", "s
 def compatible(**changes) -> TrainConfig:
     """Three rollouts of four trajectories, two updates each."""
     settings = {
-        "objective": Objective(beta=20.0, trust_region=1.0),
+        "objective": Objective(beta=20.0, trust_region_weight=1.0),
         "rollout": RolloutConfig(trajectories=4, fraction=0.5, updates=2),
         "flow": FlowConfig(kind="none"),
         "optimizer": OptimizerConfig(),
@@ -88,8 +88,8 @@ def test_the_objective_is_that_of_the_golden_steps(folder: Path) -> None:
     """With their constants; so gradients are theirs (`tests/methods/test_nabla_db.py` looks at all sets and the losses too)."""
     golden = load_step(folder)
     meta = golden.meta
-    constants = {"beta": meta["reward_scale"], "strength": meta["pretrained_strength"]}
-    constants |= {"reverse": meta["reverse_loss_scale"], "trust_region": meta["unet_reg_scale"]}
+    constants = {"beta": meta["reward_scale"], "prior_weight": meta["pretrained_strength"]}
+    constants |= {"reverse_weight": meta["reverse_loss_scale"], "trust_region_weight": meta["unet_reg_scale"]}
     gamma = {"squared": "alpha_bar"}.get(meta["reward_adaptive_mode"], "sqrt_alpha_bar")
     config = compatible(objective=Objective(**constants, gamma=gamma))
     assert config.objective == golden.objective

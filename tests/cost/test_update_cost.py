@@ -11,11 +11,11 @@ from fastnabla.objective.residual_db import Objective
     ("settings", "with_flow", "passes", "decodes"),
     [
         ({}, True, (7, 3), (2, 1)),
-        ({"reverse": 0.0}, True, (5, 3), (1, 1)),
+        ({"reverse_weight": 0.0}, True, (5, 3), (1, 1)),
         ({}, False, (5, 3), (1, 1)),
-        ({"guidance": "lookahead_detached"}, True, (6, 3), (2, 1)),
-        ({"guidance": "terminal"}, True, (5, 3), (0, 1)),
-        ({"guidance": "terminal", "reverse": 0.0}, True, (3, 3), (0, 1)),
+        ({"reward_gradient": "lookahead_detached"}, True, (6, 3), (2, 1)),
+        ({"reward_gradient": "terminal"}, True, (5, 3), (0, 1)),
+        ({"reward_gradient": "terminal", "reverse_weight": 0.0}, True, (3, 3), (0, 1)),
     ],
 )
 def test_plan(settings: dict, with_flow: bool, passes: tuple[int, int], decodes: tuple[int, int]) -> None:
@@ -28,10 +28,10 @@ def test_plan(settings: dict, with_flow: bool, passes: tuple[int, int], decodes:
     ("settings", "with_flow", "each", "tail", "decodes"),
     [
         ({}, True, 6, 2, 1),
-        ({"reverse": 0.0}, True, 4, 2, 0),
+        ({"reverse_weight": 0.0}, True, 4, 2, 0),
         ({}, False, 4, 2, 0),
-        ({"guidance": "lookahead_detached"}, True, 5, 1, 1),
-        ({"guidance": "lookahead_detached", "reverse": 0.0}, True, 3, 1, 0),
+        ({"reward_gradient": "lookahead_detached"}, True, 5, 1, 1),
+        ({"reward_gradient": "lookahead_detached", "reverse_weight": 0.0}, True, 3, 1, 0),
     ],
 )
 def test_plan_of_runs(settings: dict, with_flow: bool, each: int, tail: int, decodes: int, run: int) -> None:
@@ -43,8 +43,8 @@ def test_plan_of_runs(settings: dict, with_flow: bool, each: int, tail: int, dec
 
 
 def test_plan_of_runs_with_terminal_guidance() -> None:
-    assert planned_passes(Objective(guidance="terminal"), True, 4, 1) == (5, 3)
-    assert planned_decodes(Objective(guidance="terminal"), True, 4, 1) == (0, 1)
+    assert planned_passes(Objective(reward_gradient="terminal"), True, 4, 1) == (5, 3)
+    assert planned_decodes(Objective(reward_gradient="terminal"), True, 4, 1) == (0, 1)
 
 
 @pytest.mark.parametrize(

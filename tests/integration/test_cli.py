@@ -62,7 +62,7 @@ def test_dry_run_prints_configuration_and_cost_and_writes_nothing(capsys: pytest
         (["--rollout.fraction", "0.15"], "rollout.fraction"),
         (["--rollout.updates", "3"], "rollout.updates"),
         (["--objective.beta", "-1"], "objective.beta"),
-        (["--objective.trust-region", "nan"], "objective.trust_region"),
+        (["--objective.trust-region-weight", "nan"], "objective.trust_region_weight"),
         (["--resume", "missing"], "missing"),
         (["--resume", "auto"], "resume"),
         (["--checkpoint-keep", "0"], "checkpoint_keep"),

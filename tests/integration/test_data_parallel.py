@@ -109,7 +109,7 @@ def test_all_methods_on_2_processes(tmp_path: Path) -> None:
     configs["terminal, normalised"] = row_by_row(
         5,
         1,
-        objective=dataclasses.replace(row_by_row().objective, guidance="terminal"),
+        objective=dataclasses.replace(row_by_row().objective, reward_gradient="terminal"),
         reward=dataclasses.replace(row_by_row().reward, normalise=True),
     )
 

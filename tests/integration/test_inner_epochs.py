@@ -63,8 +63,8 @@ SETS = {folder.name: folder for folder in STEP_SETS}
     ("name", "changes"),
     [
         ("step_residual_db", {}),
-        ("step_strength", {"guidance": "terminal"}),
-        ("step_strength", {"guidance": "lookahead_detached", "reverse": 0.0}),
+        ("step_strength", {"reward_gradient": "terminal"}),
+        ("step_strength", {"reward_gradient": "lookahead_detached", "reverse_weight": 0.0}),
         ("step_strength", {"reverse_second_order": True}),
     ],
     ids=str,
@@ -74,7 +74,7 @@ def test_gradients_from_the_cache(name: str, changes: dict) -> None:
 
 
 def test_gradients_from_the_cache_without_a_flow() -> None:
-    compare_with_cache(load_step(SETS["step_residual_db"]).without_flow(), "torch", reverse=0.0)
+    compare_with_cache(load_step(SETS["step_residual_db"]).without_flow(), "torch", reverse_weight=0.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -87,7 +87,7 @@ def compare_with_cache(golden: GoldenStep, backend: str, **changes) -> None:
     the same arithmetic, before the cache instead of behind it. Micro-batches are cut differently the second time."""
     step, count = golden.step(2, backend, **changes), golden.inputs["timesteps"].shape[1]  # one trajectory
     with_flow = golden.flow is not None
-    with_product = with_flow and step.objective.reverse > 0
+    with_product = with_flow and step.objective.reverse_weight > 0
     cache = ReferenceCache(count, 1, tuple(golden.transitions.x.shape[1:]), with_product, torch.device("cpu"))
     plain = golden.transitions[:count].select()
     kept = dataclasses.replace(plain, reference=cache.of(torch.arange(count)))

@@ -106,7 +106,7 @@ def test_bfloat16_networks_train_a_float32_lora(method: str, tmp_path: Path) -> 
     ("method", "changes", "message"),
     [
         ("db", {"sampler": SamplerConfig(steps=4, eta=0.5)}, r"sampler\.eta = 0\.5.*method = 'db'.*η = 1"),
-        ("db", {"objective": Objective(strength=0.5)}, r"objective\.strength = 0\.5.*leave it at 1"),
+        ("db", {"objective": Objective(prior_weight=0.5)}, r"objective\.prior_weight = 0\.5.*leave it at 1"),
         ("dag", {"sampler": SamplerConfig(steps=4, eta=0.5)}, r"sampler\.eta = 0\.5.*method = 'dag'"),
         ("dag", {"flow": dataclasses.replace(small().flow, kind="none")}, r"flow\.kind = 'none'.*learns a flow"),
         ("draft", {"direct": Direct(k=5)}, r"direct\.k = 5: must be at most sampler\.steps = 4"),
@@ -122,8 +122,8 @@ def test_unsuitable_settings_are_refused(method: str, changes: dict, message: st
 
 OTHER_VALUES = {
     "objective": {
-        "gamma": "sqrt_alpha_bar", "guidance": "terminal", "weighting": "score", "strength": 0.5, "reverse": 3.0,
-        "reverse_second_order": True, "trust_region": 30.0,
+        "gamma": "sqrt_alpha_bar", "reward_gradient": "terminal", "weighting": "score", "prior_weight": 0.5, "reverse_weight": 3.0,
+        "reverse_second_order": True, "trust_region_weight": 30.0,
     },
     "direct": {"k": 3, "late": 0.9, "redraws": 3},
     "policy_gradient": {"clip": 0.3, "advantage_clip": 0.1, "window": 3, "min_count": 2},
@@ -151,7 +151,7 @@ def test_settings_without_a_part_in_a_method_change_nothing(method: str, tmp_pat
 def test_settings_without_a_part_in_a_method_are_refused_on_its_command_line() -> None:
     for method, name, value in (
         ("residual-db", "direct.k", "2"), ("draft", "objective.gamma", "constant"), ("refl", "direct.k", "2"),
-        ("ddpo", "flow.kind", "unet"), ("dag", "objective.reverse", "2"), ("draft-lv", "rollout.fraction", "0.5"),
+        ("ddpo", "flow.kind", "unet"), ("dag", "objective.reverse_weight", "2"), ("draft-lv", "rollout.fraction", "0.5"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"{re.escape(name)} = .* method = '{method}' has no use for it"):
             parse(["testbed", "--method", method, f"--{name}", value])

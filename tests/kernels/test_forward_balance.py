@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.published import ddim_table
-from fastnabla.objective.backend import PLAIN, Operations
 from fastnabla.objective.balance import ForwardBalance, Weights
 from fastnabla.objective.fused import FUSED
 from fastnabla.objective.gaussian import step_score
+from fastnabla.objective.ops import PLAIN, ObjectiveOps
 from fastnabla.transition import TransitionRows, TransitionTable
 from tests.checks import randn, relative_error
 from tests.kernel_cases import (
@@ -38,14 +38,14 @@ from tests.kernel_cases import (
 INPUTS = ("output", "output_ref", "x", "x_next", "reward_score", "flow", "output_old")
 
 
-def call(operations: Operations, batch: Batch) -> ForwardBalance:
+def call(operations: ObjectiveOps, batch: Batch) -> ForwardBalance:
     output, output_ref, x, x_next, reward_score, flow, output_old = (batch[name] for name in INPUTS)
     return operations.forward_balance(
         output, output_ref, x, x_next, batch.rows, reward_score, flow, output_old, weights=batch.weights
     )
 
 
-def evaluate(operations: Operations, batch: Batch) -> dict[str, Tensor]:
+def evaluate(operations: ObjectiveOps, batch: Batch) -> dict[str, Tensor]:
     """Loss, statistics, and the gradients under random weights of the rows."""
     leaves = {n: batch[n].detach().requires_grad_() for n in ("output", "flow") if batch[n] is not None}
     result = call(operations, batch.replace(**leaves))
@@ -56,10 +56,10 @@ def evaluate(operations: Operations, batch: Batch) -> dict[str, Tensor]:
 
 @on_each_device
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("prior_weight", [1.0, 0.5])
 @pytest.mark.parametrize("guidance", [None, 5.0])
-def test_values_and_gradients(device, guidance, strength, dtypes):
-    case = Case.of(guidance_scale=guidance, strength=strength, **DTYPES[dtypes])
+def test_values_and_gradients(device, guidance, prior_weight, dtypes):
+    case = Case.of(guidance_scale=guidance, prior_weight=prior_weight, **DTYPES[dtypes])
     assert_matches(evaluate, case.draw(device))
 
 
@@ -72,12 +72,12 @@ def test_values_and_gradients(device, guidance, strength, dtypes):
         {"without": ("flow",)},
         {"without": ("output_old",)},
         {"without": ("flow", "output_old")},
-        {"trust_region": 0.0},
+        {"trust_region_weight": 0.0},
         {"weighting": "sigma"},
-        {"weighting": "sigma", "strength": 1.0},
+        {"weighting": "sigma", "prior_weight": 1.0},
         {"gamma": "sqrt_alpha_bar"},
         {"gamma": "constant"},
-        {"beta": 0.0, "strength": 0.0},
+        {"beta": 0.0, "prior_weight": 0.0},
     ],
     ids=str,
 )

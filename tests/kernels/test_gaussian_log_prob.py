@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.published import ddim_table
-from fastnabla.objective.backend import PLAIN, Operations
 from fastnabla.objective.fused import FUSED
+from fastnabla.objective.ops import PLAIN, ObjectiveOps
 from fastnabla.transition import TransitionTable
 from tests.checks import randn, relative_error
 
@@ -78,7 +78,7 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 
 def evaluate(
-    operations: Operations,
+    operations: ObjectiveOps,
     inputs: Sequence[Tensor],
     steps: Tensor,
     guidance: float | None,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastnabla.kernels.guided_step import guided_step
-from fastnabla.objective.backend import PLAIN
+from fastnabla.objective.ops import PLAIN
 from tests.checks import relative_error
 from tests.kernels.test_gaussian_log_prob import (
     DTYPES,

@@ -19,8 +19,9 @@ from fastnabla.kernels.guided_step import guided_step_op
 from fastnabla.kernels.launching import TILE, check_steps, layout
 from fastnabla.kernels.reverse_balance import reverse_balance_op
 from fastnabla.kernels.reverse_cotangent import reverse_cotangent_op
-from fastnabla.objective.backend import PLAIN, _say, select
+from fastnabla.objective.backend import _say, select
 from fastnabla.objective.fused import FUSED
+from fastnabla.objective.ops import PLAIN
 from tests.checks import randn
 from tests.kernels.test_gaussian_log_prob import channels_last, on_devices
 
@@ -66,8 +67,8 @@ def test_operations(operation, arguments, device):
 def test_compiled_code_has_the_same_gradients(device):
     def loss(output: Tensor, flow: Tensor) -> Tensor:
         states = (tensor.to(device) for tensor in (pair, *STATES, score))
-        weights = {"guidance_scale": 5.0, "beta": 1.0, "gamma": "alpha_bar", "strength": 0.5}
-        value, statistics = forward_balance(output, *states, flow, by_sigma=True, trust_region=0.0, **weights)
+        weights = {"guidance_scale": 5.0, "beta": 1.0, "gamma": "alpha_bar", "prior_weight": 0.5}
+        value, statistics = forward_balance(output, *states, flow, by_sigma=True, trust_region_weight=0.0, **weights)
         return (2 * value).sin().sum() + statistics.sum()
 
     results = []

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastnabla.objective.backend import PLAIN, Operations
 from fastnabla.objective.fused import FUSED
+from fastnabla.objective.ops import PLAIN, ObjectiveOps
 from tests.kernel_cases import (
     DTYPES,
     LAST,
@@ -35,7 +35,7 @@ AT_CLEAN = ("reward_score",)
 """What is missing where the reward's score is that of the clean prediction."""
 
 
-def call(operations: Operations, batch: Batch) -> Tensor:
+def call(operations: ObjectiveOps, batch: Batch) -> Tensor:
     return operations.reverse_balance(
         batch["score"],
         batch["score_ref"],
@@ -48,7 +48,7 @@ def call(operations: Operations, batch: Batch) -> Tensor:
     )
 
 
-def evaluate(operations: Operations, batch: Batch) -> dict[str, Tensor]:
+def evaluate(operations: ObjectiveOps, batch: Batch) -> dict[str, Tensor]:
     """Loss, and the gradient of the flow under random weights of the rows."""
     flow = batch["flow"].detach().requires_grad_()
     loss = call(operations, batch.replace(flow=flow))
@@ -58,11 +58,11 @@ def evaluate(operations: Operations, batch: Batch) -> dict[str, Tensor]:
 
 @on_each_device
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("prior_weight", [1.0, 0.5])
 @pytest.mark.parametrize("guidance", [None, 5.0])
-def test_values_and_gradients(device, guidance, strength, dtypes):
+def test_values_and_gradients(device, guidance, prior_weight, dtypes):
     """Of products of the cotangents and pixel scores; whole scores are among the options."""
-    case = Case.of(guidance_scale=guidance, strength=strength, without=AT_CLEAN, **DTYPES[dtypes])
+    case = Case.of(guidance_scale=guidance, prior_weight=prior_weight, without=AT_CLEAN, **DTYPES[dtypes])
     assert_matches(evaluate, case.draw(device))
 
 
@@ -71,7 +71,7 @@ def test_values_and_gradients(device, guidance, strength, dtypes):
     "options",
     [
         {"without": WHOLE_SCORES},
-        {"without": WHOLE_SCORES, "strength": 1.0, "weighting": "sigma"},
+        {"without": WHOLE_SCORES, "prior_weight": 1.0, "weighting": "sigma"},
         {"without": (*WHOLE_SCORES, *AT_CLEAN), "guidance_scale": None},
         {"without": (), "gamma": "constant"},
         {"without": AT_CLEAN, "gamma": "constant"},
@@ -79,7 +79,7 @@ def test_values_and_gradients(device, guidance, strength, dtypes):
         {"without": AT_CLEAN, "weighting": "sigma"},
         {"without": AT_CLEAN, "steps": (0, 5)},
         {"without": AT_CLEAN, "beta": 0.0},
-        {"without": AT_CLEAN, "strength": 0.0},
+        {"without": AT_CLEAN, "prior_weight": 0.0},
     ],
     ids=str,
 )

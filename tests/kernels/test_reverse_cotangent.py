@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastnabla.kernels.common import offsets
-from fastnabla.objective.backend import PLAIN, Operations
 from fastnabla.objective.fused import FUSED
+from fastnabla.objective.ops import PLAIN, ObjectiveOps
 from tests.kernel_cases import (
     DTYPES,
     LAST,
@@ -35,7 +35,7 @@ NO_REWARD = ("pixel_score",)
 """What is missing for a policy that the reward's gradient does not pass."""
 
 
-def evaluate(operations: Operations, batch: Batch) -> dict[str, Tensor]:
+def evaluate(operations: ObjectiveOps, batch: Batch) -> dict[str, Tensor]:
     output, x, x_next, pixel_score = (batch[name] for name in INPUTS)
     return {
         "cotangent": operations.reverse_cotangent(output, x, x_next, batch.rows, pixel_score, weights=batch.weights)
@@ -44,11 +44,11 @@ def evaluate(operations: Operations, batch: Batch) -> dict[str, Tensor]:
 
 @on_each_device
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("prior_weight", [1.0, 0.5])
 @pytest.mark.parametrize("guidance", [None, 5.0])
 @pytest.mark.parametrize("without", [(), NO_REWARD], ids=["reward", "no_reward"])
-def test_values(device, without, guidance, strength, dtypes):
-    case = Case.of(without=without, guidance_scale=guidance, strength=strength, **DTYPES[dtypes])
+def test_values(device, without, guidance, prior_weight, dtypes):
+    case = Case.of(without=without, guidance_scale=guidance, prior_weight=prior_weight, **DTYPES[dtypes])
     assert_matches(evaluate, case.draw(device))
 
 
@@ -62,7 +62,7 @@ def test_values(device, without, guidance, strength, dtypes):
         {"gamma": "sqrt_alpha_bar"},
         {"gamma": "constant"},
         {"beta": 0.0},
-        {"strength": 0.0},
+        {"prior_weight": 0.0},
     ],
     ids=str,
 )

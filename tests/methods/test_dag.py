@@ -17,7 +17,7 @@ from tests.golden import STEP_SETS, GoldenStep, load_step
 WITH_FLOW = next(folder for folder in STEP_SETS if (folder / "flow").exists())
 REWARDS = torch.tensor([0.3, -1.2, 2.0])
 PROMPTS = [str(i) for i in range(3)]
-SETTINGS = {"beta": 500.0, "trust_region": 0.5}
+SETTINGS = {"beta": 500.0, "trust_region_weight": 0.5}
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def expected_loss(exact: Exact, objective: Objective) -> Tensor:
             log_flow_next = log_flow(x_next, exact.output(x_next, i, prompt, after=True), True)
         sides = log_flow(x, o, False) + exact.log_prob(x, x_next, o, i), log_flow_next + exact.log_noising(x, x_next, i)
         trust = (o - o_old).square().mean()
-        total = total + ((sides[0] - sides[1]) / x.numel()).square().sum() + objective.trust_region * trust
+        total = total + ((sides[0] - sides[1]) / x.numel()).square().sum() + objective.trust_region_weight * trust
     return total / len(exact.transitions)
 
 

@@ -22,7 +22,7 @@ def expected_gradients(golden: GoldenStep, objective: Objective) -> dict[str, Te
         last = i == len(exact.table) - 1
 
         def reward_score(state: Tensor, o: Tensor, after: bool, i=i, prompt=prompt) -> Tensor:
-            o = o.detach() if objective.guidance == "lookahead_detached" else o
+            o = o.detach() if objective.reward_gradient == "lookahead_detached" else o
             reward = exact.reward(exact.clean(state, o, i, after), prompt).sum()
             alpha_bar = exact.at("alpha_bar_next" if after else "alpha_bar", i)
             return objective.beta * alpha_bar * grad(reward, state, retain_graph=True)
@@ -31,7 +31,7 @@ def expected_gradients(golden: GoldenStep, objective: Objective) -> dict[str, Te
         log_forward, log_backward = exact.log_prob(x, x_next, o, i), exact.log_noising(x, x_next, i)
         forward = grad(log_forward, x_next, create_graph=True) - grad(log_backward, x_next, retain_graph=True)
         forward = forward - reward_score(x_next, exact.output(x_next, i, prompt, after=True), True)
-        loss = objective.trust_region * (o - o_old).square().mean()
+        loss = objective.trust_region_weight * (o - o_old).square().mean()
         if exact.flow is not None:
             g_next = exact.flow_at(x_next.detach(), i, prompt, after=True)
             if last:
@@ -40,7 +40,7 @@ def expected_gradients(golden: GoldenStep, objective: Objective) -> dict[str, Te
                 forward = forward - g_next
                 reverse = grad(log_forward, x, retain_graph=True) - grad(log_backward, x)
                 reverse = reverse + reward_score(x, o, False) + exact.flow_at(x.detach(), i, prompt)
-                loss = loss + objective.reverse * reverse.square().mean()
+                loss = loss + objective.reverse_weight * reverse.square().mean()
         total = total + (loss + forward.square().mean()) / len(exact.transitions)
     return exact.gradients(golden, total)
 
@@ -58,12 +58,13 @@ def test_gradients(with_flow, backend):
 
 
 @pytest.mark.parametrize(
-    ("guidance", "with_reverse", "without"), [("lookahead", 5, 4), ("lookahead_detached", 4, 3), ("terminal", 3, 2)]
+    ("reward_gradient", "with_reverse", "without"),
+    [("lookahead", 5, 4), ("lookahead_detached", 4, 3), ("terminal", 3, 2)],
 )
-def test_passes(guidance, with_reverse, without):
+def test_passes(reward_gradient, with_reverse, without):
     golden = load_once(WITH_FLOW)
     for reverse, passes in ((1.0, with_reverse), (0.0, without)):
-        step = golden.step(4, noising=True, guidance=guidance, reverse=reverse)
+        step = golden.step(4, noising=True, reward_gradient=reward_gradient, reverse_weight=reverse)
         assert step(golden.transitions).passes == {"inner": passes, "last": 2}
         assert planned_passes(step.objective, with_flow=True, noising=True) == (passes, 2)
 

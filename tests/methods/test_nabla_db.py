@@ -53,14 +53,14 @@ def test_agrees_with_the_reference(folder, micro_batch, backend):
     count, objective = len(last), golden.objective
     expected = {
         "forward": slots(golden, "loss_forward").mean(),
-        "trust_region": objective.trust_region * slots(golden, "unet_reg").mean(),
+        "trust_region": objective.trust_region_weight * slots(golden, "unet_reg").mean(),
         # The reference averages the terminal loss over its slot of last rows alone.
         "terminal": golden.expected["0.loss_terminal"] * last.sum() / count,
         "reverse": torch.tensor(0.0),
     }
     if golden.flow:
         # In last rows the reference's reverse loss is a constant, which trains nothing.
-        expected["reverse"] = objective.reverse * slots(golden, "loss_reverse_per_sample")[~last].sum() / count
+        expected["reverse"] = objective.reverse_weight * slots(golden, "loss_reverse_per_sample")[~last].sum() / count
     expected["loss"] = torch.stack(list(expected.values())).sum()
     for name, value in expected.items():
         torch.testing.assert_close(report.losses[name], value, **LOSS, msg=lambda text, name=name: f"{name}: {text}")
@@ -92,13 +92,13 @@ def published_gradients(golden: GoldenStep, objective: Objective) -> dict[str, T
 
     def reward_score(x: Tensor, o: Tensor, coefficients: tuple[Tensor, Tensor], alpha_bar: Tensor, row: int) -> Tensor:
         prompt = str(golden.transitions.prompt[row].item())
-        if objective.guidance == "terminal":
+        if objective.reward_gradient == "terminal":
             same = golden.transitions.trajectory == golden.transitions.trajectory[row]
             finished = golden.transitions.step_index == last_step
             x = golden.transitions.x_next[same & finished][:1].clone().requires_grad_()
             clean = x
         else:
-            o = o.detach() if objective.guidance == "lookahead_detached" else o
+            o = o.detach() if objective.reward_gradient == "lookahead_detached" else o
             clean = coefficients[0] * x + coefficients[1] * o
         (gradient,) = torch.autograd.grad(reward_of(clean, prompt), x, retain_graph=True)
         return objective.beta * gamma(alpha_bar) * gradient
@@ -117,7 +117,9 @@ def published_gradients(golden: GoldenStep, objective: Objective) -> dict[str, T
             for out in (o, o_ref.detach())
         )
         at_x, at_next = (table.c[i], table.d[i]), (table.c_next[i], table.d_next[i])
-        forward = s - objective.strength * s_ref - reward_score(x_next, o_next, at_next, table.alpha_bar_next[i], row)
+        forward = (
+            s - objective.prior_weight * s_ref - reward_score(x_next, o_next, at_next, table.alpha_bar_next[i], row)
+        )
         loss = 0
         if golden.flow:
             g_next = golden.flow(one.x_next, timestep_next, embedding)
@@ -129,30 +131,31 @@ def published_gradients(golden: GoldenStep, objective: Objective) -> dict[str, T
                     torch.autograd.grad(log_density(x, one.x_next, out, i), x, retain_graph=True)[0]
                     for out in (o, o_ref)
                 )
-                reverse = objective.strength * (back - back_ref) + golden.flow(one.x, timestep, embedding)
+                reverse = objective.prior_weight * (back - back_ref) + golden.flow(one.x, timestep, embedding)
                 reverse = reverse + reward_score(x, o, at_x, table.alpha_bar[i], row)
-                loss = loss + objective.reverse * reverse.square().mean()
-        loss = loss + forward.square().mean() + objective.trust_region * (o - one.model_output).square().mean()
+                loss = loss + objective.reverse_weight * reverse.square().mean()
+        loss = loss + forward.square().mean() + objective.trust_region_weight * (o - one.model_output).square().mean()
         (loss / len(golden.transitions)).backward(inputs=parameters)
     return {name: gradient.clone() for name, gradient in golden.gradients().items()}
 
 
-@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("reward_gradient", GUIDANCE)
 @pytest.mark.parametrize("folder", STEP_SETS, ids=lambda folder: folder.name)
-def test_agrees_with_the_published_algorithm(folder, guidance):
+def test_agrees_with_the_published_algorithm(folder, reward_gradient):
     golden = load_once(folder)
-    step = golden.step(4, guidance=guidance)
+    step = golden.step(4, reward_gradient=reward_gradient)
     _, gradients = run(golden, step)
     assert_gradients(gradients, published_gradients(golden, step.objective))
 
 
 @pytest.mark.parametrize("reverse", [1.0, 0.0])
 @pytest.mark.parametrize(
-    ("guidance", "with_reverse", "without"), [("lookahead", 7, 5), ("lookahead_detached", 6, 4), ("terminal", 5, 3)]
+    ("reward_gradient", "with_reverse", "without"),
+    [("lookahead", 7, 5), ("lookahead_detached", 6, 4), ("terminal", 5, 3)],
 )
-def test_passes(guidance, with_reverse, without, reverse):
+def test_passes(reward_gradient, with_reverse, without, reverse):
     golden = load_once(WITH_FLOW[0])
-    report, _ = run(golden, golden.step(4, guidance=guidance, reverse=reverse))
+    report, _ = run(golden, golden.step(4, reward_gradient=reward_gradient, reverse_weight=reverse))
     assert report.passes == {"inner": with_reverse if reverse else without, "last": 3}
 
 
@@ -192,18 +195,18 @@ class Recorder(nn.Module):
         return self.reward(images, prompts)
 
 
-@pytest.mark.parametrize("guidance", GUIDANCE)
-def test_rewards_see_the_prompts_of_their_rows(guidance):
+@pytest.mark.parametrize("reward_gradient", GUIDANCE)
+def test_rewards_see_the_prompts_of_their_rows(reward_gradient):
     golden = load_once(WITH_FLOW[0])
     recorder = Recorder(golden.reward)
     decoder = copy.copy(golden.decoder)
     decoder.chunk = 2
     golden = dataclasses.replace(golden, reward=recorder, decoder=decoder)
-    run(golden, golden.step(4, guidance=guidance))
+    run(golden, golden.step(4, reward_gradient=reward_gradient))
 
     rows = golden.transitions
     last = rows.step_index == len(golden.table) - 1
-    inner = 0 if guidance == "terminal" else 2  # look-ahead rewards x̂0(x) and x̂0(x') of inner transitions
+    inner = 0 if reward_gradient == "terminal" else 2  # look-ahead rewards x̂0(x) and x̂0(x') of inner transitions
     counts = collections.Counter({str(p): 0 for p in range(golden.meta["batch_size"])})
     for prompt, is_last in zip(rows.prompt.tolist(), last.tolist(), strict=True):
         counts[str(prompt)] += 1 if is_last else inner
@@ -213,7 +216,7 @@ def test_rewards_see_the_prompts_of_their_rows(guidance):
         (image, str(p))
         for image, p in zip(golden.decoder.decode(rows.x_next[last]), rows.prompt[last].tolist(), strict=True)
     ]
-    if guidance != "terminal":
+    if reward_gradient != "terminal":
         with torch.no_grad():
             for states, timesteps, c, d in (
                 (rows.x, golden.table.timestep, golden.table.c, golden.table.d),
@@ -231,7 +234,7 @@ def test_rewards_see_the_prompts_of_their_rows(guidance):
         assert recorder.prompts[nearest] == prompt
 
 
-@pytest.mark.parametrize("name", ["beta", "strength", "reverse", "trust_region"])
+@pytest.mark.parametrize("name", ["beta", "prior_weight", "reverse_weight", "trust_region_weight"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_objective_rejects(name, value):
     with pytest.raises(ValueError, match=rf"objective\.{name} = {value}: must be finite"):
@@ -242,4 +245,4 @@ def test_terminal_guidance_wants_whole_trajectories():
     golden = load_step(STEP_SETS[0])
     inner = golden.transitions[golden.transitions.step_index != len(golden.table) - 1]
     with pytest.raises(ValueError, match="last transition of every trajectory"):
-        golden.step(4, guidance="terminal")(inner)
+        golden.step(4, reward_gradient="terminal")(inner)

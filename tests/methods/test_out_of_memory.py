@@ -89,16 +89,16 @@ def test_gradients_of_earlier_calls_stay():
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_rewards_of_finished_samples_are_halved_too(backwards, caplog):
-    """Terminal guidance decodes before the first network pass."""
+    """With terminal gradients the step decodes before the first network pass."""
     golden = load_once(GOLDEN)
     transitions = adjacent(golden)
-    whole = golden.step(100, guidance="terminal")
+    whole = golden.step(100, reward_gradient="terminal")
     clear(whole)
     expected = whole(transitions)
     gradients = {name: gradient.clone() for name, gradient in golden.gradients().items()}
 
     tight = limited(golden, 1, backwards)
-    step = tight.step(100, guidance="terminal")
+    step = tight.step(100, reward_gradient="terminal")
     clear(step)
     report = step(transitions)
     assert tight.reward.failures == 2  # with three samples, and with two
@@ -108,9 +108,9 @@ def test_rewards_of_finished_samples_are_halved_too(backwards, caplog):
     torch.testing.assert_close(report.losses["loss"], expected.losses["loss"], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("guidance", ["lookahead", "terminal"])
-def test_gives_up_when_nothing_is_left_to_halve(guidance):
+@pytest.mark.parametrize("reward_gradient", ["lookahead", "terminal"])
+def test_gives_up_when_nothing_is_left_to_halve(reward_gradient):
     golden = load_once(GOLDEN)
-    step = limited(golden, 0, False).step(4, guidance=guidance)
+    step = limited(golden, 0, False).step(4, reward_gradient=reward_gradient)
     with pytest.raises(torch.OutOfMemoryError, match="simulated"):
         step(golden.transitions)

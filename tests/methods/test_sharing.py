@@ -63,11 +63,11 @@ def gradients(golden: GoldenStep, step: BalanceStep, transitions: Transitions) -
     "objective",
     [
         {},
-        {"reverse": 0.0},
-        {"guidance": "lookahead_detached"},
-        {"guidance": "lookahead_detached", "reverse": 0.0},
-        {"guidance": "terminal"},
-        {"strength": 0.7, "weighting": "sigma", "gamma": "sqrt_alpha_bar"},
+        {"reverse_weight": 0.0},
+        {"reward_gradient": "lookahead_detached"},
+        {"reward_gradient": "lookahead_detached", "reverse_weight": 0.0},
+        {"reward_gradient": "terminal"},
+        {"prior_weight": 0.7, "weighting": "sigma", "gamma": "sqrt_alpha_bar"},
     ],
 )
 def test_shared_passes_give_the_same_gradients(objective, micro_batch, backend):
@@ -84,10 +84,10 @@ def test_shared_passes_give_the_same_gradients(objective, micro_batch, backend):
         # 6 L + 2 of each micro-batch, and one decode of each of its L + 1 states a run.
         ({}, (6 * 6 + 2 * 3) / 6, 9),
         # Without the reverse residual: reference 1, policy 1, to its input 1, to the parameters 1, and 2 of each tail.
-        ({"reverse": 0.0}, (4 * 6 + 2 * 3) / 6, 6),
+        ({"reverse_weight": 0.0}, (4 * 6 + 2 * 3) / 6, 6),
         # Without the UNet's Jacobian: 5, and 1 of each tail.
-        ({"guidance": "lookahead_detached"}, (5 * 6 + 3) / 6, 9),
-        ({"guidance": "terminal"}, 5, 0),
+        ({"reward_gradient": "lookahead_detached"}, (5 * 6 + 3) / 6, 9),
+        ({"reward_gradient": "terminal"}, 5, 0),
     ],
 )
 def test_passes_and_decodes(objective, passes, decodes):

@@ -62,18 +62,18 @@ def build(device: str, dtype: torch.dtype, decoder: str, rank: int = 2) -> Golde
     return dataclasses.replace(golden, policy=policy, flow=flow, decoder=decoder).to(device)
 
 
-def gradients(golden: GoldenStep, guidance: str, backend: str) -> dict[str, Tensor]:
+def gradients(golden: GoldenStep, reward_gradient: str, backend: str) -> dict[str, Tensor]:
     device, dtype, transitions = golden.policy.conditions.device, golden.policy.dtype, batch(golden)
     fields = {field.name: getattr(transitions, field.name).to(device) for field in dataclasses.fields(transitions)}
     fields = {name: values.to(dtype) if values.is_floating_point() else values for name, values in fields.items()}
-    golden.step(4, backend, guidance=guidance)(dataclasses.replace(transitions, **fields))
+    golden.step(4, backend, reward_gradient=reward_gradient)(dataclasses.replace(transitions, **fields))
     trained = golden.policy.trained() | dict(golden.flow.named_parameters())
     return {name: parameter.grad.double().cpu() for name, parameter in trained.items()}
 
 
 @functools.cache
-def expected(device: str, guidance: str, decoder: str, rank: int = 2) -> dict[str, Tensor]:
-    return gradients(build(device, torch.float64, decoder, rank), guidance, "torch")
+def expected(device: str, reward_gradient: str, decoder: str, rank: int = 2) -> dict[str, Tensor]:
+    return gradients(build(device, torch.float64, decoder, rank), reward_gradient, "torch")
 
 
 def compile_as(golden: GoldenStep, compile: str) -> None:
@@ -85,16 +85,16 @@ def compile_as(golden: GoldenStep, compile: str) -> None:
 
 
 def check(
-    device: str, compile: str, guidance: str, checkpoint: bool, backend: str, decoder: str, rank: int = 2
+    device: str, compile: str, reward_gradient: str, checkpoint: bool, backend: str, decoder: str, rank: int = 2
 ) -> None:
-    wanted = expected(device, guidance, decoder, rank)
+    wanted = expected(device, reward_gradient, decoder, rank)
     dtype, tolerance = torch.float64, 1e-9
     if backend == "triton":
         dtype, tolerance = torch.float32, 1e-2 if device == "cuda" else 1e-3
     golden = build(device, dtype, decoder, rank)
     golden.policy.optimise(compile, checkpoint=checkpoint)
     compile_as(golden, compile)
-    actual = gradients(golden, guidance, backend)
+    actual = gradients(golden, reward_gradient, backend)
     assert (counters["stats"]["unique_graphs"] > 0) == (compile != "none")
     largest = max(tensor.norm() for tensor in wanted.values())
     for name, tensor in wanted.items():
@@ -103,12 +103,12 @@ def check(
             assert relative_error(actual[name], tensor) < tolerance, name
 
 
-# With a compiled UNet a backend has one of the two ways of keeping activations: they do not meet in a graph. Guidance
+# With a compiled UNet a backend has one of the two ways of keeping activations: they do not meet in a graph. RewardGradient
 # other than look-ahead makes no graph that look-ahead does not, so it has one of them too.
 CASES = [
-    (compile, guidance, checkpoint, backend, DECODERS[(place + 2 * checkpoint + (compile == "whole")) % 3])
+    (compile, reward_gradient, checkpoint, backend, DECODERS[(place + 2 * checkpoint + (compile == "whole")) % 3])
     for compile in ("none", "blocks", "whole")
-    for place, guidance in enumerate(("lookahead", "lookahead_detached", "terminal"))
+    for place, reward_gradient in enumerate(("lookahead", "lookahead_detached", "terminal"))
     for checkpoint in (False, True)
     for backend in ("torch", "triton")
     if compile == "none" or ((backend == "triton") == checkpoint and (place == 0 or checkpoint == (place == 1)))
@@ -125,21 +125,23 @@ ON_GPU = [
         ("whole", "terminal", True),
     }
 ]
-SETTINGS = ("compile", "guidance", "checkpoint", "backend", "decoder")
+SETTINGS = ("compile", "reward_gradient", "checkpoint", "backend", "decoder")
 
 
 @on_cpu
 @pytest.mark.parametrize(SETTINGS, CASES)
-def test_gradients(compile: str, guidance: str, checkpoint: bool, backend: str, decoder: str, device: str) -> None:
-    check(device, compile, guidance, checkpoint, backend, decoder)
+def test_gradients(
+    compile: str, reward_gradient: str, checkpoint: bool, backend: str, decoder: str, device: str
+) -> None:
+    check(device, compile, reward_gradient, checkpoint, backend, decoder)
 
 
 @on_gpu
 @pytest.mark.parametrize(SETTINGS, ON_GPU)
 def test_gradients_on_a_gpu(
-    compile: str, guidance: str, checkpoint: bool, backend: str, decoder: str, device: str
+    compile: str, reward_gradient: str, checkpoint: bool, backend: str, decoder: str, device: str
 ) -> None:
-    check(device, compile, guidance, checkpoint, backend, decoder)
+    check(device, compile, reward_gradient, checkpoint, backend, decoder)
 
 
 @on_cpu

@@ -35,7 +35,7 @@ def test_training_step_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     golden = load_step(GOLDEN)
     transitions = batch(golden)
-    step = golden.step(4, guidance="lookahead")
+    step = golden.step(4, reward_gradient="lookahead")
     expected = gradients(golden, step, transitions)
     golden.policy.optimise(compile="whole")
     assert_gradients(gradients(golden, step, transitions), expected)
@@ -65,10 +65,10 @@ def different_cut(golden: GoldenStep) -> Transitions:
 
 
 @pytest.mark.parametrize(
-    ("guidance", "share"),
+    ("reward_gradient", "share"),
     [("lookahead", False), ("lookahead", True), ("lookahead_detached", False), ("terminal", False)],
 )
-def test_no_micro_batch_compiles_anew(guidance: str, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_micro_batch_compiles_anew(reward_gradient: str, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step compiles all that there is; other numbers of rows are padded to its own, and give the same gradients.
 
     By torch's tracing alone, which decides about graphs; no code is generated.
@@ -80,7 +80,7 @@ def test_no_micro_batch_compiles_anew(guidance: str, share: bool, monkeypatch: p
     golden = dataclasses.replace(golden, policy=Policy(unet, conditions, guidance_scale=3.0, rank=2))
     for parameter in golden.policy.trainable():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    step = golden.step(100, guidance=guidance, share=share)
+    step = golden.step(100, reward_gradient=reward_gradient, share=share)
     transitions = batch(golden)
     parts = ((transitions, 100), (transitions[:8], 100), (transitions, 4), (different_cut(golden), 2), (transitions, 1))
     expected = []
@@ -100,7 +100,7 @@ def test_no_micro_batch_compiles_anew(guidance: str, share: bool, monkeypatch: p
 def test_padded_rows_are_counted_and_running_out_of_memory_ends_them() -> None:
     golden = load_step(GOLDEN)
     golden.policy.compile = "whole"  # as far as the step knows
-    step = golden.step(100, guidance="terminal")
+    step = golden.step(100, reward_gradient="terminal")
     report = step(batch(golden))
     assert golden.policy.static_rows == (6,)
     assert report.passes == {"inner": 5, "last": 2 * 3}  # three rows are padded to six

@@ -76,17 +76,19 @@ def test_reward_weight():
 
 
 @pytest.mark.parametrize("weighting", ["score", "sigma"])
-@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("prior_weight", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("guidance", [None, 5.0])
 @pytest.mark.parametrize("with_flow", [True, False], ids=["flow", "no_flow"])
-def test_forward_balance(batch, guidance, strength, weighting, with_flow):
+def test_forward_balance(batch, guidance, prior_weight, weighting, with_flow):
     rows, x, x_next = batch
     output = network(x, guidance, seed=3).requires_grad_()
     output_ref = network(x, guidance, seed=4)
     flow = randn(*SHAPE, seed=5, dtype=torch.float64).requires_grad_()
     reward_score = randn(*SHAPE, seed=6, dtype=torch.float64)
     old = randn(*SHAPE, seed=7, dtype=torch.float64)
-    weights = Weights(guidance_scale=guidance, beta=2.0, strength=strength, weighting=weighting, trust_region=3.0)
+    weights = Weights(
+        guidance_scale=guidance, beta=2.0, prior_weight=prior_weight, weighting=weighting, trust_region_weight=3.0
+    )
     result = forward_balance(
         output, output_ref, x, x_next, rows, reward_score, flow if with_flow else None, old, weights=weights
     )
@@ -98,7 +100,7 @@ def test_forward_balance(batch, guidance, strength, weighting, with_flow):
     g_inner, g_last = g * torch.tensor([1, 1, 0]).view(3, 1, 1, 1), g * torch.tensor([0, 0, 1]).view(3, 1, 1, 1)
     reward_score = 2.0 * rows.alpha_bar_next * reward_score
     unit = rows.sigma if weighting == "sigma" else 1
-    residual = (s - strength * s_ref - g_inner - reward_score) * unit
+    residual = (s - prior_weight * s_ref - g_inner - reward_score) * unit
     parts = {
         "forward": mean_square(residual),
         "terminal": mean_square(unit * g_last),
@@ -118,19 +120,19 @@ def test_forward_balance(batch, guidance, strength, weighting, with_flow):
         torch.testing.assert_close(actual[1], expected[1], **EXACT)
 
     for name, tensor in {
-        "norm_ref": strength * s_ref,
-        "norm_residual": s - strength * s_ref,
+        "norm_ref": prior_weight * s_ref,
+        "norm_residual": s - prior_weight * s_ref,
         "norm_reward": reward_score,
-        "norm_target": strength * s_ref + g_inner + reward_score,
+        "norm_target": prior_weight * s_ref + g_inner + reward_score,
     }.items():
         torch.testing.assert_close(getattr(result, name), torch.stack([row.norm() for row in tensor]), **EXACT)
     torch.testing.assert_close(result.max_residual, residual.abs().amax((1, 2, 3)), **EXACT)
     assert not any(getattr(result, name).requires_grad for name in ("norm_ref", "norm_residual", "max_residual"))
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("prior_weight", [1.0, 0.5])
 @pytest.mark.parametrize("guidance", [None, 5.0])
-def test_one_product_gives_reverse_and_reward_scores(batch, guidance, strength):
+def test_one_product_gives_reverse_and_reward_scores(batch, guidance, prior_weight):
     """``λ s̄ + ∇R`` = direct part + Jᵀ(cotangent), with R a nonlinear function of the clean prediction; without pixel
     score ``λ s̄``."""
     rows, x, x_next = batch
@@ -140,21 +142,21 @@ def test_one_product_gives_reverse_and_reward_scores(batch, guidance, strength):
     scale = 2.0 * rows.alpha_bar
     (pixel_score,) = torch.autograd.grad(clean.cos().sum(), clean, retain_graph=True)
     (reward_score,) = torch.autograd.grad((scale * clean.cos()).sum(), x, retain_graph=True)
-    weights = Weights(guidance_scale=guidance, beta=2.0, strength=strength)
+    weights = Weights(guidance_scale=guidance, beta=2.0, prior_weight=prior_weight)
     _, score = scores(guidance, 3, x, x_next, rows)
     e = (x_next - rows.a * x - rows.b * guided(output, guidance)).detach() / rows.sigma**2
     for pixel, direct, reward in ((pixel_score, scale * rows.c * pixel_score, reward_score), (None, 0, 0)):
         cotangent = reverse_cotangent(output, x, x_next, rows, pixel, weights=weights)
         assert not cotangent.requires_grad
         (vjp,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
-        torch.testing.assert_close(strength * rows.a * e + direct + vjp, strength * score + reward, **EXACT)
+        torch.testing.assert_close(prior_weight * rows.a * e + direct + vjp, prior_weight * score + reward, **EXACT)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["scores", "products"])
 @pytest.mark.parametrize("weighting", ["score", "sigma"])
-@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("prior_weight", [1.0, 0.5])
 @pytest.mark.parametrize("guidance", [None, 5.0])
-def test_reverse_balance(batch, guidance, strength, weighting, whole):
+def test_reverse_balance(batch, guidance, prior_weight, weighting, whole):
     rows, x, x_next = batch
     x = x.requires_grad_()
     output, output_ref = network(x, guidance, seed=3), network(x, guidance, seed=4)
@@ -162,7 +164,7 @@ def test_reverse_balance(batch, guidance, strength, weighting, whole):
     clean = rows.c * x + rows.d * guided(output, guidance)
     (pixel_score,) = torch.autograd.grad(clean.cos().sum(), clean, retain_graph=True)
     (reward_score,) = torch.autograd.grad(clean.cos().sum(), x, retain_graph=True)
-    weights = Weights(guidance_scale=guidance, beta=2.0, strength=strength, weighting=weighting)
+    weights = Weights(guidance_scale=guidance, beta=2.0, prior_weight=prior_weight, weighting=weighting)
     (_, score), (_, score_ref) = (scores(guidance, seed, x, x_next, rows) for seed in (3, 4))
     if whole:
         loss = reverse_balance(score, score_ref, rows, flow, reward_score, weights=weights)
@@ -174,7 +176,7 @@ def test_reverse_balance(batch, guidance, strength, weighting, whole):
             products += torch.autograd.grad(o, x, cotangent, retain_graph=True)
         loss = reverse_balance(*products, rows, flow, None, pixel_score, outputs, weights=weights)
 
-    residual = strength * (score - score_ref) + flow + 2.0 * rows.alpha_bar * reward_score
+    residual = prior_weight * (score - score_ref) + flow + 2.0 * rows.alpha_bar * reward_score
     residual = residual * torch.tensor([1, 1, 0]).view(3, 1, 1, 1)
     expected = mean_square(residual * (rows.sigma if weighting == "sigma" else 1))
     torch.testing.assert_close(loss, expected, **EXACT)
@@ -215,7 +217,7 @@ def test_low_precision_inputs_are_computed_in_float32(batch, dtype):
     rows = ddim_table(10, eta=0.8).rows(STEPS, x)
     output, output_ref = (network(x.float(), 5.0, seed=seed).to(dtype).requires_grad_() for seed in (3, 4))
     arguments = (output, output_ref, x, x_next, rows, randn(*SHAPE))
-    weights = Weights(guidance_scale=5.0, beta=1.0, strength=0.5)
+    weights = Weights(guidance_scale=5.0, beta=1.0, prior_weight=0.5)
     low = forward_balance(*arguments, weights=weights)
     arguments = (output.float(), output_ref.float(), x.float(), x_next.float(), rows, randn(*SHAPE))
     assert torch.equal(low.loss, forward_balance(*arguments, weights=weights).loss)
@@ -234,7 +236,7 @@ def test_the_cancelled_score_difference_keeps_its_digits():
     o = o_ref + 1e-3 * randn(3, 4, 8, 8, seed=2)
     x_next = rows.a * x + rows.b * o + rows.sigma * randn(3, 4, 8, 8, seed=3)
     truth = (exact.b / exact.sigma**2) * (o.double() - o_ref.double())
-    cancelled = score_residual(o, o_ref, x, x_next, rows, strength=1.0)
+    cancelled = score_residual(o, o_ref, x, x_next, rows, prior_weight=1.0)
     difference = step_score(o, x, x_next, rows) - step_score(o_ref, x, x_next, rows)
     errors = [(relative_error(cancelled[i], truth[i]), relative_error(difference[i], truth[i])) for i in range(3)]
     assert all(by_hand < 5e-7 for by_hand, _ in errors)

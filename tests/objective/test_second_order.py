@@ -21,7 +21,7 @@ load_once = functools.cache(load_step)
 
 @sdpa_kernel(SDPBackend.MATH)
 def expected_gradients(golden: GoldenStep, objective: Objective) -> dict[str, Tensor]:
-    exact, total, beta, strength = Exact(golden), 0, objective.beta, objective.strength
+    exact, total, beta, prior_weight = Exact(golden), 0, objective.beta, objective.prior_weight
 
     def gamma(alpha_bar: Tensor) -> Tensor:
         return alpha_bar.sqrt() if objective.gamma == "sqrt_alpha_bar" else alpha_bar
@@ -31,17 +31,17 @@ def expected_gradients(golden: GoldenStep, objective: Objective) -> dict[str, Te
         log_prob, log_ref = (exact.log_prob(x, x_next, out, i) for out in (o, o_ref))
         o_next = exact.output(x_next, i, prompt, after=True)
         score_next = grad(exact.reward(exact.clean(x_next, o_next, i, after=True), prompt).sum(), x_next)
-        forward = grad(log_prob, x_next, create_graph=True) - strength * grad(log_ref, x_next, retain_graph=True)
+        forward = grad(log_prob, x_next, create_graph=True) - prior_weight * grad(log_ref, x_next, retain_graph=True)
         forward = forward - beta * gamma(exact.at("alpha_bar_next", i)) * score_next
         g_next = exact.flow_at(x_next.detach(), i, prompt, after=True)
         if i == len(exact.table) - 1:
             loss = forward.square().mean() + g_next.square().mean()
         else:
             score = grad(exact.reward(exact.clean(x, o, i), prompt).sum(), x, retain_graph=True)
-            reverse = strength * (grad(log_prob, x, create_graph=True) - grad(log_ref, x))
+            reverse = prior_weight * (grad(log_prob, x, create_graph=True) - grad(log_ref, x))
             reverse = reverse + exact.flow_at(x.detach(), i, prompt) + beta * gamma(exact.at("alpha_bar", i)) * score
-            loss = (forward - g_next).square().mean() + objective.reverse * reverse.square().mean()
-        loss = loss + objective.trust_region * (o - o_old).square().mean()
+            loss = (forward - g_next).square().mean() + objective.reverse_weight * reverse.square().mean()
+        loss = loss + objective.trust_region_weight * (o - o_old).square().mean()
         total = total + loss / len(exact.transitions)
     return exact.gradients(golden, total)
 
@@ -60,10 +60,10 @@ def test_gradients(folder, backend):
     golden = load_once(folder)
     inner = golden.transitions.step_index < len(golden.table) - 1
     golden = dataclasses.replace(golden, transitions=golden.transitions[inner])
-    step = golden.step(4, backend, reverse_second_order=True, reverse=1e6, trust_region=0.0)
+    step = golden.step(4, backend, reverse_second_order=True, reverse_weight=1e6, trust_region_weight=0.0)
     second = gradients(golden, step)
     assert_gradients(second, expected_gradients(golden, step.objective))
-    first = gradients(golden, golden.step(4, backend, reverse=1e6, trust_region=0.0))
+    first = gradients(golden, golden.step(4, backend, reverse_weight=1e6, trust_region_weight=0.0))
     lora = [name for name in second if name.startswith("grad.lora")]
     distance, size = (
         torch.stack([values[name].norm() for name in lora]).norm()
@@ -72,10 +72,10 @@ def test_gradients(folder, backend):
     assert distance > 0.5 * size
 
 
-@pytest.mark.parametrize(("guidance", "passes"), [("lookahead", 10), ("lookahead_detached", 8), ("terminal", 7)])
-def test_passes(guidance, passes):
+@pytest.mark.parametrize(("reward_gradient", "passes"), [("lookahead", 10), ("lookahead_detached", 8), ("terminal", 7)])
+def test_passes(reward_gradient, passes):
     golden = load_once(GOLDEN[0])
-    step = golden.step(4, guidance=guidance, reverse_second_order=True)
+    step = golden.step(4, reward_gradient=reward_gradient, reverse_second_order=True)
     assert step(golden.transitions).passes == {"inner": passes, "last": 3}
     assert planned_passes(step.objective, with_flow=True) == (passes, 3)
 

@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 from fastnabla.methods.accumulation import StepReport
 from fastnabla.methods.nabla_db import ROWS, STATISTICS
 from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, ZeroGradientError, largest, require_connected
-from fastnabla.training.guards import Guard, finite_samples
+from fastnabla.training.guards import Guard
 from fastnabla.training.trainer import Trainer
+from fastnabla.trajectories.finite_samples import finite_samples
 from tests.faults import tiny, without_pictures
 from tests.training.test_trainer import interrupt
 
@@ -128,7 +129,7 @@ def test_a_run_that_would_learn_nothing_stops(tmp_path: Path) -> None:
         return rewards, torch.zeros_like(gradient)
 
     decoder.reward_gradient = lost
-    with pytest.raises(ZeroGradientError, match=r"update 1: the reward's gradient.*guidance = 'lookahead'"):
+    with pytest.raises(ZeroGradientError, match=r"update 1: the reward's gradient.*reward_gradient = 'lookahead'"):
         trainer.train(tmp_path / "reward")
 
 

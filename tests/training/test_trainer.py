@@ -25,7 +25,7 @@ def small(**changes) -> TrainConfig:
     preset = PRESETS["testbed"][1]
     config = dataclasses.replace(
         preset,
-        objective=dataclasses.replace(preset.objective, guidance="lookahead"),
+        objective=dataclasses.replace(preset.objective, reward_gradient="lookahead"),
         updates=4,
         checkpoint_every=2,
         tracker="none",
@@ -156,11 +156,11 @@ def test_saved_lora_gives_the_same_images_in_plain_diffusers(tmp_path: Path) -> 
     assert (ours - pretrained).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("guidance", ["lookahead_detached", "terminal"])
+@pytest.mark.parametrize("reward_gradient", ["lookahead_detached", "terminal"])
 @pytest.mark.parametrize("flow", ["unet", "none"])
-def test_other_settings_run_with_the_planned_passes(guidance: str, flow: str, tmp_path: Path) -> None:
+def test_other_settings_run_with_the_planned_passes(reward_gradient: str, flow: str, tmp_path: Path) -> None:
     base = small(updates=2)
-    objective = Objective(guidance=guidance, weighting="sigma")
+    objective = Objective(reward_gradient=reward_gradient, weighting="sigma")
     config = dataclasses.replace(base, objective=objective, flow=dataclasses.replace(base.flow, kind=flow))
     folder = train(config, tmp_path / "run")
     record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])
@@ -192,7 +192,7 @@ def test_outputs_in_8_bits_touch_the_trust_region_alone(run: Path, tmp_path: Pat
     memory = dataclasses.replace(small().memory, output_block=64, buffer="pinned")
     folder = train(small(memory=memory), tmp_path / "run")
     plain, rounded = (json.loads((path / "metrics.jsonl").read_text().splitlines()[1]) for path in (run, folder))
-    kappa = small().objective.trust_region
+    kappa = small().objective.trust_region_weight
     assert 0 < rounded["loss_trust_region"] < kappa * 4 / 254**2
     others = plain.keys() - {"loss", "loss_trust_region", "grad_norm_lora", "trust_floor"}
     assert {name: rounded[name] for name in others} == {name: plain[name] for name in others}

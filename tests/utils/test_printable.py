@@ -17,11 +17,13 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastnabla import sample, train
-from fastnabla.evaluate import result_tables
+from fastnabla.evaluation.report import result_tables
 from fastnabla.run import pictures
+from fastnabla.run.folder import create_run_folder
 from fastnabla.run.pictures import save_curves, save_grid
 from fastnabla.run.table import final_table, markdown
-from fastnabla.run.tracker import Tracker, create_run_folder, print_error, print_plain, read_records, tracker_keys
+from fastnabla.run.tracker import Tracker, read_records, tracker_keys
+from fastnabla.utils.console import print_error, print_plain
 from fastnabla.utils.printable import CONTROL, printable
 from tests.integration.test_cli import QUICK
 

@@ -1,4 +1,4 @@
-"""How good the testbed's model is: `python -m fastnabla.testbed.report [--folder DIR] [--guidance-scale W]`.
+"""How good the testbed's model is: `python -m fastnabla.testbed [--folder DIR] [--guidance-scale W]`.
 
 500 samples through plain diffusers: the share in which the evaluation's classifier sees the prompted animal, and the
 entropy of their hues against that of as many tinted silhouettes which nothing was trained on.

@@ -1,0 +1,24 @@
+"""The objective's operations between the network passes, and their specification in plain torch."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastnabla.objective.balance import ForwardBalance, forward_balance, reverse_balance, reverse_cotangent
+from fastnabla.objective.gaussian import gaussian_log_prob, guided_step
+
+
+class ObjectiveOps(NamedTuple):
+    """The objective's operations; documented in `gaussian.py` and `balance.py`."""
+
+    name: str
+    """What computes them, for people."""
+    guided_step: Callable[..., tuple[Tensor, Tensor]]
+    gaussian_log_prob: Callable[..., Tensor]
+    forward_balance: Callable[..., ForwardBalance]
+    reverse_cotangent: Callable[..., Tensor]
+    reverse_balance: Callable[..., Tensor]
+
+
+PLAIN = ObjectiveOps("plain torch", guided_step, gaussian_log_prob, forward_balance, reverse_cotangent, reverse_balance)

@@ -1,0 +1,91 @@
+"""A run from its start to its end: what ended it is said, and becomes an exit status."""
+
+import errno
+import os
+import traceback
+from pathlib import Path
+
+from rich.console import Console
+
+from fastnabla.distributed.signals import Stopped, StopSignals
+from fastnabla.distributed.world import World
+from fastnabla.methods.zero_gradients import ZeroGradientError
+from fastnabla.rewards.sum import RewardError
+from fastnabla.run.checkpoint import CheckpointError
+from fastnabla.run.lock import RunFolderError
+from fastnabla.training.bounds import BoundPassed
+from fastnabla.training.trainer import Trainer
+from fastnabla.utils.console import print_error, print_plain
+
+DIVERGED = 4
+"""Exit status of a run that ends because its numbers are not finite."""
+
+
+def fail(world: World, error: BaseException, message: str | None = None, cause: BaseException | None = None) -> None:
+    """Print why this process ends, and end the other ranks.
+
+    Args:
+        world: the ranks.
+        error: why.
+        message: what to print; what `error` says if None.
+        cause: whose traceback is printed before.
+    """
+
+    def show() -> None:
+        if cause is not None:
+            traceback.print_exception(cause)
+        print_error(f"{world.name}: {message or error}" if world.size > 1 else message or str(error))
+
+    world.fail(error, show)
+
+
+def train_to_the_end(trainer: Trainer, run: Path, console: Console, resume: bool, command: str) -> int:
+    """Train, and say what ended it if that was not the last update; the exit status, 0 if it was.
+
+    Args:
+        trainer, run, console, resume: see `Trainer.train`.
+        command: what continues the run, for the message.
+    """
+    go_on = f"go on with: {command}"
+    try:
+        with StopSignals() as stop:
+            trainer.train(run, console, resume, stop)
+    except Stopped as stopped:
+        print_plain(console, f"stopped by {stopped}, all is saved; {go_on}")
+        return stopped.status
+    except BoundPassed as passed:
+        if trainer.world.is_main:
+            print_error(
+                f"{passed}. All is saved: look at the pictures in {run}. To train on nonetheless, loosen that bound in its "
+                f"config.json, or make it null, and {go_on}"
+            )
+        return BoundPassed.STATUS
+    except RunFolderError as error:
+        fail(trainer.world, error)
+        return 2
+    except RewardError as error:
+        message = f"{error} The newest checkpoint is intact: mend it, and {go_on}"
+        fail(trainer.world, error, message, error.__cause__)
+        return 1
+    except FloatingPointError as error:
+        fail(trainer.world, error, f"{error} The newest checkpoint is from before that.")
+        return DIVERGED
+    except ZeroGradientError as error:
+        fail(trainer.world, error, f"{error} A run keeps its settings: begin a new one with the remedy.")
+        return 1
+    except CheckpointError as error:
+        fail(trainer.world, error)
+        return 1
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"{error.strerror} in {run}. The newest checkpoint is intact: make room, and {go_on}"
+        elif error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(run):
+            message = f"{os.fsdecode(error.filename)!r} cannot be used: {error.strerror}. Put it right, and {go_on}"
+        else:
+            raise
+        fail(trainer.world, error, message)
+        return 1
+    except KeyboardInterrupt as error:
+        trainer.world.fail(error, lambda: print_plain(console, f"interrupted; {go_on}"))
+        return 130
+    return 0

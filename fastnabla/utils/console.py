@@ -1,0 +1,44 @@
+"""What the command lines print."""
+
+import logging
+import os
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from fastnabla.utils.printable import printable
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' start-up notices off the terminal; call it before importing them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def print_error(error: Exception | str) -> None:
+    """A line on stderr for a user's mistake."""
+    console = Console(stderr=True)
+    console.print("[bold red]error[/]: ", end="")
+    print_plain(console, str(error))
+
+
+def print_plain(console: Console, text: str, style: str | None = None) -> None:
+    """A line of `text` as it is: no markup, no emoji codes, no control characters."""
+    console.print(Text(printable(text)), style=style, soft_wrap=True)
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with the phase, what has been done, and the time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
