@@ -22,7 +22,7 @@ from bench.summary import markdown_table
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.sections import RolloutConfig
 from fastnabla.distributed.devices import device_of
-from fastnabla.distributed.launch import Place
+from fastnabla.distributed.launch import RankInfo
 from fastnabla.distributed.world import World
 from fastnabla.training.trainer import Trainer
 
@@ -64,8 +64,8 @@ def main() -> None:
         rollout=RolloutConfig(trajectories=settings.trajectories, fraction=0.2, updates=1, batch=settings.micro_batch),
         memory=dataclasses.replace(preset.memory, micro_batch=settings.micro_batch, decode_chunk=settings.micro_batch),
     )
-    place = Place.of()
-    world = World.start(place, device_of(config, place))
+    info = RankInfo.of()
+    world = World.start(info, device_of(config, info))
     trainer = Trainer(config, world=world)
     gradients = trainer.step.parameters
     for update in range(settings.updates + 1):
@@ -85,7 +85,7 @@ def main() -> None:
     seconds = [[statistics.median(watch.wall[phase]) for phase in PHASES]]
     seconds += [[statistics.median(watch.computed[phase]) for phase in PHASES]]
     own = torch.tensor([[*wall, sum(wall), min(alone.wall["sum"])] for wall in seconds])
-    every = world.assemble(own[None], torch.tensor([world.rank]), world.size)
+    every = world.all_gather_rows(own[None], torch.tensor([world.rank]), world.size)
     if world.is_main:
         moved = 4 * sum(parameter.numel() for parameter in gradients)
         print(
@@ -98,7 +98,7 @@ def main() -> None:
             for rank in range(world.size)
         ]
         print("\n".join(markdown_table(names, rows)))
-    world.leave(0)
+    world.shutdown(0)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from fastnabla.config.train import TrainConfig, from_json, load_run, to_json  # 
 from fastnabla.cost.planner import MemoryPlan, planned, unit_costs  # noqa: E402
 from fastnabla.cost.update_cost import cost_table, measured_rate, update_cost  # noqa: E402
 from fastnabla.distributed.devices import device_of  # noqa: E402
-from fastnabla.distributed.launch import Place  # noqa: E402
+from fastnabla.distributed.launch import RankInfo  # noqa: E402
 from fastnabla.distributed.world import LostProcess, World  # noqa: E402
 from fastnabla.methods.registry import METHODS  # noqa: E402
 from fastnabla.prompts import RunPrompts  # noqa: E402
@@ -124,11 +124,11 @@ def _built(config: TrainConfig, prompts: RunPrompts | None, world: World) -> Tra
 def main(arguments: list[str]) -> int:
     """Run the command line, in this process, with the others if it is one of several; the exit status."""
     try:
-        place = Place.of()
-        config = parse(arguments) if place.rank == 0 else _silently(parse, arguments)
+        info = RankInfo.of()
+        config = parse(arguments) if info.rank == 0 else _silently(parse, arguments)
         if _is_deterministic(config):
-            make_deterministic() if place.rank == 0 else _silently(make_deterministic)  # before CUDA starts
-        world = World.start(place, device_of(config, place))
+            make_deterministic() if info.rank == 0 else _silently(make_deterministic)  # before CUDA starts
+        world = World.start(info, device_of(config, info))
     except ValueError as error:
         print_error(error)
         return 2
@@ -141,7 +141,7 @@ def main(arguments: list[str]) -> int:
         lost = isinstance(error, LostProcess)
         fail(world, error, None if lost else f"{type(error).__name__}: {error}", None if lost else error)
         status = 1
-    return world.leave(status)
+    return world.shutdown(status)
 
 
 def _is_deterministic(config: TrainConfig) -> bool:
@@ -160,14 +160,14 @@ def _silently(function: Callable[..., T], *arguments: Any) -> T:
 def _run(config: TrainConfig, world: World) -> int:
     console = Console(quiet=not world.is_main)
     try:
-        start = world.tell(lambda: _start(config, world, console))
+        start = world.broadcast(lambda: _start(config, world, console))
         config, prompts = from_json(start["config"]), start["prompts"]
         trainer = _built(config, None if prompts is None else RunPrompts.from_json(prompts), world)
         if config.dry_run:
             if world.is_main:
                 _print_costs(trainer, start["plan"], console)
             return 0
-        run = Path(world.tell(lambda: str(_folder(config, start["run"]))))
+        run = Path(world.broadcast(lambda: str(_folder(config, start["run"]))))
     except ValueError as error:
         fail(world, error)
         return 2

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastnabla import train
-from fastnabla.distributed.launch import Place
+from fastnabla.distributed.launch import RankInfo
 from fastnabla.distributed.world import World
 
 
@@ -73,9 +73,9 @@ def on_ranks(folder: Path, size: int, function: Callable[[World], Any]) -> list[
     folder.mkdir(exist_ok=True)
 
     def run() -> int:
-        world = World.start(Place.of())
+        world = World.start(RankInfo.of())
         torch.save(function(world), folder / f"rank-{world.rank}.pt")
-        return world.leave(0)
+        return world.shutdown(0)
 
     assert end(begin(size, run)) == [0] * size
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(size)]

@@ -10,7 +10,7 @@ PORTS = range(10_000, 30_000)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class RankInfo:
     """A process among those of a run."""
 
     rank: int = 0
@@ -25,7 +25,7 @@ class Place:
     """Where they meet."""
 
     @classmethod
-    def of(cls, environment: Mapping[str, str] = os.environ) -> "Place":
+    def of(cls, environment: Mapping[str, str] = os.environ) -> "RankInfo":
         """By RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun and accelerate set them; else by
         SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID, as srun does, and the first of its nodes where MASTER_ADDR is not
         set; else alone.

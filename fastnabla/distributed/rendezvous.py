@@ -12,7 +12,7 @@ PAUSE = 0.02
 """Seconds between two looks into the store."""
 
 
-def meet(store: Store, rank: int, size: int, limit: timedelta) -> str:
+def rendezvous(store: Store, rank: int, size: int, limit: timedelta) -> str:
     """A name that all ranks of this attempt get, and none of another one; when all are there.
 
     Rank 0 chooses it. Another rank says that it has come under a name of its own, and is answered under that name; what an

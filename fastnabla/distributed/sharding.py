@@ -73,7 +73,7 @@ class ShardedNetwork:
         Returns:
             Whether any process had some.
         """
-        if not self.world.most(int(gradients is not None)):
+        if not self.world.max(int(gradients is not None)):
             return False
         shards = list(self.shards.values())
         for shard in shards:

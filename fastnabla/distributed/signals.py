@@ -43,7 +43,7 @@ class StopSignals:
         Raises:
             Stopped: it was asked to.
         """
-        if number := world.most(self.received or 0):
+        if number := world.max(self.received or 0):
             self.received = signal.Signals(number)
         if self.received is not None:
             raise Stopped(self.received)

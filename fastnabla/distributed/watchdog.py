@@ -26,7 +26,7 @@ that a launcher, which looks for the first to end, names the one that failed."""
 STATUS = 1
 
 
-class Watch(threading.Thread):
+class Watchdog(threading.Thread):
     """Watches the other processes, and tells them what happens to this one.
 
     Args:

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from fastnabla.distributed.launch import Place
-from fastnabla.distributed.rendezvous import meet
-from fastnabla.distributed.watchdog import Watch
+from fastnabla.distributed.launch import RankInfo
+from fastnabla.distributed.rendezvous import rendezvous
+from fastnabla.distributed.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -50,47 +50,47 @@ class World:
     """The ranks of a run; a run alone if nothing is given.
 
     Args:
-        place: this process's.
-        watch: what ends the run's processes when one of them fails; None alone.
+        info: this process's.
+        watchdog: what ends the run's processes when one of them fails; None alone.
     """
 
-    def __init__(self, place: Place | None = None, watch: Watch | None = None) -> None:
-        self.place, self.watch = place or Place(), watch
-        self.rank, self.size, self.local_rank = self.place.rank, self.place.size, self.place.local_rank
+    def __init__(self, info: RankInfo | None = None, watchdog: Watchdog | None = None) -> None:
+        self.rank_info, self.watchdog = info or RankInfo(), watchdog
+        self.rank, self.size, self.local_rank = self.rank_info.rank, self.rank_info.size, self.rank_info.local_rank
         self.local_size = self._on_this_machine()
         """Ranks on this machine."""
 
     @classmethod
-    def start(cls, place: Place, device: torch.device = CPU) -> "World":
-        """Meet the other processes. `leave` is the end of it.
+    def start(cls, info: RankInfo, device: torch.device = CPU) -> "World":
+        """Meet the other processes. `shutdown` is the end of it.
 
         Args:
-            place: of this process; alone, nothing is started.
+            info: of this process; alone, nothing is started.
             device: where it computes, a GPU's with its number.
 
         Raises:
             ValueError: they do not come.
         """
-        if place.size == 1:
-            return cls(place)
-        os.environ |= {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)}
+        if info.size == 1:
+            return cls(info)
+        os.environ |= {"MASTER_ADDR": info.address, "MASTER_PORT": str(info.port)}
         try:
-            store, _, _ = next(dist.rendezvous(f"env://?rank={place.rank}&world_size={place.size}", timeout=START))
-            attempt = meet(store, place.rank, place.size, START)
+            store, _, _ = next(dist.rendezvous(f"env://?rank={info.rank}&world_size={info.size}", timeout=START))
+            attempt = rendezvous(store, info.rank, info.size, START)
             backend = "gloo"
             if device.type == "cuda":
                 backend = "cpu:gloo,cuda:nccl"
                 torch.cuda.set_device(device)
             own = dist.PrefixStore(attempt, store)
-            dist.init_process_group(backend, store=own, rank=place.rank, world_size=place.size, timeout=LIMIT)
+            dist.init_process_group(backend, store=own, rank=info.rank, world_size=info.size, timeout=LIMIT)
         except RuntimeError as error:
             raise ValueError(
-                f"not all {place.size} processes came to {place.address}:{place.port} within {START} ({error}). Start all "
+                f"not all {info.size} processes came to {info.address}:{info.port} within {START} ({error}). Start all "
                 "with torchrun, accelerate launch or srun; or set WORLD_SIZE=1 RANK=0 for one alone."
             ) from error
-        watch = Watch(dist.PrefixStore(attempt, store.clone()), place.rank, place.size, place.local_rank == 0)
-        watch.start()
-        return cls(place, watch)
+        watchdog = Watchdog(dist.PrefixStore(attempt, store.clone()), info.rank, info.size, info.local_rank == 0)
+        watchdog.start()
+        return cls(info, watchdog)
 
     @property
     def is_main(self) -> bool:
@@ -109,31 +109,31 @@ class World:
             error: why.
             show: not called where another rank has failed first, of which this may be a consequence, or the same again.
         """
-        if self.watch is None:
+        if self.watchdog is None:
             show()
             return
         if isinstance(error, LostProcess):
-            silent = self.watch.silent(PATIENCE)  # meanwhile it ends this process, if another says why it is gone
+            silent = self.watchdog.silent(PATIENCE)  # meanwhile it ends this process, if another says why it is gone
             error.args = (f"{error}; no sign of life from ranks {silent}" if silent else str(error),)
-        self.watch.failed = True
-        if self.watch.is_first():
+        self.watchdog.failed = True
+        if self.watchdog.is_first():
             show()
             if isinstance(error, Exception):
                 get_error_handler().record_exception(error)  # for torchrun's summary
-            self.watch.tell(error if isinstance(error, str) else f"{type(error).__name__}: {error}")
+            self.watchdog.tell(error if isinstance(error, str) else f"{type(error).__name__}: {error}")
 
-    def leave(self, status: int) -> int:
+    def shutdown(self, status: int) -> int:
         """End this process's part: together with the others, or if it has failed, at once and without return. The exit
         status, `status`."""
-        if self.watch is not None:
-            if self.watch.failed:
-                self.watch.leave(status)
-            self.watch.done()
+        if self.watchdog is not None:
+            if self.watchdog.failed:
+                self.watchdog.leave(status)
+            self.watchdog.done()
             self.barrier()
             dist.destroy_process_group()
         return status
 
-    def share(self, count: int) -> Tensor:
+    def rank_rows(self, count: int) -> Tensor:
         """This rank's of `count` things: consecutive numbers `[n]` int64, as many as the others' or one more or less."""
         return torch.arange(count).tensor_split(self.size)[self.rank]
 
@@ -149,16 +149,16 @@ class World:
             parts = flat.split([tensor.numel() for tensor in bucket])
             torch._foreach_copy_(bucket, [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)])
 
-    def total(self, number: int) -> int:
+    def sum(self, number: int) -> int:
         """The sum of all ranks' numbers."""
         return self._of_all(number, dist.ReduceOp.SUM)
 
-    def most(self, number: int) -> int:
+    def max(self, number: int) -> int:
         """The largest of all ranks' numbers."""
         return self._of_all(number, dist.ReduceOp.MAX)
 
     @torch.no_grad()
-    def assemble(self, rows: Tensor, index: Tensor, count: int) -> Tensor:
+    def all_gather_rows(self, rows: Tensor, index: Tensor, count: int) -> Tensor:
         """What all ranks' rows make up, `[count, …]`, on every rank.
 
         Args:
@@ -175,25 +175,25 @@ class World:
 
     def span(self, count: int) -> tuple[Tensor, int]:
         """Places `[count]` of this rank's `count` rows among all ranks' in the order of ranks, and how many all are."""
-        counts = self.assemble(torch.tensor([count]), torch.tensor([self.rank]), self.size)
+        counts = self.all_gather_rows(torch.tensor([count]), torch.tensor([self.rank]), self.size)
         return int(counts[: self.rank].sum()) + torch.arange(count), int(counts.sum())
 
-    def concatenate(self, rows: Tensor) -> Tensor:
+    def all_gather(self, rows: Tensor) -> Tensor:
         """All ranks' rows `[n, …]`, in the order of ranks, on every rank; each may have another n."""
-        return self.assemble(rows, *self.span(len(rows)))
+        return self.all_gather_rows(rows, *self.span(len(rows)))
 
-    def tell(self, value: Callable[[], T]) -> T:
+    def broadcast(self, value: Callable[[], T]) -> T:
         """What `value()`, asked on rank 0 alone, returns: JSON data. Alone, as it is; else as JSON gives it back."""
         if self.size == 1:
             return value()
-        return json.loads(self.tell_bytes(lambda: json.dumps(value()).encode()))
+        return json.loads(self.broadcast_bytes(lambda: json.dumps(value()).encode()))
 
-    def tell_bytes(self, value: Callable[[], bytes]) -> bytes:
+    def broadcast_bytes(self, value: Callable[[], bytes]) -> bytes:
         """What `value()`, asked on rank 0 alone, returns."""
         if self.size == 1:
             return value()
         data = torch.frombuffer(bytearray(value()), dtype=torch.uint8) if self.is_main else None
-        length = self.total(len(data) if self.is_main else 0)
+        length = self.sum(len(data) if self.is_main else 0)
         if data is None:
             data = torch.empty(length, dtype=torch.uint8)
         with _reaching():
@@ -202,7 +202,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait until all ranks are here. The host does; devices may be behind."""
-        self.total(0)
+        self.sum(0)
 
     def _of_all(self, number: int, operation: dist.ReduceOp) -> int:
         if self.size == 1:
@@ -219,7 +219,7 @@ class World:
         if self.size == 1:
             return 1
         own = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7], "big")
-        return int((self.concatenate(torch.tensor([own])) == own).sum())
+        return int((self.all_gather(torch.tensor([own])) == own).sum())
 
 
 ALONE = World()

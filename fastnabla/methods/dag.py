@@ -75,7 +75,7 @@ class DetailedBalanceStep(Accumulation):
             torch.OutOfMemoryError: not even one transition at a time fits.
         """
         selection = transitions.select() if isinstance(transitions, Transitions) else transitions
-        total, num_steps = total or self.world.total(len(selection)), len(self.table)
+        total, num_steps = total or self.world.sum(len(selection)), len(self.table)
         return self._accumulate(
             len(selection),
             lambda rows, size: [part.of(rows) for part in cut(selection[rows], num_steps, size, share=False)],

@@ -78,8 +78,8 @@ class PolicyGradientStep(Accumulation):
         one[place] = torch.arange(len(place))
         rewards = torch.cat([selection.gather(rows).reward.cpu() for rows in one.split(self.micro_batch)])
         own, count = self.world.span(len(slots))
-        rewards = self.world.assemble(rewards, own, count)
-        prompts = self.world.assemble(selection.prompt[one], own, count)
+        rewards = self.world.all_gather_rows(rewards, own, count)
+        prompts = self.world.all_gather_rows(selection.prompt[one], own, count)
         finite = rewards.isfinite()
         if not bool(finite.any()):
             raise ValueError("no trajectory has a finite reward: set buffer.reward before a policy gradient.")

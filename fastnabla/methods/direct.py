@@ -184,7 +184,7 @@ class DirectStep(Accumulation):
         Raises:
             torch.OutOfMemoryError: not even one trajectory at a time fits.
         """
-        total = total or self.world.total(len(trajectories))
+        total = total or self.world.sum(len(trajectories))
         return self._accumulate(
             len(trajectories),
             lambda rows, size: [_Rows(part) for part in rows.split(size)],

@@ -131,7 +131,7 @@ class BalanceStep(Accumulation):
             torch.OutOfMemoryError: not even one transition at a time fits.
         """
         selection = transitions.select() if isinstance(transitions, Transitions) else transitions
-        total, num_steps = total or self.world.total(len(selection)), len(self.table)
+        total, num_steps = total or self.world.sum(len(selection)), len(self.table)
         terminal = self._terminal_scores(selection) if self.objective.reward_gradient == "terminal" else None
         with self.policy.whole_reference() if self.backward_policy.passes else contextlib.nullcontext():
             return self._accumulate(

@@ -13,7 +13,7 @@ def whole_rows(world: World, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         kinds.setdefault((values.dtype, values.device), []).append(name)
     whole: dict[str, Tensor] = {}
     for names in kinds.values():
-        columns = world.concatenate(torch.stack([rows[name] for name in names], 1))
+        columns = world.all_gather(torch.stack([rows[name] for name in names], 1))
         whole |= zip(names, columns.unbind(1), strict=True)
     return {name: whole[name] for name in rows}
 

@@ -47,7 +47,7 @@ class Evaluator:
         self.sample, self.decoder, self.reward, self.probe = sample, decoder, reward, probe
         self.prompt = torch.arange(len(prompts)).repeat_interleave(samples)
         self.prompts = [prompts[i] for i in self.prompt.tolist()]
-        self.share = world.share(len(self.prompt))
+        self.share = world.rank_rows(len(self.prompt))
         """Samples that are this rank's."""
         self.prior_features: Tensor | None = None
 
@@ -55,7 +55,7 @@ class Evaluator:
         """Images `[prompts * samples, 3, H, W]` of the policy as it is, prompt by prompt; on every rank all of them."""
         rows = self.share if len(self.share) else torch.zeros(1, dtype=torch.int64)  # one too many, for its shape
         images = self.decoder.decode(self.sample(rows, noise))
-        return self.world.assemble(images[: len(self.share)], self.share, len(self.prompt))
+        return self.world.all_gather_rows(images[: len(self.share)], self.share, len(self.prompt))
 
     @torch.no_grad()
     def set_prior(self, images: Tensor) -> None:

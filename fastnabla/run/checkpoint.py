@@ -213,7 +213,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there are some and all are damaged, or the newest is of another configuration.
         """
-        folder = self.world.tell(self._newest)
+        folder = self.world.broadcast(self._newest)
         return Progress() if folder is None else self._restore(self.folder / folder)
 
     def _newest(self) -> str | None:
@@ -232,7 +232,7 @@ class Checkpoints:
         device = next(iter(self.state.policy.trained().values())).device
         file = folder / FILE
         if self.world.size > 1:
-            file = io.BytesIO(self.world.tell_bytes(file.read_bytes))
+            file = io.BytesIO(self.world.broadcast_bytes(file.read_bytes))
         try:
             state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
             if self.large is not None:

@@ -44,7 +44,7 @@ from fastnabla.training.guards import Guard
 from fastnabla.training.inputs import prompts_of, reward_of
 from fastnabla.training.spikes import count_spikes
 from fastnabla.trajectories.buffer import TrajectoryBuffer
-from fastnabla.trajectories.collection import Rollouts, Sampler, shares
+from fastnabla.trajectories.collection import Rollouts, Sampler, rank_ranges
 from fastnabla.trajectories.inner_epochs import learning_order
 from fastnabla.trajectories.pooled_buffer import PooledBuffer
 from fastnabla.trajectories.sources import NewTrajectories, Source, StoredTrajectories
@@ -72,8 +72,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, prompts: RunPrompts | None = None, world: World = ALONE) -> None:
         if config.deterministic:
             make_deterministic()
-        self.device, self.world = device_of(config, world.place), world
-        parts = shares(world, config.rollout.trajectories, config.rollout.updates)
+        self.device, self.world = device_of(config, world.rank_info), world
+        parts = rank_ranges(world, config.rollout.trajectories, config.rollout.updates)
         for field, alone in (("replay", 0), ("epochs", 1)):
             value = getattr(config.rollout, field)
             remedy = f"several processes learn from their newest rollout, once: use {alone}, or one process."
@@ -81,7 +81,7 @@ class Trainer:
         self.config = config = planned(config, self.device, world.local_size, world.size)[0]
         if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
-        self.prompts = prompts or RunPrompts.from_json(world.tell(lambda: prompts_of(config).to_json()))
+        self.prompts = prompts or RunPrompts.from_json(world.broadcast(lambda: prompts_of(config).to_json()))
         self.reward = reward_of(config.reward, config.model.random_init, self.device)
         self.probe = build_probe(config.evaluation.probe, self.device)
         require_measurable(config.evaluation, self.probe)
@@ -192,7 +192,7 @@ class Trainer:
             self.prompts.save(run / "prompts.json")
             write_file(run / "config.json", to_json(config))
         tracker = Tracker(run, config.tracker, dataclasses.asdict(config), update) if world.is_main else Records()
-        tracker.records = world.tell(lambda: tracker.records)
+        tracker.records = world.broadcast(lambda: tracker.records)
         in_a_row, clips = tracker.last_in_a_row("skipped"), config.reward.clip is not None
         guard = Guard(self.prompts.texts, self.table.timestep, config.max_skipped, in_a_row, clips)
         anomalies = Anomalies(policy=self.policy, flow=self.flow, reward=self.reward, step=self.step)
@@ -227,7 +227,7 @@ class Trainer:
                     evaluator.set_prior(prior)
                 tracker.measure("start", update, {})
                 if not tracker.has("evaluate", 0):
-                    tracker.log("evaluate", 0, world.tell(lambda: evaluator.measure(before)), meter.read(0))
+                    tracker.log("evaluate", 0, world.broadcast(lambda: evaluator.measure(before)), meter.read(0))
 
                 meter.read(0)
                 while True:
@@ -310,11 +310,11 @@ class Trainer:
         """Measure the policy and write its pictures and weights; the record comes last, and says that all is done."""
         after = self.evaluator.images()
         columns = {"pretrained": before, f"after {update} updates, same noise": after}
-        metrics = self.world.tell(lambda: self.evaluator.measure(after))
+        metrics = self.world.broadcast(lambda: self.evaluator.measure(after))
         if self.ema is not None:
             with self.ema.applied():
                 columns["averaged weights, same noise"] = averaged = self.evaluator.images()
-            found = self.world.tell(lambda: self.evaluator.measure(averaged))
+            found = self.world.broadcast(lambda: self.evaluator.measure(averaged))
             metrics |= {f"ema_{name}": value for name, value in found.items()}
         if self.world.is_main:
             records = [*tracker.records, {"phase": "evaluate", "update": update, **metrics}]

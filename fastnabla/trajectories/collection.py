@@ -104,7 +104,7 @@ class Rollouts:
         parts = self.reward.parts(images, [texts[i] for i in own.tolist()], config.memory.decode_chunk)
 
         def of_all(values: Tensor) -> Tensor:
-            return world.assemble(values, own, count)
+            return world.all_gather_rows(values, own, count)
 
         seen = {name: of_all(values) for name, values in parts.items()}
         finite = finite_samples(of_all(latents.flatten(1).abs().amax(1, keepdim=True)), seen, texts)
@@ -118,7 +118,7 @@ class Rollouts:
         return metrics | {f"rollout_reward_{name}": values.mean().item() for name, values in sound.items()}
 
 
-def shares(world: World, trajectories: int, updates: int) -> list[range]:
+def rank_ranges(world: World, trajectories: int, updates: int) -> list[range]:
     """Numbers of this rank's trajectories among those of a rollout, by update: of each update's, consecutive ones.
 
     Args:

@@ -24,7 +24,7 @@ class PooledBuffer:
     def state_dict(self) -> dict[str, Any]:
         """That of a buffer of all trajectories; collective."""
         state = self.buffer.state_dict()
-        whole = {name: self.world.assemble(state[name], self.slots, self.count) for name in self._by_slot(state)}
+        whole = {name: self.world.all_gather_rows(state[name], self.slots, self.count) for name in self._by_slot(state)}
         return state | whole | {"geometry": self.buffer.geometry(self.count), "live": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

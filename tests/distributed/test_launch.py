@@ -2,23 +2,23 @@
 
 import pytest
 
-from fastnabla.distributed.launch import PORTS, Place
+from fastnabla.distributed.launch import PORTS, RankInfo
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node-a", "MASTER_PORT": "1234"}
 SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456"}
 
 
 def test_alone_without_a_launcher() -> None:
-    assert Place.of({}) == Place() == Place(rank=0, size=1)
-    assert Place.of({"SLURM_JOB_ID": "7"}).size == 1
-    assert Place.of({"RANK": "0", "WORLD_SIZE": "1"}).size == 1
+    assert RankInfo.of({}) == RankInfo() == RankInfo(rank=0, size=1)
+    assert RankInfo.of({"SLURM_JOB_ID": "7"}).size == 1
+    assert RankInfo.of({"RANK": "0", "WORLD_SIZE": "1"}).size == 1
 
 
 def test_torchrun_and_accelerate() -> None:
-    expected = Place(rank=5, size=8, local_rank=1, address="node-a", port=1234)
-    assert Place.of(TORCHRUN) == expected
+    expected = RankInfo(rank=5, size=8, local_rank=1, address="node-a", port=1234)
+    assert RankInfo.of(TORCHRUN) == expected
     # Started by torchrun, of which srun starts one a node.
-    assert Place.of(TORCHRUN | SRUN | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == expected
+    assert RankInfo.of(TORCHRUN | SRUN | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == expected
 
 
 @pytest.mark.parametrize(
@@ -32,9 +32,9 @@ def test_torchrun_and_accelerate() -> None:
     ],
 )
 def test_srun(nodes: str, first: str) -> None:
-    place = Place.of(SRUN | {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_NODELIST": "other"})
-    assert place == Place(rank=5, size=8, local_rank=1, address=first, port=PORTS[123456 % len(PORTS)])
-    told = Place.of(SRUN | {"SLURM_JOB_NODELIST": nodes, "MASTER_ADDR": "node-b", "MASTER_PORT": "99"})
+    place = RankInfo.of(SRUN | {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_NODELIST": "other"})
+    assert place == RankInfo(rank=5, size=8, local_rank=1, address=first, port=PORTS[123456 % len(PORTS)])
+    told = RankInfo.of(SRUN | {"SLURM_JOB_NODELIST": nodes, "MASTER_ADDR": "node-b", "MASTER_PORT": "99"})
     assert (told.address, told.port) == ("node-b", 99)
 
 
@@ -51,4 +51,4 @@ def test_srun(nodes: str, first: str) -> None:
 )
 def test_what_cannot_be(changes: dict[str, str], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        Place.of(TORCHRUN | changes)
+        RankInfo.of(TORCHRUN | changes)

@@ -9,7 +9,7 @@ import torch
 from torch.distributed import HashStore
 
 from fastnabla.distributed import world as distributed
-from fastnabla.distributed.rendezvous import meet
+from fastnabla.distributed.rendezvous import rendezvous
 from fastnabla.distributed.world import ALONE, World
 from tests.ranks import on_ranks
 
@@ -19,20 +19,20 @@ def collectives(world: World) -> dict:
     tensors = [torch.arange(12.0).view(3, 4) + world.rank, torch.ones(40), torch.tensor([2, 3]), torch.tensor(1.5)]
     tensors.append((torch.arange(60.0) * (world.rank + 1)).view(1, 3, 4, 5).to(memory_format=torch.channels_last))
     world.sum_(tensors)
-    mine = world.share(7)
+    mine = world.rank_rows(7)
     rows = torch.stack([mine.float(), -mine.float()], 1)
     scattered = torch.arange(world.rank, 5, world.size)
     return {
         "sums": tensors,
         "strides": tensors[-1].stride(),
         "share": mine,
-        "concatenated": world.concatenate(rows),
-        "assembled": world.assemble(torch.full((len(scattered),), float("nan")), scattered, 5),
-        "flags": world.assemble(scattered == 2, scattered, 5),
-        "none of one rank": world.concatenate(torch.full((3 * world.rank, 2), world.rank)),
-        "numbers": [world.total(world.rank + 1), world.most(10 - world.rank)],
-        "told": world.tell(lambda: {"who": world.rank, "text": "∇", "nan": float("nan")}),
-        "bytes": list(world.tell_bytes(lambda: bytes([world.rank, 7]))),
+        "concatenated": world.all_gather(rows),
+        "assembled": world.all_gather_rows(torch.full((len(scattered),), float("nan")), scattered, 5),
+        "flags": world.all_gather_rows(scattered == 2, scattered, 5),
+        "none of one rank": world.all_gather(torch.full((3 * world.rank, 2), world.rank)),
+        "numbers": [world.sum(world.rank + 1), world.max(10 - world.rank)],
+        "told": world.broadcast(lambda: {"who": world.rank, "text": "∇", "nan": float("nan")}),
+        "bytes": list(world.broadcast_bytes(lambda: bytes([world.rank, 7]))),
         "local": world.local_size,
     }
 
@@ -66,7 +66,7 @@ def test_those_restarted_meet_each_other_and_not_those_before() -> None:
     for _ in range(3):  # attempts
 
         def come(rank: int) -> None:
-            names.append(meet(store, rank, 3, timedelta(seconds=20)))
+            names.append(rendezvous(store, rank, 3, timedelta(seconds=20)))
 
         threads = [threading.Thread(target=come, args=(rank,)) for rank in (0, 2, 1)]
         for thread in threads:
@@ -82,4 +82,4 @@ def test_who_has_not_come_is_named() -> None:
     store = HashStore()
     store.set("came/1", "an earlier attempt's")
     with pytest.raises(RuntimeError, match=r"missing are ranks \[1, 2\]"):
-        meet(store, 0, 3, timedelta(seconds=0.1))
+        rendezvous(store, 0, 3, timedelta(seconds=0.1))

@@ -17,7 +17,7 @@ from fastnabla.config.train import TrainConfig
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.methods.registry import METHODS
 from fastnabla.training.trainer import Trainer
-from fastnabla.trajectories.collection import shares
+from fastnabla.trajectories.collection import rank_ranges
 from tests.faults import tiny, without_pictures
 from tests.ranks import on_ranks
 
@@ -95,7 +95,7 @@ def first_step(world: World, config: TrainConfig) -> dict:
     rollout = trainer.source.collect(0)
     settings = trainer.config.rollout
     report = trainer.step(
-        trainer.source.select(0, torch.tensor(shares(trainer.world, settings.trajectories, settings.updates)[0]))
+        trainer.source.select(0, torch.tensor(rank_ranges(trainer.world, settings.trajectories, settings.updates)[0]))
     )
     world.sum_([parameter.grad for parameter in trainer.step.parameters])
     numbers = {name: value.item() for name, value in (report.losses | report.statistics).items()}
@@ -127,9 +127,9 @@ def test_all_methods_on_2_processes(tmp_path: Path) -> None:
 def test_an_update_needs_a_trajectory_for_each_process() -> None:
     world = World()
     world.rank, world.size = 2, 3
-    assert shares(world, 10, 2) == [range(4, 5), range(9, 10)]
+    assert rank_ranges(world, 10, 2) == [range(4, 5), range(9, 10)]
     world.size = 6
     with pytest.raises(
         ValueError, match=r"rollout\.trajectories = 10: gives an update 5 .* the 6 processes.* least 12"
     ):
-        shares(world, 10, 2)
+        rank_ranges(world, 10, 2)

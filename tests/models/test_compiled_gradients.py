@@ -103,7 +103,7 @@ def check(
             assert relative_error(actual[name], tensor) < tolerance, name
 
 
-# With a compiled UNet a backend has one of the two ways of keeping activations: they do not meet in a graph. RewardGradient
+# With a compiled UNet a backend has one of the two ways of keeping activations: they do not meet in a graph. the reward gradient
 # other than look-ahead makes no graph that look-ahead does not, so it has one of them too.
 CASES = [
     (compile, reward_gradient, checkpoint, backend, DECODERS[(place + 2 * checkpoint + (compile == "whole")) % 3])
