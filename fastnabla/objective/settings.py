@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Literal
 
-from fastnabla.objective.balance import Gamma, Weighting
-
+Backend = Literal["auto", "triton", "torch"]
 RewardGradient = Literal["lookahead", "lookahead_detached", "terminal"]
+Gamma = Literal["alpha_bar", "sqrt_alpha_bar", "constant"]
+Weighting = Literal["score", "sigma"]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
