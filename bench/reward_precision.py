@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from fastnabla.config.sections import Precision
 from fastnabla.rewards import PUBLISHED, RewardOptions, published_class
 from fastnabla.rewards.__main__ import sample_images
 from fastnabla.rewards.inspection import value_and_gradient
 from fastnabla.rewards.model import RewardModel
-from fastnabla.rewards.options import Precision
 
 PIXELS = 512
 PROMPT = "a photo of an astronaut riding a horse on the moon"

@@ -17,11 +17,11 @@ quiet_libraries()
 from fastnabla.comparison.plan import Plan, PlannedRun, make_plan  # noqa: E402
 from fastnabla.comparison.report import NAME, Report  # noqa: E402
 from fastnabla.comparison.training import train_all, train_in_processes  # noqa: E402
+from fastnabla.config.methods import METHODS  # noqa: E402
 from fastnabla.config.presets import PRESETS  # noqa: E402
 from fastnabla.config.sections import TESTBED  # noqa: E402
 from fastnabla.evaluation.report import FILE, evaluate_run  # noqa: E402
 from fastnabla.evaluation.run import EvaluationOptions  # noqa: E402
-from fastnabla.methods.registry import METHODS  # noqa: E402
 from fastnabla.utils.require import require  # noqa: E402
 
 

@@ -1,57 +1,36 @@
-"""`python -m fastnabla.train [PRESET] [--field value …]`: finetune a diffusion model. Without arguments: the testbed."""
+"""`python -m fastnabla.train [PRESET] [--field value …]`: finetune a diffusion model. Without arguments: the testbed.
 
-import contextlib
-import dataclasses
-import os
-import shlex
+The command line is parsed before torch is imported, so that --help and a mistyped field are answered at once.
+"""
+
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
 
-import torch
 import tyro
-from rich.console import Console
 
-from fastnabla.distributed.world import log_as
-from fastnabla.run.folder import create_run_folder
-from fastnabla.utils.console import print_error, print_plain, quiet_libraries
-
-quiet_libraries()
-
-from fastnabla.config.presets import PRESETS  # noqa: E402
-from fastnabla.config.sections import TESTBED  # noqa: E402
-from fastnabla.config.train import TrainConfig, from_json, load_run, to_json  # noqa: E402
-from fastnabla.cost.planner import MemoryPlan, planned, unit_costs  # noqa: E402
-from fastnabla.cost.update_cost import cost_table, measured_rate, update_cost  # noqa: E402
-from fastnabla.distributed.devices import device_of  # noqa: E402
-from fastnabla.distributed.launch import RankInfo  # noqa: E402
-from fastnabla.distributed.world import LostProcess, World  # noqa: E402
-from fastnabla.methods.registry import METHODS  # noqa: E402
-from fastnabla.prompts import RunPrompts  # noqa: E402
-from fastnabla.run.lock import locked  # noqa: E402
-from fastnabla.run.resuming import AUTO, flat, is_unbegun, run_to_resume, updates_of  # noqa: E402
-from fastnabla.training.trainer import Trainer  # noqa: E402
-from fastnabla.training.whole_run import fail, train_to_the_end  # noqa: E402
-from fastnabla.utils.determinism import make_deterministic  # noqa: E402
-from fastnabla.utils.durable import write_file  # noqa: E402
-from fastnabla.utils.require import require  # noqa: E402
-
-T = TypeVar("T")
+from fastnabla.config.fields import dotted
+from fastnabla.config.methods import METHODS
+from fastnabla.config.presets import PRESETS
+from fastnabla.config.renamed import with_new_options
+from fastnabla.config.sections import TESTBED
+from fastnabla.config.train import TrainConfig
+from fastnabla.distributed.launch import RankInfo
+from fastnabla.utils.console import print_error, quiet_libraries, silenced
+from fastnabla.utils.require import require
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The configuration of a command line; the testbed's preset if none is named. A ``--`` before it is left out: torchrun
-    wants one, where it takes our --run for one of its own options, and some versions of Python pass it on.
+    """The configuration that a command line asks for; the preset is the testbed's if it names none.
+
+    A leading ``--`` is dropped: torchrun needs one before our --run, which it would take for an option of its own, and some
+    versions of Python pass it on.
 
     Raises:
-        ValueError: a setting has no part in the method.
+        ValueError: a setting has no effect on the method, or was renamed and has other values now.
+        SystemExit: with a message, if an option or a value is not valid, or for --help.
     """
     if arguments[:1] == ["--"]:
         arguments = arguments[1:]
-    for argument in arguments:
-        if argument.partition("=")[0] in ("--reward.tf32", "--reward.no-tf32"):
-            raise ValueError(f"{argument}: is --reward.precision now; give tf32, float32 or bf16.")
+    arguments = with_new_options(arguments)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = [TESTBED, *arguments]
     description = (
@@ -61,149 +40,26 @@ def parse(arguments: list[str]) -> TrainConfig:
     config = tyro.extras.overridable_config_cli(
         PRESETS, args=arguments, prog="python -m fastnabla.train", description=description
     )
-    _, preset = PRESETS[arguments[0]]
-    given, before = flat(config), flat(preset)
+    given, preset = dotted(config), dotted(PRESETS[arguments[0]][1])
     for name in METHODS[config.method].without:
-        problem = f"method = {config.method!r} has no use for it; leave it out."
-        require(given[name] == before[name], name, given[name], problem)
+        problem = f"has no effect on method = {config.method!r}; leave it out."
+        require(given[name] == preset[name], name, given[name], problem)
     return config
 
 
-def _start(config: TrainConfig, world: World, console: Console) -> dict[str, Any]:
-    """What depends on folders, and on what memory is free, as JSON data: rank 0 finds it out for all.
-
-    Args:
-        config: of the command line.
-        world: the run's processes.
-        console: where notes and the memory plan go.
-
-    Raises:
-        ValueError: the run cannot be begun, or gone on with.
-    """
-    run, resume = config.run, run_to_resume(config)
-    if resume is not None:
-        run, notes = resume
-        own = load_run(run)
-        config = dataclasses.replace(own, dry_run=config.dry_run, updates=updates_of(config, own))
-        with locked(run):  # refused now, rather than when all is loaded
-            pass
-        for note in notes:
-            print_plain(console, note, "yellow")
-    elif run is not None and run.exists() and not (config.resume == AUTO and is_unbegun(run)):
-        raise ValueError(f"run = {str(run)!r}: exists already, and is never overwritten; name another or remove it.")
-    config, plan = planned(config, device_of(config), world.local_size, world.size)
-    if plan is not None:
-        console.print(plan.table())
-    return {
-        "config": to_json(config),
-        "plan": None if plan is None else dataclasses.asdict(plan),
-        "run": None if run is None else str(run),
-        "prompts": None if resume is None else RunPrompts.load(run / "prompts.json").to_json(),
-    }
-
-
-def _built(config: TrainConfig, prompts: RunPrompts | None, world: World) -> Trainer:
-    """The trainer.
-
-    Raises:
-        ValueError: something in the configuration is wrong, or asks for more memory than there is.
-    """
-    try:
-        return Trainer(config, prompts, world)
-    except (MemoryError, RuntimeError) as error:
-        # On a CPU, torch's is a RuntimeError as any other.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise ValueError(
-            f"memory ran out before the run could begin ({str(error).splitlines()[0]:.200}). Lower what asks for it: "
-            f"rollout.trajectories = {config.rollout.trajectories}, evaluation.samples = {config.evaluation.samples}, "
-            f"lora.rank = {config.lora.rank}; or use a smaller model."
-        ) from error
-
-
 def main(arguments: list[str]) -> int:
-    """Run the command line, in this process, with the others if it is one of several; the exit status."""
+    """Run the command line in this process, together with the other ranks if there are several; the exit status."""
     try:
         info = RankInfo.of()
-        config = parse(arguments) if info.rank == 0 else _silently(parse, arguments)
-        if _is_deterministic(config):
-            make_deterministic() if info.rank == 0 else _silently(make_deterministic)  # before CUDA starts
-        world = World.start(info, device_of(config, info))
+        with silenced(info.rank > 0):
+            config = parse(arguments)
     except ValueError as error:
         print_error(error)
         return 2
-    log_as(world)
-    try:
-        status = _run(config, world)
-    except Exception as error:
-        if world.size == 1:
-            raise
-        lost = isinstance(error, LostProcess)
-        fail(world, error, None if lost else f"{type(error).__name__}: {error}", None if lost else error)
-        status = 1
-    return world.shutdown(status)
+    quiet_libraries()
+    from fastnabla.training.command import run_command  # imports torch and diffusers
 
-
-def _is_deterministic(config: TrainConfig) -> bool:
-    """Whether the run that the command line starts, or goes on with, is deterministic."""
-    folder = config.run if config.resume == AUTO else config.resume
-    with contextlib.suppress(ValueError):  # of a run that is not begun, or damaged, which `_start` says
-        return config.deterministic if folder is None else load_run(folder).deterministic
-    return config.deterministic
-
-
-def _silently(function: Callable[..., T], *arguments: Any) -> T:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        return function(*arguments)
-
-
-def _run(config: TrainConfig, world: World) -> int:
-    console = Console(quiet=not world.is_main)
-    try:
-        start = world.broadcast(lambda: _start(config, world, console))
-        config, prompts = from_json(start["config"]), start["prompts"]
-        trainer = _built(config, None if prompts is None else RunPrompts.from_json(prompts), world)
-        if config.dry_run:
-            if world.is_main:
-                _print_costs(trainer, start["plan"], console)
-            return 0
-        run = Path(world.broadcast(lambda: str(_folder(config, start["run"]))))
-    except ValueError as error:
-        fail(world, error)
-        return 2
-    many = f" and {world.size - 1} more" if world.size > 1 else ""
-    kernels = trainer.step.ops.name
-    print_plain(console, f"writing to {run}; {kernels} between network passes, on {trainer.device}{many}")
-    command = f"python -m fastnabla.train --resume {shlex.quote(str(run))}"
-    status = train_to_the_end(trainer, run, console, prompts is not None, command)
-    if status == 0:
-        print_plain(console, f"samples, curves, LoRA and metrics are in {run}")
-    return status
-
-
-def _folder(config: TrainConfig, run: str | None) -> Path:
-    if run is not None and Path(run).exists():
-        _extend(Path(run), config.updates)
-        return Path(run)
-    return create_run_folder(None if run is None else Path(run), Path(config.model.name).name)
-
-
-def _extend(run: Path, updates: int) -> None:
-    """Let the run in the folder `run`, if one was begun there, have so many updates."""
-    if is_unbegun(run):
-        return
-    own = load_run(run)
-    if own.updates != updates:
-        with locked(run):
-            write_file(run / "config.json", to_json(dataclasses.replace(own, updates=updates)))
-
-
-def _print_costs(trainer: Trainer, plan: dict[str, Any] | None, console: Console) -> None:
-    config = trainer.config
-    console.print_json(to_json(config))
-    costs = unit_costs(config)
-    rate = measured_rate(trainer.policy, costs, config.memory.micro_batch)
-    console.print(cost_table(update_cost(config, costs), plan and MemoryPlan(**plan), rate))
+    return run_command(config, info)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ import math
 from pathlib import Path
 from typing import Literal
 
+from fastnabla.config.method_sections import Direct, PolicyGradient
+from fastnabla.config.methods import MethodName
 from fastnabla.config.sections import FlowConfig, MemoryConfig, OptimizerConfig, RolloutConfig, SamplerConfig
-from fastnabla.config.train import MethodName, TrainConfig
-from fastnabla.objective.direct import Direct
-from fastnabla.objective.policy_gradient import PolicyGradient
+from fastnabla.config.train import TrainConfig
 from fastnabla.objective.settings import Objective
 
 

@@ -9,7 +9,8 @@ from fastnabla.analytic.networks import MixtureNetwork, PerceptronFlow
 from fastnabla.analytic.prior import told
 from fastnabla.analytic.problems import PROBLEMS
 from fastnabla.analytic.scheduler import alpha_bars, log_snr_scheduler
-from fastnabla.methods.registry import METHODS
+from fastnabla.config.methods import METHODS
+from fastnabla.methods.registry import STEPS
 from fastnabla.models.build import Networks
 from fastnabla.models.conditions import Conditions
 from fastnabla.models.decoder import Decoder
@@ -85,7 +86,7 @@ class Experiment:
             sample_shape=self.sample_shape,
         )
         method, rollout = METHODS[config.method], config.rollout
-        self.step = method.build(training, networks, self.told, PROMPTS)
+        self.step = STEPS[config.method].build(training, networks, self.told, PROMPTS)
         self.buffer: TrajectoryBuffer | None = None
         self.source: Source = NewTrajectories(config.seed, rollout.trajectories, len(PROMPTS))
         if method.stores:

@@ -4,9 +4,8 @@ import copy
 from typing import Any
 
 from fastnabla.analytic.config import AnalyticConfig, MethodName
+from fastnabla.config.method_sections import Direct, PolicyGradient
 from fastnabla.config.sections import OptimizerConfig
-from fastnabla.objective.direct import Direct
-from fastnabla.objective.policy_gradient import PolicyGradient
 
 
 def _adamw(learning_rate: float) -> OptimizerConfig:

@@ -8,12 +8,12 @@ from typing import Any
 
 from fastnabla.config.train import TrainConfig
 from fastnabla.cost.update_cost import rollout_passes
-from fastnabla.methods.registry import METHODS
+from fastnabla.methods.registry import STEPS
 
 
 def update_passes(config: TrainConfig) -> float:
     """U that an update of the run `config` is expected to take, its share of the rollout included."""
-    step = METHODS[config.method].cost(config)
+    step = STEPS[config.method].cost(config)
     return rollout_passes(config) + step.total(step.passes)
 
 
@@ -25,10 +25,10 @@ def updates_within(config: TrainConfig, passes: float) -> int:
 
 def measured_passes(config: TrainConfig, record: dict[str, Any]) -> float:
     """U that an update took, its share of the rollout included, by its record "train" in `metrics.jsonl`."""
-    rows = {kind: record[f"rows_{kind}"] for kind in METHODS[config.method].cost(config).rows}
+    rows = {kind: record[f"rows_{kind}"] for kind in STEPS[config.method].cost(config).rows}
     return rollout_passes(config) + sum(count * record[f"passes_{kind}"] for kind, count in rows.items() if count)
 
 
 def measured_rows(config: TrainConfig, record: dict[str, Any]) -> int:
     """Rows that an update learned from, by the same record: transitions, or of a direct method trajectories."""
-    return sum(record[f"rows_{kind}"] for kind in METHODS[config.method].cost(config).rows)
+    return sum(record[f"rows_{kind}"] for kind in STEPS[config.method].cost(config).rows)

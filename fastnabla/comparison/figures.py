@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from fastnabla.comparison.points import Point
 from fastnabla.comparison.summary import Mean, Spread, along_training, changes, front
-from fastnabla.methods.registry import METHODS
+from fastnabla.config.methods import METHODS
 
 METHOD_COLOURS = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
 """Of a method, in every picture."""

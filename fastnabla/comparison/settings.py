@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 import tyro
 
+from fastnabla.config.methods import METHODS
 from fastnabla.config.presets import PRESETS
+from fastnabla.config.renamed import new_name
 from fastnabla.config.sections import TESTBED
 from fastnabla.config.train import TrainConfig
-from fastnabla.methods.registry import METHODS
 
 METHOD_SETTINGS: dict[str, dict[str, dict[str, str]]] = {
     # The direct methods make two to three times as many updates of the same passes; a third of the step size lets the
@@ -58,7 +59,7 @@ def _field(name: str, where: str, method: str | None = None) -> str:
     Raises:
         ValueError: it may not.
     """
-    field = name.replace("-", "_")
+    field = new_name(name.replace("-", "_"))
     if field in PLANNED:
         raise ValueError(f"{where}: {field} is set by the comparison; see --help for its own options.")
     if method and field.partition(".")[0] in COMMON:

@@ -1,19 +1,21 @@
-"""`--reference-compat`: the recipe of the authors' implementation (github.com/lzzcd001/nabla-gfn), to measure what differs.
+"""`--reference-compat`: the recipe of the authors' implementation (github.com/lzzcd001/nabla-gfn).
 
-Its settings are those that have a name in its configuration. What its code does besides, on purpose or by mistake, is
-`DEPARTURES` here: settings of fastnabla that are off by default. docs/stable-diffusion.md explains each, and says which of
-its mistakes are not repeated.
+Settings that have a name in its configuration have a counterpart here. What its code does beyond them, on purpose or by
+mistake, is `DEPARTURES`: settings of fastnabla that are off by default. docs/stable-diffusion.md explains each of them, and
+lists the mistakes that are not reproduced.
 """
 
-from __future__ import annotations
+from collections.abc import Mapping
+from typing import Any
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
-
-from fastnabla.models.lora import LORA_TARGETS
-
-if TYPE_CHECKING:
-    from fastnabla.config.train import TrainConfig
+from fastnabla.config.sections import (
+    LORA_TARGETS,
+    FlowConfig,
+    OptimizerConfig,
+    PromptConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 
 DEPARTURES: dict[str, Any] = {
     "rollout.replay": 1,
@@ -23,7 +25,7 @@ DEPARTURES: dict[str, Any] = {
     "reward.preprocess": "reference",
     "reward.precision": "tf32",
 }
-"""Field → what the reference implementation has, where fastnabla's default is another."""
+"""Field → the reference implementation's value, where fastnabla's default differs."""
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("residual-db", "db"),
@@ -44,41 +46,39 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "reward.normalise": (False,),
     "reward.clip": (None,),
 }
-"""Field → all that it has of what fastnabla has."""
+"""Field → the values that the reference implementation supports, where fastnabla supports more."""
 
 
-def reference_recipe(config: TrainConfig) -> dict[str, Any]:
-    """The sections of `config` that the recipe changes, changed: those of `DEPARTURES`.
+_DEFAULTS = {
+    "rollout": RolloutConfig(),
+    "optimizer": OptimizerConfig(),
+    "prompts": PromptConfig(),
+    "flow": FlowConfig(),
+    "reward": RewardConfig(),
+}
+
+
+def reference_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the recipe sets, which are `DEPARTURES`.
+
+    Args:
+        values: a configuration, by dotted name.
 
     Raises:
-        ValueError: a setting is none that the reference implementation has; the message names all of them.
+        ValueError: the reference implementation does not have some of the settings; the message names all of them.
     """
-    found = {name: _value(config, name) for name in (*CHOICES, *DEPARTURES)}
-    refused = {name: CHOICES[name] for name in CHOICES if found[name] not in CHOICES[name]}
-    # What is neither as by default nor as there was asked for.
-    defaults = {name: _default(config, name) for name in DEPARTURES}
-    refused |= {name: (there,) for name, there in DEPARTURES.items() if found[name] not in (there, defaults[name])}
-    if config.lora.rank == 0:
-        found["lora.rank"], refused["lora.rank"] = 0, ("a LoRA",)
+    refused = {name: allowed for name, allowed in CHOICES.items() if values[name] not in allowed}
+    for name, theirs in DEPARTURES.items():
+        section, _, field = name.partition(".")
+        # Neither left at its default nor set to what the reference has.
+        if values[name] not in (theirs, getattr(_DEFAULTS[section], field)):
+            refused[name] = (theirs,)
+    if values["lora.rank"] == 0:
+        refused["lora.rank"] = ("a LoRA",)
     if refused:
-        named = ", ".join(f"{n} = {found[n]!r} (it has {' or '.join(map(str, refused[n]))})" for n in refused)
+        named = ", ".join(f"{n} = {values[n]!r} (it has {' or '.join(map(str, refused[n]))})" for n in refused)
         raise ValueError(
-            f"reference_compat = True: the reference implementation does not have {named}. Give what it has, or leave "
+            f"reference_compat = True: the reference implementation does not have {named}. Change these settings, or leave "
             "reference_compat out."
         )
-    changes: dict[str, dict[str, Any]] = {}
-    for name, value in DEPARTURES.items():
-        section, _, field = name.partition(".")
-        changes.setdefault(section, {})[field] = value
-    return {section: dataclasses.replace(getattr(config, section), **values) for section, values in changes.items()}
-
-
-def _value(config: TrainConfig, name: str) -> Any:
-    section, _, field = name.partition(".")
-    value = getattr(config, section)
-    return getattr(value, field) if field else value
-
-
-def _default(config: TrainConfig, name: str) -> Any:
-    section, _, field = name.partition(".")
-    return next(f.default for f in dataclasses.fields(getattr(config, section)) if f.name == field)
+    return DEPARTURES

@@ -7,13 +7,15 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from fastnabla.models.lora import LORA_TARGETS
-from fastnabla.models.policy import Attention
-from fastnabla.prompts.order import PromptDraw
-from fastnabla.rewards.options import Precision, Preprocess
 from fastnabla.utils.require import require as _require
 
 TESTBED = "testbed"
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+"""Projections of the UNet's attention layers."""
+Attention = Literal["sdpa", "xformers"]
+PromptDraw = Literal["cycles", "independent"]
+Preprocess = Literal["official", "reference"]
+Precision = Literal["float32", "tf32", "bf16"]
 
 
 def _require_positive(prefix: str, config: Any, *names: str) -> None:

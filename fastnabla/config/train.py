@@ -8,11 +8,14 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from fastnabla.config.fields import dotted
+from fastnabla.config.method_sections import Direct, PolicyGradient
+from fastnabla.config.methods import METHODS, MethodName
 from fastnabla.config.reference_recipe import reference_recipe
+from fastnabla.config.renamed import with_new_names
 from fastnabla.config.sections import (
     ComputeConfig,
     EvaluationConfig,
@@ -26,14 +29,10 @@ from fastnabla.config.sections import (
     RolloutConfig,
     SamplerConfig,
 )
-from fastnabla.methods.registry import METHODS
-from fastnabla.objective.direct import Direct
-from fastnabla.objective.policy_gradient import PolicyGradient
 from fastnabla.objective.settings import Backend, Objective
 from fastnabla.utils.require import require as _require
 from fastnabla.utils.typed_json import dataclass_of, parse
 
-MethodName = Literal["residual-db", "db", "refl", "draft", "draft-lv", "ddpo", "dag"]
 LARGEST = 2**31 - 1
 """Of all whole numbers but the seed."""
 
@@ -107,9 +106,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.method in METHODS, "method", self.method, f"must be one of {', '.join(METHODS)}.")
         if self.reference_compat:
-            for name, section in reference_recipe(self).items():
-                setattr(self, name, section)
-        METHODS[self.method].check(self)
+            for name, value in reference_recipe(dotted(self)).items():
+                section, _, field = name.partition(".")
+                setattr(self, section, dataclasses.replace(getattr(self, section), **{field: value}))
+        values = dotted(self)
+        METHODS[self.method].check(values)
+        _require(
+            self.method != "draft" or self.direct.k <= self.sampler.steps,
+            "direct.k",
+            self.direct.k,
+            f"must be at most sampler.steps = {self.sampler.steps}.",
+        )
         _require(
             not (self.memory.shard and self.lora.rank),
             "memory.shard",
@@ -123,8 +130,9 @@ class TrainConfig:
             self.compute.attention,
             "its backward pass is not known to be deterministic; use sdpa with deterministic = True.",
         )
-        for name, value in _whole_numbers(self):
-            _require(abs(value) <= LARGEST, name, value, f"must be at most {LARGEST}.")
+        for name, value in values.items():
+            if type(value) is int and name != "seed":
+                _require(abs(value) <= LARGEST, name, value, f"must be at most {LARGEST}.")
         _require(0 <= self.seed < 2**64, "seed", self.seed, "must be at least 0, and below 2**64.")
         _require(self.vram is None or 0 < self.vram < 1e9, "vram", self.vram, "must be positive, and below 1e9.")
         for name in ("run", "resume"):
@@ -203,15 +211,6 @@ def _is_path(path: Path) -> bool:
     return b"\0" not in name and len(name) < 4000 and all(len(part) <= 255 for part in name.split(b"/"))
 
 
-def _whole_numbers(config: TrainConfig) -> Iterator[tuple[str, int]]:
-    """Dotted names and values, but for the seed's."""
-    for field in dataclasses.fields(config):
-        section = getattr(config, field.name)
-        parts = dataclasses.fields(section) if dataclasses.is_dataclass(section) else ()
-        values = {f"{field.name}.{part.name}": getattr(section, part.name) for part in parts} or {field.name: section}
-        yield from ((name, value) for name, value in values.items() if type(value) is int and name != "seed")
-
-
 def to_json(config: TrainConfig) -> str:
     """The configuration as indented JSON."""
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
@@ -227,16 +226,6 @@ def from_json(text: str) -> TrainConfig:
         return dataclass_of(TrainConfig, with_new_names(parse(text)))
     except ValueError as error:
         raise ValueError(f"not a configuration of this version of fastnabla: {error}") from error
-
-
-def with_new_names(values: Any) -> Any:
-    """JSON of a configuration that an older version may have written: its reward.tf32 is reward.precision now."""
-    reward = values.get("reward") if isinstance(values, dict) else None
-    if not isinstance(reward, dict) or type(reward.get("tf32")) is not bool or "precision" in reward:
-        return values
-    precision = "tf32" if reward["tf32"] else "float32"
-    renamed = {name: value for name, value in reward.items() if name != "tf32"} | {"precision": precision}
-    return {**values, "reward": renamed}
 
 
 def load_run(run: Path) -> TrainConfig:

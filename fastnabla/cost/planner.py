@@ -9,12 +9,13 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from fastnabla.config.methods import METHODS
 from fastnabla.config.sections import MemoryConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.cost.reward_bytes import RewardBytes, reward_bytes
 from fastnabla.cost.shapes import shapes_of
 from fastnabla.cost.unit_costs import UnitCosts
-from fastnabla.methods.registry import METHODS
+from fastnabla.methods.registry import STEPS
 from fastnabla.optim.optimizer import expected_state_bytes
 
 CUDA_CONTEXT = 2**30
@@ -112,8 +113,8 @@ def plan_memory(
     memory = config.memory
     fixed = _fixed(config, costs, device, ranks) | {"reward networks": rewards.weights}
     room = int(SHARE * budget) - sum(fixed.values())
-    method = METHODS[config.method]
-    alive, most = method.graphs(config), min(MOST, *map(math.ceil, method.cost(config).rows.values()))
+    step = STEPS[config.method]
+    alive, most = step.graphs(config), min(MOST, *map(math.ceil, step.cost(config).rows.values()))
     options = [
         (unet, decoder)
         for unet in _open(memory.checkpoint_unet, (False, True))

@@ -10,11 +10,11 @@ import math
 
 import torch
 
+from fastnabla.config.methods import METHODS
 from fastnabla.config.train import TrainConfig
 from fastnabla.cost.planner import buffer_bytes
 from fastnabla.cost.unit_costs import PassTraffic, UnitCosts
 from fastnabla.methods.passes import StepCost
-from fastnabla.methods.registry import METHODS
 from fastnabla.optim.optimizer import expected_state_bytes
 
 

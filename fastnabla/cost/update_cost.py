@@ -7,12 +7,13 @@ import time
 import torch
 from rich.table import Table
 
+from fastnabla.config.methods import METHODS
 from fastnabla.config.train import TrainConfig
 from fastnabla.cost.planner import MemoryPlan
 from fastnabla.cost.traffic import update_traffic
 from fastnabla.cost.unit_costs import UnitCosts
 from fastnabla.methods.passes import StepCost
-from fastnabla.methods.registry import METHODS
+from fastnabla.methods.registry import STEPS
 from fastnabla.models.policy import Policy
 from fastnabla.optim.optimizer import expected_state_bytes
 
@@ -45,10 +46,10 @@ def rollout_passes(config: TrainConfig) -> float:
 
 def update_cost(config: TrainConfig, costs: UnitCosts) -> UpdateCost:
     """The cost of an update of the run `config`, whose memory settings are planned; the rewards' own is not in it."""
-    method, rollout = METHODS[config.method], rollout_passes(config)
-    step = method.cost(config)
+    stores, rollout = METHODS[config.method].stores, rollout_passes(config)
+    step = STEPS[config.method].cost(config)
     # Finished samples are decoded once, forward only, for their rewards.
-    rollout_decodes = update_trajectories(config) / 2 / config.rollout.epochs if method.stores else 0
+    rollout_decodes = update_trajectories(config) / 2 / config.rollout.epochs if stores else 0
     return UpdateCost(
         step=step,
         rollout_passes=rollout,

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnabla.config.method_sections import PolicyGradient
 from fastnabla.methods.accumulation import Accumulation, Share, StepReport
 from fastnabla.methods.micro_batches import MicroBatch, cut
 from fastnabla.methods.prompt_statistics import PromptStatistics
 from fastnabla.methods.zero_gradients import DRIVE, largest
 from fastnabla.models.policy import Policy
-from fastnabla.objective.policy_gradient import PolicyGradient, clipped_surrogate
+from fastnabla.objective.policy_gradient import clipped_surrogate
 from fastnabla.objective.settings import Backend
 from fastnabla.trajectories.transitions import Selection, Transitions
 from fastnabla.transition import TransitionTable

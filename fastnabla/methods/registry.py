@@ -1,69 +1,40 @@
-"""The methods of finetuning, by name: what builds a method's step, what it needs, and what the step costs.
+"""The training step of each method: how it is built, and what it costs.
 
-They share sampler, buffer, kernels, policy, optimizer and trainer; `docs/objectives.md` compares them. A new one is a step
-(`fastnabla.methods.accumulation`) and an entry here.
+All methods share sampler, buffer, kernels, policy, optimizer and trainer; `docs/objectives.md` compares them. A new method is
+a step (`fastnabla.methods.accumulation`), an entry here and one in `fastnabla.config.methods`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-from fastnabla.config.sections import FlowConfig
+from fastnabla.config.train import TrainConfig
 from fastnabla.methods.accumulation import Accumulation
 from fastnabla.methods.dag import DetailedBalanceStep
 from fastnabla.methods.ddpo import PolicyGradientStep
 from fastnabla.methods.direct import DirectStep, Ending, last_step_redrawn, last_steps, late_prediction
 from fastnabla.methods.nabla_db import BalanceStep
 from fastnabla.methods.passes import StepCost, planned_decodes, planned_passes
+from fastnabla.models.build import Networks
 from fastnabla.models.decoder import RewardFunction
-from fastnabla.objective.direct import Direct
-from fastnabla.objective.policy_gradient import PolicyGradient
-from fastnabla.objective.settings import Objective
 from fastnabla.trajectories.draws import expected_draws
-from fastnabla.utils.require import require
-
-if TYPE_CHECKING:
-    from fastnabla.config.train import TrainConfig
-    from fastnabla.models.build import Networks
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """What the trainer, the planner and the cost model have to know of a method."""
+class MethodStep:
+    """How a method's step is built, and what it costs."""
 
     build: Callable[[TrainConfig, Networks, RewardFunction, Sequence[str]], Accumulation]
-    """The step, of a configuration whose memory settings are planned, its networks, the reward and the prompts' texts."""
+    """The step, from a configuration with planned memory settings, its networks, the reward and the prompts' texts."""
     cost: Callable[[TrainConfig], StepCost]
-    """Of an update's step."""
-    stores: bool = True
-    """Whether it learns from stored transitions of a rollout; else its step samples on its own."""
-    has_flow: bool = False
-    """Whether a flow network is trained too."""
-    has_reference: bool = False
-    """Whether its step runs the pretrained network, whose part later inner epochs have from a cache."""
+    """What one update's step costs."""
     graphs: Callable[[TrainConfig], int] = lambda config: 1
-    """UNet graphs of each row of a micro-batch that are alive at once."""
-    check: Callable[[TrainConfig], None] = lambda config: None
-    """Raises ValueError if the configuration does not suit it."""
-    without: tuple[str, ...] = ()
-    """Fields, SECTION.FIELD, that have no part in it."""
-
-
-def _fields(section: str, of: type, but: Sequence[str] = ()) -> tuple[str, ...]:
-    return tuple(f"{section}.{field.name}" for field in dataclasses.fields(of) if field.name not in but)
-
-
-_DIRECT = _fields("direct", Direct)
-_POLICY_GRADIENT = _fields("policy_gradient", PolicyGradient)
-_FLOW = _fields("flow", FlowConfig)
-_TARGET = ("beta",)
-"""Of the objective: what `fastnabla.evaluate` holds every method against."""
+    """The number of UNet graphs that are alive at once for each row of a micro-batch."""
 
 
 def _transitions(config: TrainConfig) -> dict[str, float]:
-    """In expectation: "stratified" draws may be of the last step too, which is kept besides them."""
+    """Expected numbers of rows. "stratified" may draw the last step, which is kept in any case."""
     per_update = config.rollout.trajectories // config.rollout.updates
     last = expected_draws(config.rollout.draw, config.sampler.steps, config.drawn_steps)[-1].item()
     return {"inner": per_update * (config.drawn_steps + 1 - last), "last": per_update * last}
@@ -73,7 +44,7 @@ def _trajectories(config: TrainConfig) -> dict[str, float]:
     return {"trajectory": config.rollout.trajectories // config.rollout.updates}
 
 
-def _balance(noising: bool) -> Method:
+def _balance(noising: bool) -> MethodStep:
     def build(config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]) -> Accumulation:
         return BalanceStep(
             networks.policy,
@@ -93,7 +64,7 @@ def _balance(noising: bool) -> Method:
         rows, objective, with_flow, run, tails = _transitions(config), config.objective, config.has_flow, 1, 1.0
         if config.rollout.draw == "runs":
             run = config.drawn_steps
-            tails += (run - 1) / (config.sampler.steps - 1)  # runs that go on at the first step
+            tails += (run - 1) / (config.sampler.steps - 1)  # runs that wrap around to the first step
         settings, epochs = (objective, with_flow, run, tails, noising), config.rollout.epochs
         first, later = planned_passes(*settings), planned_passes(*settings, cached=True)
         passes = [(one + (epochs - 1) * other) / epochs for one, other in zip(first, later, strict=True)]
@@ -106,57 +77,26 @@ def _balance(noising: bool) -> Method:
             flow_passes=flow_passes,
         )
 
-    def check(config: TrainConfig) -> None:
-        if noising:
-            _require_noising(config)
-            require(
-                config.objective.prior_weight == 1,
-                "objective.prior_weight",
-                config.objective.prior_weight,
-                "method = 'db' has no pretrained policy to weigh; leave it at 1.",
-            )
-
     def graphs(config: TrainConfig) -> int:
-        """A graph, and that of its backward pass: 2.3 times the memory on the testbed, attention's matrices included."""
+        """Second derivatives keep the backward graph too: 2.3 times the memory on the testbed with attention's matrices."""
         return 3 if config.objective.reverse_second_order else 1
 
-    return Method(
-        build=build,
-        cost=cost,
-        has_flow=True,
-        has_reference=not noising,
-        graphs=graphs,
-        check=check,
-        without=_DIRECT + _POLICY_GRADIENT,
-    )
-
-
-def _require_noising(config: TrainConfig) -> None:
-    require(
-        config.sampler.eta == 1,
-        "sampler.eta",
-        config.sampler.eta,
-        f"method = {config.method!r} balances the sampler with DDPM's noising kernel, which reverses steps with η = 1 alone.",
-    )
+    return MethodStep(build=build, cost=cost, graphs=graphs)
 
 
 def _direct(
     ending: Callable[[TrainConfig], Ending],
     passes: Callable[[TrainConfig], float],
-    reads: str,
     copies: Callable[[TrainConfig], int] = lambda config: 1,
     graphs: Callable[[TrainConfig], int] | None = None,
-    check: Callable[[TrainConfig], None] = lambda config: None,
-) -> Method:
-    """A method that samples on its own.
+) -> MethodStep:
+    """The step of a method that samples its own trajectories.
 
     Args:
-        ending: what is rewarded.
-        passes: U a trajectory.
-        reads: the one of the settings `direct` that it has.
-        copies: latents that are rewarded of each.
-        graphs: UNet graphs of each; as many as `copies` if None.
-        check: as `Method.check`.
+        ending: how a trajectory ends in the latents that are rewarded.
+        passes: U per trajectory.
+        copies: rewarded latents per trajectory.
+        graphs: UNet graphs per trajectory; None for as many as `copies`.
     """
 
     def build(config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]) -> Accumulation:
@@ -176,39 +116,11 @@ def _direct(
         each = {"passes": passes(config), "decodes": copies(config)}
         return StepCost(rows=_trajectories(config), **{name: {"trajectory": value} for name, value in each.items()})
 
-    def check_all(config: TrainConfig) -> None:
-        require(
-            not config.reward.normalise,
-            "reward.normalise",
-            config.reward.normalise,
-            f"method = {config.method!r} has no rollout whose rewards could be seen before they are trained on.",
-        )
-        for name, only in (("replay", 0), ("epochs", 1)):
-            value = getattr(config.rollout, name)
-            problem = f"method = {config.method!r} samples in its step, and stores nothing to learn from again; leave it {only}."
-            require(value == only, f"rollout.{name}", value, problem)
-        check(config)
-
-    without = (
-        *_fields("direct", Direct, but=[reads]),
-        *_fields("objective", Objective, but=_TARGET),
-        *_POLICY_GRADIENT,
-        *_FLOW,
-        "rollout.fraction",
-        "rollout.draw",
-        "memory.buffer",
-        "memory.output_block",
-    )
-    return Method(build=build, cost=cost, stores=False, graphs=graphs or copies, check=check_all, without=without)
-
-
-def _check_draft(config: TrainConfig) -> None:
-    steps = config.sampler.steps
-    require(config.direct.k <= steps, "direct.k", config.direct.k, f"must be at most sampler.steps = {steps}.")
+    return MethodStep(build=build, cost=cost, graphs=graphs or copies)
 
 
 def _refl_passes(config: TrainConfig) -> float:
-    """Its average: i is uniform from the first late step to T − 1."""
+    """Its mean: i is uniform from the first late step to T − 1."""
     steps = config.sampler.steps
     return (config.direct.first_late(steps) + steps - 1) / 2 + 2
 
@@ -219,15 +131,6 @@ def _build_ddpo(
     expected = expected_draws(config.rollout.draw, len(networks.table), config.drawn_steps)
     settings = (len(prompts), config.policy_gradient, expected, config.memory.micro_batch, config.backend)
     return PolicyGradientStep(networks.policy, networks.table, *settings)
-
-
-def _check_ddpo(config: TrainConfig) -> None:
-    require(
-        config.memory.output_block is None,
-        "memory.output_block",
-        config.memory.output_block,
-        "method = 'ddpo' needs the outputs it sampled with as they were, for the ratios of densities; leave it None.",
-    )
 
 
 def _build_dag(config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]) -> Accumulation:
@@ -254,50 +157,28 @@ def _dag_cost(config: TrainConfig) -> StepCost:
     )
 
 
-def _check_dag(config: TrainConfig) -> None:
-    _require_noising(config)
-    require(config.flow.kind != "none", "flow.kind", config.flow.kind, "method = 'dag' learns a flow; name a network.")
-
-
-METHODS: dict[str, Method] = {
+STEPS: dict[str, MethodStep] = {
     "residual-db": _balance(noising=False),
     "db": _balance(noising=True),
     "refl": _direct(
-        ending=lambda config: late_prediction(config.direct.first_late(config.sampler.steps)),
-        passes=_refl_passes,
-        reads="late",
+        ending=lambda config: late_prediction(config.direct.first_late(config.sampler.steps)), passes=_refl_passes
     ),
     "draft": _direct(
         ending=lambda config: last_steps(config.direct.k),
         passes=lambda config: config.sampler.steps + config.direct.k,
-        reads="k",
         graphs=lambda config: config.direct.k,
-        check=_check_draft,
     ),
     "draft-lv": _direct(
         ending=lambda config: last_step_redrawn(config.direct.redraws),
         passes=lambda config: config.sampler.steps + 2 * config.direct.redraws,
-        reads="redraws",
         copies=lambda config: config.direct.redraws,
     ),
-    "ddpo": Method(
+    "ddpo": MethodStep(
         build=_build_ddpo,
         cost=lambda config: StepCost(
             rows=_transitions(config), passes={"inner": 2, "last": 2}, decodes={"inner": 0, "last": 0}
         ),
-        check=_check_ddpo,
-        without=(*_DIRECT, *_fields("objective", Objective, but=_TARGET), *_FLOW),
     ),
-    "dag": Method(
-        build=_build_dag,
-        cost=_dag_cost,
-        has_flow=True,
-        check=_check_dag,
-        without=(
-            *_fields("objective", Objective, but=(*_TARGET, "gamma", "trust_region_weight")),
-            *_DIRECT,
-            *_POLICY_GRADIENT,
-        ),
-    ),
+    "dag": MethodStep(build=_build_dag, cost=_dag_cost),
 }
-"""Name (`--method`) → method."""
+"""Name (`--method`) → step; the names are those of `fastnabla.config.methods.METHODS`."""

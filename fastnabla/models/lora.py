@@ -16,7 +16,6 @@ from torch import Tensor, addmm, nn
 from torch.nn.functional import conv2d, linear
 
 ADAPTER = "policy"
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 ALL_LINEAR = "all-linear"
 
 

@@ -9,22 +9,21 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from fastnabla.config.sections import LORA_TARGETS, Attention
 from fastnabla.models.compiling import Compile, compile_blocks, compiled, pad_rows
 from fastnabla.models.conditions import Conditions
-from fastnabla.models.lora import LORA_TARGETS, Lora, add_lora
+from fastnabla.models.lora import Lora, add_lora
 
 if TYPE_CHECKING:
     from fastnabla.distributed.sharding import ShardedNetwork
     from fastnabla.distributed.world import World
-
-Attention = Literal["sdpa", "xformers"]
 
 
 class PassCounter:

@@ -1,4 +1,4 @@
-"""DDPO's surrogate (Black et al., arXiv 2305.13301, equation 4, with PPO's clipping), by row, and its settings.
+"""DDPO's surrogate (Black et al., arXiv 2305.13301, equation 4, with PPO's clipping), by row.
 
 A step of the sampler is an action, the reward of the finished sample what it is worth. With A the advantage of the
 trajectory, and D the number of elements of a state:
@@ -10,38 +10,8 @@ in its units. At the policy that sampled (w = 1) the gradient is that of the equ
 tempered, and the estimate biased. The full ratio is a product over all D elements, and would hardly stay near 1.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class PolicyGradient:
-    """DDPO."""
-
-    clip: float = 1e-4
-    """ε: the ratio of new to old density, per element, is cut off at 1 ± ε. It acts from the second update of a rollout
-    on."""
-    advantage_clip: float = 5.0
-    """Largest absolute advantage, in standard deviations of the prompt's rewards."""
-    window: int = 32
-    """Rewards of each prompt, the latest, that its advantages are normalised by."""
-    min_count: int = 16
-    """Fewer rewards of a prompt than this, and its advantages are normalised by the update's rewards of all prompts."""
-
-    def __post_init__(self) -> None:
-        for name in ("clip", "advantage_clip"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"policy_gradient.{name} = {value}: must be positive and finite.")
-        if self.window < 2:
-            raise ValueError(f"policy_gradient.window = {self.window}: must be at least 2, to have a spread.")
-        if not 1 <= self.min_count <= self.window:
-            raise ValueError(
-                f"policy_gradient.min_count = {self.min_count}: must be between 1 and policy_gradient.window = "
-                f"{self.window}."
-            )
 
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:

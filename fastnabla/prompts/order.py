@@ -1,14 +1,11 @@
 """Which trajectory gets which prompt."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from fastnabla.config.sections import PromptDraw
 from fastnabla.prompts.split import RunPrompts
 from fastnabla.utils.seeding import generator_of
-
-PromptDraw = Literal["cycles", "independent"]
 
 
 def assign_prompts(seed: int, first: int, count: int, num_prompts: int, draw: PromptDraw = "cycles") -> Tensor:

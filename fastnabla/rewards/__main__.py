@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fastnabla.config.sections import Precision, Preprocess
 from fastnabla.rewards import (
     PUBLISHED,
     REWARDS,
@@ -26,7 +27,6 @@ from fastnabla.rewards import (
 )
 from fastnabla.rewards.inspection import Finding, inspect_reward
 from fastnabla.rewards.model import RewardModel
-from fastnabla.rewards.options import Precision, Preprocess
 from fastnabla.rewards.precision import precision_on
 from fastnabla.utils.console import print_error, quiet_libraries
 

@@ -2,10 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
-Preprocess = Literal["official", "reference"]
-Precision = Literal["float32", "tf32", "bf16"]
+from fastnabla.config.sections import Precision, Preprocess
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastnabla.rewards.options import Precision
+from fastnabla.config.sections import Precision
 
 logger = logging.getLogger(__name__)
 

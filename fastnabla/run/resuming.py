@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastnabla.config.train import TrainConfig, load_run, to_json
+from fastnabla.config.fields import dotted
+from fastnabla.config.renamed import with_old_names
+from fastnabla.config.train import TrainConfig, load_run
 from fastnabla.prompts import RunPrompts
 from fastnabla.run.lock import RunFolderError
 
@@ -39,21 +41,13 @@ LAGGING = (
 INTRODUCED: dict[str, Any] = {"deterministic": False}
 """Fields that older versions lack, and what they did. With that value a field is not part of the fingerprint, so that the
 checkpoints of these versions fit."""
-OLD_TF32 = {"float32": False, "tf32": True}
-"""reward.precision as reward.tf32, which older versions have in its place."""
-
 BEFORE_CONFIGURATION = {".lock", ".prompts.json.partial", "prompts.json", ".config.json.partial"}
 """Files that a run writes before its configuration."""
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:
     """All fields by their dotted names, as JSON has them."""
-    sections = json.loads(to_json(config))
-    return {
-        f"{name}.{field}" if field else name: value
-        for name, section in sections.items()
-        for field, value in (section.items() if isinstance(section, dict) else [("", section)])
-    }
+    return json.loads(json.dumps(dotted(config), default=str))
 
 
 def can_extend(config: TrainConfig) -> bool:
@@ -81,8 +75,7 @@ def fingerprint(config: TrainConfig, prompts: RunPrompts) -> str:
     without_effect = (*WITHOUT_EFFECT, "updates") if can_extend(config) else WITHOUT_EFFECT
     fields = {name: value for name, value in flat(config).items() if name not in without_effect}
     fields = {name: value for name, value in fields.items() if (name, value) not in INTRODUCED.items()}
-    if fields["reward.precision"] in OLD_TF32:
-        fields["reward.tf32"] = OLD_TF32[fields.pop("reward.precision")]
+    fields = with_old_names(fields)
     fields["prompts.json"] = [prompts.texts, prompts.trained, prompts.evaluated.start, prompts.evaluated.stop]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

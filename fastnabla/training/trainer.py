@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fastnabla.config.methods import METHODS
 from fastnabla.config.train import TrainConfig, to_json
 from fastnabla.cost.planner import planned
 from fastnabla.debug.anomaly import Anomalies
@@ -20,7 +21,7 @@ from fastnabla.distributed.devices import device_of
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.methods.accumulation import StepReport
-from fastnabla.methods.registry import METHODS
+from fastnabla.methods.registry import STEPS
 from fastnabla.metrics.evaluation import Evaluator
 from fastnabla.metrics.probes import build_probe
 from fastnabla.models.build import build_networks
@@ -101,7 +102,7 @@ class Trainer:
         self.policy, self.flow, self.decoder = networks.policy, networks.flow, networks.decoder
         self.table, self.sample_shape = networks.table, networks.sample_shape
         method = METHODS[config.method]
-        self.step = method.build(config, networks, self.reward, self.prompts.texts)
+        self.step = STEPS[config.method].build(config, networks, self.reward, self.prompts.texts)
         self.step.world = world
         self._fix_rows()
         self.sampler = Sampler(config, self.policy, self.table, self.sample_shape, world)
@@ -303,7 +304,7 @@ class Trainer:
     def _fix_rows(self) -> None:
         """Let a compiled policy's passes have the rows of the step's largest part, in rollouts too."""
         if self.policy.compile != "none":
-            most = math.ceil(max(METHODS[self.config.method].cost(self.config).rows.values()) / self.world.size)
+            most = math.ceil(max(STEPS[self.config.method].cost(self.config).rows.values()) / self.world.size)
             self.policy.static_rows = (math.ceil(most / math.ceil(most / self.step.micro_batch)),)
 
     def _evaluate(self, run: Path, tracker: Records, update: int, before: Tensor, meter: GpuMeter) -> None:

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastnabla.config.sections import PromptDraw
 from fastnabla.prompts import assign_prompts
-from fastnabla.prompts.order import PromptDraw
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.utils.seeding import seed_of
 

@@ -12,8 +12,8 @@ from fastnabla.analytic.compare import main as compare
 from fastnabla.analytic.experiment import Experiment
 from fastnabla.analytic.settings import SETTINGS, settings
 from fastnabla.analytic.training import updates
+from fastnabla.config.methods import METHODS
 from fastnabla.config.sections import RolloutConfig
-from fastnabla.methods.registry import METHODS
 
 QUICK = ["--updates=4", "--steps=4", "--width=8", "--samples=64", "--rollout.trajectories=8", "--rollout.fraction=0.5"]
 QUICK += ["--rollout.updates=4"]

@@ -16,9 +16,8 @@ from fastnabla.comparison.points import Point, seconds_by_update
 from fastnabla.comparison.settings import METHOD_SETTINGS, method_config, method_settings
 from fastnabla.comparison.summary import Mean, Spread, changes, common_rewards, front, matched
 from fastnabla.comparison.tables import Sheet
+from fastnabla.config.methods import METHODS, MethodName
 from fastnabla.config.presets import PRESETS
-from fastnabla.config.train import MethodName
-from fastnabla.methods.registry import METHODS
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.draws import DRAWS
 from tests.integration.test_methods import config_of

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fastnabla import train
 from fastnabla.config.train import LARGEST, TrainConfig, from_json, load_run, to_json
 from fastnabla.run.resuming import flat
+from fastnabla.training import command
 
 FIELDS = sorted(flat(TrainConfig()))
 ODD = st.text(st.sampled_from("\0\x1b[/]$é猫👩\u202e\ud800=-.: a") | st.characters(), max_size=12)
@@ -131,7 +132,7 @@ ARGUMENTS = st.lists(st.tuples(OPTIONS, TEXTS).map("=".join) | OPTIONS | TEXTS, 
 def test_any_command_line(preset: list[str], arguments: list[str], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        patch.setattr(train, "planned", stop)
+        patch.setattr(command, "planned", stop)
         try:
             assert train.main([*preset, *arguments]) == 2
         except SystemExit as end:

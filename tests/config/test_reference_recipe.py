@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastnabla.config.methods import METHODS
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.reference_recipe import CHOICES, DEPARTURES
 from fastnabla.config.sections import (
@@ -18,7 +19,6 @@ from fastnabla.config.sections import (
     RolloutConfig,
 )
 from fastnabla.config.train import TrainConfig, from_json, to_json
-from fastnabla.methods.registry import METHODS
 from fastnabla.models.flow import build_flow
 from fastnabla.objective.settings import Objective
 from fastnabla.optim.optimizer import Optimizer

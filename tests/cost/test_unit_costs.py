@@ -6,10 +6,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from fastnabla.config.sections import LORA_TARGETS
 from fastnabla.cost.shapes import Shapes, pretended
 from fastnabla.cost.unit_costs import UnitCosts
 from fastnabla.models.flow import build_flow
-from fastnabla.models.lora import LORA_TARGETS, add_lora
+from fastnabla.models.lora import add_lora
 
 
 @functools.cache

@@ -39,7 +39,7 @@ def test_what_a_run_skipped_is_found_from_the_folder_alone(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(train.Trainer, "_write_pictures", lambda *_: None)
+    monkeypatch.setattr(Trainer, "_write_pictures", lambda *_: None)
     Path("faulty.py").write_text(FAULTY)
     Path("prompts.txt").write_text("a cat\na dog\na cow\n")
     command = [*QUICK, "--rollout.trajectories=3", "--prompts.source=prompts.txt", "--reward.terms=faulty:reward"]

@@ -12,6 +12,8 @@ from PIL import Image
 from fastnabla import sample, train
 from fastnabla.distributed.signals import Stopped
 from fastnabla.run.tracker import Tracker
+from fastnabla.training.trainer import Trainer
+from fastnabla.training.whole_run import DIVERGED
 from tests.utils.test_durable import no_space
 
 QUICK = [
@@ -101,7 +103,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     explosive = [*QUICK, "--reward.terms", "explosive:reward", "--rollout.trajectories=3"]
-    assert train.main([*explosive, "--max-skipped=1"]) == train.DIVERGED == 4
+    assert train.main([*explosive, "--max-skipped=1"]) == DIVERGED == 4
     message = " ".join(capsys.readouterr().err.split())
     assert "loss is not finite after update 1" in message
     assert "norm_reward" in message and "timestep" in message and "reward.clip" in message
@@ -160,7 +162,7 @@ def test_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monk
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Trainer, "train", interrupt)
+    monkeypatch.setattr(Trainer, "train", interrupt)
     assert train.main(QUICK) == 130
     assert "--resume runs/testbed-001" in capsys.readouterr().out
 
@@ -172,7 +174,7 @@ def test_a_stop_says_how_to_go_on(
     def stopped(*_):
         raise Stopped(number)
 
-    monkeypatch.setattr(train.Trainer, "train", stopped)
+    monkeypatch.setattr(Trainer, "train", stopped)
     assert train.main(QUICK) == 128 + number
     printed = capsys.readouterr().out
     assert number.name in printed and "--resume runs/testbed-001" in printed

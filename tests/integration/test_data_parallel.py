@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnabla.config.methods import METHODS
 from fastnabla.config.sections import EvaluationConfig, FlowConfig, MemoryConfig, RolloutConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.distributed.world import ALONE, World
-from fastnabla.methods.registry import METHODS
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.collection import rank_ranges
 from tests.faults import tiny, without_pictures

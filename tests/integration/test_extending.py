@@ -10,6 +10,7 @@ from fastnabla import train
 from fastnabla.config.train import load_run, to_json
 from fastnabla.models import pipeline
 from fastnabla.run.resuming import AUTO, fingerprint, run_to_resume, updates_of
+from fastnabla.training.trainer import Trainer
 from tests.faults import assert_same_result
 from tests.run.test_resuming import BASE, PROMPTS, begun
 
@@ -32,7 +33,7 @@ CONSTANT = dataclasses.replace(BASE, optimizer=dataclasses.replace(BASE.optimize
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.Trainer, "_write_pictures", lambda *_: None)  # most of such a run's time
+    monkeypatch.setattr(Trainer, "_write_pictures", lambda *_: None)  # most of such a run's time
 
 
 def set_updates(run: Path, updates: int) -> None:

@@ -14,7 +14,7 @@ from fastnabla.cost.planner import cache_bytes
 from fastnabla.cost.update_cost import rollout_passes
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.methods.passes import planned_passes
-from fastnabla.methods.registry import METHODS
+from fastnabla.methods.registry import STEPS
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.inner_epochs import learning_order
@@ -178,7 +178,7 @@ def test_measured_passes_are_the_planned_ones(run: Path) -> None:
     for update, record in enumerate(records):
         planned = dict(zip(("inner", "last"), later if update % 2 else first, strict=True))
         assert all(record[f"passes_{kind}"] == planned[kind] for kind in planned if record[f"rows_{kind}"])
-    assert METHODS["residual-db"].cost(config).passes == {"inner": 6, "last": 2.5}
+    assert STEPS["residual-db"].cost(config).passes == {"inner": 6, "last": 2.5}
     assert rollout_passes(config) == 2 * 2 / 2
     rewards = [record["rollout_reward"] for record in records]
     assert rewards[0] == rewards[1] != rewards[2] == rewards[3]

@@ -18,6 +18,7 @@ from fastnabla.prompts import RunPrompts
 from fastnabla.run.checkpoint import CheckpointError, newest_checkpoint
 from fastnabla.run.table import final_table
 from fastnabla.run.tracker import Tracker, read_records
+from fastnabla.training import command
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.durable import verify_folder, write_folder
 from tests.config.test_config_fuzz import VALUES
@@ -67,7 +68,7 @@ def resume(finished: Path) -> Callable[[Path], int]:
 
     def go_on(run: Path) -> int:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "Trainer", built)
+            patch.setattr(command, "Trainer", built)
             return train.main(["--resume", str(run)])
 
     return go_on

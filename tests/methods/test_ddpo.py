@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastnabla.config.method_sections import PolicyGradient
 from fastnabla.methods.ddpo import PolicyGradientStep
 from fastnabla.methods.prompt_statistics import PromptStatistics
-from fastnabla.objective.policy_gradient import PolicyGradient, clipped_surrogate
+from fastnabla.objective.policy_gradient import clipped_surrogate
 from fastnabla.trajectories.draws import DRAWS, expected_draws
 from tests.checks import BACKENDS, assert_gradients, randn
 from tests.exact import Exact

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fastnabla import train
 from fastnabla.config.presets import PRESETS
+from fastnabla.config.renamed import RENAMED
 from fastnabla.config.train import TrainConfig, from_json, to_json
 from fastnabla.prompts import RunPrompts
 from fastnabla.run.resuming import (
@@ -68,8 +68,10 @@ def test_a_run_of_the_version_before_is_resumed(tf32: bool, precision: str, tmp_
     for name in INTRODUCED:
         section, _, field = name.rpartition(".")
         del (values[section] if section else values)[field]
-    del values["reward"]["precision"]
-    values["reward"]["tf32"] = tf32
+    for name, renamed in RENAMED.items():
+        section, _, field = name.partition(".")
+        value = values[section].pop(renamed.name.partition(".")[2])
+        values[section][field] = value if renamed.values is None else tf32
     own = from_json(json.dumps(values))
     assert own == dataclasses.replace(BASE, reward=dataclasses.replace(BASE.reward, precision=precision))
     assert fingerprint(own, PROMPTS) == FINGERPRINTS[tf32]
@@ -89,12 +91,6 @@ def test_other_values_of_the_old_name_are_refused(tf32: Any) -> None:
     values["reward"] |= {"tf32": tf32}
     with pytest.raises(ValueError, match=r"reward\.tf32: no such field"):
         from_json(json.dumps(values))
-
-
-@pytest.mark.parametrize("argument", ["--reward.tf32", "--reward.no-tf32", "--reward.tf32=True"])
-def test_the_old_name_on_the_command_line(argument: str) -> None:
-    with pytest.raises(ValueError, match=f"{argument}: is --reward.precision now; give tf32, float32 or bf16"):
-        train.parse(["sd15-aesthetic", argument])
 
 
 def test_without_resume_a_run_starts() -> None:

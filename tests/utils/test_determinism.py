@@ -12,6 +12,7 @@ import torch
 from fastnabla import train
 from fastnabla.config.sections import ComputeConfig
 from fastnabla.config.train import to_json
+from fastnabla.distributed.world import World
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.determinism import WORKSPACE, make_deterministic
 from tests.faults import assert_same_result, tiny, without_pictures
@@ -74,7 +75,7 @@ def test_the_command_line_switches_before_cuda_starts(
         seen.append(switched_on())
         raise ValueError
 
-    monkeypatch.setattr(train.World, "start", start)
+    monkeypatch.setattr(World, "start", start)
     assert train.main(["testbed", *command.format(run=tmp_path).split()]) == 2
     assert seen == [bool(command)] and not torch.cuda.is_initialized()
 

@@ -15,6 +15,7 @@ import torch
 from fastnabla import train
 from fastnabla.rewards import RewardSum, check_reward
 from fastnabla.rewards.sum import RewardError
+from fastnabla.training.trainer import Trainer
 from fastnabla.utils.time_limit import STATUS, time_limit
 from tests.faults import assert_same_result
 from tests.integration.test_extending import QUICK
@@ -157,7 +158,7 @@ def test_a_run_whose_reward_hangs_ends_and_can_be_resumed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(train.Trainer, "_write_pictures", lambda *_: None)
+    monkeypatch.setattr(Trainer, "_write_pictures", lambda *_: None)
 
     def use(hangs_at: int) -> None:
         sys.modules.pop("hanging", None)

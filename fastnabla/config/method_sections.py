@@ -1,0 +1,60 @@
+"""The sections of the configuration that belong to single methods.
+
+The losses they parametrise are in `fastnabla.methods.direct` and `fastnabla.objective.policy_gradient`. Every field's text
+is its `--help`.
+"""
+
+import dataclasses
+import math
+
+from fastnabla.utils.require import require
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Direct:
+    """Settings of ReFL, DRaFT-K and DRaFT-LV, which differentiate the reward through the sampler."""
+
+    k: int = 1
+    """draft: K, the number of final sampler steps that the gradient passes through. Each keeps a UNet graph in memory."""
+    redraws: int = 2
+    """draft-lv: n. The finished sample is noised n times to the state before the last step, and the gradient is the mean
+    over the n. Each takes a UNet graph and a decode. More lowers the variance."""
+    late: float = 0.25
+    """refl: the share of final steps from which one is drawn at random to predict the clean sample. In (0, 1]."""
+
+    def __post_init__(self) -> None:
+        for name in ("k", "redraws"):
+            value = getattr(self, name)
+            require(value >= 1, f"direct.{name}", value, "must be at least 1.")
+        require(0 < self.late <= 1, "direct.late", self.late, "must be in (0, 1].")
+
+    def first_late(self, num_steps: int) -> int:
+        """First of the late steps of a sampler of `num_steps`; at least one step is late."""
+        return num_steps - max(1, int(num_steps * self.late + 1e-9))
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class PolicyGradient:
+    """Settings of DDPO."""
+
+    clip: float = 1e-4
+    """ε of PPO's clipping: the ratio of new to old density, per element, is clipped to 1 ± ε. It has an effect from the
+    second update of a rollout on; in the first the ratio is 1."""
+    advantage_clip: float = 5.0
+    """Advantages are clipped to this absolute value, in standard deviations of the prompt's rewards."""
+    window: int = 32
+    """Number of latest rewards of a prompt from which the mean and deviation of its advantages are computed."""
+    min_count: int = 16
+    """A prompt with fewer rewards than this uses the mean and deviation of all rewards of the update instead."""
+
+    def __post_init__(self) -> None:
+        for name in ("clip", "advantage_clip"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"policy_gradient.{name}", value, "must be positive and finite.")
+        require(self.window >= 2, "policy_gradient.window", self.window, "must be at least 2, to have a deviation.")
+        require(
+            1 <= self.min_count <= self.window,
+            "policy_gradient.min_count",
+            self.min_count,
+            f"must be between 1 and policy_gradient.window = {self.window}.",
+        )

@@ -1,0 +1,106 @@
+"""What each method of finetuning needs, known without torch.
+
+`fastnabla.methods.registry` has a step for each of these names: how it is built and what it costs. `docs/objectives.md`
+compares the methods.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from fastnabla.config.fields import names_of
+from fastnabla.config.method_sections import Direct, PolicyGradient
+from fastnabla.config.sections import FlowConfig
+from fastnabla.objective.settings import Objective
+from fastnabla.utils.require import require
+
+MethodName = Literal["residual-db", "db", "refl", "draft", "draft-lv", "ddpo", "dag"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What the configuration, the trainer and the planner need to know about a method."""
+
+    stores: bool = True
+    """Whether it learns from the stored transitions of a rollout. If not, its step samples its own trajectories."""
+    has_flow: bool = False
+    """Whether it trains a flow network."""
+    has_reference: bool = False
+    """Whether its step runs the pretrained network. Later inner epochs read those outputs from a cache."""
+    without: tuple[str, ...] = ()
+    """Fields, as SECTION.FIELD, that have no effect on it."""
+    only: Mapping[str, tuple[tuple[Any, ...], str]] = dataclasses.field(default_factory=dict)
+    """Fields that it restricts: SECTION.FIELD → (allowed values, what to say about any other)."""
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Check a configuration, given as its `dotted` values.
+
+        Raises:
+            ValueError: a field has a value that the method does not allow.
+        """
+        for name, (allowed, remedy) in self.only.items():
+            require(values[name] in allowed, name, values[name], f"method = {values['method']!r} {remedy}")
+
+
+_DIRECT = names_of("direct", Direct)
+_POLICY_GRADIENT = names_of("policy_gradient", PolicyGradient)
+_FLOW = names_of("flow", FlowConfig)
+_NOISING = {
+    "sampler.eta": ((1,), "uses DDPM's noising process as the backward policy, which needs η = 1; set it to 1."),
+}
+
+
+def _objective_but(*names: str) -> tuple[str, ...]:
+    """The fields of the objective except `names` and β, which `fastnabla.evaluate` uses for every method."""
+    return names_of("objective", Objective, but=("beta", *names))
+
+
+def _differentiates_sampler(setting: str) -> Method:
+    """A method that samples in its step and differentiates the reward through it; `setting` is its field of `direct`."""
+    once = "samples in its step and stores no trajectories to reuse; leave it at {}."
+    return Method(
+        stores=False,
+        without=(
+            *names_of("direct", Direct, but=(setting,)),
+            *_objective_but(),
+            *_POLICY_GRADIENT,
+            *_FLOW,
+            "rollout.fraction",
+            "rollout.draw",
+            "memory.buffer",
+            "memory.output_block",
+        ),
+        only={
+            "reward.normalise": ((False,), "has no rollout from which to measure the spread of rewards; leave it off."),
+            "rollout.replay": ((0,), once.format(0)),
+            "rollout.epochs": ((1,), once.format(1)),
+        },
+    )
+
+
+METHODS: dict[str, Method] = {
+    "residual-db": Method(has_flow=True, has_reference=True, without=_DIRECT + _POLICY_GRADIENT),
+    "db": Method(
+        has_flow=True,
+        without=_DIRECT + _POLICY_GRADIENT,
+        only=_NOISING | {"objective.prior_weight": ((1,), "has no pretrained policy to weight; leave it at 1.")},
+    ),
+    "refl": _differentiates_sampler("late"),
+    "draft": _differentiates_sampler("k"),
+    "draft-lv": _differentiates_sampler("redraws"),
+    "ddpo": Method(
+        without=(*_DIRECT, *_objective_but(), *_FLOW),
+        only={
+            "memory.output_block": (
+                (None,),
+                "computes density ratios from the sampled outputs and needs them in float32; leave it None.",
+            )
+        },
+    ),
+    "dag": Method(
+        has_flow=True,
+        without=(*_objective_but("gamma", "trust_region_weight"), *_DIRECT, *_POLICY_GRADIENT),
+        only=_NOISING | {"flow.kind": (("unet", "conv"), "learns a flow; choose unet or conv.")},
+    ),
+}
+"""Name (`--method`) → what it needs."""

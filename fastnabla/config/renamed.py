@@ -1,0 +1,108 @@
+"""Renamed fields: old command lines and the folders of old runs are read with the new names.
+
+The next release drops the old names of command lines. The others stay for as long as runs that have them can be resumed.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+logger = logging.getLogger("fastnabla")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Renamed:
+    """What a field is called now."""
+
+    name: str
+    """SECTION.FIELD, in the section that it was in."""
+    values: Mapping[Any, Any] | None = None
+    """Old value → new value; None if the values are the same."""
+
+
+RENAMED: dict[str, Renamed] = {
+    "objective.guidance": Renamed("objective.reward_gradient"),
+    "objective.strength": Renamed("objective.prior_weight"),
+    "objective.reverse": Renamed("objective.reverse_weight"),
+    "objective.trust_region": Renamed("objective.trust_region_weight"),
+    "reward.tf32": Renamed("reward.precision", {True: "tf32", False: "float32"}),
+}
+"""Old name → new one."""
+
+
+def new_name(name: str) -> str:
+    """The name of the field that was called `name`, with a warning if that is another; `name` itself otherwise.
+
+    A field whose values were renamed too keeps its old name, which is then refused like any unknown field.
+    """
+    renamed = RENAMED.get(name)
+    if renamed is None or renamed.values is not None:
+        return name
+    _warn(name, renamed.name)
+    return renamed.name
+
+
+@functools.cache
+def _warn(old: str, new: str) -> None:
+    logger.warning("%s is called %s now; the next release drops the old name.", old, new)
+
+
+def with_new_options(arguments: Sequence[str]) -> list[str]:
+    """The command line `arguments` with new names of options, with a warning for each old one.
+
+    Raises:
+        ValueError: an option was renamed and has other values now.
+    """
+    return [_with_new_option(argument) for argument in arguments]
+
+
+def _with_new_option(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    if not option.startswith("--"):
+        return argument
+    name = option[2:].replace("-", "_")
+    renamed = RENAMED.get(name.replace(".no_", "."))
+    if renamed is not None and renamed.values is not None:
+        raise ValueError(
+            f"{argument}: is called --{_option(renamed.name)} now; give {' or '.join(renamed.values.values())}."
+        )
+    if renamed is None or name not in RENAMED:
+        return argument
+    _warn(f"--{_option(name)}", f"--{_option(renamed.name)}")
+    return f"--{_option(renamed.name)}{equals}{value}"
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def with_new_names(values: Any) -> Any:
+    """The JSON of a configuration, perhaps written by an older version, with new names.
+
+    An old name stays, to be refused as an unknown field, if the new one is there too or if its value is not valid.
+    """
+    for old, renamed in RENAMED.items():
+        section, _, field = old.partition(".")
+        _, _, new_field = renamed.name.partition(".")
+        part = values.get(section) if isinstance(values, dict) else None
+        if not isinstance(part, dict) or field not in part or new_field in part:
+            continue
+        known = {new: before for before, new in (renamed.values or {}).items() if before is part[field]}
+        if renamed.values is not None and not known:
+            continue
+        value = part[field] if renamed.values is None else next(iter(known))
+        values = {**values, section: {name: v for name, v in part.items() if name != field} | {new_field: value}}
+    return values
+
+
+def with_old_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields`, by dotted name, with old names and values, for what older versions have computed from them."""
+    old = dict(fields)
+    for name, renamed in RENAMED.items():
+        before = {value: key for key, value in (renamed.values or {}).items()}
+        if renamed.name in old and (renamed.values is None or old[renamed.name] in before):
+            value = old.pop(renamed.name)
+            old[name] = value if renamed.values is None else before[value]
+    return old

@@ -1,0 +1,162 @@
+"""A run as the command line `python -m fastnabla.train` asks for it: started, resumed, or only costed (`--dry-run`)."""
+
+import contextlib
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastnabla.config.train import TrainConfig, from_json, load_run, to_json
+from fastnabla.cost.planner import MemoryPlan, planned, unit_costs
+from fastnabla.cost.update_cost import cost_table, measured_rate, update_cost
+from fastnabla.distributed.devices import device_of
+from fastnabla.distributed.launch import RankInfo
+from fastnabla.distributed.world import LostProcess, World, log_as
+from fastnabla.prompts import RunPrompts
+from fastnabla.run.folder import create_run_folder
+from fastnabla.run.lock import locked
+from fastnabla.run.resuming import AUTO, is_unbegun, run_to_resume, updates_of
+from fastnabla.training.trainer import Trainer
+from fastnabla.training.whole_run import fail, train_to_the_end
+from fastnabla.utils.console import print_error, print_plain, silenced
+from fastnabla.utils.determinism import make_deterministic
+from fastnabla.utils.durable import write_file
+
+
+def run_command(config: TrainConfig, info: RankInfo) -> int:
+    """Run the command line in this process, together with the other ranks if there are several; the exit status.
+
+    Args:
+        config: the command line's.
+        info: this process among the ranks.
+    """
+    try:
+        if _is_deterministic(config):
+            with silenced(info.rank > 0):
+                make_deterministic()  # before CUDA starts
+        world = World.start(info, device_of(config, info))
+    except ValueError as error:
+        print_error(error)
+        return 2
+    log_as(world)
+    try:
+        status = _run(config, world)
+    except Exception as error:
+        if world.size == 1:
+            raise
+        lost = isinstance(error, LostProcess)
+        fail(world, error, None if lost else f"{type(error).__name__}: {error}", None if lost else error)
+        status = 1
+    return world.shutdown(status)
+
+
+def _is_deterministic(config: TrainConfig) -> bool:
+    """Whether the run that the command line starts, or goes on with, is deterministic."""
+    folder = config.run if config.resume == AUTO else config.resume
+    with contextlib.suppress(ValueError):  # of a run that is not begun, or damaged, which `_start` says
+        return config.deterministic if folder is None else load_run(folder).deterministic
+    return config.deterministic
+
+
+def _run(config: TrainConfig, world: World) -> int:
+    console = Console(quiet=not world.is_main)
+    try:
+        start = world.broadcast(lambda: _start(config, world, console))
+        config, prompts = from_json(start["config"]), start["prompts"]
+        trainer = _built(config, None if prompts is None else RunPrompts.from_json(prompts), world)
+        if config.dry_run:
+            if world.is_main:
+                _print_costs(trainer, start["plan"], console)
+            return 0
+        run = Path(world.broadcast(lambda: str(_folder(config, start["run"]))))
+    except ValueError as error:
+        fail(world, error)
+        return 2
+    many = f" and {world.size - 1} more" if world.size > 1 else ""
+    kernels = trainer.step.ops.name
+    print_plain(console, f"writing to {run}; {kernels} between network passes, on {trainer.device}{many}")
+    command = f"python -m fastnabla.train --resume {shlex.quote(str(run))}"
+    status = train_to_the_end(trainer, run, console, prompts is not None, command)
+    if status == 0:
+        print_plain(console, f"samples, curves, LoRA and metrics are in {run}")
+    return status
+
+
+def _start(config: TrainConfig, world: World, console: Console) -> dict[str, Any]:
+    """What depends on folders, and on what memory is free, as JSON data: rank 0 finds it out for all.
+
+    Args:
+        config: of the command line.
+        world: the run's processes.
+        console: where notes and the memory plan go.
+
+    Raises:
+        ValueError: the run cannot be begun, or gone on with.
+    """
+    run, resume = config.run, run_to_resume(config)
+    if resume is not None:
+        run, notes = resume
+        own = load_run(run)
+        config = dataclasses.replace(own, dry_run=config.dry_run, updates=updates_of(config, own))
+        with locked(run):  # refused now, rather than when all is loaded
+            pass
+        for note in notes:
+            print_plain(console, note, "yellow")
+    elif run is not None and run.exists() and not (config.resume == AUTO and is_unbegun(run)):
+        raise ValueError(f"run = {str(run)!r}: exists already, and is never overwritten; name another or remove it.")
+    config, plan = planned(config, device_of(config), world.local_size, world.size)
+    if plan is not None:
+        console.print(plan.table())
+    return {
+        "config": to_json(config),
+        "plan": None if plan is None else dataclasses.asdict(plan),
+        "run": None if run is None else str(run),
+        "prompts": None if resume is None else RunPrompts.load(run / "prompts.json").to_json(),
+    }
+
+
+def _built(config: TrainConfig, prompts: RunPrompts | None, world: World) -> Trainer:
+    """The trainer.
+
+    Raises:
+        ValueError: something in the configuration is wrong, or asks for more memory than there is.
+    """
+    try:
+        return Trainer(config, prompts, world)
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU, torch's is a RuntimeError as any other.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            f"memory ran out before the run could begin ({str(error).splitlines()[0]:.200}). Lower what asks for it: "
+            f"rollout.trajectories = {config.rollout.trajectories}, evaluation.samples = {config.evaluation.samples}, "
+            f"lora.rank = {config.lora.rank}; or use a smaller model."
+        ) from error
+
+
+def _folder(config: TrainConfig, run: str | None) -> Path:
+    if run is not None and Path(run).exists():
+        _extend(Path(run), config.updates)
+        return Path(run)
+    return create_run_folder(None if run is None else Path(run), Path(config.model.name).name)
+
+
+def _extend(run: Path, updates: int) -> None:
+    """Let the run in the folder `run`, if one was begun there, have so many updates."""
+    if is_unbegun(run):
+        return
+    own = load_run(run)
+    if own.updates != updates:
+        with locked(run):
+            write_file(run / "config.json", to_json(dataclasses.replace(own, updates=updates)))
+
+
+def _print_costs(trainer: Trainer, plan: dict[str, Any] | None, console: Console) -> None:
+    config = trainer.config
+    console.print_json(to_json(config))
+    costs = unit_costs(config)
+    rate = measured_rate(trainer.policy, costs, config.memory.micro_batch)
+    console.print(cost_table(update_cost(config, costs), plan and MemoryPlan(**plan), rate))

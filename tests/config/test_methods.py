@@ -1,0 +1,49 @@
+"""What each method needs, and that there is a step for each."""
+
+import dataclasses
+from typing import get_args
+
+import pytest
+
+from fastnabla.config.fields import dotted
+from fastnabla.config.methods import METHODS, MethodName
+from fastnabla.config.train import TrainConfig
+from fastnabla.methods.registry import STEPS
+
+
+def test_every_method_has_a_name_needs_and_a_step() -> None:
+    assert get_args(MethodName) == tuple(METHODS) == tuple(STEPS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fields_of_a_method_exist(method: str) -> None:
+    fields = dotted(TrainConfig())
+    assert {*METHODS[method].without, *METHODS[method].only} <= fields.keys()
+
+
+REFUSED = [
+    ("db", "sampler.eta", 0.5, "method = 'db' .* η = 1"),
+    ("db", "objective.prior_weight", 0.5, "leave it at 1"),
+    ("refl", "reward.normalise", True, "method = 'refl' has no rollout"),
+    ("refl", "rollout.replay", 1, "leave it at 0"),
+    ("draft", "rollout.epochs", 2, "leave it at 1"),
+    ("draft", "direct.k", 51, "must be at most sampler.steps = 50"),
+    ("draft-lv", "rollout.epochs", 2, "leave it at 1"),
+    ("ddpo", "memory.output_block", 64, "leave it None"),
+    ("dag", "sampler.eta", 0.5, "method = 'dag'"),
+    ("dag", "flow.kind", "none", "learns a flow"),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "value", "message"), REFUSED)
+def test_values_that_a_method_does_not_allow(method: str, name: str, value: object, message: str) -> None:
+    section, _, field = name.partition(".")
+    changed = dataclasses.replace(getattr(TrainConfig(), section), **{field: value})
+    TrainConfig(**{section: changed})
+    with pytest.raises(ValueError, match=rf"{section}\.{field} = {value!r}: .*{message}"):
+        TrainConfig(method=method, **{section: changed})
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="method = 'nonsense': must be one of residual-db, db"):
+        TrainConfig(method="nonsense")
