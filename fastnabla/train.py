@@ -17,6 +17,12 @@ from fastnabla.distributed.launch import RankInfo
 from fastnabla.utils.console import print_error, quiet_libraries, silenced
 from fastnabla.utils.require import require
 
+PROGRAM = "python -m fastnabla.train"
+DESCRIPTION = (
+    "Finetune a diffusion model against a differentiable reward with residual ∇-DB. Without arguments: the testbed. "
+    f"`{PROGRAM} {TESTBED} --help` explains every field."
+)
+
 
 def parse(arguments: list[str]) -> TrainConfig:
     """The configuration that a command line asks for; the preset is the testbed's if it names none.
@@ -33,17 +39,22 @@ def parse(arguments: list[str]) -> TrainConfig:
     arguments = with_new_options(arguments)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = [TESTBED, *arguments]
-    description = (
-        "Finetune a diffusion model against a differentiable reward with residual ∇-DB. Without arguments: the testbed. "
-        f"`python -m fastnabla.train {TESTBED} --help` explains every field."
+    name, *options = arguments
+    if name not in PRESETS:
+        return tyro.extras.overridable_config_cli(PRESETS, args=arguments, prog=PROGRAM, description=DESCRIPTION)
+    description, preset = PRESETS[name]
+    config = tyro.cli(
+        TrainConfig,
+        args=options,
+        default=preset,
+        prog=f"{PROGRAM} {name}",
+        description=description,
+        config=(tyro.conf.AvoidSubcommands,),
     )
-    config = tyro.extras.overridable_config_cli(
-        PRESETS, args=arguments, prog="python -m fastnabla.train", description=description
-    )
-    given, preset = dotted(config), dotted(PRESETS[arguments[0]][1])
-    for name in METHODS[config.method].without:
+    given, before = dotted(config), dotted(preset)
+    for field in METHODS[config.method].without:
         problem = f"has no effect on method = {config.method!r}; leave it out."
-        require(given[name] == preset[name], name, given[name], problem)
+        require(given[field] == before[field], field, given[field], problem)
     return config
 
 
