@@ -15,6 +15,7 @@ from fastnabla.config.sections import TESTBED
 from fastnabla.config.train import TrainConfig
 from fastnabla.distributed.launch import RankInfo
 from fastnabla.utils.console import print_error, quiet_libraries, silenced
+from fastnabla.utils.hidden_packages import hidden_packages
 from fastnabla.utils.require import require
 
 PROGRAM = "python -m fastnabla.train"
@@ -68,7 +69,10 @@ def main(arguments: list[str]) -> int:
         print_error(error)
         return 2
     quiet_libraries()
-    from fastnabla.training.command import run_command  # imports torch and diffusers
+    # torch and diffusers are imported here. peft and diffusers would import bitsandbytes for quantised networks, and it
+    # torch's compiler: two seconds for nothing. `fastnabla.optim` imports it if an 8-bit optimizer is asked for.
+    with hidden_packages("bitsandbytes"):
+        from fastnabla.training.command import run_command
 
     return run_command(config, info)
 

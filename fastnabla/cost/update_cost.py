@@ -1,4 +1,4 @@
-"""What an update costs, before any is made: network passes, arithmetic, memory, and time at a measured rate."""
+"""The cost of an update, known before the first one: network passes, arithmetic, memory, and time at a measured rate."""
 
 import dataclasses
 import statistics
@@ -20,7 +20,7 @@ from fastnabla.optim.optimizer import expected_state_bytes
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateCost:
-    """What an optimizer update costs on average, its share of the rollout included."""
+    """Average cost of an optimizer update, including its share of the rollout."""
 
     step: StepCost
     rollout_passes: float
@@ -28,27 +28,32 @@ class UpdateCost:
     rollout_flops: float
     step_flops: float
     state_bytes: int
-    """Of the optimizer."""
+    """Size of the optimizer's state."""
     traffic: dict[str, int]
-    """Bytes read and written, by purpose; see `fastnabla.cost.traffic`."""
+    """Bytes read and written, by purpose, from `fastnabla.cost.traffic`."""
 
 
 def update_trajectories(config: TrainConfig) -> int:
-    """Trajectories that an update of the run `config` learns from."""
+    """Number of trajectories that each update learns from."""
     return config.rollout.trajectories // config.rollout.updates
 
 
 def rollout_passes(config: TrainConfig) -> float:
-    """U of an update's share of its rollout, forward only; 0 of a method whose step samples on its own."""
+    """U of an update's share of its rollout, forward only; 0 for a method whose step samples its own trajectories."""
     each = update_trajectories(config) * config.sampler.steps / config.rollout.epochs
     return each if METHODS[config.method].stores else 0
 
 
 def update_cost(config: TrainConfig, costs: UnitCosts) -> UpdateCost:
-    """The cost of an update of the run `config`, whose memory settings are planned; the rewards' own is not in it."""
+    """The cost of an update, without the rewards.
+
+    Args:
+        config: the run, with its memory settings planned.
+        costs: of its networks.
+    """
     stores, rollout = METHODS[config.method].stores, rollout_passes(config)
     step = STEPS[config.method].cost(config)
-    # Finished samples are decoded once, forward only, for their rewards.
+    # Finished samples are decoded once, forward only, to compute their rewards.
     rollout_decodes = update_trajectories(config) / 2 / config.rollout.epochs if stores else 0
     return UpdateCost(
         step=step,
@@ -63,19 +68,22 @@ def update_cost(config: TrainConfig, costs: UnitCosts) -> UpdateCost:
 
 
 PROBE_SECONDS = 5.0
+"""Seconds after which `measured_rate` measures no further pass."""
 
 
 @torch.no_grad()
-def measured_rate(policy: Policy, costs: UnitCosts, rows: int) -> float:
-    """FLOP/s of the policy's forward pass: the median of three after one to warm up, or a single one if it takes longer
-    than `PROBE_SECONDS`.
+def measured_rate(policy: Policy, costs: UnitCosts, rows: int) -> float | None:
+    """FLOP/s of the policy's forward pass: the median of three passes after one to warm up. A single pass if it takes
+    longer than `PROBE_SECONDS`. None for half precision on a CPU: many CPUs emulate it, and a pass can take a minute.
 
     Args:
         policy: on its device.
         costs: of its networks.
-        rows: transitions in the pass on a GPU; on a CPU one will do.
+        rows: transitions in the pass on a GPU; a CPU gets one.
     """
     device, shapes = policy.conditions.device, costs.shapes
+    if device.type == "cpu" and policy.dtype != torch.float32:
+        return None
     rows = max(policy.static_rows, default=rows if device.type == "cuda" else 1)
     x = torch.randn(rows, *shapes.sample_shape, device=device)
     zeros = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -90,12 +98,12 @@ def measured_rate(policy: Policy, costs: UnitCosts, rows: int) -> float:
     return rows * costs.unet_flops / statistics.median(seconds[1:] or seconds)
 
 
-def cost_table(cost: UpdateCost, plan: MemoryPlan | None, rate: float) -> Table:
-    """`cost`, with the memory it takes, and how long it takes at `rate` FLOP/s."""
+def cost_table(cost: UpdateCost, plan: MemoryPlan | None, rate: float | None) -> Table:
+    """A table of `cost`, the planned memory, and the time at `rate` FLOP/s; None leaves the time out."""
     table = Table(title="cost of an optimizer update (U: one UNet pass over a transition's guided rows)")
     table.add_column("what")
     table.add_column("how much", justify="right")
-    table.add_column("how it comes about")
+    table.add_column("made up of")
     step, total = cost.step, cost.rollout_flops + cost.step_flops
 
     def sum_of(each: dict[str, float]) -> str:
@@ -106,7 +114,11 @@ def cost_table(cost: UpdateCost, plan: MemoryPlan | None, rate: float) -> Table:
         ("rows of the step", f"{rows:g}", ", ".join(f"{count:g} {kind}" for kind, count in step.rows.items())),
         ("rollout", f"{cost.rollout_passes:g} U", f"{cost.rollout_flops / 1e12:.4g} TFLOP"),
         ("training step", f"{step.total(step.passes):g} U", sum_of(step.passes)),
-        ("decodes with backward", f"{step.total(step.decodes):g}", f"{sum_of(step.decodes)}; one without is half"),
+        (
+            "decodes with backward",
+            f"{step.total(step.decodes):g}",
+            f"{sum_of(step.decodes)}; one without backward counts half",
+        ),
         (
             "arithmetic of the step",
             f"{cost.step_flops / 1e12:.4g} TFLOP",
@@ -116,17 +128,22 @@ def cost_table(cost: UpdateCost, plan: MemoryPlan | None, rate: float) -> Table:
         ("memory traffic", f"{sum(cost.traffic.values()) / 1e9:.4g} GB", "uncompiled; not the rewards"),
         *((f"  {name}", f"{moved / 1e9:.4g} GB", "") for name, moved in cost.traffic.items()),
         ("optimizer's state", f"{cost.state_bytes / 2**20:.1f} MiB", "after the first update"),
-        ("measured rate", f"{rate / 1e12:.4g} TFLOP/s", "the policy's forward pass, just now"),
-        ("expected time", duration(total / rate), "rollout and step at that rate; not the rewards, nor evaluation"),
     ):
         table.add_row(*row)
+    if rate is None:
+        table.add_row("expected time", "?", "not measured: half precision on a CPU, which may emulate it")
+    else:
+        table.add_row("measured rate", f"{rate / 1e12:.4g} TFLOP/s", "forward passes of the policy, measured now")
+        table.add_row(
+            "expected time", duration(total / rate), "rollout and step at this rate; no rewards or evaluation"
+        )
     if plan is not None:
         table.add_row("memory", f"{plan.total / 1e9:.2f} GB", "see the memory plan")
     return table
 
 
 def duration(seconds: float) -> str:
-    """`seconds` in the unit that suits them."""
+    """`seconds` in s, min, h or d, whichever reads best."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

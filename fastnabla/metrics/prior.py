@@ -5,7 +5,6 @@ import math
 
 import torch
 from torch import Tensor
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,6 +60,8 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """
     if not (features.isfinite().all() and reference.isfinite().all()):
         return math.nan
+    from torchmetrics.image.fid import FrechetInceptionDistance  # takes half a second to import
+
     # Of these samples alone: else torchmetrics adds those of other ranks, and waits for ranks that have none.
     metric = FrechetInceptionDistance(feature=_Features(features.shape[1]), sync_on_compute=False)
     metric.update(reference.double().cpu(), real=True)

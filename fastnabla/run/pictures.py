@@ -7,11 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastnabla.utils.printable import printable
@@ -39,11 +34,21 @@ CURVES = {
 """Title → (phase, metrics, label of the ordinate)."""
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _pyplot() -> Any:
+    """matplotlib's pyplot without a display; imported here because a dry run does without it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # there is a box in its place
         figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
+    _pyplot().close(figure)
     gc.collect()  # a figure refers to itself, holds megabytes, and Python would keep some ten of them
 
 
@@ -70,7 +75,7 @@ def save_grid(path: Path, columns: dict[str, Tensor], prompts: Sequence[str], pe
     columns = {title: images.unflatten(0, (count, -1))[:, :per_prompt] for title, images in columns.items()}
     width = sum(images.shape[1] for images in columns.values())
     labels = [label if len(label) < 40 else label[:37] + "…" for label in map(printable, prompts)]
-    figure, axes = plt.subplots(
+    figure, axes = _pyplot().subplots(
         1,
         len(columns),
         figsize=(0.5 + 0.07 * max(map(len, labels)) + 0.58 * width, 0.58 * count + 0.4),
@@ -97,7 +102,7 @@ def _number(record: dict[str, Any], name: str) -> float:
 
 def save_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """The run's `CURVES` from its metric records."""
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    figure, axes = _pyplot().subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (title, (phase, names, label)) in zip(axes.flat, CURVES.items(), strict=True):
         for name in names:
             own = sorted((r for r in records if r["phase"] == phase and name in r), key=lambda r: r["update"])

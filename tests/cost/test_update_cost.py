@@ -1,9 +1,12 @@
 """The cost that is printed before a run."""
 
-import pytest
+from types import SimpleNamespace
 
-from fastnabla.cost.update_cost import duration
-from fastnabla.methods.passes import planned_decodes, planned_passes
+import pytest
+import torch
+
+from fastnabla.cost.update_cost import UpdateCost, cost_table, duration, measured_rate
+from fastnabla.methods.passes import StepCost, planned_decodes, planned_passes
 from fastnabla.objective.settings import Objective
 
 
@@ -52,3 +55,24 @@ def test_plan_of_runs_with_terminal_guidance() -> None:
 )
 def test_duration_is_in_the_unit_that_suits(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_half_precision_on_a_cpu_is_not_timed() -> None:
+    """Emulated, one pass of Stable Diffusion 1.5 takes a minute."""
+    policy = SimpleNamespace(conditions=SimpleNamespace(device=torch.device("cpu")), dtype=torch.bfloat16)
+    assert measured_rate(policy, SimpleNamespace(shapes=None), 4) is None
+    cost = UpdateCost(
+        step=StepCost(rows={"inner": 2}, passes={"inner": 7}, decodes={"inner": 2}),
+        rollout_passes=1,
+        rollout_flops=1e12,
+        step_flops=3e12,
+        state_bytes=0,
+        traffic={},
+    )
+
+    def rows(rate: float | None) -> dict[str, str]:
+        what, how_much, _ = cost_table(cost, None, rate).columns
+        return dict(zip(what.cells, how_much.cells, strict=True))
+
+    assert rows(None)["expected time"] == "?" and "measured rate" not in rows(None)
+    assert rows(1e12)["expected time"] == "4.0 s" and rows(1e12)["measured rate"] == "1 TFLOP/s"
