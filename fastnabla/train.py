@@ -69,10 +69,14 @@ def main(arguments: list[str]) -> int:
         print_error(error)
         return 2
     quiet_libraries()
-    # torch and diffusers are imported here. peft and diffusers would import bitsandbytes for quantised networks, and it
-    # torch's compiler: two seconds for nothing. `fastnabla.optim` imports it if an 8-bit optimizer is asked for.
+    # torch and diffusers are imported here. diffusers and peft would import bitsandbytes, for quantised networks, which
+    # imports torch's compiler: two seconds for nothing. `fastnabla.optim` imports it for an 8-bit optimizer.
     with hidden_packages("bitsandbytes"):
+        from peft.import_utils import is_bnb_available
+
         from fastnabla.training.command import run_command
+
+        is_bnb_available()  # peft remembers the answer
 
     return run_command(config, info)
 
