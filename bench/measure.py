@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnabla.utils.live_bytes import LiveBytes
+from fastnabla.utils.tensor_bytes import LiveBytes
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[[], Any]

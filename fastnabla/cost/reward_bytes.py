@@ -8,7 +8,7 @@ from fastnabla.config.sections import RewardConfig
 from fastnabla.cost.shapes import pretended
 from fastnabla.rewards import PUBLISHED, RewardOptions, parse_term, published_class
 from fastnabla.rewards.model import RewardModel
-from fastnabla.utils.live_bytes import LiveBytes
+from fastnabla.utils.tensor_bytes import LiveBytes
 
 PROMPT = "a photo of an astronaut riding a horse on the moon"
 

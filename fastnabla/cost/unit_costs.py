@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastnabla.cost.shapes import TEXT_LENGTH, Shapes, pretended
 from fastnabla.models.decoder import Decoder, decode_bytes
 from fastnabla.models.model_config import is_xl, pooled_width
-from fastnabla.utils.live_bytes import LiveBytes
-from fastnabla.utils.moved_bytes import MovedBytes
+from fastnabla.utils.tensor_bytes import LiveBytes, MovedBytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from fastnabla.models.compiling import compiled, pad_rows
 from fastnabla.models.frozen_layers import convolve, memory_format, norm_silu
 from fastnabla.objective.gaussian import full
-from fastnabla.utils.live_bytes import LiveBytes
+from fastnabla.utils.tensor_bytes import LiveBytes
 
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 

@@ -13,7 +13,7 @@ from fastnabla.cost.planner import ENOUGH, MOST, SHARE, DoesNotFit, MemoryPlan, 
 from fastnabla.cost.reward_bytes import RewardBytes
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.buffer import TrajectoryBuffer
-from fastnabla.utils.live_bytes import LiveBytes
+from fastnabla.utils.tensor_bytes import LiveBytes
 from tests.cost.test_unit_costs import stable_diffusion
 from tests.training.test_trainer import small
 
