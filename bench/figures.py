@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bench.rows import Row, Tables
+from bench.tables import Row, Tables
 
 EAGER, CHANNELS_LAST, COMPILED = "fastnabla", "fastnabla, channels last", "fastnabla, compiled, channels last"
 PHASES = ("UNet", "decode", "reward", "rest")

@@ -10,7 +10,6 @@ run the points are in the run's own.
 import argparse
 import datetime
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,9 +19,10 @@ from typing import Any
 import torch
 
 from bench import rows
+from bench.files import RESULTS, file_stem, save
 from bench.measure import device_info, peak_and_seconds
 from bench.models import MODELS, Model
-from bench.summary import RESULTS, file_stem, markdown_table
+from bench.tables import markdown_table
 from bench.variants import full
 from bench.workload import DRAWN, STEPS, Workload
 
@@ -153,10 +153,8 @@ def plot(points: list[Point], path: Path) -> None:
 def write(result: dict[str, Any], folders: list[Path]) -> None:
     """All files, replacing those of before."""
     stem = file_stem(f"growth_{result['model']}", result["device"], result["date"])
+    save(result, markdown(result), stem, folders)
     for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{stem}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        (folder / f"{stem}.md").write_text(markdown(result))
         plot(result["growth"], folder / f"{stem}.png")
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from bench.measure import device_info
-from bench.summary import markdown_table
+from bench.tables import markdown_table
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.sections import RolloutConfig
 from fastnabla.distributed.devices import device_of

@@ -3,8 +3,7 @@
 from typing import Any
 
 from bench import figures, summary
-from bench.rows import Tables, short
-from bench.summary import markdown_table
+from bench.tables import Tables, fits_a_cell, markdown_table
 
 TITLES = {
     "parts": "Parts, in order",
@@ -45,7 +44,7 @@ def markdown(tables: Tables) -> str:
     title = f"GPU run, {machine.get('hardware', 'unknown hardware')}, {machine.get('date', '')}"
     lines = [f"# {'DRY RUN on a CPU at toy size: no figure here is a measurement' if dry else title}", ""]
     lines += [
-        f"- {name} {value}" for name, value in machine.items() if short(value) and name not in LEFT_OUT | {"name"}
+        f"- {name} {value}" for name, value in machine.items() if fits_a_cell(value) and name not in LEFT_OUT | {"name"}
     ]
     for table in [*TITLES, *(set(tables) - TITLES.keys() - {"machine"})]:
         if rows := tables.get(table):
@@ -71,14 +70,14 @@ def body(table: str, rows: list[dict[str, Any]]) -> list[str]:
 
 def generic(rows: list[dict[str, Any]]) -> list[str]:
     """All that the rows have, in the order in which they have it."""
-    columns = list(dict.fromkeys(k for row in rows for k, v in row.items() if k not in LEFT_OUT and short(v)))
+    columns = list(dict.fromkeys(k for row in rows for k, v in row.items() if k not in LEFT_OUT and fits_a_cell(v)))
     columns.sort(key=lambda column: column == "note")
     return markdown_table(tuple(columns), [tuple(cell(row.get(c)) for c in columns) for row in rows]) if rows else []
 
 
 def cell(value: Any) -> str:
     """A value as text; a dash for what was not measured."""
-    if not short(value):
+    if not fits_a_cell(value):
         return "–"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")

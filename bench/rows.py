@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench import report
+from bench.tables import Row, Tables, fits_a_cell
+
 FILE, PART, DEADLINE, DRY = (f"FASTNABLA_BENCH_{name}" for name in ("FILE", "PART", "DEADLINE", "DRY"))
-Row = dict[str, Any]
-Tables = dict[str, dict[str, Row]]
-"""Rows by table and name, each as it was added last."""
 
 
 def is_run() -> bool:
@@ -36,21 +36,14 @@ def time_left() -> float:
 
 def add(table: str, name: str, **numbers: Any) -> None:
     """Print a row, and in a run add it to the file and the summary. A row of the same table and name is replaced."""
-    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items() if short(v))
+    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items() if fits_a_cell(v))
     print(f"{table}: {name}: {', '.join(shown)}", flush=True)
     if is_run():
         append(Path(os.environ[FILE]), {"part": os.environ[PART], "table": table, "name": name, **numbers})
 
 
-def short(value: Any) -> bool:
-    """Whether a value fits a cell of a table."""
-    return value is not None and not isinstance(value, dict | list)
-
-
 def append(path: Path, row: Row) -> None:
     """One line at the end of `path`, and the summary beside it anew."""
-    from bench import report
-
     mark = {"dry run": True} if is_dry() else {}
     with path.open("a") as file:
         file.write(json.dumps(mark | row, ensure_ascii=False, default=str) + "\n")

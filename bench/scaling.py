@@ -15,7 +15,7 @@ import math
 import numpy as np
 import torch
 
-from bench.summary import markdown_table
+from bench.tables import markdown_table
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.train import TrainConfig
 from fastnabla.cost.planner import planned, unit_costs

@@ -11,11 +11,12 @@ A number that was not measured is a dash.
 import argparse
 import datetime
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from bench.files import RESULTS, file_stem, save
+from bench.tables import markdown_table, number
+
 EAGER, COMPILE, OURS = PROVIDERS = ("published eager", "compiled plain", "fastnabla")
 HEADER = (
     *("operation", "pass", "shape", "batch"),
@@ -59,15 +60,6 @@ def condensed(name: str, group: str, stats: dict[str, Any], extra: dict[str, Any
     return {"name": name, "group": group, **times, **extra}
 
 
-def file_stem(theme: str, device: dict[str, Any], date: str) -> str:
-    """Name of the files of a theme, without their suffix. A CPU's figures depend on its threads."""
-    hardware = device.get("hardware", "unknown")
-    if "cuda" not in device and "threads" in device:
-        hardware += f" {device['threads']} thread{'s' * (device['threads'] > 1)}"
-    hardware = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    return f"{theme}_{hardware}_{date}"
-
-
 def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """Cells by operation, pass, shape and batch, in the order of `HEADER`."""
     cases: dict[tuple, dict[str, dict[str, Any]]] = {}
@@ -96,25 +88,21 @@ def _row(key: tuple, case: dict[str, dict[str, Any]]) -> tuple[str, ...]:
         *(
             text
             for wall, device in (eager, compiled, ours)
-            for text in (_wall(wall, device, ".1f"), _number(device, ".1f"))
+            for text in (_wall(wall, device, ".1f"), number(device, ".1f"))
         ),
         *(_ratio(other, own) for others in (eager, compiled) for other, own in zip(others, ours, strict=True)),
-        _number(measured.get("GB/s"), ".0f"),
-        _number(measured.get("share of copy"), ".0%"),
+        number(measured.get("GB/s"), ".0f"),
+        number(measured.get("share of copy"), ".0%"),
     )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def _wall(wall: float | None, device: float | None, form: str) -> str:
     """A wall time, marked if it is the host's."""
-    return _number(wall, form) + " h" * bool(wall and device and wall > 2 * device)
+    return number(wall, form) + " h" * bool(wall and device and wall > 2 * device)
 
 
 def _ratio(other: float | None, own: float | None) -> str:
-    return _number(other / own if other and own else None, ".2f")
+    return number(other / own if other and own else None, ".2f")
 
 
 def buffer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -128,10 +116,10 @@ def buffer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
         own = times[b["operation"], b["buffer"]]
         others = [times.get((b["operation"], base), (None, None)) for base in ("reference's pattern", "index_select")]
         return (
-            *(b["operation"], b["buffer"], _wall(*own, ".3f"), _number(own[1], ".3f")),
+            *(b["operation"], b["buffer"], _wall(*own, ".3f"), number(own[1], ".3f")),
             *(_ratio(*pair) for other in others for pair in zip(other, own, strict=True)),
-            *(_number(b["GB/s"], ".1f"), _number(b["share of copy"], ".0%")),
-            *(_number(b["bytes a trajectory"] / 1024, ".0f"), _number(b["of reference"], ".1%")),
+            *(number(b["GB/s"], ".1f"), number(b["share of copy"], ".0%")),
+            *(number(b["bytes a trajectory"] / 1024, ".0f"), number(b["of reference"], ".1%")),
         )
 
     return [row(b) for b in sorted(found, key=lambda b: b["operation"])]
@@ -151,11 +139,6 @@ def markdown(summary: dict[str, Any], raw_file: str) -> str:
         lines += ["", "| benchmark | median ms |", "|---|---|"]
         lines += [f"| {other['group']}: {other['name']} | {1e3 * other['median s']:.1f} |" for other in others]
     return "\n".join(lines) + "\n"
-
-
-def markdown_table(header: tuple[str, ...], table: list[tuple[str, ...]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *table)]
 
 
 def facts(summary: dict[str, Any]) -> list[str]:
@@ -196,10 +179,8 @@ def main() -> None:
     options = parser.parse_args()
     summary = condense([json.loads(path.read_text()) for path in options.raw], options.theme, options.tests)
     name = file_stem(options.theme, summary["device"], summary["date"])
+    save(summary, markdown(summary, f"{name}.json"), name, options.into)
     for folder in options.into:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-        (folder / f"{name}.md").write_text(markdown(summary, f"{name}.json"))
         print(f"wrote {folder / name}.json and .md")
     print("", *facts(summary), "", screen(summary), sep="\n")
 

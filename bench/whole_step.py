@@ -12,7 +12,6 @@ there is no time for is named. Files: `step_<model>_<hardware>_<date>.json` and 
 import argparse
 import datetime
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,10 +21,11 @@ from typing import Any
 import torch
 
 from bench import agreement, rows
+from bench.files import RESULTS, as_json, file_stem, save
 from bench.measure import device_info, peak_and_seconds, seconds
 from bench.models import MODELS
 from bench.rollout import rollout
-from bench.summary import RESULTS, file_stem, markdown_table
+from bench.tables import Row, markdown_table, number
 from bench.variants import ROWS, Variant, full
 from bench.workload import DRAWN, STEPS, Workload
 from fastnabla.cost.unit_costs import UnitCosts
@@ -42,7 +42,6 @@ passes, decodes and of g_φ, the reward's not. Of matmul: of the rate of a bfloa
 the largest of a tensor, on toy networks in float64 (float32 with kernels), from the published algorithm's. Each row has all
 that the rows above it have, but for the last ones, which say what they change in the row they are based on. draw=runs:
 adjacent transitions, which are correlated; lookahead_detached, terminal: other gradients than the paper's."""
-Row = dict[str, Any]
 
 
 def matmul_rate(device: torch.device) -> float | None:
@@ -155,11 +154,6 @@ def rates(row: Row, costs: UnitCosts, ceiling: float | None) -> Row:
     return {"TFLOP/s": rate, "of matmul": rate / ceiling if ceiling else None}
 
 
-def cell(value: Any, form: str) -> str:
-    """A number, or a dash."""
-    return "–" if value is None else format(value, form)
-
-
 def markdown(result: dict[str, Any]) -> str:
     """The table, and what it depends on."""
     facts = {k: v for k, v in result["device"].items() if v is not None}
@@ -176,12 +170,12 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [f"- not run, for want of time: {', '.join(result['not run']) or 'nothing'}", "", NOTES, ""]
     cells = [
         (
-            *(row["name"], cell(row.get("s"), ".3f")),
+            *(row["name"], number(row.get("s"), ".3f")),
             f"{row['fastest s']:.3f}–{row['slowest s']:.3f}" if "s" in row else "–",
-            *(cell(row.get("transitions/s"), ".2f"), cell(row.get("vs published"), ".2f")),
-            *(cell(row.get("U"), ".2f"), cell(row.get("decodes"), ".2f"), cell(row.get("peak GiB"), ".3f")),
-            *(cell(row.get("TFLOP/s"), ".3g"), cell(row.get("of matmul"), ".0%")),
-            *(cell(row.get("gradient difference"), ".0e"), row.get("note", "")),
+            *(number(row.get("transitions/s"), ".2f"), number(row.get("vs published"), ".2f")),
+            *(number(row.get("U"), ".2f"), number(row.get("decodes"), ".2f"), number(row.get("peak GiB"), ".3f")),
+            *(number(row.get("TFLOP/s"), ".3g"), number(row.get("of matmul"), ".0%")),
+            *(number(row.get("gradient difference"), ".0e"), row.get("note", "")),
         )
         for row in result["rows"]
     ]
@@ -190,15 +184,11 @@ def markdown(result: dict[str, Any]) -> str:
 
 def write(result: dict[str, Any], folders: list[Path], json_file: Path | None) -> None:
     """All files, replacing those of before."""
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     if json_file:
-        json_file.write_text(text)
+        json_file.write_text(as_json(result))
         return
     stem = file_stem(f"step_{result['model']}", result["device"], result["date"])
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{stem}.json").write_text(text)
-        (folder / f"{stem}.md").write_text(markdown(result))
+    save(result, markdown(result), stem, folders)
 
 
 def main(arguments: list[str] | None = None) -> None:
