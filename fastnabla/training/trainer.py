@@ -25,7 +25,8 @@ from fastnabla.metrics.evaluation import Evaluator
 from fastnabla.metrics.probes import build_probe
 from fastnabla.models.build import build_networks
 from fastnabla.models.compiling import compile_cost
-from fastnabla.models.pipeline import image_size, pipeline_of, save_policy, tokenizers
+from fastnabla.models.pipeline import image_size, pipeline_of, tokenizers
+from fastnabla.models.saved_policy import save_policy
 from fastnabla.optim.ema import WeightAverage
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.prompts import RunPrompts, used_prompts, warn_truncated
