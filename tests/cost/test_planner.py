@@ -73,7 +73,7 @@ def test_a_pinned_buffer_is_counted_in_the_hosts_memory() -> None:
     assert pinned.host == on_device.fixed["trajectory buffer"] == trajectories * slabs.nbytes
     for chosen, shown in ((on_device, False), (pinned, True)):
         rows = list(chosen.table().columns[0].cells)
-        assert ("trajectory buffer, in the host's memory" in rows) == shown
+        assert ("trajectory buffer, in host memory" in rows) == shown
 
 
 def test_activations_of_rewards_count() -> None:
