@@ -46,10 +46,10 @@ def add_step(workload: Workload, variant: Variant, size: int) -> None:
     """Add the row of a step at a micro-batch: its first run, replaced by a second one if there is time."""
     run, *_ = workload.step(variant, DRAWN * size, size)
     for note in ({"note": "the first step"}, {}):
-        peak, taken = peak_and_seconds(run, workload.device)
-        found = {"transitions": DRAWN * size, "s": taken, "transitions/s": DRAWN * size / taken, "peak GiB": peak}
+        peak, elapsed = peak_and_seconds(run, workload.device)
+        found = {"transitions": DRAWN * size, "s": elapsed, "transitions/s": DRAWN * size / elapsed, "peak GiB": peak}
         rows.add("micro-batch", f"micro-batch {size}", **found, **note)
-        if rows.time_left() < 1.2 * taken:
+        if rows.time_left() < 1.2 * elapsed:
             return
 
 

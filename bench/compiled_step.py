@@ -36,8 +36,8 @@ class Measured:
         for _ in range(rounds):
             if self.times and rows.time_left() < 1.2 * self.times[-1]:
                 break
-            peak, taken_s = peak_and_seconds(self.run, self.device, self.compiled)
-            self.times.append(taken_s)
+            peak, elapsed = peak_and_seconds(self.run, self.device, self.compiled)
+            self.times.append(elapsed)
         median = statistics.median(self.times)
         numbers = {"s": median, "fastest s": min(self.times), "slowest s": max(self.times), "rounds": len(self.times)}
         return numbers | {"transitions/s": self.transitions / median, "peak GiB": peak, "first s": self.first}
