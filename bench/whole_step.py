@@ -1,12 +1,13 @@
-"""A whole training step: the published algorithm against fastnabla with its optimisations.
+"""Times a whole training step: the published algorithm against fastnabla with its optimisations.
 
     python -m bench.whole_step [--model sd15] [--micro-batch 16] [--transitions 48] [--budget-seconds 240]
 
-The networks have random weights (what they compute costs the same), the states are random, K of 50 DDIM steps are drawn.
-A row is measured and written before the next is begun, and then measured again in turn with the others, so that a busy
-machine slows all of them. Beside it is how far its gradients at toy size are from the published algorithm's; if that is too
-far, the row says so. A row that cannot run says why, and one that does not fit into memory has a smaller micro-batch. What
-there is no time for is named. Files: `step_<model>_<hardware>_<date>.json` and `.md`; in a GPU run the run's own.
+The networks have random weights (the cost is the same), the states are random, and K of 50 DDIM steps are drawn. Each row is
+measured and written before the next one starts. Afterwards all rows are measured again in turn, so that other load on the
+machine affects all of them. Each row also has the difference between its gradients at toy size and the published algorithm's;
+if that is too large, the row says so. A row that cannot run says why, and one that does not fit into memory has a smaller
+micro-batch. Rows that there was no time for are listed. The files are `step_<model>_<hardware>_<date>.json` and `.md`, or in
+a GPU run the run's files.
 """
 
 import argparse
@@ -35,17 +36,17 @@ HEADER = (
     *("gradient difference", "note"),
 )
 NOTES = """\
-s: median of the rounds, spread: fastest to slowest; of a single CPU thread the time that it computed, else by the wall
-clock. Vs published: times as many transitions a second as the published algorithm in its faster form, median of the
-rounds. U and decodes (with backward): by transition. Peak: over what the weights take. TFLOP/s: arithmetic of these
-passes, decodes and of g_φ, the reward's not. Of matmul: of the rate of a bfloat16 product of 8192³. Gradient difference:
-the largest of a tensor, on toy networks in float64 (float32 with kernels), from the published algorithm's. Each row has all
-that the rows above it have, but for the last ones, which say what they change in the row they are based on. draw=runs:
-adjacent transitions, which are correlated; lookahead_detached, terminal: other gradients than the paper's."""
+s: median of the rounds; spread: fastest to slowest; CPU time for a single CPU thread, otherwise wall-clock time. vs published:
+speed-up over the published algorithm in its faster form, median of the rounds. U and decodes (with backward): for each
+transition. Peak: memory in addition to the weights. TFLOP/s: arithmetic of these passes, the decodes and g_φ, without the
+reward. Of matmul: fraction of the rate of a bfloat16 product of 8192³. Gradient difference: largest relative difference of a
+tensor from the published algorithm's, on toy networks in float64 (float32 with kernels). Each row adds to the row above it;
+the last rows say what they change in the row they are based on. draw=runs: adjacent transitions, which are correlated.
+lookahead_detached, terminal: gradients other than the paper's."""
 
 
 def matmul_rate(device: torch.device) -> float | None:
-    """TFLOP/s of a bfloat16 product of 8192³; on CUDA only."""
+    """TFLOP/s of a bfloat16 product of 8192³; None without CUDA."""
     if device.type != "cuda":
         return None
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
@@ -60,7 +61,7 @@ def matmul_rate(device: torch.device) -> float | None:
 
 
 class Bench:
-    """Everything that is measured of one model on one device, in a limited time."""
+    """Measures the variants of one model on one device within a time limit."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.deadline = time.perf_counter() + min(options.budget_seconds, rows.time_left())
@@ -80,7 +81,8 @@ class Bench:
         return self.deadline - time.perf_counter()
 
     def table(self, group: list[Variant], rounds: int, publish: Callable[[list[Row]], None]) -> None:
-        """Measure the rows of `group`, the published algorithm first; `publish` gets all of them whenever one is new."""
+        """Measure the variants of `group`, the published algorithm first. `publish` is called with all rows whenever one
+        changes."""
         table: list[Row] = []
         timed: list[tuple[Row, Callable[[], None], list[float]]] = []
         slowest = 0.0
@@ -97,7 +99,7 @@ class Bench:
                 self.finish(timed)
                 publish(table)
                 row |= agreement.check(variant, self.device)
-            except Exception as error:  # one row of many: no memory, no package, no compiler
+            except Exception as error:  # out of memory, a missing package or compiler: go on with the other rows
                 row["note"] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
             publish(table)
             slowest = max(slowest, time.perf_counter() - begun)
@@ -112,12 +114,12 @@ class Bench:
             publish(table)
 
     def prepare(self, variant: Variant, row: Row) -> Callable[[], None]:
-        """The step, run once; with half the micro-batch as often as memory runs out."""
+        """The step, after a first run. The micro-batch is halved whenever memory runs out."""
         if variant.attention == "xformers" and importlib.util.find_spec("xformers") is None:
             raise ValueError("xformers is not installed")
         size = self.micro_batch
         while (run := self._try(variant, size, row)) is None:
-            torch.cuda.empty_cache()  # outside the exception, whose frames hold what is to be freed
+            torch.cuda.empty_cache()  # outside the except block, whose traceback keeps tensors alive
             size //= 2
         return run
 
@@ -136,7 +138,7 @@ class Bench:
         return run
 
     def finish(self, timed: list[tuple[Row, Callable[[], None], list[float]]]) -> None:
-        """What follows from the times so far."""
+        """Update the rows from the times so far."""
         published = [times for row, _, times in timed if row["name"].startswith("published")]
         for row, _, times in timed:
             median = statistics.median(times)
@@ -148,14 +150,14 @@ class Bench:
 
 
 def rates(row: Row, costs: UnitCosts, ceiling: float | None) -> Row:
-    """Arithmetic per second."""
+    """The row's TFLOP/s, and their fraction of `ceiling`."""
     flops = row["U"] * costs.unet_flops + row["decodes"] * costs.decode_flops + row["flow calls"] * costs.flow_flops
     rate = flops * row["transitions/s"] / 1e12
     return {"TFLOP/s": rate, "of matmul": rate / ceiling if ceiling else None}
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table, and what it depends on."""
+    """The table, with the conditions of the measurement."""
     facts = {k: v for k, v in result["device"].items() if v is not None}
     lines = [f"# Training step, {result['model']}, {facts['hardware']}, {result['date']}", ""]
     lines += [f"- {', '.join(f'{name} {value}' for name, value in facts.items())}"]
@@ -167,7 +169,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"- rollout: {found['images/s']:.3g} images/s ({found['images']} at once, {STEPS} steps and decoding), "
             f"scaled from {found['steps measured']} steps"
         ]
-    lines += [f"- not run, for want of time: {', '.join(result['not run']) or 'nothing'}", "", NOTES, ""]
+    lines += [f"- not run, out of time: {', '.join(result['not run']) or 'nothing'}", "", NOTES, ""]
     cells = [
         (
             *(row["name"], number(row.get("s"), ".3f")),
@@ -183,7 +185,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def write(result: dict[str, Any], folders: list[Path], json_file: Path | None) -> None:
-    """All files, replacing those of before."""
+    """Write all files, replacing earlier ones; with `json_file`, only that one."""
     if json_file:
         json_file.write_text(as_json(result))
         return
@@ -196,15 +198,15 @@ def main(arguments: list[str] | None = None) -> None:
     default = "toy" if rows.is_dry() else "sd15" if cuda else "testbed"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default=default)
-    parser.add_argument("--rows", choices=ROWS, default="one-by-one", help="which variants")
+    parser.add_argument("--rows", choices=ROWS, default="one-by-one", help="which variants to measure")
     parser.add_argument("--resolution", type=int, help="of the images, in pixels")
-    parser.add_argument("--micro-batch", type=int, help="most transitions in one network pass")
-    parser.add_argument("--transitions", type=int, help=f"in a step; rounded up to a multiple of {DRAWN}")
+    parser.add_argument("--micro-batch", type=int, help="maximal number of transitions in one network pass")
+    parser.add_argument("--transitions", type=int, help=f"transitions in a step; rounded up to a multiple of {DRAWN}")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--budget-seconds", type=float, default=240)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget-seconds", type=float, default=240, help="time limit")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each row")
     parser.add_argument("--into", nargs="+", type=Path, default=[RESULTS], help="folders for the files")
-    parser.add_argument("--json", type=Path, help="write this file alone")
+    parser.add_argument("--json", type=Path, help="write only this JSON file")
     options = parser.parse_args(arguments)
     bench = Bench(options)
     on_cuda = bench.device.type == "cuda"
@@ -235,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows.add("machine", "step", workload=result["workload"], **{"matmul TFLOP/s": bench.ceiling})
     bench.table(ROWS[options.rows](on_cuda or rows.is_dry()), options.rounds, publish)
     if bench.not_run:
-        rows.add("step", "not run, for want of time", note=", ".join(bench.not_run))
+        rows.add("step", "not run, out of time", note=", ".join(bench.not_run))
     if not rows.is_run():
         if bench.time_left() > 0:
             result["rollout"] = rollout(bench.workload, full(on_cuda), images=bench.micro_batch)
