@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     eager = Measured(workload, variant, DRAWN * size, size)
     times = eager.time()
     rows.add("compiled", f"eager, for {options.how}", **{"micro-batch": size}, **times)
+    # If compiling does not finish in time, this row remains.
     rows.add("compiled", options.how, note=f"compiling, not finished; {rows.time_left():.0f} s were left")
     other = dataclasses.replace(variant, compile=options.how)
     compiled = Measured(workload, other, DRAWN * size, size)

@@ -67,6 +67,8 @@ def main() -> None:
     world = World.start(info, device_of(config, info))
     trainer = Trainer(config, world=world)
     gradients = trainer.step.parameters
+
+    # The first update is a warm-up.
     for update in range(settings.updates + 1):
         if update <= 1:
             watch = Stopwatch(trainer.device)
@@ -76,11 +78,14 @@ def main() -> None:
         watch.time("sum", lambda: world.sum_([parameter.grad for parameter in gradients]))
         watch.time("optimizer", trainer.optimizer.update)
         trainer.source.finish()
+
+    # Sums after a barrier do not include waiting for slower ranks.
     alone = Stopwatch(trainer.device)
     sums = [torch.randn_like(parameter) for parameter in gradients]
     for _ in range(20):
         world.barrier()
         alone.time("sum", lambda: world.sum_(sums))
+
     seconds = [[statistics.median(watch.wall[phase]) for phase in PHASES]]
     seconds += [[statistics.median(watch.cpu[phase]) for phase in PHASES]]
     own = torch.tensor([[*wall, sum(wall), min(alone.wall["sum"])] for wall in seconds])

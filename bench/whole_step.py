@@ -86,6 +86,7 @@ class Bench:
         table: list[Row] = []
         timed: list[tuple[Row, Callable[[], None], list[float]]] = []
         slowest = 0.0
+        # The first round prepares the rows and checks their gradients.
         for variant in group:
             if self.time_left() < max(0.0, 1.5 * slowest):
                 self.not_run.append(variant.name)
@@ -105,6 +106,7 @@ class Bench:
             slowest = max(slowest, time.perf_counter() - begun)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+        # Further rounds time all rows in turn.
         for _ in range(1, rounds):
             for _, run, times in timed:
                 if self.time_left() < 1.2 * times[-1]:

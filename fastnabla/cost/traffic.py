@@ -27,10 +27,8 @@ def update_traffic(config: TrainConfig, costs: UnitCosts, cost: StepCost) -> dic
             sample.
     """
     memory, rollout = config.memory, config.rollout
-    trajectories, micro_batch = (
-        rollout.trajectories // rollout.updates,
-        min(memory.micro_batch, max(map(math.ceil, cost.rows.values()))),
-    )
+    trajectories = rollout.trajectories // rollout.updates
+    micro_batch = min(memory.micro_batch, max(map(math.ceil, cost.rows.values())))
     chunk, batch = min(memory.decode_chunk, micro_batch), min(rollout.batch, trajectories)
     unet, decoder = costs.unet_traffic(micro_batch), costs.decode_traffic(chunk)
     weights, shape = sum(costs.trained_sizes), torch.Size(costs.shapes.sample_shape)

@@ -190,6 +190,7 @@ class Policy(nn.Module):
         if self.lora is not None:
             self.lora.refresh(self.dtype)
         with_graph = torch.is_grad_enabled()
+        # With `_one_graph`, passes without gradients build a graph too; see `optimise`.
         with torch.enable_grad() if self._one_graph else contextlib.nullcontext():
             if self._one_graph and not x.requires_grad:
                 x = x.detach().requires_grad_()
