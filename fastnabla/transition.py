@@ -55,10 +55,8 @@ class TransitionTable:
         return len(self.timestep)
 
     def __post_init__(self) -> None:
-        if (
-            self.timestep.device.type != "cpu"
-        ):  # a copy of a table checked on the CPU; checking it again would synchronise
-            return
+        if self.timestep.device.type != "cpu":
+            return  # a copy of a table checked on the CPU; checking it again would synchronise
         for field in dataclasses.fields(self):
             column = getattr(self, field.name)
             bad = ~torch.isfinite(column) if field.name != "sigma" else ~(torch.isfinite(column) & (column > 0))
