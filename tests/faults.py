@@ -181,10 +181,8 @@ def campaign(
             if draw.random() < 0.5:
                 sent = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1))
                 name, status = sent.name, attempt(trainer, run, lambda: None, draw.uniform(0.05, seconds), sent)
-                assert status in (0, -sent, 128 + sent), (
-                    name,
-                    status,
-                )  # -sent: before the signal handler was installed
+                # -sent: the signal came before its handler was installed.
+                assert status in (0, -sent, 128 + sent), (name, status)
             else:
                 name = draw.choice(points)
                 most, arm = POINTS[name]

@@ -29,7 +29,7 @@ class Evaluator:
         prompts: texts.
         samples: images per prompt.
         chunk: most images scored at once; None for all.
-        world: whose ranks sample a share each.
+        world: the ranks, each of which samples its rows.
     """
 
     def __init__(
@@ -53,9 +53,8 @@ class Evaluator:
 
     def images(self, noise: int = 0) -> Tensor:
         """Images `[prompts * samples, 3, H, W]` of the policy as it is, prompt by prompt; on every rank all of them."""
-        rows = (
-            self.rank_rows if len(self.rank_rows) else torch.zeros(1, dtype=torch.int64)
-        )  # one too many, for its shape
+        # A rank without rows samples one, whose images give the others' shape, and drops it.
+        rows = self.rank_rows if len(self.rank_rows) else torch.zeros(1, dtype=torch.int64)
         images = self.decoder.decode(self.sample(rows, noise))
         return self.world.all_gather_rows(images[: len(self.rank_rows)], self.rank_rows, len(self.prompt))
 
