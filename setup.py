@@ -1,15 +1,15 @@
-"""What is installed; the metadata is in pyproject.toml.
+"""Builds the package; its metadata is in pyproject.toml.
 
-The folder `kernels/` becomes the package `fastnabla.kernels`. `csrc/` becomes the shared library `fastnabla/_C.so`,
-which fastnabla can do without: it is built if torch can be imported (`pip install --no-build-isolation`) and there is a
-C++ compiler (CXX, or g++); with its CUDA part if there is an nvcc (in CUDA_HOME or PATH) of torch's major version.
+The folder `kernels/` is installed as `fastnabla.kernels`. `csrc/` is built into the shared library `fastnabla/_C.so`, which is
+optional: it is built if torch can be imported (`pip install --no-build-isolation`) and there is a C++ compiler (CXX or g++).
+CUDA support is added if there is an nvcc (in CUDA_HOME or PATH) of the same major CUDA version as torch.
 
-Environment:
-    FASTNABLA_CUDA: 1 fails unless the CUDA part is built and its operations are registered; 0 leaves it out.
-    FASTNABLA_WERROR: 1 fails on warnings.
-    FASTNABLA_PTXAS: 1 prints registers and spills of the kernels.
-    FASTNABLA_SANITIZE: 1 builds the CPU part with the address and undefined behaviour sanitizers.
-    FASTNABLA_CUDA_ARCHITECTURES: what to build for instead of 80,90,100.
+Environment variables:
+    FASTNABLA_CUDA: 1 fails unless CUDA support is built and its operations are registered; 0 skips it.
+    FASTNABLA_WERROR: 1 treats warnings as errors.
+    FASTNABLA_PTXAS: 1 prints the kernels' registers and spills.
+    FASTNABLA_SANITIZE: 1 builds for the CPU with the address and undefined behaviour sanitizers.
+    FASTNABLA_CUDA_ARCHITECTURES: architectures to build for, by default 80,90,100.
 """
 
 import os
@@ -28,21 +28,21 @@ from setuptools.command.build_ext import build_ext
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.c*") if path.suffix in (".cpp", ".cu"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.*h"))
 ARCHITECTURES = tuple(map(int, os.environ.get("FASTNABLA_CUDA_ARCHITECTURES", "80,90,100").split(",")))
-# The stable ABI of torch 2.11, the oldest that we support: what is built with a newer torch runs with that one too.
+# torch 2.11's stable ABI, the oldest supported: an extension built with a newer torch also runs with 2.11.
 COMMON = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 ALL_WARNINGS = ["-Wall", "-Wextra"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
 
 
 class CannotBuild(Exception):
-    """Why; for people."""
+    """The extension cannot be built; the message says why."""
 
 
 def run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(" ".join(command), done.stdout, done.stderr, sep="\n", file=sys.stderr)
-        raise CannotBuild(f"{Path(command[0]).name} failed, see above")
+        raise CannotBuild(f"{Path(command[0]).name} failed; its output is above")
     return done.stdout + done.stderr
 
 
@@ -59,24 +59,29 @@ def find_torch() -> ModuleType:
 def find_compiler() -> str:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        raise CannotBuild("there is no C++ compiler; install g++, or set CXX")
+        raise CannotBuild("no C++ compiler was found; install g++, or set CXX")
     return compiler
 
 
 def find_nvcc(torch_cuda: str | None) -> str:
-    """The path of an nvcc that suits `torch_cuda`, the version that torch is built with; None: of no CUDA."""
+    """Path of an nvcc that matches `torch_cuda`, the CUDA version of torch; None for a torch without CUDA, which any nvcc
+    matches.
+
+    Raises:
+        CannotBuild: there is none, or CUDA support is switched off.
+    """
     if os.environ.get("FASTNABLA_CUDA") == "0":
-        raise CannotBuild("FASTNABLA_CUDA is 0")
+        raise CannotBuild("FASTNABLA_CUDA = 0")
     if os.environ.get("FASTNABLA_SANITIZE") == "1":
-        raise CannotBuild("the sanitizers are for the CPU part")
+        raise CannotBuild("the sanitizers support only the CPU")
     home = os.environ.get("CUDA_HOME")
     nvcc = (home and shutil.which("nvcc", path=str(Path(home, "bin")))) or shutil.which("nvcc")
     if nvcc is None:
-        raise CannotBuild("nvcc is not in PATH, nor in CUDA_HOME")
+        raise CannotBuild("nvcc was not found in CUDA_HOME or PATH")
     version = re.search(r"release (\d+)\.\d+", run(nvcc, "--version"))
     if version and torch_cuda and version[1] != torch_cuda.split(".")[0]:
         raise CannotBuild(
-            f"{nvcc} is of CUDA {version[0][8:]} and torch of {torch_cuda}; set CUDA_HOME to one of the same major version"
+            f"{nvcc} has CUDA {version[0][8:]} and torch has {torch_cuda}; set CUDA_HOME to one of torch's major version"
         )
     return nvcc
 
@@ -94,10 +99,10 @@ sys.exit(not all(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnabla::{na
 
 
 class BuildExtension(build_ext):
-    """Compiles the sources side by side, for the CPU and if possible for CUDA, and links them."""
+    """Compiles the sources in parallel, for the CPU and if possible for CUDA, and links them."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # Not a Python module: it holds operations that torch loads, and fits every version of Python.
+        # Without Python's ABI tag: it is not a Python module but a library that torch loads, for any version of Python.
         return str(Path(*fullname.split("."))) + ".so"
 
     def run(self) -> None:
@@ -125,11 +130,11 @@ class BuildExtension(build_ext):
 
     def _fail_if_required(self, error: CannotBuild) -> None:
         if os.environ.get("FASTNABLA_CUDA") == "1":
-            raise SystemExit(f"FASTNABLA_CUDA is 1, but the CUDA part cannot be built: {error}")
+            raise SystemExit(f"FASTNABLA_CUDA = 1, but CUDA support cannot be built: {error}")
 
     def _give_up(self, error: CannotBuild) -> None:
         self._fail_if_required(error)
-        print(f"fastnabla._C: not built, slower code in torch will be used ({error})")
+        print(f"fastnabla._C: not built; slower torch code will be used instead ({error})")
         self.extensions = []
 
     def _build(self, ext: Extension, nvcc: str | None) -> None:
@@ -148,7 +153,7 @@ class BuildExtension(build_ext):
                 print(printed)
             return target
 
-        # The slowest first.
+        # CUDA sources first, because they take longest.
         sources = sorted(
             (s for s in ext.sources if device or not s.endswith(".cu")), key=lambda s: not s.endswith(".cu")
         )
@@ -156,8 +161,8 @@ class BuildExtension(build_ext):
             objects = list(pool.map(compile_source, sources))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Torch is in the process before this library, which finds it by name alone. CUDA's runtime is linked in, so
-        # that the library loads where there is no CUDA, and hidden, so that it is not mixed up with torch's.
+        # torch is loaded before this library, so no rpath is needed. The CUDA runtime is linked statically, so that the
+        # library loads without CUDA, and its symbols are hidden, so that they do not clash with torch's.
         link = ["--no-as-needed", "-ltorch", "--exclude-libs,ALL"]
         if nvcc:
             options = [option for part in link for option in (["-Xlinker", part] if part[1] == "-" else [part])]
@@ -165,7 +170,7 @@ class BuildExtension(build_ext):
         else:
             options = [f"-Wl,{part}" if part[1] == "-" else part for part in link]
             driver = [self.compiler_path, *sanitize]
-        # Beside what was there before, which stays unless this is known to be good.
+        # Link under a temporary name: a previous library is replaced only by one that works.
         linked = output.with_name(f"{output.name}.new")
         try:
             run(*driver, "-shared", *objects, f"-L{torch / 'lib'}", *options, "-o", str(linked))
@@ -180,9 +185,9 @@ def _nvcc_options(nvcc: str, compiler: str) -> list[str]:
     supported = run(nvcc, "--list-gpu-code").split()
     architectures = [a for a in ARCHITECTURES if f"sm_{a}" in supported]
     if not architectures:
-        raise CannotBuild(f"{nvcc} knows none of the architectures {', '.join(f'sm_{a}' for a in ARCHITECTURES)}")
+        raise CannotBuild(f"{nvcc} supports none of the architectures {', '.join(f'sm_{a}' for a in ARCHITECTURES)}")
     codes = [f"arch=compute_{a},code=sm_{a}" for a in architectures]
-    codes.append(f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")  # for what is to come
+    codes.append(f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")  # PTX for newer architectures
     options = ["-ccbin", compiler, "--threads", "0"]
     options += ["-Werror", "all-warnings"] if "-Werror" in warnings() else []
     options += [option for code in codes for option in ("-gencode", code)]

@@ -1,13 +1,14 @@
-"""Whether variants of the training step compute the same gradients: toy ones the published algorithm's, large ones each other's.
+"""Checks that variants of the training step compute the same gradients: toy networks against the published algorithm, large
+ones against each other.
 
-In float64 the toy gradients agree to `FLOAT64_LIMIT`, so they are the same sums. In float32 each is off by 3e-4 to 4e-4 of a
-LoRA tensor on a CPU (measured against float64), and by some 3e-3 where convolutions are off by 1e-6, as on a GPU: the
-residual (b/σ²)(o_θ − o_ref) magnifies the rounding of two outputs that are nearly equal. The kernels compute in float32, so
-theirs get `KERNELS_LIMIT`.
+In float64 the toy gradients agree to `FLOAT64_LIMIT`, so they are the same sums. In float32 the error of a LoRA tensor is 3e-4
+to 4e-4 on a CPU (measured against float64), and about 3e-3 if convolutions have errors of 1e-6, as on a GPU: the residual
+(b/σ²)(o_θ − o_ref) amplifies the rounding errors of two nearly equal outputs. The kernels compute in float32, so their limit
+is `KERNELS_LIMIT`.
 
-In bfloat16 a step's gradients are rounded so far that they tell little: 0.7 of the whole gradient between two correct
-computations of the toy networks. A single pass of the network is not magnified: what compiling changes is judged by that, and
-by how far equal computations are apart, which is measured beside it.
+In bfloat16, a step's gradients say little: those of two correct computations of the toy networks differ by 0.7 of the whole
+gradient. A single network pass does not amplify rounding errors. So compiled networks are compared by a single pass, and the
+tolerance comes from the difference between two equivalent eager passes.
 """
 
 import functools
@@ -27,8 +28,11 @@ Gradients = list[Tensor]
 
 
 def difference(actual: Gradients, expected: Gradients) -> float:
-    """The largest relative difference of a gradient tensor; of one whose norm is below 1e-5 of the largest tensor's, in
-    units of that, since biases before a normalisation have gradients of rounding alone."""
+    """The largest relative difference of a gradient tensor.
+
+    The denominator is floored at 1e-5 of the largest tensor's norm, because the gradients of biases before a normalisation are
+    pure rounding error.
+    """
     scale = max(gradient.norm() for gradient in expected)
     pairs = zip(actual, expected, strict=True)
     found = [((a - b).norm() / (b.norm() + 1e-5 * scale)).item() for a, b in pairs]
@@ -36,27 +40,27 @@ def difference(actual: Gradients, expected: Gradients) -> float:
 
 
 def toy_gradients(variant: Variant, device: torch.device, dtype: torch.dtype, model: Model = TOY) -> Gradients:
-    """Of LoRA and g_φ, over 12 transitions that depend on `variant.draw` alone; on the CPU, in float64."""
+    """Gradients of the LoRA and g_φ, on the CPU in float64, over 12 transitions that depend only on `variant.draw`."""
     workload = Workload(model, model.pixels, device, dtype)
     run, _, policy = workload.step(variant, 12, 4)
     run()
-    return taken([*policy.trainable(), *workload.flow.parameters()])
+    return copied_gradients([*policy.trainable(), *workload.flow.parameters()])
 
 
-def taken(parameters: list[nn.Parameter]) -> Gradients:
+def copied_gradients(parameters: list[nn.Parameter]) -> Gradients:
     """The parameters' gradients, on the CPU in float64."""
     return [parameter.grad.double().cpu() for parameter in parameters]
 
 
 @functools.cache
 def published_gradients(draw: str, device: torch.device, dtype: torch.dtype) -> Gradients:
-    """The published algorithm's `toy_gradients`."""
+    """`toy_gradients` of the published algorithm."""
     return toy_gradients(Variant(name="published", ours=False, draw=draw), device, dtype)
 
 
 def check(variant: Variant, device: torch.device) -> dict[str, Any]:
-    """For a row of the table: the "gradient difference" of `variant` on toy networks from the published algorithm, and a
-    "note" if it is above the limit. Nothing for variants that change the gradients, or are the algorithm itself."""
+    """Cells for a row of the table: the "gradient difference" between `variant` and the published algorithm on toy networks,
+    and a "note" if it exceeds the limit. Empty for the algorithm itself and for variants with other gradients."""
     changes = variant.reward_gradient != "lookahead" or variant.attention != "sdpa" or variant.reward != "small"
     if changes or variant.compile != "none" or not variant.ours:
         return {}
@@ -72,12 +76,12 @@ def check(variant: Variant, device: torch.device) -> dict[str, Any]:
 
 
 Pass = dict[str, Gradients]
-"""A network pass: its "output", and that output's gradients, for fixed cotangents, to the "input" and the "LoRA"."""
+"""A network pass: its "output", and vector-Jacobian products for fixed cotangents to the "input" and the "LoRA"."""
 
 
 def network_pass(workload: Workload, variant: Variant, batch: Transitions, size: int) -> Pass:
-    """The policy's pass over `batch`, `size` transitions at a time, differentiated as a step does: to the input, then to the
-    weights."""
+    """The policy's pass over `batch`, `size` transitions at a time, with backward passes as in a step: to the input, then to
+    the weights."""
     policy = workload.policy(variant)
     source = torch.Generator(workload.device).manual_seed(2)
     cotangent = torch.randn(2, *batch.x.shape, generator=source, device=workload.device)
@@ -95,13 +99,13 @@ def network_pass(workload: Workload, variant: Variant, batch: Transitions, size:
 
 
 def verdict(step: Gradients, expected: Gradients, actual: Pass, eager: Pass, halves: Pass) -> dict[str, Any]:
-    """For a row: whether a compiled step's gradients "agree" with the eager one's.
+    """Cells for a row: whether a compiled step's gradients "agree" with the eager step's.
 
     Args:
-        step, expected: gradients of the two steps. None may be 0 that is not expected to be, or not finite.
-        actual, eager: a pass of the two networks.
-        halves: the eager pass in two halves: the same but for rounding. `actual` may be three times as far from `eager`,
-            and 1e-2 for what compiled kernels round otherwise.
+        step, expected: gradients of the compiled and the eager step. They must be finite, and zero only where expected.
+        actual, eager: a pass of the compiled and the eager network.
+        halves: the eager pass in two halves, which differs from `eager` only by rounding. `actual` may differ three times as
+            much, plus 1e-2 for the different rounding of compiled kernels.
     """
     zero = sum(1 for a, b in zip(step, expected, strict=True) if not a.any() and b.any())
     finite = all(gradient.isfinite().all() for gradient in step)
@@ -118,6 +122,6 @@ def verdict(step: Gradients, expected: Gradients, actual: Pass, eager: Pass, hal
 
 
 def distance(actual: Gradients, expected: Gradients) -> float:
-    """Norm of the difference of two whole gradients, over that of `expected`."""
+    """Norm of the difference of two whole gradients, relative to that of `expected`."""
     apart = sum((a - b).square().sum() for a, b in zip(actual, expected, strict=True))
     return (apart / sum(b.square().sum() for b in expected)).sqrt().item()

@@ -1,10 +1,11 @@
-"""Steps at micro-batch 4, 8 and 16, a rollout at 16, and bfloat16's rounding floor: `python -m bench.batch_sizes`.
+"""Times steps at micro-batch 4, 8 and 16 and a rollout at 16, and measures bfloat16's rounding floor:
+`python -m bench.batch_sizes`.
 
-A step at micro-batch m is of m trajectories' 6 m transitions, so that every micro-batch is full.
+A step at micro-batch m has the 6 m transitions of m trajectories, so that every micro-batch is full.
 
-The floor: κ ‖o_θ − o_old‖² should be 0 at the first update, where the policy is the one that sampled. But o_old is of the
-rollout's pass, 16 trajectories at once and without a graph, and o_θ of the policy's, at the micro-batch: other shapes, other
-kernels, other rounding.
+The rounding floor: κ ‖o_θ − o_old‖² should be 0 in the first update, since the policy has not changed since the rollout. But
+o_old comes from the rollout's pass, over 16 trajectories without a graph, and o_θ from the step's, at the micro-batch. The
+shapes differ, so the kernels and their rounding differ too.
 """
 
 import argparse
@@ -28,7 +29,7 @@ KAPPA = 1000.0
 
 
 def rounding_floor(policy: Policy, x: Tensor, timestep: Tensor, prompt: Tensor, size: int) -> dict[str, float]:
-    """How far guided outputs at micro-batch `size`, with a graph, are from those of all rows at once without."""
+    """The difference between guided outputs at micro-batch `size` with a graph, and of all rows at once without one."""
 
     def outputs(part: slice) -> Tensor:
         output = policy(x[part], timestep[part], prompt[part])
@@ -42,13 +43,13 @@ def rounding_floor(policy: Policy, x: Tensor, timestep: Tensor, prompt: Tensor, 
 
 
 def add_step(workload: Workload, variant: Variant, size: int) -> None:
-    """The row of a step at a micro-batch: its first run, and a second one in its place if there is time."""
+    """Add the row of a step at a micro-batch: its first run, replaced by a second one if there is time."""
     run, *_ = workload.step(variant, DRAWN * size, size)
     for note in ({"note": "the first step"}, {}):
-        peak, taken = peak_and_seconds(run, workload.device)
-        found = {"transitions": DRAWN * size, "s": taken, "transitions/s": DRAWN * size / taken, "peak GiB": peak}
+        peak, elapsed = peak_and_seconds(run, workload.device)
+        found = {"transitions": DRAWN * size, "s": elapsed, "transitions/s": DRAWN * size / elapsed, "peak GiB": peak}
         rows.add("micro-batch", f"micro-batch {size}", **found, **note)
-        if rows.time_left() < 1.2 * taken:
+        if rows.time_left() < 1.2 * elapsed:
             return
 
 

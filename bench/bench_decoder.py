@@ -1,16 +1,16 @@
-"""The gradient of a reward through the VAE decoder: diffusers' decoder by plain autograd, against `Decoder`.
+"""Times the gradient of a reward through the VAE decoder: diffusers' decoder with plain autograd against `Decoder`.
 
-On CUDA, Stable Diffusion 1.5's decoder with random weights in bfloat16, 8 images of 512² in chunks of 1 to 8; on a CPU a
-decoder of three blocks in float32, 2 images of 128². The reward is the images' mean square. Before anything is timed, its
-gradient is compared with that in a higher precision: it may be off by ten times as much as diffusers' own, image by
-image; else nothing is timed. What does not fit into memory is skipped. Chunks of 4 come first, since time may be short, and
-of those what decides about layout and compilation.
+On CUDA: Stable Diffusion 1.5's decoder with random weights in bfloat16, 8 images of 512² in chunks of 1 to 8. On a CPU: a
+decoder of three blocks in float32, 2 images of 128². The reward is the images' mean square. Before a decoder is timed, its
+gradient is compared with one computed in a higher precision. The error may be at most ten times that of diffusers' decoder,
+otherwise the benchmark fails. Configurations that do not fit into memory are skipped. Chunks of 4 come first in case time runs
+out, and among them those that decide about layout and compilation.
 
-- diffusers: `vae.decode` without and with its own gradient checkpointing, of the middle and of each up block.
-- diffusers, channels last: its weights and latents so (CUDA).
-- fastnabla: without and with checkpointing, in NCHW and channels-last, each compiled too (CUDA, or a GPU run's dry run).
+- diffusers: `vae.decode`, without and with its own gradient checkpointing of the middle block and each up block.
+- diffusers, channels last: with weights and latents in channels-last (CUDA).
+- fastnabla: without and with checkpointing, in NCHW and channels-last, also compiled (CUDA, or a GPU run's dry run).
 
-`predicted MiB` is `decode_bytes` times the chunk, for eager execution; `peak MiB` is measured, weights excepted (CUDA).
+`predicted MiB` is `decode_bytes` times the chunk, for eager execution; `peak MiB` is measured, without weights (CUDA).
 """
 
 import functools
@@ -40,7 +40,7 @@ def reward(images: Tensor, prompts: list[str]) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def build_vae(channels_last: bool = False, dtype: torch.dtype = DTYPE) -> AutoencoderKL:
-    """The same random weights each time."""
+    """The same random weights on every call."""
     torch.manual_seed(0)
     blocks = {
         "down_block_types": ("DownEncoderBlock2D",) * len(WIDTHS),
@@ -52,7 +52,7 @@ def build_vae(channels_last: bool = False, dtype: torch.dtype = DTYPE) -> Autoen
 
 
 class Diffusers(torch.nn.Module):
-    """`reward_gradient` as one would write it."""
+    """`reward_gradient` as it would be written with diffusers."""
 
     def __init__(self, chunk: int, checkpoint=False, channels_last=False, dtype=DTYPE) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def inputs() -> tuple[Tensor, list[str]]:
 
 @functools.cache
 def expected() -> tuple[Tensor, float]:
-    """The gradient in the higher precision, and how far off diffusers' is in the benchmark's own."""
+    """The gradient in the higher precision, and the error of diffusers' gradient in the benchmark's precision."""
     gradient = Diffusers(1, dtype=HIGHER).reward_gradient(*inputs(), reward)[1]
     return gradient, distance(Diffusers(1).reward_gradient(*inputs(), reward)[1], gradient)
 
@@ -112,7 +112,7 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(("chunk", "name"), list(itertools.product(CHUNKS, NAMES)))
 def bench_decoder(benchmark, name: str, chunk: int) -> None:
     gradient, rounding = expected()
-    torch.compiler.reset()  # else the graph of one chunk is generalised to the next one's size
+    torch.compiler.reset()  # otherwise the next chunk size recompiles with dynamic shapes
     decoder = DECODERS[name](chunk)
 
     def run() -> Tensor:
@@ -126,7 +126,7 @@ def bench_decoder(benchmark, name: str, chunk: int) -> None:
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         pytest.skip(f"{chunk} images do not fit into {measure.device_info()['memory MiB']} MiB")
-    assert error < 10 * rounding, f"{name}: the gradient is off by {error:.2g}, diffusers' by {rounding:.2g}"
+    assert error < 10 * rounding, f"{name}: the gradient's error is {error:.2g}, diffusers' is {rounding:.2g}"
     benchmark.group = f"{IMAGES} images of {8 * SHAPE[1] if CUDA else 4 * SHAPE[1]}², in chunks of {chunk}, {DTYPE}"
     benchmark.pedantic(measure.synchronised(run), rounds=5 if CUDA else 3, warmup_rounds=1)
     is_ours = name.startswith("fastnabla")

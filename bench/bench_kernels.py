@@ -1,19 +1,20 @@
-"""The objective's operations: the published algorithm in eager torch, plain torch compiled, and fastnabla.
+"""Times the objective's operations: the published algorithm in eager torch, plain torch compiled, and fastnabla.
 
-An operation is timed forward (with gradients wanted, so with all that is saved for the backward pass), backward
-(alone, from a kept graph), or both; two operations have no backward pass. Before a provider is timed, its values and
-gradients are compared with plain torch (`TOLERANCE`); if they differ, nothing is timed.
+An operation is timed forward (saving for the backward pass), backward (alone, from a retained graph), or both; two operations
+have no backward pass. Before a provider is timed, its values and gradients are compared with plain torch (`TOLERANCE`). If
+they differ, the benchmark fails.
 
-On CUDA: outputs and flow bfloat16, states and scores float32, guidance 5, all terms on. Not every combination is run:
+On CUDA: outputs and flow are bfloat16, states and scores float32, guidance is 5, and all terms are on. Not every combination
+is run:
 
 - published eager and fastnabla, whole pass: all shapes, batches of 4, 16, 64, 256;
-- the same, forward and backward apart: batch 64;
+- the same, forward and backward separately: batch 64;
 - compiled plain (`torch.compile`, `dynamic=False`), whole pass: Stable Diffusion 1.5 at all batches, the others at 64
   and 16.
 
-Stable Diffusion 1.5 at 64 and 16 come first, compiled too, since time may be short.
+Stable Diffusion 1.5 at 64 and 16 comes first, also compiled, in case time runs out.
 
-On a CPU: 4 × 32 × 32, batch 4, float32; there fastnabla is plain torch, as `select("auto", …)` decides.
+On a CPU: 4 × 32 × 32, batch 4, float32. There fastnabla is plain torch, which `select("auto", …)` chooses.
 """
 
 import itertools
@@ -45,7 +46,7 @@ EAGER, COMPILE, OURS = "published eager", "compiled plain", "fastnabla"
 
 
 class Case(NamedTuple):
-    """What is timed."""
+    """One benchmark."""
 
     operation: str
     shape: str
@@ -56,7 +57,7 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """All that is timed here, in order."""
+    """All benchmarks, in order."""
     sizes = list(itertools.product(SHAPES, BATCHES))
     for some in (sizes[:2], sizes[2:]):
         for (shape, batch), operation in itertools.product(some, OPERATIONS):
@@ -70,7 +71,7 @@ def cases() -> Iterator[Case]:
 
 def operations_of(provider: str) -> ObjectiveOps:
     if provider == COMPILE:
-        torch._dynamo.reset()  # each case as if it were the only one: no recompilation limit, no dynamic shapes
+        torch._dynamo.reset()  # compile each case afresh: no recompilation limit, no dynamic shapes
         compiled = {name: torch.compile(getattr(PLAIN, name), dynamic=False) for name in OPERATIONS}
         return PLAIN._replace(name="plain torch, compiled by torch.compile", **compiled)
     return PUBLISHED if provider == EAGER else select("auto", DEVICE)
@@ -78,14 +79,14 @@ def operations_of(provider: str) -> ObjectiveOps:
 
 @pytest.fixture(autouse=True)
 def stream() -> Iterator[None]:
-    """On CUDA a stream of its own, which can be captured."""
+    """On CUDA, run on a non-default stream, which can be captured in a graph."""
     with measure.own_stream():
         yield
 
 
 @pytest.fixture
 def agreeing(case: Case) -> tuple[ObjectiveOps, float]:
-    """The provider, once its values and gradients are those of plain torch; and how far from them it is."""
+    """The provider, after its values and gradients were found to agree with plain torch, and their difference."""
     operations = operations_of(case.provider)
     try:
         error = disagreement(operations, case.operation, tensors(SHAPES[case.shape], case.batch))
@@ -112,7 +113,7 @@ def bench_kernel(benchmark, case: Case, agreeing: tuple[ObjectiveOps, float]) ->
     for name, count in {**counts, "cold us": measure.time_cuda, "graph us": measure.time_graph}.items():
         try:
             info[name] = count(run)
-        except (RuntimeError, OSError, ValueError) as reason:  # such as what cannot be captured in a graph
+        except (RuntimeError, OSError, ValueError) as reason:  # such as an operation that a graph cannot capture
             info |= {name: None, f"no {name}": str(reason).partition("\n")[0]}
     microseconds = info["graph us"] or info["cold us"] or 1e6 * benchmark.stats.stats.median
     moved = bytes_moved(case.operation, shape, case.batch, case.direction, DTYPE.itemsize)

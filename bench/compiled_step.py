@@ -1,8 +1,9 @@
-"""The compiled training step against the eager one, at one static size: `python -m bench.compiled_step {blocks,whole}`.
+"""Times the compiled training step against the eager one, at one static size:
+`python -m bench.compiled_step {blocks,whole}`.
 
-The step's transitions are m trajectories' 6 m, so that every micro-batch has m of them and each graph is compiled once.
+The step has the 6 m transitions of m trajectories, so that every micro-batch has m and each graph is compiled once.
 `bench.agreement.verdict` compares the gradients. If they are wrong, the row says so and has no speed-up. A dry run traces the
-graphs and their backward passes, but generates no code, which takes minutes on a CPU.
+graphs and their backward passes but generates no code, which would take minutes on a CPU.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import statistics
 import torch
 
 from bench import rows
-from bench.agreement import network_pass, taken, verdict
+from bench.agreement import copied_gradients, network_pass, verdict
 from bench.measure import peak_and_seconds, seconds
 from bench.models import MODELS
 from bench.variants import Variant, full
@@ -21,22 +22,22 @@ from bench.workload import DRAWN, Workload
 
 
 class Measured:
-    """A step of a variant at a micro-batch: its gradients, and its times."""
+    """The gradients and times of a variant's step at a micro-batch."""
 
     def __init__(self, workload: Workload, variant: Variant, transitions: int, size: int) -> None:
         self.device, self.compiled = workload.device, variant.compile != "none"
         self.run, _, policy = workload.step(variant, transitions, size)
         self.first = seconds(self.run)
-        self.gradients = taken([*policy.trainable(), *workload.flow.parameters()])
+        self.gradients = copied_gradients([*policy.trainable(), *workload.flow.parameters()])
         self.transitions, self.times = transitions, []
 
     def time(self, rounds: int = 2) -> dict[str, float | None]:
-        """Cells of the row, of as many rounds as there is time for, at least one."""
+        """Cells of the row, from as many rounds as there is time for, at least one."""
         for _ in range(rounds):
             if self.times and rows.time_left() < 1.2 * self.times[-1]:
                 break
-            peak, taken_s = peak_and_seconds(self.run, self.device, self.compiled)
-            self.times.append(taken_s)
+            peak, elapsed = peak_and_seconds(self.run, self.device, self.compiled)
+            self.times.append(elapsed)
         median = statistics.median(self.times)
         numbers = {"s": median, "fastest s": min(self.times), "slowest s": max(self.times), "rounds": len(self.times)}
         return numbers | {"transitions/s": self.transitions / median, "peak GiB": peak, "first s": self.first}
@@ -45,9 +46,9 @@ class Measured:
 def main(arguments: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("how", choices=("blocks", "whole"))
+    parser.add_argument("how", choices=("blocks", "whole"), help="what to compile")
     parser.add_argument("--model", choices=MODELS, default="sd15" if cuda and not rows.is_dry() else "toy")
-    parser.add_argument("--micro-batch", type=int, help="m")
+    parser.add_argument("--micro-batch", type=int, help="transitions in a network pass, m")
     options = parser.parse_args(arguments)
     model, device = MODELS[options.model](), torch.device("cuda" if cuda else "cpu")
     size = options.micro_batch or max(2, model.micro_batch // 2)
@@ -60,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     eager = Measured(workload, variant, DRAWN * size, size)
     times = eager.time()
     rows.add("compiled", f"eager, for {options.how}", **{"micro-batch": size}, **times)
-    rows.add("compiled", options.how, note=f"compiling, not ended; {rows.time_left():.0f} s were left")
+    # If compiling does not finish in time, this row remains.
+    rows.add("compiled", options.how, note=f"compiling, not finished; {rows.time_left():.0f} s were left")
     other = dataclasses.replace(variant, compile=options.how)
     compiled = Measured(workload, other, DRAWN * size, size)
     batch = workload.transitions(DRAWN * size, variant.draw, size)[:size]
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def graphs() -> int:
-    """Graphs that torch.compile has made in this process."""
+    """Number of graphs that torch.compile has built in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 

@@ -1,8 +1,8 @@
-"""The five figures that decide what to do next, from the rows of a GPU run."""
+"""Five key figures of a GPU run, computed from its rows."""
 
 from typing import Any
 
-from bench.rows import Row, Tables
+from bench.tables import Row, Tables
 
 EAGER, CHANNELS_LAST, COMPILED = "fastnabla", "fastnabla, channels last", "fastnabla, compiled, channels last"
 PHASES = ("UNet", "decode", "reward", "rest")
@@ -10,7 +10,7 @@ MICRO_BATCHES = (4, 8, 16)
 
 
 def lines(tables: Tables) -> list[str]:
-    """Each by name, or why it is not there."""
+    """A line for each figure, or why it is missing."""
     found = {
         "1. split of the step at micro-batch 16": split(tables),
         "2. decode + backward, ms an image": decoding(tables),
@@ -68,7 +68,7 @@ def rates(tables: Tables) -> str:
 
 
 def listed(tables: Tables, table: str, names: dict[str, str], text: Any, part: str | None = None) -> str:
-    """`text` of each row of `names`, or why it is not there."""
+    """`text` of each of the rows `names` (label to row name), or why it is missing."""
 
     def of(row: Row | None) -> str:
         if not row:
@@ -90,7 +90,7 @@ def noted(row: Row) -> str:
 
 
 def missing(tables: Tables, part: str) -> str:
-    """What became of the part."""
+    """Why a figure is missing: the outcome of the part that measures it."""
     row = row_of(tables, "parts", part)
-    outcome = row["outcome"].partition(", in:")[0].partition(" of:")[0] if row else "not begun"
+    outcome = row["outcome"].partition(", in:")[0].partition(" of:")[0] if row else "not started"
     return f"not measured (part {part}: {outcome})"

@@ -1,16 +1,16 @@
-"""Tests and benchmarks of a GPU in ten minutes, the most telling first: what `bench/gpu.sh` runs.
+"""Runs tests and benchmarks on a GPU within ten minutes, the most important first; `bench/gpu.sh` starts it.
 
     bench/gpu.sh [PART[=SECONDS] …]
 
-runs the `PARTS`, or those named, in that order; SECONDS is another limit. Each is a process of its own. It is stopped when
-its seconds are over, and those that parts before it left; all of it ends after `TOTAL` seconds. One that fails, or cannot
-run, changes nothing for the others.
+runs all `PARTS`, or the named ones in the given order; SECONDS replaces a part's time limit. Each part runs in separate
+processes. It may use its seconds and those left over by earlier parts. Everything ends after `TOTAL` seconds. A part that
+fails or cannot run does not affect the others.
 
-Rows are in `gpu_<date>T<time>.jsonl`, a line each, and in the `.md` beside it, as soon as they are measured, so that
-whatever ends the run leaves what was measured until then. Both are in the folder $OUT, or else in bench/results.
+Every row is written as soon as it is measured, as a line of `gpu_<date>T<time>.jsonl` and into the `.md` file beside it. So an
+interrupted run keeps what was measured so far. The files are in the folder $OUT if set, otherwise in bench/results.
 
-FASTNABLA_BENCH_DRY=1 is a dry run: everything at toy size on the CPU, to exercise the code on a machine without a GPU. All
-that it writes says so, and goes to $OUT or a new temporary folder. Its figures mean nothing.
+FASTNABLA_BENCH_DRY=1 makes a dry run: everything at toy size on the CPU, to exercise the code on a machine without a GPU. Its
+figures mean nothing. Its output is marked as a dry run and goes to $OUT or a new temporary folder.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ from bench import rows
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 570
-"""Seconds for everything: a run is given 590, of which some go to copying."""
+"""Time limit in seconds for everything; a run is given 590, part of which goes to copying."""
 GRACE = 3.0
-"""Seconds between asking a part to end and ending it."""
+"""Seconds between SIGTERM and SIGKILL for a part."""
 PYTHON = sys.executable
 BUILD = ROOT / "build" / "gpu"
 EXTENSION = BUILD / "fastnabla" / "_C.so"
@@ -42,13 +42,13 @@ Command = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Commands that are run one after the other, whatever becomes of each, in `seconds` together."""
+    """Commands that run one after the other, even if one fails, within `seconds` in total."""
 
     name: str
     seconds: float
     commands: tuple[Command, ...]
     needs: tuple[str, ...] = ()
-    """Packages without which it is skipped."""
+    """Packages that must be installed, otherwise the part is skipped."""
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -111,13 +111,13 @@ PARTS = (
     Part(name="micro-batch", seconds=35, commands=(module("bench.batch_sizes"),), needs=NETWORKS),
     Part(name="kernels", seconds=35, commands=(benchmark("kernels"),), needs=PYTEST),
     Part(name="buffer", seconds=20, commands=(benchmark("buffer"),), needs=PYTEST),
-    # If there is time left.
+    # Only if there is time left.
     Part(name="whole", seconds=180, commands=(module("bench.compiled_step", "whole"),), needs=NETWORKS),
     Part(
         name="memcheck",
         seconds=40,
         commands=(("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "99", *module("bench.smoke")),),
-        # Torch's cache takes many tensors from one allocation, which hides accesses out of bounds.
+        # torch's allocator serves many tensors from one allocation, which hides out-of-bounds accesses.
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     ),
     Part(name="growth", seconds=120, commands=(module("bench.growth"),), needs=NETWORKS),
@@ -131,28 +131,28 @@ PARTS = (
 
 
 def chosen(arguments: Sequence[str], parts: Sequence[Part]) -> list[Part]:
-    """The parts that the command line names, all if it names none.
+    """The parts named on the command line, or all if none is.
 
     Raises:
-        SystemExit: there is no such part, or its limit is no positive number.
+        SystemExit: a part does not exist, or its limit is not a positive number.
     """
     by_name, found = {part.name: part for part in parts}, []
     for argument in arguments:
         name, _, text = argument.partition("=")
         if name not in by_name:
-            raise SystemExit(f"{name!r} is no part; there are: {', '.join(by_name)}")
+            raise SystemExit(f"{name!r} is not a part; choose from {', '.join(by_name)}")
         try:
             seconds = float(text or by_name[name].seconds)
         except ValueError:
             seconds = 0.0
         if not seconds > 0:
-            raise SystemExit(f"{argument!r}: write {name} or {name}=SECONDS")
+            raise SystemExit(f"{argument!r}: SECONDS must be a positive number; write {name} or {name}=SECONDS")
         found.append(dataclasses.replace(by_name[name], seconds=seconds))
     return found or list(parts)
 
 
 def run(parts: Sequence[Part], path: Path, total: float, has: Callable[[str], bool] = has) -> bool:
-    """Run `parts`, with their rows in `path`; whether none failed."""
+    """Run `parts`, which write their rows to `path`. Returns whether none failed."""
     start, planned, sound = time.monotonic(), 0.0, True
     with tempfile.TemporaryDirectory() as scratch:
         for part in parts:
@@ -165,9 +165,9 @@ def run(parts: Sequence[Part], path: Path, total: float, has: Callable[[str], bo
             if absent:
                 outcome = f"skipped, not installed: {', '.join(absent)}"
             elif end - began < 1:
-                outcome = "not begun, no time left"
+                outcome = "not started, no time left"
             else:
-                rows.append(path, row | {"outcome": "begun, not ended"})
+                rows.append(path, row | {"outcome": "started, not finished"})
                 print(f"\n=== {part.name}, at most {end - began:.0f} s", flush=True)
                 outcome = _outcome(part, path, end, scratch)
                 sound &= outcome == "passed"
@@ -189,16 +189,16 @@ def _outcome(part: Part, path: Path, end: float, scratch: str) -> str:
         try:
             process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            return f"stopped after its time, in: {_spoken(command)}"
+            return f"timed out, in: {_shortened(command)}"
         finally:
             _end(process)
         if process.returncode:
-            failed.append(f"exit status {process.returncode} of: {_spoken(command)}")
+            failed.append(f"exit status {process.returncode} of: {_shortened(command)}")
     return f"failed, {'; '.join(failed)}" if failed else "passed"
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a part and all that it has started."""
+    """End a part and all processes that it started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -209,13 +209,13 @@ def _end(process: subprocess.Popen) -> None:
             continue
 
 
-def _spoken(command: Command) -> str:
+def _shortened(command: Command) -> str:
     words = [word for word in command if not word.startswith(str(ROOT)) and word != PYTHON]
     return " ".join(words)[:80]
 
 
 def folder_of_results() -> Path:
-    """$OUT; or bench/results, for a dry run a new temporary folder."""
+    """$OUT if set; otherwise bench/results, or a new temporary folder for a dry run."""
     if out := os.environ.get("OUT"):
         folder = Path(out).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,8 +224,8 @@ def folder_of_results() -> Path:
 
 
 def main(arguments: Sequence[str] = (), parts: Sequence[Part] = PARTS, total: float = TOTAL) -> int:
-    """The exit status: 0 if nothing failed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that parts are ended, too
+    """Run the parts named by `arguments`; the exit status, 0 if nothing failed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` blocks end the parts
     begun = time.monotonic()
     selected = chosen(arguments, parts)
     if rows.is_dry():

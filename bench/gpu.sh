@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Tests and benchmarks on a machine with a GPU, in under ten minutes, without installing anything:
+# Runs tests and benchmarks on a machine with a GPU, in under ten minutes, without installing anything:
 #
 #     bench/gpu.sh [PART[=SECONDS] …]
 #
-# bench/gpu.py says what is run and where the results are. PYTHON: the interpreter, python3 if not given.
+# bench/gpu.py describes the parts and the results. PYTHON: the interpreter, by default python3.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 [[ $python == */* ]] && python=$(realpath -s "$python")
 [[ -n ${OUT:-} ]] && OUT=$(realpath "$OUT") && export OUT
-# The package as an installation lays it out, with kernels/ in it, and first in the path, whatever is installed.
+# A tree laid out like an installation, with kernels/ in the package, and first in PYTHONPATH.
 tree=$root/build/tree
 rm -rf "$tree"
 mkdir -p "$tree/fastnabla"
@@ -19,7 +19,7 @@ ln -sfn "$root/kernels" "$tree/fastnabla/kernels"
 for entry in "$root"/*; do
   case ${entry##*/} in fastnabla | kernels | build) ;; *) ln -s "$entry" "$tree/" ;; esac
 done
-# What setup.py builds the extension from, without pyproject.toml, which setuptools before 77 cannot read.
+# The sources of the extension without pyproject.toml, which setuptools before 77 cannot read.
 source=$root/build/source
 rm -rf "$source"
 mkdir -p "$source"

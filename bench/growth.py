@@ -1,16 +1,15 @@
-"""How time and memory of a training step grow with its transitions, the resolution, and the micro-batch.
+"""Measures how the time and memory of a training step grow with its transitions, the resolution and the micro-batch.
 
     python -m bench.growth [--model sd15] [--budget-seconds 240]
 
-The step is fastnabla's, not compiled, with all else as `bench.whole_step` has it. What there is no time for is named.
-Files: `growth_<model>_<hardware>_<date>.json`, `.md` and, with matplotlib, `.png`, written anew after every point; in a GPU
-run the points are in the run's own.
+The step is fastnabla's, not compiled, otherwise as in `bench.whole_step`. Points that there was no time for are listed. The
+files `growth_<model>_<hardware>_<date>.json`, `.md` and, with matplotlib, `.png` are rewritten after every point. In a GPU run
+the points go to the run's files instead.
 """
 
 import argparse
 import datetime
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,9 +19,10 @@ from typing import Any
 import torch
 
 from bench import rows
+from bench.files import RESULTS, file_stem, save
 from bench.measure import device_info, peak_and_seconds
 from bench.models import MODELS, Model
-from bench.summary import RESULTS, file_stem, markdown_table
+from bench.tables import markdown_table
 from bench.variants import full
 from bench.workload import DRAWN, STEPS, Workload
 
@@ -31,7 +31,7 @@ Point = dict[str, Any]
 
 
 def sizes(model: Model, cuda: bool) -> dict[str, list[int]]:
-    """What is measured of each of the `AXES`, while the others are as `base` has them."""
+    """The values of each of the `AXES`; the others stay at `base`."""
     if cuda:
         return {
             "transitions": [12, 24, 48, 96, 192, 384, 516],
@@ -43,15 +43,15 @@ def sizes(model: Model, cuda: bool) -> dict[str, list[int]]:
 
 
 def base(model: Model, cuda: bool) -> Point:
-    """The point that the axes go through."""
+    """The point that all axes pass through."""
     return {"transitions": 24, "resolution": model.pixels, "micro-batch": model.micro_batch if cuda else 4}
 
 
 def growth(
     model: Model, device: torch.device, deadline: float, not_run: list[str], publish: Callable[[list[Point]], None]
 ) -> None:
-    """Points by axis, one at least; those that there is no time for until `deadline` (of `time.perf_counter`) go into
-    `not_run`. `publish` gets all points so far after each of them."""
+    """Measure the points, axis by axis, at least one. `publish` is called with all points so far after each of them. Points
+    that there is no time for before `deadline` (in `time.perf_counter`'s time) are added to `not_run`."""
     cuda, points = device.type == "cuda", []
     dtype = torch.bfloat16 if cuda else torch.float32
     workload = Workload(model, model.pixels, device, dtype)
@@ -75,7 +75,7 @@ def growth(
                 if point["resolution"] != model.pixels:
                     at = Workload(model, point["resolution"], device, dtype)
                 _measure(point, at)
-            except Exception as error:  # it does not fit, most likely
+            except Exception as error:  # most likely out of memory
                 point["note"], failed = f"{type(error).__name__}: {error}".splitlines()[0][:160], True
             last = time.perf_counter() - start
             publish(points)
@@ -93,7 +93,7 @@ def _measure(point: Point, workload: Workload) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table, and what it depends on."""
+    """The table, with the conditions of the measurement."""
     facts = {name: value for name, value in result["device"].items() if value is not None}
     cells = [
         (
@@ -109,10 +109,10 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"- {', '.join(f'{name} {value}' for name, value in facts.items())}",
         f"- {result['workload']}",
-        f"- not run, for want of time: {', '.join(result['not run']) or 'nothing'}",
+        f"- not run, out of time: {', '.join(result['not run']) or 'nothing'}",
         "",
-        "s: median of three; of a single CPU thread the time that it computed, else by the wall clock. Peak: over what the",
-        "weights take.",
+        "s: median of three; CPU time for a single CPU thread, otherwise wall-clock time. Peak: memory in addition to the",
+        "weights.",
         "",
         *markdown_table(("varied", *AXES, "s", "transitions/s", "peak GiB", "note"), cells),
     ]
@@ -120,9 +120,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def plot(points: list[Point], path: Path) -> None:
-    """Seconds a transition, and peak memory, over each of the `AXES`, into a PNG file."""
+    """Plot milliseconds a transition and peak memory over each of the `AXES` into a PNG file."""
     if importlib.util.find_spec("matplotlib") is None:
-        print("not installed: matplotlib; growth is not plotted")
+        print("matplotlib is not installed, so growth is not plotted")
         return
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
@@ -137,26 +137,24 @@ def plot(points: list[Point], path: Path) -> None:
     for row, (label, value) in enumerate(rows.items()):
         axes[row][0].set_ylabel(label)
         axes[row][0].set_ylim(0, 1.08 * max(map(value, measured)))
-        for place, axis in zip(axes[row], AXES, strict=True):
+        for panel, axis in zip(axes[row], AXES, strict=True):
             found = [point for point in measured if point["axis"] == axis]
-            place.plot([point[axis] for point in found], list(map(value, found)), "o-", color=f"C{row}")
-            place.set_xscale("log", base=2)
-            place.set_xticks([point[axis] for point in found], [str(point[axis]) for point in found])
-            place.xaxis.set_minor_locator(NullLocator())
-            place.grid(axis="y", alpha=0.3)
-            place.spines[["top", "right"]].set_visible(False)
+            panel.plot([point[axis] for point in found], list(map(value, found)), "o-", color=f"C{row}")
+            panel.set_xscale("log", base=2)
+            panel.set_xticks([point[axis] for point in found], [str(point[axis]) for point in found])
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.grid(axis="y", alpha=0.3)
+            panel.spines[["top", "right"]].set_visible(False)
             if row:
-                place.set_xlabel(AXES[axis])
+                panel.set_xlabel(AXES[axis])
     figure.savefig(path, dpi=120)
 
 
 def write(result: dict[str, Any], folders: list[Path]) -> None:
-    """All files, replacing those of before."""
+    """Write all files, replacing earlier ones."""
     stem = file_stem(f"growth_{result['model']}", result["device"], result["date"])
+    save(result, markdown(result), stem, folders)
     for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{stem}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        (folder / f"{stem}.md").write_text(markdown(result))
         plot(result["growth"], folder / f"{stem}.png")
 
 
@@ -166,18 +164,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default=default)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--budget-seconds", type=float, default=240)
+    parser.add_argument("--budget-seconds", type=float, default=240, help="time limit")
     parser.add_argument("--into", nargs="+", type=Path, default=[RESULTS], help="folders for the files")
     options = parser.parse_args(arguments)
     device, model, not_run = torch.device(options.device), MODELS[options.model](), []
     deadline = time.perf_counter() + min(options.budget_seconds, rows.time_left())
-    standing = ", ".join(f"{name} {value}" for name, value in base(model, device.type == "cuda").items())
+    fixed = ", ".join(f"{name} {value}" for name, value in base(model, device.type == "cuda").items())
     result: dict[str, Any] = {
         "theme": "growth",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device_info(),
         "model": options.model,
-        "workload": f"where it is not varied: {standing}; {DRAWN} of {STEPS} steps, guidance, random weights",
+        "workload": f"unless varied: {fixed}; {DRAWN} of {STEPS} steps, guidance, random weights",
         "growth": [],
         "not run": not_run,
     }
@@ -190,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     growth(model, device, deadline, not_run, publish)
     if rows.is_run():
-        rows.add("growth", "not run, for want of time", note=", ".join(not_run) or "nothing")
+        rows.add("growth", "not run, out of time", note=", ".join(not_run) or "nothing")
     else:
         write(result, options.into)
 

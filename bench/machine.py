@@ -1,4 +1,4 @@
-"""Add the machine to a GPU run, or say why it cannot be used: `python -m bench.machine`."""
+"""Adds the machine's description to a GPU run, or exits if the machine has no GPU: `python -m bench.machine`."""
 
 import datetime
 import os
@@ -13,7 +13,7 @@ from bench.measure import device_info
 
 def main() -> None:
     if not torch.cuda.is_available() and not rows.is_dry():
-        sys.exit("torch sees no CUDA device here. To exercise the code without one: FASTNABLA_BENCH_DRY=1 bench/gpu.sh")
+        sys.exit("torch sees no CUDA device. To exercise the code without one, run FASTNABLA_BENCH_DRY=1 bench/gpu.sh")
     now = datetime.datetime.now(datetime.UTC)
     tools = {tool: shutil.which(tool) or "not in PATH" for tool in ("nvcc", "compute-sanitizer")}
     cores = len(os.sched_getaffinity(0))

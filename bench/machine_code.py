@@ -1,11 +1,11 @@
-"""Compile every kernel as it is launched, for GPUs that need not be there, and look at the machine code.
+"""Compiles every kernel as it is launched, without a GPU, and inspects the machine code.
 
     python -m bench.machine_code [--write]
 
-prints, for sm_80, sm_90 and sm_100, registers and shared memory a program, bytes spilled, and the widths of the
-accesses to global memory; `--write` puts the table into bench/results/machine_code.md. The launches are those of
-`fastnabla.kernels`, on CPU tensors of Stable Diffusion 1.5's shape, with compilation in place of execution. Needs
-neither a GPU nor nvcc: Triton brings its assembler and disassembler.
+prints for sm_80, sm_90 and sm_100: registers, shared memory, spilled bytes, and the widths of global memory accesses.
+`--write` puts the table into bench/results/machine_code.md. The launches are those of `fastnabla.kernels`, on CPU tensors of
+Stable Diffusion 1.5's shape, with execution replaced by compilation. Neither a GPU nor nvcc is needed: Triton includes an
+assembler and a disassembler.
 """
 
 import dataclasses
@@ -45,13 +45,13 @@ class MachineCode:
     kernel: str
     architecture: int
     registers: int
-    """A thread."""
+    """Registers of a thread."""
     shared: int
-    """Bytes a program."""
+    """Bytes of shared memory of a program."""
     spilled: int
-    """Bytes of registers stored to local memory, a thread."""
+    """Bytes of registers that a thread spills to local memory."""
     loads: tuple[tuple[int, int], ...]
-    """(bytes a thread, instructions), widest first."""
+    """(bytes of a thread, number of instructions), widest first."""
     stores: tuple[tuple[int, int], ...]
 
 
@@ -111,7 +111,7 @@ VARIANTS = {
 
 
 def compile_all(architecture: int) -> Iterator[MachineCode]:
-    """All kernels of all cases; one that several cases launch alike is there once."""
+    """All kernels of all cases. A kernel that several cases launch in the same way occurs once."""
     run, compiled = triton.JITFunction.run, []
 
     def compile_only(kernel, *arguments, grid, warmup, **options):
@@ -177,8 +177,8 @@ def table(codes: list[MachineCode]) -> str:
         "# Machine code of the kernels",
         "",
         f"Compiled by Triton {triton.__version__} as launched at 16 × 4 × 64 × 64 with guidance; made by",
-        "`python -m bench.machine_code --write`. Loads and stores of global memory: instructions × bytes a thread. A case's",
-        "kernels that an earlier case has already are left out. bf16 and fp32: the networks' outputs; states are fp32.",
+        "`python -m bench.machine_code --write`. Global loads and stores: instructions × bytes of a thread. Kernels that an",
+        "earlier case also launches are omitted. bf16 and fp32: dtype of the networks' outputs; states are fp32.",
         "",
         "| case | kernel | sm | registers | shared | spilled | loads | stores |",
         "|---|---|---|---|---|---|---|---|",
@@ -193,7 +193,7 @@ def table(codes: list[MachineCode]) -> str:
 
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("TRITON_INTERPRET=1 is set: unset it, nothing is compiled by the interpreter")
+        sys.exit("TRITON_INTERPRET = 1: unset it, because the interpreter does not compile kernels")
     text = table([code for architecture in ARCHITECTURES for code in compile_all(architecture)])
     if "--write" in sys.argv[1:]:
         TABLE.write_text(text)

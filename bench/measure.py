@@ -1,7 +1,7 @@
-"""What benchmarks share: timing on the device, counting launches and memory, and facts about the machine.
+"""Shared by the benchmarks: device timing, counts of launches and memory, and a description of the machine.
 
-Times of the device are in µs, by CUDA events on the current stream. Everything can be imported, and called, without
-CUDA: what cannot be measured there is None.
+Device times are in µs, from CUDA events on the current stream. Everything can be imported and called without CUDA; what cannot
+be measured there is None.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnabla.utils.live_bytes import LiveBytes
+from fastnabla.utils.tensor_bytes import LiveBytes
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[[], Any]
@@ -28,7 +28,7 @@ Run = Callable[[], Any]
 
 @functools.cache
 def device_info() -> dict[str, Any]:
-    """The machine, and the versions of what runs on it."""
+    """The hardware and the versions of the software."""
     info = {
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
@@ -52,7 +52,7 @@ def device_info() -> dict[str, Any]:
 
 
 def _driver_info(properties: Any) -> dict[str, Any]:
-    """Driver and power limit, by nvidia-ml-py or else nvidia-smi; None where neither tells."""
+    """Driver version and power limit, from nvidia-ml-py or nvidia-smi; None if neither reports them."""
     uuid = f"GPU-{properties.uuid}"
     try:
         import pynvml
@@ -61,7 +61,7 @@ def _driver_info(properties: Any) -> dict[str, Any]:
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         power = pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000
         return {"driver": pynvml.nvmlSystemGetDriverVersion(), "power limit W": power}
-    except Exception:  # not installed, or a GPU that does not tell
+    except Exception:  # not installed, or not reported by this GPU
         query = ["nvidia-smi", "-i", uuid, "--query-gpu=driver_version,power.limit", "--format=csv,noheader,nounits"]
         driver, _, power = _output(query).partition(", ")
         return {"driver": driver or None, "power limit W": power or None}
@@ -81,7 +81,7 @@ def _version(module: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit, with a + if something tracked has changed since; None outside a repository."""
+    """The commit, with a + if tracked files have changed; None outside a repository."""
     git = ["git", "-C", str(ROOT)]
     commit = _output([*git, "rev-parse", "--short=12", "HEAD"])
     return commit + "+" * bool(_output([*git, "status", "--porcelain", "--untracked-files=no"])) if commit else None
@@ -95,7 +95,7 @@ def _output(command: list[str]) -> str:
 
 
 def synchronised(run: Run) -> Run:
-    """`run`, and on CUDA a wait until the device has done it."""
+    """`run`, followed by a device synchronisation on CUDA."""
     if not torch.cuda.is_available():
         return run
 
@@ -108,9 +108,9 @@ def synchronised(run: Run) -> Run:
 
 @functools.cache
 def copy_bandwidth(device: torch.device, repetitions: int = 10) -> float:
-    """GB/s (10⁹ bytes read or written a second) of `copy_` from one float32 tensor to another: what can be expected.
+    """Achievable bandwidth in GB/s (10⁹ bytes read or written a second): that of a float32 `copy_`, median.
 
-    1 GiB each on CUDA, timed by events; 128 MiB on a CPU. Median.
+    The tensors have 1 GiB each on CUDA, timed with events, and 128 MiB on a CPU.
     """
     size = (2**30 if device.type == "cuda" else 2**27) // 4
     source, target = torch.ones(size, device=device), torch.zeros(size, device=device)
@@ -122,31 +122,31 @@ def copy_bandwidth(device: torch.device, repetitions: int = 10) -> float:
 
 
 def seconds(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Of one call, by `clock`."""
+    """Seconds of one call, by `clock`."""
     start = clock()
     run()
     return clock() - start
 
 
 def quiet_clock(device: torch.device) -> Callable[[], float]:
-    """Wall time; on a CPU with one thread the time that it computes, which others on the machine add little to."""
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time if alone else time.perf_counter
+    """A wall clock; for a single CPU thread the CPU time, which other processes on the machine hardly affect."""
+    single = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if single else time.perf_counter
 
 
 def time_cuda(run: Run) -> float | None:
     """µs between events before and after a call, with a cold L2 cache; median.
 
-    Launching overlaps with the flush of the cache, so this is the device's time unless launching takes longer.
+    Launching overlaps with flushing the cache, so this is device time unless launching takes longer than the flush.
     """
     return _between_events(run) if torch.cuda.is_available() else None
 
 
 def time_graph(run: Run) -> float | None:
-    """µs of a call replayed from a CUDA graph, with a cold L2 cache: the device's time, whatever launching costs.
+    """µs of a call replayed from a CUDA graph, with a cold L2 cache: device time without launch overhead.
 
-    Includes the device's start of a graph, some µs. To be called on a stream of its own (`own_stream`), on which all
-    that `run` uses was made: autograd runs a backward pass on the stream of its forward pass, and the default stream
+    Includes the few µs that the device takes to start a graph. Call this on a non-default stream (`own_stream`) on which the
+    inputs of `run` were created: autograd runs a backward pass on the stream of its forward pass, and the default stream
     cannot be captured.
 
     Raises:
@@ -166,7 +166,7 @@ def time_graph(run: Run) -> float | None:
 
 
 def own_stream() -> contextlib.AbstractContextManager:
-    """A context with a stream that is not the default one, always the same; on a CPU without effect."""
+    """A context with a non-default stream, always the same one; no effect on a CPU."""
     return torch.cuda.stream(_stream()) if torch.cuda.is_available() else contextlib.nullcontext()
 
 
@@ -194,14 +194,14 @@ def _between_events(run: Run, repetitions: int | None = None) -> float:
 
 @functools.cache
 def _flush_buffer(device: int) -> Tensor:
-    """256 MiB, or four times the L2 cache: reading it evicts everything else, and takes longer than most launches. Written,
-    it would leave the cache full of lines that what is timed has to write back."""
+    """256 MiB, or four times the L2 cache. Reading it evicts everything else, and takes longer than most launches. Writing it
+    instead would leave dirty lines, which the timed call would have to write back."""
     size = max(2**28, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
     return torch.zeros(size // 4, dtype=torch.int32, device=f"cuda:{device}")
 
 
 def launches(run: Run, calls: int = 4) -> float | None:
-    """Kernels, copies and fills that one call puts on the device, by torch.profiler; None if it sees none."""
+    """Number of kernels, copies and fills that a call launches, by torch.profiler; None if it sees none."""
     if not torch.cuda.is_available():
         return None
 
@@ -215,15 +215,15 @@ def launches(run: Run, calls: int = 4) -> float | None:
 
 
 def device_events(run: Run) -> list[dict[str, Any]]:
-    """The kernels, copies and fills that a call puts on the device, as torch.profiler's trace has them: "name", "ts" and
-    "dur" in µs. The host is not traced, which would slow it down."""
+    """The kernels, copies and fills that a call launches, from torch.profiler's trace: "name", and "ts" and "dur" in µs. The
+    host is not traced, since that would slow it down."""
     _wake_profiler()
     return _trace(run)
 
 
 @functools.cache
 def _wake_profiler() -> None:
-    """Profile something: the first profile of a process can miss kernels."""
+    """Run a dummy profile, because the first profile of a process can miss kernels."""
     _trace(lambda: torch.zeros(1, device="cuda"))
 
 
@@ -239,7 +239,7 @@ def _trace(run: Run) -> list[dict[str, Any]]:
 
 
 def peak_memory(run: Run) -> float | None:
-    """MiB allocated at the peak of a call, over what was there before it."""
+    """Peak MiB allocated during a call, in addition to what was allocated before it."""
     if not torch.cuda.is_available():
         return None
     run()
@@ -252,16 +252,16 @@ def peak_memory(run: Run) -> float | None:
 
 
 def peak_and_seconds(run: Run, device: torch.device, compiled: bool = False) -> tuple[float | None, float]:
-    """GiB at the peak of a call that is warm, over what was there before it, and the seconds that it takes.
+    """Peak GiB of a warm call, in addition to what was allocated before it, and its seconds.
 
-    On a CPU they are of two calls, and the peak is what `LiveBytes` sees, which is nothing of compiled code.
+    On a CPU the two are from separate calls, and the peak is counted by `LiveBytes`; for compiled code it is None.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        taken = seconds(synchronised(run))
-        return (torch.cuda.max_memory_allocated() - before) / 2**30, taken
+        elapsed = seconds(synchronised(run))
+        return (torch.cuda.max_memory_allocated() - before) / 2**30, elapsed
     if compiled:
         return None, seconds(run, quiet_clock(device))
     with LiveBytes() as memory:

@@ -1,4 +1,4 @@
-"""The networks that `bench.whole_step` times, by name."""
+"""The models that `bench.whole_step` times, by name."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from fastnabla.testbed import pipeline_folder
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """Sizes of the networks, and what is timed if nothing else is asked for."""
+    """Sizes of the networks, and defaults of the timed step."""
 
     unet: dict[str, Any]
     vae: dict[str, Any]
     pixels: int
     reward_pixels: int = 224
     vision: dict[str, Any] = dataclasses.field(default_factory=VIT_L_14.vision_config.to_dict)
-    """Of the reward that is a vision transformer."""
+    """Configuration of the vision transformer reward."""
     decode_chunk: int | None = None
-    """Images that the lean decoder decodes at once."""
+    """Number of images that the lean decoder decodes at once."""
     tokens: int = 77
     flow: tuple[int, ...] = (64, 128, 256, 256)
     transitions: int
@@ -58,7 +58,7 @@ TOY = Model(
     **{"pixels": 16, "reward_pixels": 16, "tokens": 4, "flow": (16, 32), "transitions": 12, "micro_batch": 2},
 )
 SD15_SETTINGS = {"transitions": 48, "micro_batch": 16, "decode_chunk": 4}
-"""As the planner has it for 40 GB and more; 8 trajectories."""
+"""The planner's choice for 40 GB and more; 8 trajectories."""
 MODELS: dict[str, Callable[[], Model]] = {
     "toy": lambda: TOY,
     "testbed": lambda: Model(

@@ -1,9 +1,9 @@
-"""The published algorithm, pass for pass: the baseline that fastnabla's training step is measured against.
+"""The published algorithm, pass by pass: the baseline for fastnabla's training step.
 
-A loop over the drawn steps; in each, for all trajectories, the last step included: reference forward and backward to
-the input, policy forward and two backwards to the input (the step's score, the reward's), next-state forward and
-backward, two separate decodes with gradients kept whole, two calls of the flow network, scores subtracted as they
-are. Prompts are those of the rows, unlike in the reference implementation.
+It loops over the drawn steps. Each step, the last included, takes for all trajectories: a reference forward pass and its
+backward pass to the input; a policy forward pass and two backward passes to the input (for the step's score and the
+reward's); a forward and a backward pass at the next state; two separate decodes whose whole graphs are kept; and two calls of
+the flow network. Scores are subtracted as they are. Unlike in the reference implementation, each row uses its own prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ def naive_step(
     objective: Objective,
     slots: Sequence[Transitions],
 ) -> None:
-    """Accumulate the gradients of residual ∇-DB over `slots`, each of one drawn step of every trajectory."""
+    """Accumulate the gradients of residual ∇-DB over `slots`, each with one drawn step of every trajectory."""
     w, prior_weight, reverse = policy.guidance_scale, objective.prior_weight, objective.reverse_weight
 
     def step_score_in_start(o: Tensor, x: Tensor, x_next: Tensor, row: TransitionRows, retain: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""The objective's operations with everything that they need, for benchmarks and smoke tests."""
+"""The objective's operations with realistic inputs, for benchmarks and smoke tests."""
 
 import functools
 from typing import Any
@@ -17,22 +17,22 @@ DEVICE = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.de
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 WEIGHTS = Weights(guidance_scale=5.0, beta=100.0, trust_region_weight=1.0)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-3}
-"""Euclidean norm of a result's difference over its norm, by the result's dtype. Subtracting whole scores costs the
-published algorithm digits; a gradient in bfloat16 is rounded by up to 4e-3 an element."""
+"""Tolerance by dtype: norm of a result's error relative to its norm. The published algorithm loses digits by subtracting whole
+scores. A bfloat16 gradient has a rounding error of up to 4e-3 in each element."""
 WITH_BACKWARD = ("forward_balance", "reverse_balance", "gaussian_log_prob")
 OPERATIONS = (*WITH_BACKWARD, "reverse_cotangent", "guided_step")
 
 
 def whole(operation: str) -> str:
-    """The direction in which all of an operation runs."""
+    """The direction that includes all of an operation."""
     return "both" if operation in WITH_BACKWARD else "forward"
 
 
 def bytes_moved(operation: str, shape: tuple[int, ...], batch: int, direction: str, itemsize: int = 2) -> int:
-    """Bytes that an operation has to read and write: each tensor once, those saved for the backward pass included.
+    """Bytes that an operation must read and write: each tensor once, including those saved for the backward pass.
 
-    As counted in the kernels' files for outputs, flow and their gradients of `itemsize` bytes an element and float32
-    states and scores; less the partial sums and what has a few entries a row.
+    The counts are those of the kernels' docstrings. Outputs, flow and their gradients have `itemsize` bytes an element; states
+    and scores are float32. Partial sums and tensors with few entries a row are neglected.
     """
     one, pair, state = itemsize, 2 * itemsize, 4
     reads_and_writes = {
@@ -40,7 +40,7 @@ def bytes_moved(operation: str, shape: tuple[int, ...], batch: int, direction: s
         "forward_balance": ((2 * pair + 4 * state + one) + 2 * state, 2 * state + (pair + one)),
         # two pairs, two products, ∂r/∂x̂0, g; the gradient of g
         "reverse_balance": ((2 * pair + 3 * state + one) + state, state + one),
-        # pair, x, x'; e. Of the gradients that of the pair alone
+        # pair, x, x'; e. Only the pair's gradient
         "gaussian_log_prob": ((pair + 2 * state) + state, state + pair),
         # pair, x, x', ∂r/∂x̂0; pair
         "reverse_cotangent": ((pair + 3 * state) + pair, 0),
@@ -54,7 +54,7 @@ def bytes_moved(operation: str, shape: tuple[int, ...], batch: int, direction: s
 
 @functools.lru_cache(maxsize=1)
 def tensors(shape: tuple[int, ...], batch: int) -> dict[str, Any]:
-    """Transitions that a policy near the reference might have drawn, of steps over the whole table, the last included."""
+    """Transitions as sampled by a policy near the reference, at steps across the whole table, the last included."""
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def normal(copies: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -64,7 +64,7 @@ def tensors(shape: tuple[int, ...], batch: int) -> dict[str, Any]:
     steps = torch.linspace(0, len(table) - 1, batch, device=DEVICE).round().long()
     rows = TransitionRows(table, steps, x)
     for name in ("a", "b", "sigma", "c", "d", "alpha_bar", "alpha_bar_next", "last"):
-        getattr(rows, name)  # gathered once here, so that no provider is charged for it
+        getattr(rows, name)  # gathered here, so that no provider is timed with it
     output_ref = normal(2, DTYPE)
     output = (output_ref + 0.1 * normal(2)).to(DTYPE)
     x_next, output_old = PLAIN.guided_step(output, x, normal(), rows, guidance_scale=WEIGHTS.guidance_scale)
@@ -83,7 +83,7 @@ def tensors(shape: tuple[int, ...], batch: int) -> dict[str, Any]:
 
 
 def call(operations: ObjectiveOps, operation: str, t: dict[str, Any]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """What an operation returns, what is differentiated first; and the tensors with respect to which."""
+    """The results of an operation, and the tensors with respect to which the first result is differentiated."""
     run, states = getattr(operations, operation), (t["x"], t["x_next"], t["rows"])
     if operation == "guided_step":
         w = WEIGHTS.guidance_scale
@@ -101,7 +101,7 @@ def call(operations: ObjectiveOps, operation: str, t: dict[str, Any]) -> tuple[t
 
 
 def runner(operations: ObjectiveOps, operation: str, t: dict[str, Any], direction: str) -> Run:
-    """What is timed: a callable without arguments."""
+    """The callable that is timed; it takes no arguments."""
     if direction == "forward":
         return lambda: call(operations, operation, t)
     upstream = torch.ones(len(t["x"]), device=DEVICE)
@@ -117,7 +117,7 @@ def runner(operations: ObjectiveOps, operation: str, t: dict[str, Any], directio
 
 
 def disagreement(operations: ObjectiveOps, operation: str, t: dict[str, Any], reference: ObjectiveOps = PLAIN) -> float:
-    """The largest difference of a value or gradient from the reference's, in units of its tolerance."""
+    """The largest error of a value or gradient relative to the reference, in units of its tolerance."""
 
     def results(operations: ObjectiveOps) -> list[Tensor]:
         values, inputs = call(operations, operation, t)

@@ -1,11 +1,11 @@
-"""One training step at micro-batch 16, by part and by kernel: `python -m bench.profiled_step`.
+"""Profiles one training step at micro-batch 16, by phase and by kernel: `python -m bench.profiled_step`.
 
-Marks are put into the stream where a network's forward or backward pass begins and ends, by hooks on the networks and on the
-tensors through which gradients enter and leave them; the time on the device between two marks belongs to what began with the
-first. So a part has the gaps within it, and "rest" all else: g_φ, the objective, gathering, adding gradients.
+Events are recorded in the stream where a network's forward or backward pass begins and ends, by hooks on the networks and on
+the tensors through which gradients enter and leave them. The device time between two events belongs to the phase that the
+first one starts, including idle gaps. "rest" is everything else: g_φ, the objective, gathering, and adding gradients.
 
-The step is profiled, kernels alone, since tracing the host too would slow it down. From those come the share of time in
-which the device had nothing to do, and the kernels that took longest.
+Only kernels are profiled, because tracing the host would slow it down. The profile gives the fraction of time in which the
+device was idle, and the kernels that took longest.
 """
 
 import argparse
@@ -30,10 +30,10 @@ TOP = 20
 
 
 class Marks:
-    """What the device was doing from when on, as `PHASES`.
+    """Marks the beginnings of `PHASES` on the device.
 
     Args:
-        cuda: mark the current stream; else the host's clock.
+        cuda: record events in the current stream; otherwise read the host's clock.
     """
 
     def __init__(self, cuda: bool) -> None:
@@ -48,12 +48,12 @@ class Marks:
         self.marks.append((phase, event))
 
     def at_gradient(self, tensor: Tensor, phase: str) -> None:
-        """Mark `phase` when the gradient of `tensor` is there, if it gets one."""
+        """Mark `phase` when the gradient of `tensor` is computed, if it requires one."""
         if tensor.requires_grad:
             tensor.register_hook(lambda _: self(phase))
 
     def seconds(self) -> dict[str, float]:
-        """By phase; the device is done."""
+        """Seconds by phase. Synchronise the device first."""
         found = dict.fromkeys(PHASES, 0.0)
         for (phase, start), (_, end) in itertools.pairwise(self.marks):
             found[phase] += start.elapsed_time(end) / 1e3 if self.cuda else end - start
@@ -61,11 +61,11 @@ class Marks:
 
 
 def watch(marks: Marks, policy: Policy, decoder: Decoder) -> None:
-    """Put hooks on the networks.
+    """Add hooks to the networks.
 
-    A UNet's backward pass begins with the gradient of its output; it ends with that of its input, or when the gradients are
-    accumulated. A decoder's begins with the gradient of the images and ends with that of the latents; between the end of the
-    forward pass and then is the reward.
+    The UNet's backward pass begins with the gradient of its output, and ends with that of its input or when gradients are
+    accumulated. The decoder's begins with the gradient of the images and ends with that of the latents. The reward is what
+    happens between the decoder's forward and backward pass.
     """
 
     def unet_begins(_: Any, arguments: tuple) -> None:
@@ -98,7 +98,7 @@ def watch(marks: Marks, policy: Policy, decoder: Decoder) -> None:
 
 
 def idle_share(events: list[dict[str, Any]]) -> float:
-    """Of the time from the first event's start to the last one's end, the part that no event covers."""
+    """Fraction of the time between the first event's start and the last one's end that no event covers."""
     spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events)
     busy, reached = 0.0, spans[0][0]
     for start, end in spans:
@@ -108,7 +108,7 @@ def idle_share(events: list[dict[str, Any]]) -> float:
 
 
 def by_kernel(events: list[dict[str, Any]]) -> list[tuple[str, float, int]]:
-    """Name, µs and number of the kernels that took longest in all, longest first."""
+    """Name, total µs and number of calls of the kernels that took longest, longest first."""
     found: dict[str, list[float]] = collections.defaultdict(list)
     for event in events:
         found[event["name"]].append(event["dur"])
@@ -143,11 +143,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     if not cuda:
         marked()
-        rows.add("profile", "kernels", note="no device to be profiled")
+        rows.add("profile", "kernels", note="no GPU to profile")
         return
     events = device_events(marked)
     if not events:
-        raise SystemExit("torch.profiler saw no kernel: no idle share, no list of kernels")
+        raise SystemExit("torch.profiler recorded no kernel, so there is no idle fraction and no list of kernels")
     rows.add("profile", "split", **numbers, idle=idle_share(events), kernels=len(events))
     total = sum(event["dur"] for event in events)
     for name, microseconds, calls in by_kernel(events):

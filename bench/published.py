@@ -1,12 +1,12 @@
-"""The objective's operations as the published algorithm computes them: what the kernels are measured against.
+"""The objective's operations as in the published algorithm: the baseline for the kernels.
 
-Residual ∇-DB as in arXiv 2412.07775: the scores of both policies are computed whole, as ``−(x' − μ)/σ²``, and then
-subtracted, which is also what the authors' code does; the losses are separate mean squares, with masks for last
-rows. Plain torch, one operation after the other, gradients by autograd. Signatures, results and precision are those
-of `fastnabla.objective.ops.PLAIN`: also the statistics are computed, so that the work compared is the same.
+Residual ∇-DB as in arXiv 2412.07775. As in the authors' code, the scores of both policies are computed whole, as
+``−(x' − μ)/σ²``, and then subtracted, and the losses are separate mean squares, with masks for last rows. Everything is plain
+torch with autograd. Signatures, results and precision are those of `fastnabla.objective.ops.PLAIN`. The statistics are
+computed too, so that the compared work is the same.
 
-The baseline gets what costs it nothing to have: coefficients in rows `[N, 1, 1, 1]`, gathered once; means as
-``a x + b o``, where the authors' sampler goes over the predicted clean sample; no copies but those of the arithmetic.
+The baseline gets improvements that cost nothing: coefficients are gathered once, as rows `[N, 1, 1, 1]`; means are
+``a x + b o``, while the authors' sampler goes through the predicted clean sample; and there are no unnecessary copies.
 """
 
 import functools
@@ -23,8 +23,8 @@ from fastnabla.transition import TransitionRows, TransitionTable
 
 @functools.cache
 def ddim_table(steps: int = 50, eta: float = 1.0) -> TransitionTable:
-    """DDIM over Stable Diffusion's betas, epsilon-prediction, timesteps leading with an offset of 1. From the
-    formulas, so that diffusers need not be installed."""
+    """DDIM with Stable Diffusion's betas, epsilon-prediction, and leading timesteps with an offset of 1. Written out, so that
+    diffusers need not be installed."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alphas = (1 - betas).cumprod(0).double()
     timestep = torch.arange(steps - 1, -1, -1) * (1000 // steps) + 1
@@ -51,7 +51,7 @@ def ddim_table(steps: int = 50, eta: float = 1.0) -> TransitionTable:
 def guided_step(
     output: Tensor, x: Tensor, noise: Tensor, rows: TransitionRows, *, guidance_scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """As `gaussian.guided_step`: guidance, mean, and draw."""
+    """As `gaussian.guided_step`: guidance, mean and noise."""
     o = guide(output, guidance_scale)
     mean = rows.a * full(x) + rows.b * o
     return (mean + rows.sigma * full(noise)).to(x.dtype), o
@@ -60,7 +60,7 @@ def guided_step(
 def gaussian_log_prob(
     output: Tensor, x: Tensor, x_next: Tensor, rows: TransitionRows, *, guidance_scale: float | None
 ) -> Tensor:
-    """As `gaussian.gaussian_log_prob`: the normal density by element, then summed."""
+    """As `gaussian.gaussian_log_prob`: elementwise log-densities, then summed."""
     mean = rows.a * full(x) + rows.b * guide(output, guidance_scale)
     normaliser = rows.sigma.log() + 0.5 * math.log(2 * math.pi)
     return (-((full(x_next) - mean) ** 2) / (2 * rows.sigma**2) - normaliser).flatten(1).sum(1)
@@ -120,8 +120,8 @@ def reverse_cotangent(
     *,
     weights: Weights,
 ) -> Tensor:
-    """As `balance.reverse_cotangent`, which computes what autograd would: the whole score, carried back to the output
-    through the mean and through guidance."""
+    """As `balance.reverse_cotangent`, computed as autograd would: the whole score, propagated back to the output through the
+    mean and the guidance."""
     w = weights.guidance_scale
     cotangent = -weights.prior_weight * rows.b * step_score(guide(output, w), x, x_next, rows)
     if pixel_score is not None:
@@ -140,10 +140,10 @@ def reverse_balance(
     *,
     weights: Weights,
 ) -> Tensor:
-    """As `balance.reverse_balance`: each policy's score is made whole before the two are subtracted.
+    """As `balance.reverse_balance`: both policies' scores are computed whole before they are subtracted.
 
-    With `outputs`, what an output adds directly to its score is ``−λ (a b/σ²) o``; the rest of the direct part,
-    ``λ a (x' − a x)/σ²``, is the same in both scores, and its states are not among the arguments.
+    With `outputs`, an output's direct contribution to its score is ``−λ (a b/σ²) o``. The rest of the direct part,
+    ``λ a (x' − a x)/σ²``, is omitted: it is the same in both scores, and its states are not among the arguments.
     """
     with torch.no_grad():
         if outputs is None:

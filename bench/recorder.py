@@ -1,7 +1,8 @@
-"""A pytest plugin for GPU runs (`-p bench.recorder`): each result becomes a row at once, and nothing starts too late.
+"""A pytest plugin for GPU runs (`-p bench.recorder`): records each result immediately, and skips what starts after the
+deadline.
 
-Benchmarks are rows of a table of their file's name, which those that fail or cannot run join with the reason. Of tests the
-outcomes are counted, and failures are rows.
+Benchmarks become rows of a table named after their file; a failed benchmark's row has the reason. Tests' outcomes are counted,
+and failures become rows.
 """
 
 import collections
@@ -15,15 +16,15 @@ import pytest
 from bench import rows
 from bench.summary import condensed
 
-NO_TIME = "not begun, no time left"
+NO_TIME = "not started, no time left"
 COUNTS: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
 """Outcomes, by table."""
 EVERY = 2.0
-"""Seconds between two rows of counts."""
+"""Seconds between two updates of the counts."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers report to the process that started them
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # xdist workers report to the process that started them
         config.pluginmanager.register(Recorder())
 
 
@@ -34,7 +35,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
-    """Carry what a benchmark measured to where reports are recorded."""
+    """Attach a benchmark's results to its report."""
     report = yield
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
     if report.when == "call" and report.passed and benchmark is not None and benchmark.stats is not None:
@@ -46,7 +47,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
 
 
 class Recorder:
-    """Adds the rows."""
+    """Adds rows for results as they are reported."""
 
     def __init__(self) -> None:
         self.shown = time.monotonic()
@@ -75,7 +76,7 @@ class Recorder:
         self.show()
 
     def show(self) -> None:
-        """The counts so far."""
+        """Add rows with the counts so far."""
         self.shown = time.monotonic()
         for table, counts in COUNTS.items():
             rows.add("tests", "all tests" if table == "tests" else f"benchmarks of {table}", **counts)
@@ -87,7 +88,7 @@ class Recorder:
 
 
 def reason(report: Any) -> str:
-    """Why, in a line."""
+    """The reason of a failure or skip, in a line."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2])
     crash = getattr(report.longrepr, "reprcrash", None)

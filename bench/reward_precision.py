@@ -1,10 +1,11 @@
-"""`python -m bench.reward_precision [--rewards NAME…] [--images N]`: how far each published reward's scores and image gradients move in TF32 and
-bfloat16, from float32.
+"""Measures how much the published rewards' scores and image gradients change in TF32 and bfloat16, relative to float32.
 
-On a CPU, on the architectures with random weights (seed 0), at full size: bfloat16 as the rewards compute in it; TF32
-emulated, by rounding both inputs of every matrix product and convolution to 10 bits of mantissa, in both passes, and summing
-in float32. Images are smooth random ones with noise, all with the same prompt; the score's deviation is in units of the
-standard deviation of the float32 scores over the images, so that 1 would drown what the reward tells apart.
+    python -m bench.reward_precision [--rewards NAME…] [--images N]
+
+Runs on a CPU, with full-size architectures and random weights (seed 0). bfloat16 is what the rewards use. TF32 is emulated:
+both inputs of every matrix product and convolution are rounded to 10 bits of mantissa, forward and backward, and summed in
+float32. The images are smooth random images with noise, all with the same prompt. A score's deviation is in units of the
+standard deviation of the float32 scores over the images; a deviation of 1 would hide the differences between images.
 """
 
 import dataclasses
@@ -33,13 +34,13 @@ PRODUCTS = {
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """`x` float32 rounded to 10 bits of mantissa, to nearest, ties away from zero (PTX `cvt.rna.tf32`)."""
+    """The float32 `x` rounded to 10 bits of mantissa, to nearest, ties away from zero (PTX `cvt.rna.tf32`)."""
     return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 class EmulatedTF32(TorchDispatchMode):
-    """Rounds the inputs of matrix products and convolutions, of the backward passes too. Attention has to be written in
-    products (`attn_implementation="eager"`) to be seen."""
+    """Rounds the inputs of matrix products and convolutions, also in backward passes. Attention is only seen if it is written
+    as matrix products (`attn_implementation="eager"`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class EmulatedTF32(TorchDispatchMode):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """Of one reward in one precision, over the images."""
+    """Deviations of one reward in one precision, over the images."""
 
     reward: str
     precision: str
@@ -62,12 +63,12 @@ class Row:
     """Standard deviation of the float32 scores."""
     score_mean: float
     score_max: float
-    """Absolute deviation of a score, in units of `spread`."""
+    """Mean and maximum of the score's absolute deviation, in units of `spread`."""
     gradient_mean: float
     gradient_max: float
-    """Norm of an image's gradient's deviation, relative to the gradient's."""
+    """Mean and maximum of the norm of an image gradient's deviation, relative to the gradient's norm."""
     cosine_min: float
-    """Least cosine between an image's gradient and the float32 one."""
+    """Smallest cosine between an image's gradient and the float32 one."""
 
 
 def row_of(name: str, precision: str, values: Tensor, gradient: Tensor, exact: tuple[Tensor, Tensor]) -> Row:
@@ -86,7 +87,7 @@ def one_by_one(reward: RewardModel, images: Tensor, prompts: list[str]) -> tuple
 
 
 def measure(name: str, images: Tensor) -> list[Row]:
-    """Rows of the reward `name`: emulated TF32, and bfloat16."""
+    """Rows of the reward `name` for emulated TF32 and bfloat16."""
     prompts = [PROMPT] * len(images)
 
     def build(precision: Precision) -> RewardModel:
@@ -99,7 +100,7 @@ def measure(name: str, images: Tensor) -> list[Row]:
             module.config._attn_implementation = "eager"
     with EmulatedTF32() as emulated:
         tf32 = one_by_one(reward, images, prompts)
-    assert emulated.rounded > len(images), "no product was seen"
+    assert emulated.rounded > len(images), "the emulation saw no matrix product"
     del reward
     gc.collect()
     bf16 = one_by_one(build("bf16"), images, prompts)
@@ -108,7 +109,7 @@ def measure(name: str, images: Tensor) -> list[Row]:
 
 def markdown(rows: list[Row]) -> str:
     lines = [
-        "| reward | precision | score: mean, max, of the spread | spread | gradient: mean, max, relative | least cosine |",
+        "| reward | precision | score: mean, max, of the spread | spread | gradient: mean, max, relative | min cosine |",
         "|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -123,7 +124,7 @@ def main(rewards: tuple[str, ...] = tuple(PUBLISHED), images: int = 8) -> None:
 
     Args:
         rewards: names of published rewards.
-        images: how many.
+        images: number of images.
     """
     pictures = sample_images(None, images, PIXELS)
     print(f"{images} images of {PIXELS} × {PIXELS}, on {platform.machine()}, torch {torch.__version__}\n")

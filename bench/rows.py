@@ -1,7 +1,7 @@
-"""Rows of a GPU run: each is in the run's file, and in its summary, before the next is measured.
+"""Records the rows of a GPU run: each row is in the run's file and its summary before the next is measured.
 
-`bench.gpu` starts every part with the run's file, the part's name and its deadline in the environment. Outside such a run
-rows are printed alone, and there is no deadline. Nothing here imports torch.
+`bench.gpu` starts every part with the run's file, the part's name and its deadline in the environment. Outside such a run,
+rows are only printed, and there is no deadline. Nothing here imports torch.
 """
 
 import json
@@ -13,19 +13,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench import report
+from bench.tables import Row, Tables, fits_a_cell
+
 FILE, PART, DEADLINE, DRY = (f"FASTNABLA_BENCH_{name}" for name in ("FILE", "PART", "DEADLINE", "DRY"))
-Row = dict[str, Any]
-Tables = dict[str, dict[str, Row]]
-"""Rows by table and name, each as it was added last."""
 
 
 def is_run() -> bool:
-    """Whether rows go to the file of a run."""
+    """Whether rows are written to a run's file."""
     return FILE in os.environ
 
 
 def is_dry() -> bool:
-    """Whether everything is computed at toy size on the CPU, to exercise the code."""
+    """Whether this is a dry run: everything at toy size on the CPU, to exercise the code."""
     return os.environ.get(DRY) == "1"
 
 
@@ -35,22 +35,15 @@ def time_left() -> float:
 
 
 def add(table: str, name: str, **numbers: Any) -> None:
-    """Print a row, and in a run add it to the file and the summary. A row of the same table and name is replaced."""
-    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items() if short(v))
+    """Print a row and, in a run, add it to the file and the summary, replacing a row of the same table and name."""
+    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items() if fits_a_cell(v))
     print(f"{table}: {name}: {', '.join(shown)}", flush=True)
     if is_run():
         append(Path(os.environ[FILE]), {"part": os.environ[PART], "table": table, "name": name, **numbers})
 
 
-def short(value: Any) -> bool:
-    """Whether a value fits a cell of a table."""
-    return value is not None and not isinstance(value, dict | list)
-
-
 def append(path: Path, row: Row) -> None:
-    """One line at the end of `path`, and the summary beside it anew."""
-    from bench import report
-
+    """Append a line to `path` and rewrite the summary beside it."""
     mark = {"dry run": True} if is_dry() else {}
     with path.open("a") as file:
         file.write(json.dumps(mark | row, ensure_ascii=False, default=str) + "\n")
@@ -58,14 +51,14 @@ def append(path: Path, row: Row) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file that is whole at any time."""
+    """Write a file atomically."""
     new = path.with_name(f".{path.name}")
     new.write_text(text)
     new.replace(path)
 
 
 def read(path: Path) -> Tables:
-    """The rows of a run. A line that was cut off is left out."""
+    """The rows of a run. A truncated line is skipped."""
     tables: Tables = {}
     for row in parsed(path.read_text().splitlines() if path.exists() else ()):
         tables.setdefault(row["table"], {})[row["name"]] = row
@@ -77,4 +70,4 @@ def parsed(lines: Iterable[str]) -> Iterable[Row]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
-            print(f"not a whole row: {line[:80]}", file=sys.stderr)
+            print(f"skipped a truncated row: {line[:80]}", file=sys.stderr)

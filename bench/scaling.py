@@ -1,11 +1,11 @@
-"""How an update would spread over GPUs, from what the package counts: a model, in which nothing is measured.
+"""Models how an update scales over GPUs, from the package's cost model; nothing is measured.
 
     python -m bench.scaling [--preset sd15-aesthetic] [--rank 8] [--rate 300] [--between 25] [--spreads 0 0.05]
 
-An update takes as long as its slowest process, twice: until all have their rewards, and until all have their gradients.
-Then the gradients are summed, by rings: within a node, between nodes in as many parts as a node has GPUs, and within a
-node again, as NCCL's hierarchical all-reduce does. Times of a process are lognormal, which is assumed, as are all rates and
-latencies; each is an argument. Rewards, evaluations (which rank 0 measures alone) and checkpoints are not in it.
+An update waits for its slowest rank twice: until all ranks have rewards, and until all have gradients. The gradients are then
+summed with ring all-reduces: within a node, between nodes in as many parts as a node has GPUs, and within a node again, as in
+NCCL's hierarchical all-reduce. Assumed are lognormal times of a rank and all rates and latencies; each is an argument.
+Rewards, evaluations (whose metrics rank 0 computes alone) and checkpoints are not included.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import math
 import numpy as np
 import torch
 
-from bench.summary import markdown_table
+from bench.tables import markdown_table
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.train import TrainConfig
 from fastnabla.cost.planner import planned, unit_costs
@@ -24,33 +24,33 @@ from fastnabla.distributed.world import BUCKET
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 HOST_COLLECTIVES = 12
-"""Operations of the hosts in an update, of a few bytes each."""
+"""Number of host collectives in an update, of a few bytes each."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What is assumed of GPUs and networks."""
+    """Assumptions about GPUs and networks."""
 
     rate: float
     """FLOP/s that a GPU sustains in the networks' passes."""
     gpus: int
-    """In a node."""
+    """GPUs in a node."""
     within: float
-    """Bytes a second and direction, of a GPU to others of its node."""
+    """Bytes/s in each direction from a GPU to others in its node."""
     between: float
-    """Bytes a second and direction, of a GPU to other nodes: a node's network over its GPUs."""
+    """Bytes/s in each direction from a GPU to other nodes: the node's bandwidth divided by its GPUs."""
     latency: float
-    """Seconds of a step of a ring."""
+    """Seconds of a ring step."""
     host: float
-    """Seconds of a collective operation of the hosts, for each doubling of the processes."""
+    """Seconds of a host collective, for each doubling of the ranks."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """An update."""
+    """The work of an update."""
 
     rollout: float
-    """FLOP of a trajectory, until it is rewarded."""
+    """FLOP to sample and decode a trajectory."""
     step: float
     """FLOP of a trajectory's transitions in the training step."""
     reduced: int
@@ -58,7 +58,7 @@ class Work:
 
 
 def work_of(config: TrainConfig) -> Work:
-    """What an update of `config` is, by trajectory."""
+    """The work of an update of `config`, by trajectory."""
     config = planned(config, torch.device("cpu"))[0]
     costs = unit_costs(config)
     cost, trajectories = update_cost(config, costs), update_trajectories(config)
@@ -70,12 +70,13 @@ def work_of(config: TrainConfig) -> Work:
 
 
 def ring_seconds(size: float, ranks: int, bandwidth: float, latency: float) -> float:
-    """All-reduce of `size` bytes: each rank sends, and receives, 2 (ranks − 1) / ranks of them in 2 (ranks − 1) steps."""
+    """Seconds of a ring all-reduce of `size` bytes: each rank sends and receives 2 (ranks − 1) / ranks of them in
+    2 (ranks − 1) steps."""
     return 2 * (ranks - 1) * (size / ranks / bandwidth + latency)
 
 
 def reduce_seconds(size: float, nodes: int, machine: Machine) -> float:
-    """The gradients' sum. A GPU sums its part of the gradients over the nodes."""
+    """Seconds to sum the gradients. Between nodes, each GPU sums its part of the gradients."""
     latency = math.ceil(size / BUCKET) * machine.latency
     within = ring_seconds(size, machine.gpus, machine.within, latency)
     return within + ring_seconds(size / machine.gpus, nodes, machine.between, latency)
@@ -92,13 +93,13 @@ def slowest(ranks: int, spread: float, trials: int, seed: int) -> float:
 
 
 def update_seconds(work: Work, trajectories: int, nodes: int, machine: Machine, straggling: float = 1.0) -> float:
-    """Of an update in which the busiest process has `trajectories`, and the slowest takes `straggling` times the mean."""
+    """Seconds of an update in which the busiest rank has `trajectories`, and the slowest takes `straggling` times the mean."""
     compute = trajectories * (work.rollout + work.step) / machine.rate
     return compute * straggling + overhead_seconds(work, nodes, machine)
 
 
 def overhead_seconds(work: Work, nodes: int, machine: Machine) -> float:
-    """What a process alone would not need."""
+    """Seconds of communication in an update, which a single rank would not need."""
     hosts = HOST_COLLECTIVES * machine.host * math.log2(nodes * machine.gpus)
     return reduce_seconds(work.reduced, nodes, machine) + hosts
 
@@ -106,14 +107,16 @@ def overhead_seconds(work: Work, nodes: int, machine: Machine) -> float:
 def table(
     work: Work, machine: Machine, each: int | None, batch: int, spreads: list[float], trials: int, seed: int
 ) -> list[tuple[str, ...]]:
-    """A row for each of the `NODES` that have not more GPUs than there are trajectories; see `HEADER`.
+    """A row for each of the `NODES` with at most as many GPUs as trajectories; columns as in `HEADER`.
 
     Args:
-        work, machine: what is done, on what.
-        each: trajectories of an update on every GPU, or None for `batch` in all.
+        work: of an update.
+        machine: assumptions about the hardware.
+        each: trajectories of an update on each GPU; None for `batch` in total.
         batch: see `each`.
-        spreads: of the processes' times, relative to their mean; a column each.
-        trials, seed: of the simulation.
+        spreads: relative standard deviations of the ranks' times, a column each.
+        trials: simulated updates.
+        seed: of the simulation.
     """
     rows = []
     for nodes in NODES:
@@ -121,7 +124,7 @@ def table(
         total = batch if each is None else each * ranks
         if total < ranks:
             continue
-        busiest, alone = math.ceil(total / ranks), total * (work.rollout + work.step) / machine.rate
+        busiest, single = math.ceil(total / ranks), total * (work.rollout + work.step) / machine.rate
         seconds, overhead = update_seconds(work, busiest, nodes, machine), overhead_seconds(work, nodes, machine)
         reduced = reduce_seconds(work.reduced, nodes, machine)
         cells = [
@@ -134,29 +137,31 @@ def table(
         ]
         for spread in spreads:
             straggling = slowest(ranks, spread, trials, seed)
-            cells.append(f"{alone / ranks / update_seconds(work, busiest, nodes, machine, straggling):.1%}")
+            cells.append(f"{single / ranks / update_seconds(work, busiest, nodes, machine, straggling):.1%}")
         rows.append(tuple(cells))
     return rows
 
 
-HEADER = ("nodes", "trajectories", "of the busiest GPU", "s an update", "of it summing, ms", "of it overhead")
+HEADER = ("nodes", "trajectories", "on the busiest GPU", "s an update", "summing, ms", "overhead")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", default="sd15-aesthetic", help="whose model, sampler and objective; with random weights")
-    add("--rank", type=int, default=8, help="of the LoRA; 0 trains all of the UNet, replicated")
-    add("--each", type=int, default=8, help="trajectories of an update on every GPU, in the first table")
-    add("--batch", type=int, default=64, help="trajectories of an update in all, in the second")
+    add("--preset", default="sd15-aesthetic", help="preset of model, sampler and objective; with random weights")
+    add("--rank", type=int, default=8, help="rank of the LoRA; 0 trains the whole UNet, replicated")
+    add("--each", type=int, default=8, help="trajectories of an update on each GPU, in the first table")
+    add("--batch", type=int, default=64, help="trajectories of an update in total, in the second table")
     add("--rate", type=float, default=300, help="TFLOP/s that a GPU sustains")
-    add("--gpus", type=int, default=8, help="in a node")
-    add("--within", type=float, default=300, help="GB/s of a GPU to those of its node")
-    add("--between", type=float, default=25, help="GB/s of a GPU to other nodes")
-    add("--latency", type=float, default=10, help="µs of a step of a ring")
-    add("--host", type=float, default=200, help="µs of an operation of the hosts, for each doubling of the processes")
-    add("--spreads", type=float, nargs="*", default=[0, 0.02, 0.05, 0.1], help="of the processes' times, relative")
-    add("--trials", type=int, default=1000, help="updates that are simulated")
+    add("--gpus", type=int, default=8, help="GPUs in a node")
+    add("--within", type=float, default=300, help="GB/s from a GPU to others in its node")
+    add("--between", type=float, default=25, help="GB/s from a GPU to other nodes")
+    add("--latency", type=float, default=10, help="µs of a ring step")
+    add("--host", type=float, default=200, help="µs of a host collective, for each doubling of the ranks")
+    add(
+        "--spreads", type=float, nargs="*", default=[0, 0.02, 0.05, 0.1], help="relative deviations of the ranks' times"
+    )
+    add("--trials", type=int, default=1000, help="simulated updates")
     add("--seed", type=int, default=0)
     settings = parser.parse_args(arguments)
     config = PRESETS[settings.preset][1]
@@ -178,11 +183,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print(
         f"{settings.preset}, LoRA of rank {settings.rank}: {work.rollout / 1e12:.0f} + {work.step / 1e12:.0f} TFLOP a "
-        f"trajectory in rollout and step; {work.reduced / 2**20:.1f} MiB of gradients an update"
+        f"trajectory for rollout and step; {work.reduced / 2**20:.1f} MiB of gradients an update"
     )
     header = (*HEADER, *(f"efficiency, spread {spread:.0%}" for spread in settings.spreads))
     for each in (settings.each, None):
-        print(f"\n{each} trajectories a GPU:\n" if each else f"\n{settings.batch} trajectories in all:\n")
+        print(f"\n{each} trajectories a GPU:\n" if each else f"\n{settings.batch} trajectories in total:\n")
         rows = table(work, machine, each, settings.batch, settings.spreads, settings.trials, settings.seed)
         print("\n".join(markdown_table(header, rows)))
 

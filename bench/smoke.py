@@ -1,6 +1,6 @@
-"""One call of each operation, kernels and buffer, on the device: `python -m bench.smoke`.
+"""Calls each operation of the kernels and the buffer once on the device: `python -m bench.smoke`.
 
-Each result is compared with plain torch's. Ten cases, always the same, which compute-sanitizer can go over, too.
+Each result is compared with plain torch. The ten cases are always the same, and small enough for compute-sanitizer.
 """
 
 import sys
@@ -27,7 +27,7 @@ def kernel(operation: str) -> None:
 
 
 def stored(storage: str, whole: bool, block: int | None = None) -> None:
-    """What is gathered is what was appended, step by step or whole; in 8 bits to half a scale."""
+    """Gathered transitions equal those appended, step by step or at once; in 8 bits to within half a scale."""
     kept = KEPT.shape[1]
     buffer = TrajectoryBuffer(TRAJECTORIES, STEPS, kept, SHAPE, device=DEVICE, storage=storage, output_block=block)
     x = torch.randn(TRAJECTORIES, STEPS + 1, *SHAPE, device=DEVICE)
@@ -43,19 +43,19 @@ def stored(storage: str, whole: bool, block: int | None = None) -> None:
     allowed = output.abs().max().item() / 254 if block else 0.0
     pairs = {"x": (found.x, x[row, step], 0.0), "x'": (found.x_next, x[row, step + 1], 0.0)}
     for name, (actual, expected, limit) in (pairs | {"o": (found.model_output, output[row, step], allowed)}).items():
-        assert (actual - expected).abs().max() <= limit, f"{name} gathered is not what was appended"
+        assert (actual - expected).abs().max() <= limit, f"gathered {name} differs from what was appended"
 
 
 def quantised() -> None:
     x = torch.randn(4, 256, device=DEVICE)
     pairs = zip(buffer_ops.quantise(x, 64), buffer_torch.quantise(x, 64), strict=True)
-    assert all(torch.equal(actual, expected) for actual, expected in pairs), "quantise is not plain torch's"
+    assert all(torch.equal(actual, expected) for actual, expected in pairs), "quantise differs from plain torch"
 
 
 def dequantised() -> None:
     coded: tuple[Tensor, Tensor] = buffer_torch.quantise(torch.randn(4, 256, device=DEVICE), 64)
     actual, expected = (ops.dequantise(*coded, 64, torch.float32) for ops in (buffer_ops, buffer_torch))
-    assert torch.equal(actual, expected), "dequantise is not plain torch's"
+    assert torch.equal(actual, expected), "dequantise differs from plain torch"
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -75,7 +75,7 @@ def main() -> None:
             case()
             if CUDA:
                 torch.cuda.synchronize()
-        except Exception as error:  # the others are tried too
+        except Exception as error:  # go on with the other cases
             traceback.print_exc()
             failed.append(name)
             rows.add("tests", f"smoke: {name}", note=f"{type(error).__name__}: {error}".splitlines()[0][:160])

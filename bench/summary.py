@@ -1,21 +1,22 @@
-"""A run of the benchmarks in short: a table on the screen, and small files to keep.
+"""Summarises a run of the benchmarks as a table on the screen and as small files to keep.
 
     python -m bench.summary RAW.json [RAW.json …] [--into FOLDER …] [--theme kernels] [--tests OUTCOME]
 
 reads what `pytest bench --benchmark-json RAW.json` wrote, writes `<theme>_<hardware>_<date>.json` and `.md` into each
-folder (bench/results), and prints the rows of whole passes and those of the buffer. The JSON file has, for each
-benchmark, the median and interquartile range in seconds, the rounds and its extra_info; device, versions and commit once.
-A number that was not measured is a dash.
+folder (by default bench/results), and prints the rows of whole passes and of the buffer. The JSON file has the device, the
+versions and the commit, and for each benchmark the median and interquartile range in seconds, the rounds and its extra_info. A
+number that was not measured is a dash.
 """
 
 import argparse
 import datetime
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from bench.files import RESULTS, file_stem, save
+from bench.tables import markdown_table, number
+
 EAGER, COMPILE, OURS = PROVIDERS = ("published eager", "compiled plain", "fastnabla")
 HEADER = (
     *("operation", "pass", "shape", "batch"),
@@ -23,29 +24,28 @@ HEADER = (
     *("wall vs eager", "on device", "wall vs compiled", "on device", "GB/s", "of copy"),
 )
 NOTES = """\
-Wall times are medians of a call with a wait for the device, launching included. One marked with an h is bound by the host:
-it is more than twice the time on the device, and says how long Python and launching take. On device: replayed from a CUDA
-graph with a cold L2 cache, launching excluded. Of copy: the share of the bandwidth measured with a large copy. A dash: not
-measured."""
+Wall times are medians of a call with a device synchronisation, including launches. A wall time marked h is more than twice the
+device time: it is host-bound, and shows how long Python and launching take. On device: replayed from a CUDA graph with a cold
+L2 cache, without launches. Of copy: fraction of the bandwidth of a large copy. A dash: not measured."""
 KERNEL_NOTES = """\
-The kernels. Vs: times as fast as the published algorithm in eager torch, and as plain torch through torch.compile. GB/s:
-bytes that the operation has to move, over fastnabla's time on the device, or the whole time where there is none."""
+The kernels. Vs: speed-up over the published algorithm in eager torch, and over plain torch compiled by torch.compile. GB/s:
+bytes that the operation must move, divided by fastnabla's device time, or by its wall time if there is none."""
 BUFFER_HEADER = (
     *("operation", "buffer", "wall ms", "on device", "vs reference", "on device", "vs index_select", "on device"),
     *("GB/s", "of copy", "KiB a trajectory", "of reference"),
 )
 BUFFER_NOTES = """\
-The trajectory buffer: a whole rollout stored, or all its drawn transitions gathered (bench/bench_buffer.py says how), in
-ms. Vs: times as fast as the reference's pattern, and as index_select field by field. GB/s: bytes read and written, over
-the time on the device or the whole; caches are cold, but what is gathered goes to memory just used."""
+The trajectory buffer: storing a whole rollout, or gathering all its drawn transitions (see bench/bench_buffer.py), in ms. Vs:
+speed-up over the reference's pattern, and over index_select for each field. GB/s: bytes read and written, divided by the device
+time or the wall time. Caches are cold, except that gathered transitions go to recently used memory."""
 
 
 def condense(raws: list[dict[str, Any]], theme: str, tests: str | None) -> dict[str, Any]:
-    """What is kept of pytest-benchmark's files."""
+    """The part of pytest-benchmark's files that is kept."""
     device, benchmarks = {}, []
     for benchmark in (benchmark for raw in raws for benchmark in raw["benchmarks"]):
         extra = dict(benchmark["extra_info"])
-        if not extra:  # it was interrupted
+        if not extra:  # the benchmark was interrupted
             continue
         device = extra.pop("device", None) or device
         benchmarks.append(condensed(benchmark["name"], benchmark["group"], benchmark["stats"], extra))
@@ -54,18 +54,9 @@ def condense(raws: list[dict[str, Any]], theme: str, tests: str | None) -> dict[
 
 
 def condensed(name: str, group: str, stats: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a benchmark, `extra` being what it counted itself."""
+    """The part of a benchmark's results that is kept; `extra` is its own extra_info."""
     times = {"median s": stats["median"], "IQR s": stats["iqr"], "rounds": stats["rounds"]}
     return {"name": name, "group": group, **times, **extra}
-
-
-def file_stem(theme: str, device: dict[str, Any], date: str) -> str:
-    """Name of the files of a theme, without their suffix. A CPU's figures depend on its threads."""
-    hardware = device.get("hardware", "unknown")
-    if "cuda" not in device and "threads" in device:
-        hardware += f" {device['threads']} thread{'s' * (device['threads'] > 1)}"
-    hardware = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    return f"{theme}_{hardware}_{date}"
 
 
 def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -96,25 +87,21 @@ def _row(key: tuple, case: dict[str, dict[str, Any]]) -> tuple[str, ...]:
         *(
             text
             for wall, device in (eager, compiled, ours)
-            for text in (_wall(wall, device, ".1f"), _number(device, ".1f"))
+            for text in (_wall(wall, device, ".1f"), number(device, ".1f"))
         ),
         *(_ratio(other, own) for others in (eager, compiled) for other, own in zip(others, ours, strict=True)),
-        _number(measured.get("GB/s"), ".0f"),
-        _number(measured.get("share of copy"), ".0%"),
+        number(measured.get("GB/s"), ".0f"),
+        number(measured.get("share of copy"), ".0%"),
     )
 
 
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
 def _wall(wall: float | None, device: float | None, form: str) -> str:
-    """A wall time, marked if it is the host's."""
-    return _number(wall, form) + " h" * bool(wall and device and wall > 2 * device)
+    """A wall time, marked if it is host-bound."""
+    return number(wall, form) + " h" * bool(wall and device and wall > 2 * device)
 
 
 def _ratio(other: float | None, own: float | None) -> str:
-    return _number(other / own if other and own else None, ".2f")
+    return number(other / own if other and own else None, ".2f")
 
 
 def buffer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -128,17 +115,17 @@ def buffer_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
         own = times[b["operation"], b["buffer"]]
         others = [times.get((b["operation"], base), (None, None)) for base in ("reference's pattern", "index_select")]
         return (
-            *(b["operation"], b["buffer"], _wall(*own, ".3f"), _number(own[1], ".3f")),
+            *(b["operation"], b["buffer"], _wall(*own, ".3f"), number(own[1], ".3f")),
             *(_ratio(*pair) for other in others for pair in zip(other, own, strict=True)),
-            *(_number(b["GB/s"], ".1f"), _number(b["share of copy"], ".0%")),
-            *(_number(b["bytes a trajectory"] / 1024, ".0f"), _number(b["of reference"], ".1%")),
+            *(number(b["GB/s"], ".1f"), number(b["share of copy"], ".0%")),
+            *(number(b["bytes a trajectory"] / 1024, ".0f"), number(b["of reference"], ".1%")),
         )
 
     return [row(b) for b in sorted(found, key=lambda b: b["operation"])]
 
 
 def markdown(summary: dict[str, Any], raw_file: str) -> str:
-    """Everything in one Markdown table, with the facts about the machine."""
+    """All results as Markdown, with the facts about the machine."""
     device = summary["device"]
     lines = [f"# {summary['theme'].capitalize()}, {device.get('hardware', 'unknown hardware')}, {summary['date']}", ""]
     lines += [*(f"- {fact}" for fact in facts(summary)), f"- all numbers: `{raw_file}`", "", NOTES]
@@ -153,13 +140,8 @@ def markdown(summary: dict[str, Any], raw_file: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown_table(header: tuple[str, ...], table: list[tuple[str, ...]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *table)]
-
-
 def facts(summary: dict[str, Any]) -> list[str]:
-    """What the numbers depend on, as text."""
+    """The conditions that the numbers depend on."""
     found = [", ".join(f"{name} {value}" for name, value in summary["device"].items() if value is not None)]
     for provider in PROVIDERS:
         computed_by = {b["computed by"]: None for b in summary["benchmarks"] if b.get("provider") == provider}
@@ -175,7 +157,7 @@ def facts(summary: dict[str, Any]) -> list[str]:
 
 
 def screen(summary: dict[str, Any]) -> str:
-    """The rows of whole passes, and the buffer's, aligned."""
+    """The rows of whole passes and of the buffer, as aligned text."""
     apart = {(cells[0], cells[2], cells[3]) for cells in rows(summary) if cells[1] == "both"}
     whole = [cells for cells in rows(summary) if cells[1] == "both" or (cells[0], *cells[2:4]) not in apart]
     tables = [[HEADER, *whole], [BUFFER_HEADER, *buffer_rows(summary)]]
@@ -192,14 +174,12 @@ def main() -> None:
     parser.add_argument("raw", nargs="+", type=Path, help="files of --benchmark-json")
     parser.add_argument("--into", nargs="+", type=Path, default=[RESULTS], help="folders for the two files")
     parser.add_argument("--theme", default="kernels", help="first part of the files' names")
-    parser.add_argument("--tests", help="outcome of the GPU tests, to be kept with the numbers")
+    parser.add_argument("--tests", help="outcome of the GPU tests, recorded with the numbers")
     options = parser.parse_args()
     summary = condense([json.loads(path.read_text()) for path in options.raw], options.theme, options.tests)
     name = file_stem(options.theme, summary["device"], summary["date"])
+    save(summary, markdown(summary, f"{name}.json"), name, options.into)
     for folder in options.into:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-        (folder / f"{name}.md").write_text(markdown(summary, f"{name}.json"))
         print(f"wrote {folder / name}.json and .md")
     print("", *facts(summary), "", screen(summary), sep="\n")
 

@@ -1,4 +1,4 @@
-"""The rows of `bench.whole_step`'s tables: the published algorithm, and fastnabla with its optimisations."""
+"""The variants that `bench.whole_step` compares: the published algorithm, and fastnabla with its optimisations."""
 
 import dataclasses
 from typing import Literal
@@ -8,27 +8,27 @@ Attention = Literal["sdpa", "cudnn", "flash", "xformers"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """A row of the table. The defaults are the published algorithm's."""
+    """A row of the table. The defaults are fastnabla's passes without further optimisations."""
 
     name: str
     ours: bool = True
     autocast: bool = False
     lora: bool = False
-    """The LoRA in the network's dtype, instead of PEFT's own layer."""
+    """Whether the LoRA is computed in the network's dtype, instead of by PEFT's layer."""
     lean: bool = False
-    """The decoder that keeps less for its backward pass."""
+    """Whether the decoder is fastnabla's, which keeps fewer activations."""
     channels_last: bool = False
-    """The UNet in NHWC order."""
+    """Whether the UNet is in NHWC order."""
     decoder_channels_last: bool = False
-    """The decoder in NHWC order; of the lean one."""
+    """Whether the lean decoder is in NHWC order."""
     kernels: bool = False
     compile: str = "none"
     attention: Attention = "sdpa"
-    """"sdpa": torch's own choice. "cudnn", "flash": that one wherever it can, of torch's."""
+    """"sdpa" lets torch choose. "cudnn" and "flash" are torch's, used wherever they can run."""
     draw: str = "stratified"
     reward_gradient: str = "lookahead"
     reward: Literal["small", "float32", "tf32"] = "small"
-    """Two convolutions, or a vision transformer in a precision."""
+    """Two convolutions, or a vision transformer in the given precision."""
 
 
 def published(cuda: bool) -> Variant:
@@ -37,13 +37,13 @@ def published(cuda: bool) -> Variant:
 
 
 def full(cuda: bool) -> Variant:
-    """fastnabla with everything that helps, not compiled."""
+    """fastnabla with all optimisations, not compiled."""
     on_cuda = dict.fromkeys(("channels_last", "decoder_channels_last", "kernels"), True) if cuda else {}
     return Variant(name="fastnabla, not compiled", lora=True, lean=True, **on_cuda)
 
 
 def decisive(cuda: bool) -> list[Variant]:
-    """What decides what to do next: the published algorithm, and ours with one thing changed at a time."""
+    """The published algorithm, and fastnabla with one change at a time."""
     ours = full(cuda)
     changes = {
         "decoder in NCHW": {"decoder_channels_last": False},
@@ -58,7 +58,7 @@ def decisive(cuda: bool) -> list[Variant]:
 
 
 def one_by_one(cuda: bool) -> list[Variant]:
-    """Optimisations added one after the other, then what changes the draws, the gradients, or the attention."""
+    """Optimisations added one after the other, then other draws, reward gradients and attention."""
     rows = [published(cuda)]
     if cuda:
         rows.append(Variant(name="published, no autocast", ours=False))

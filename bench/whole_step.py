@@ -1,18 +1,18 @@
-"""A whole training step: the published algorithm against fastnabla with its optimisations.
+"""Times a whole training step: the published algorithm against fastnabla with its optimisations.
 
     python -m bench.whole_step [--model sd15] [--micro-batch 16] [--transitions 48] [--budget-seconds 240]
 
-The networks have random weights (what they compute costs the same), the states are random, K of 50 DDIM steps are drawn.
-A row is measured and written before the next is begun, and then measured again in turn with the others, so that a busy
-machine slows all of them. Beside it is how far its gradients at toy size are from the published algorithm's; if that is too
-far, the row says so. A row that cannot run says why, and one that does not fit into memory has a smaller micro-batch. What
-there is no time for is named. Files: `step_<model>_<hardware>_<date>.json` and `.md`; in a GPU run the run's own.
+The networks have random weights (the cost is the same), the states are random, and K of 50 DDIM steps are drawn. Each row is
+measured and written before the next one starts. Afterwards all rows are measured again in turn, so that other load on the
+machine affects all of them. Each row also has the difference between its gradients at toy size and the published algorithm's;
+if that is too large, the row says so. A row that cannot run says why, and one that does not fit into memory has a smaller
+micro-batch. Rows that there was no time for are listed. The files are `step_<model>_<hardware>_<date>.json` and `.md`, or in
+a GPU run the run's files.
 """
 
 import argparse
 import datetime
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from bench import agreement, rows
+from bench.files import RESULTS, as_json, file_stem, save
 from bench.measure import device_info, peak_and_seconds, seconds
 from bench.models import MODELS
 from bench.rollout import rollout
-from bench.summary import RESULTS, file_stem, markdown_table
+from bench.tables import Row, markdown_table, number
 from bench.variants import ROWS, Variant, full
 from bench.workload import DRAWN, STEPS, Workload
 from fastnabla.cost.unit_costs import UnitCosts
@@ -35,18 +36,17 @@ HEADER = (
     *("gradient difference", "note"),
 )
 NOTES = """\
-s: median of the rounds, spread: fastest to slowest; of a single CPU thread the time that it computed, else by the wall
-clock. Vs published: times as many transitions a second as the published algorithm in its faster form, median of the
-rounds. U and decodes (with backward): by transition. Peak: over what the weights take. TFLOP/s: arithmetic of these
-passes, decodes and of g_φ, the reward's not. Of matmul: of the rate of a bfloat16 product of 8192³. Gradient difference:
-the largest of a tensor, on toy networks in float64 (float32 with kernels), from the published algorithm's. Each row has all
-that the rows above it have, but for the last ones, which say what they change in the row they are based on. draw=runs:
-adjacent transitions, which are correlated; lookahead_detached, terminal: other gradients than the paper's."""
-Row = dict[str, Any]
+s: median of the rounds; spread: fastest to slowest; CPU time for a single CPU thread, otherwise wall-clock time. vs published:
+speed-up over the published algorithm in its faster form, median of the rounds. U and decodes (with backward): for each
+transition. Peak: memory in addition to the weights. TFLOP/s: arithmetic of these passes, the decodes and g_φ, without the
+reward. Of matmul: fraction of the rate of a bfloat16 product of 8192³. Gradient difference: largest relative difference of a
+tensor from the published algorithm's, on toy networks in float64 (float32 with kernels). Each row adds to the row above it;
+the last rows say what they change in the row they are based on. draw=runs: adjacent transitions, which are correlated.
+lookahead_detached, terminal: gradients other than the paper's."""
 
 
 def matmul_rate(device: torch.device) -> float | None:
-    """TFLOP/s of a bfloat16 product of 8192³; on CUDA only."""
+    """TFLOP/s of a bfloat16 product of 8192³; None without CUDA."""
     if device.type != "cuda":
         return None
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
@@ -61,7 +61,7 @@ def matmul_rate(device: torch.device) -> float | None:
 
 
 class Bench:
-    """Everything that is measured of one model on one device, in a limited time."""
+    """Measures the variants of one model on one device within a time limit."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.deadline = time.perf_counter() + min(options.budget_seconds, rows.time_left())
@@ -81,10 +81,12 @@ class Bench:
         return self.deadline - time.perf_counter()
 
     def table(self, group: list[Variant], rounds: int, publish: Callable[[list[Row]], None]) -> None:
-        """Measure the rows of `group`, the published algorithm first; `publish` gets all of them whenever one is new."""
+        """Measure the variants of `group`, the published algorithm first. `publish` is called with all rows whenever one
+        changes."""
         table: list[Row] = []
         timed: list[tuple[Row, Callable[[], None], list[float]]] = []
         slowest = 0.0
+        # The first round prepares the rows and checks their gradients.
         for variant in group:
             if self.time_left() < max(0.0, 1.5 * slowest):
                 self.not_run.append(variant.name)
@@ -98,12 +100,13 @@ class Bench:
                 self.finish(timed)
                 publish(table)
                 row |= agreement.check(variant, self.device)
-            except Exception as error:  # one row of many: no memory, no package, no compiler
+            except Exception as error:  # out of memory, a missing package or compiler: go on with the other rows
                 row["note"] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
             publish(table)
             slowest = max(slowest, time.perf_counter() - begun)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+        # Further rounds time all rows in turn.
         for _ in range(1, rounds):
             for _, run, times in timed:
                 if self.time_left() < 1.2 * times[-1]:
@@ -113,12 +116,12 @@ class Bench:
             publish(table)
 
     def prepare(self, variant: Variant, row: Row) -> Callable[[], None]:
-        """The step, run once; with half the micro-batch as often as memory runs out."""
+        """The step, after a first run. The micro-batch is halved whenever memory runs out."""
         if variant.attention == "xformers" and importlib.util.find_spec("xformers") is None:
             raise ValueError("xformers is not installed")
         size = self.micro_batch
         while (run := self._try(variant, size, row)) is None:
-            torch.cuda.empty_cache()  # outside the exception, whose frames hold what is to be freed
+            torch.cuda.empty_cache()  # outside the except block, whose traceback keeps tensors alive
             size //= 2
         return run
 
@@ -137,7 +140,7 @@ class Bench:
         return run
 
     def finish(self, timed: list[tuple[Row, Callable[[], None], list[float]]]) -> None:
-        """What follows from the times so far."""
+        """Update the rows from the times so far."""
         published = [times for row, _, times in timed if row["name"].startswith("published")]
         for row, _, times in timed:
             median = statistics.median(times)
@@ -149,19 +152,14 @@ class Bench:
 
 
 def rates(row: Row, costs: UnitCosts, ceiling: float | None) -> Row:
-    """Arithmetic per second."""
+    """The row's TFLOP/s, and their fraction of `ceiling`."""
     flops = row["U"] * costs.unet_flops + row["decodes"] * costs.decode_flops + row["flow calls"] * costs.flow_flops
     rate = flops * row["transitions/s"] / 1e12
     return {"TFLOP/s": rate, "of matmul": rate / ceiling if ceiling else None}
 
 
-def cell(value: Any, form: str) -> str:
-    """A number, or a dash."""
-    return "–" if value is None else format(value, form)
-
-
 def markdown(result: dict[str, Any]) -> str:
-    """The table, and what it depends on."""
+    """The table, with the conditions of the measurement."""
     facts = {k: v for k, v in result["device"].items() if v is not None}
     lines = [f"# Training step, {result['model']}, {facts['hardware']}, {result['date']}", ""]
     lines += [f"- {', '.join(f'{name} {value}' for name, value in facts.items())}"]
@@ -173,15 +171,15 @@ def markdown(result: dict[str, Any]) -> str:
             f"- rollout: {found['images/s']:.3g} images/s ({found['images']} at once, {STEPS} steps and decoding), "
             f"scaled from {found['steps measured']} steps"
         ]
-    lines += [f"- not run, for want of time: {', '.join(result['not run']) or 'nothing'}", "", NOTES, ""]
+    lines += [f"- not run, out of time: {', '.join(result['not run']) or 'nothing'}", "", NOTES, ""]
     cells = [
         (
-            *(row["name"], cell(row.get("s"), ".3f")),
+            *(row["name"], number(row.get("s"), ".3f")),
             f"{row['fastest s']:.3f}–{row['slowest s']:.3f}" if "s" in row else "–",
-            *(cell(row.get("transitions/s"), ".2f"), cell(row.get("vs published"), ".2f")),
-            *(cell(row.get("U"), ".2f"), cell(row.get("decodes"), ".2f"), cell(row.get("peak GiB"), ".3f")),
-            *(cell(row.get("TFLOP/s"), ".3g"), cell(row.get("of matmul"), ".0%")),
-            *(cell(row.get("gradient difference"), ".0e"), row.get("note", "")),
+            *(number(row.get("transitions/s"), ".2f"), number(row.get("vs published"), ".2f")),
+            *(number(row.get("U"), ".2f"), number(row.get("decodes"), ".2f"), number(row.get("peak GiB"), ".3f")),
+            *(number(row.get("TFLOP/s"), ".3g"), number(row.get("of matmul"), ".0%")),
+            *(number(row.get("gradient difference"), ".0e"), row.get("note", "")),
         )
         for row in result["rows"]
     ]
@@ -189,16 +187,12 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def write(result: dict[str, Any], folders: list[Path], json_file: Path | None) -> None:
-    """All files, replacing those of before."""
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    """Write all files, replacing earlier ones; with `json_file`, only that one."""
     if json_file:
-        json_file.write_text(text)
+        json_file.write_text(as_json(result))
         return
     stem = file_stem(f"step_{result['model']}", result["device"], result["date"])
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{stem}.json").write_text(text)
-        (folder / f"{stem}.md").write_text(markdown(result))
+    save(result, markdown(result), stem, folders)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -206,15 +200,15 @@ def main(arguments: list[str] | None = None) -> None:
     default = "toy" if rows.is_dry() else "sd15" if cuda else "testbed"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default=default)
-    parser.add_argument("--rows", choices=ROWS, default="one-by-one", help="which variants")
+    parser.add_argument("--rows", choices=ROWS, default="one-by-one", help="which variants to measure")
     parser.add_argument("--resolution", type=int, help="of the images, in pixels")
-    parser.add_argument("--micro-batch", type=int, help="most transitions in one network pass")
-    parser.add_argument("--transitions", type=int, help=f"in a step; rounded up to a multiple of {DRAWN}")
+    parser.add_argument("--micro-batch", type=int, help="maximal number of transitions in one network pass")
+    parser.add_argument("--transitions", type=int, help=f"transitions in a step; rounded up to a multiple of {DRAWN}")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--budget-seconds", type=float, default=240)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget-seconds", type=float, default=240, help="time limit")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each row")
     parser.add_argument("--into", nargs="+", type=Path, default=[RESULTS], help="folders for the files")
-    parser.add_argument("--json", type=Path, help="write this file alone")
+    parser.add_argument("--json", type=Path, help="write only this JSON file")
     options = parser.parse_args(arguments)
     bench = Bench(options)
     on_cuda = bench.device.type == "cuda"
@@ -245,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows.add("machine", "step", workload=result["workload"], **{"matmul TFLOP/s": bench.ceiling})
     bench.table(ROWS[options.rows](on_cuda or rows.is_dry()), options.rounds, publish)
     if bench.not_run:
-        rows.add("step", "not run, for want of time", note=", ".join(bench.not_run))
+        rows.add("step", "not run, out of time", note=", ".join(bench.not_run))
     if not rows.is_run():
         if bench.time_left() > 0:
             result["rollout"] = rollout(bench.workload, full(on_cuda), images=bench.micro_batch)

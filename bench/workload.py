@@ -1,4 +1,4 @@
-"""What `bench.whole_step` times: training steps of networks with random weights."""
+"""The training steps that `bench.whole_step` times, with randomly initialised networks."""
 
 import contextlib
 import copy
@@ -37,11 +37,11 @@ from fastnabla.trajectories.transitions import Transitions
 
 STEPS, DRAWN, PROMPTS = 50, 6, 4
 FIRST = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-"""What `Variant.attention` prefers."""
+"""The kernel that `Variant.attention` prefers."""
 
 
 class WholeDecoder(Decoder):
-    """The decoder as diffusers writes it, with all that autograd keeps of it."""
+    """diffusers' decoder with plain autograd."""
 
     def forward(self, latents: Tensor) -> Tensor:
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
@@ -49,7 +49,7 @@ class WholeDecoder(Decoder):
 
 
 class Reward(nn.Module):
-    """Cheap and differentiable: two convolutions of the image, resized as the published rewards resize theirs."""
+    """A cheap differentiable reward: two convolutions of the image, resized as by the published rewards."""
 
     def __init__(self, pixels: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Reward(nn.Module):
 
 
 def vision_reward(config: dict[str, Any], precision: str, device: torch.device) -> Aesthetic:
-    """The aesthetic reward with random weights, its CLIP tower as `config` says."""
+    """The aesthetic reward with random weights and the CLIP tower `config`."""
     with torch.device(device):
         clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
         head = ScoreHead(clip.config.projection_dim)
@@ -70,7 +70,8 @@ def vision_reward(config: dict[str, Any], precision: str, device: torch.device) 
 
 
 def preferring(attention: str) -> contextlib.AbstractContextManager:
-    """Within, torch's attention is that of `FIRST`, or another where that one cannot run, as with heads of 160."""
+    """Within the context, torch's attention prefers the kernel of `FIRST`, and falls back to others where that one cannot
+    run, as for a head size of 160."""
     if attention not in FIRST:
         return contextlib.nullcontext()
     others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -78,7 +79,7 @@ def preferring(attention: str) -> contextlib.AbstractContextManager:
 
 
 class PeftLinear(LoraLinear):
-    """The adapter as PEFT's own layer computes it: in float32, of a copy of the activations."""
+    """The adapter as in PEFT's layer: computed in float32, from a copy of the activations."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
@@ -90,7 +91,7 @@ class PeftLinear(LoraLinear):
 
 
 class Mixed(nn.Module):
-    """g_φ under autocast, as `BalanceStep` calls it."""
+    """g_φ under autocast, as in `BalanceStep`."""
 
     def __init__(self, flow: nn.Module, enabled: bool) -> None:
         super().__init__()
@@ -102,13 +103,13 @@ class Mixed(nn.Module):
 
 
 class Workload:
-    """Networks at a resolution, and steps of them.
+    """Networks at a resolution, and training steps with them.
 
     Args:
-        model: sizes.
+        model: sizes of the networks.
         pixels: height and width of the images.
-        device: where all of it is.
-        dtype: of UNet and VAE. The LoRA, g_φ, the reward and the states are float32, or float64 if that is.
+        device: of the networks and the data.
+        dtype: of UNet and VAE. The LoRA, g_φ, the reward and the states are float32, or float64 if `dtype` is.
     """
 
     def __init__(self, model: Model, pixels: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -147,7 +148,7 @@ class Workload:
         return Conditions(text, pooled, torch.tensor(sizes, device=self.device).to(self.dtype))
 
     def costs(self) -> UnitCosts:
-        """Arithmetic of the networks' passes."""
+        """Costs of the networks' passes."""
         return UnitCosts(Shapes(*self._networks("meta"), self.dtype), guided=True)
 
     def _noise(self, *shape: int) -> Tensor:
@@ -157,17 +158,17 @@ class Workload:
         self.decodes += len(images)
 
     def reward(self, variant: Variant) -> nn.Module:
-        """The reward that `variant` has."""
+        """The reward of `variant`."""
         name = variant.reward
         if name not in self.rewards:
             self.rewards[name] = vision_reward(self.model.vision, name, self.device)
         return self.rewards[name]
 
     def decoder(self, variant: Variant) -> Decoder:
-        """The decoder as `variant` has it; it counts into `decodes`."""
+        """The decoder of `variant`; its calls are counted in `decodes`."""
         key = (variant.lean, variant.decoder_channels_last)
         if key not in self.decoders:
-            if variant.decoder_channels_last:  # in place, so of a copy
+            if variant.decoder_channels_last:  # a copy, because the layout changes in place
                 decoder = Decoder(copy.deepcopy(self.vae), self.model.decode_chunk, channels_last=True)
             else:
                 decoder = Decoder(self.vae, self.model.decode_chunk) if variant.lean else WholeDecoder(self.vae)
@@ -176,7 +177,7 @@ class Workload:
         return self.decoders[key]
 
     def policy(self, variant: Variant) -> Policy:
-        """The networks as `variant` has them; those that are set up alike are shared."""
+        """The policy of `variant`; variants with the same settings share it."""
         key = (variant.lora, variant.channels_last, variant.compile, variant.attention == "xformers")
         if key not in self.policies:
             policy = Policy(copy.deepcopy(self.unet), self.conditions, guidance_scale=5.0)
@@ -194,8 +195,8 @@ class Workload:
         return self.policies[key]
 
     def transitions(self, count: int, draw: str, size: int) -> Transitions:
-        """K drawn steps of each of count / K trajectories, sampled from random states `size` at a time; the same ones in
-        each call."""
+        """K drawn steps of each of count / K trajectories, sampled from random states `size` at a time. Repeated calls return
+        the same transitions."""
         if (count, draw) not in self.batches:
             self.batches[count, draw] = self._sampled(count, draw, size)
         return self.batches[count, draw]
@@ -228,7 +229,7 @@ class Workload:
         return Transitions(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
     def step(self, variant: Variant, count: int, size: int) -> tuple[Callable[[], Any], Transitions, Policy]:
-        """What runs a step of `count` transitions, those, and the policy."""
+        """A function that runs a step of `count` transitions; the transitions; and the policy."""
         policy, decoder = self.policy(variant), self.decoder(variant)
         batch = self.transitions(count, variant.draw, size)
         settings = (

@@ -23,8 +23,7 @@ from fastnabla.objective.balance import Weights
 from fastnabla.objective.gaussian import full
 from fastnabla.objective.ops import PLAIN, ObjectiveOps
 from fastnabla.objective.settings import Backend, Gamma, Weighting
-from fastnabla.scheduler_tables import table_of
-from fastnabla.transition import TransitionRows, TransitionTable
+from fastnabla.transition import TransitionRows, TransitionTable, table_of
 
 STATISTICS = ("norm_ref", "norm_residual", "norm_reward", "norm_target", "max_residual")
 

@@ -14,7 +14,8 @@ from fastnabla.utils.console import print_error, print_plain, quiet_libraries
 quiet_libraries()
 
 from fastnabla.config.train import load_run  # noqa: E402
-from fastnabla.models.pipeline import load_policy, pipeline_of, require_policy, use_scheduler  # noqa: E402
+from fastnabla.models.pipeline import pipeline_of, use_scheduler  # noqa: E402
+from fastnabla.models.saved_policy import load_policy, require_policy  # noqa: E402
 from fastnabla.prompts.loading import checked_prompt  # noqa: E402
 from fastnabla.run.pictures import save_grid  # noqa: E402
 from fastnabla.run.weights import WeightsName, weights_folder  # noqa: E402

@@ -1,4 +1,4 @@
-"""Assertions and small inputs that several test files share."""
+"""Assertions and small inputs shared by several test files."""
 
 import os
 
@@ -12,24 +12,24 @@ STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "
 DDIM = {**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 
 NETWORK_DTYPE = "bfloat16" if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
-"""What networks of any size compute in here: oneDNN refuses bfloat16 where the CPU has no instructions for it, and torch's
-own convolutions are 80 times slower."""
+"""Compute dtype for networks that are not tiny. On a CPU without bfloat16 instructions oneDNN does not support bfloat16, and
+torch's own convolutions are 80 times slower."""
 
 BACKENDS = [
     "torch",
     pytest.param(
         "triton",
         marks=pytest.mark.skipif(
-            os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled for the GPU; this runs on the CPU"
+            os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter, because it runs on the CPU"
         ),
     ),
 ]
-"""What computes the objective on a CPU: plain torch, or the kernels in Triton's interpreter."""
+"""Implementations of the objective that run on a CPU: plain torch, and the kernels in Triton's interpreter."""
 
 
 def ddim(num_steps: int | None = None, **changes):
-    """diffusers' scheduler as Stable Diffusion has it; with its timesteps set if `num_steps` is given."""
-    from diffusers import DDIMScheduler  # here, because the kernels' tests also run where it is not installed
+    """Stable Diffusion's DDIM scheduler, with its timesteps set if `num_steps` is given."""
+    from diffusers import DDIMScheduler  # not at the top: the kernels' tests also run without diffusers
 
     scheduler = DDIMScheduler(**{**DDIM, **changes})
     if num_steps is not None:
@@ -42,16 +42,16 @@ def ddim_table(num_steps: int = 10, eta: float = 1.0, **changes) -> TransitionTa
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Euclidean norm of the difference, over that of `expected`."""
-    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    """Norm of the difference relative to the norm of `expected`."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def assert_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Each tensor to 1e-4 of its norm, plus 1e-7 of the largest norm among them.
+    """Each tensor's error is at most 1e-4 of its norm, plus 1e-7 of the largest norm of all tensors.
 
-    The relative part is float32 rounding through two networks. The absolute part is for biases in front of a group
-    normalisation with one channel a group: their true gradient is 0, what is there is rounding noise of the others.
+    The relative part allows for float32 rounding through two networks. The absolute part is for biases before a group
+    normalisation with one channel a group, whose true gradient is 0: their computed gradients are rounding noise.
     """
     assert actual.keys() == expected.keys()
     floor = 1e-7 * max(tensor.norm() for tensor in expected.values())

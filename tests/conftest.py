@@ -1,5 +1,9 @@
-"""Without a GPU, Triton's kernels run in its interpreter, on CPU tensors. Test processes share the cores. Hypothesis draws
-the same examples in each run, or others with `--hypothesis-profile random`."""
+"""Test setup.
+
+- Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors.
+- xdist workers divide the CPU cores among them.
+- Hypothesis draws the same examples in every run, unless started with `--hypothesis-profile random`.
+"""
 
 import contextlib
 import os
@@ -8,15 +12,15 @@ PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if PROCESSES > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // PROCESSES)))
 
-import torch  # noqa: E402 - reads the number of threads
+import torch  # noqa: E402 - reads OMP_NUM_THREADS
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, so before any import of them
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before kernels are imported
 
     from triton.runtime import interpreter
 
     def round_to_nearest(builder, source, target):
-        """GPUs round float32 to bfloat16 to the nearest, ties to even (PTX cvt.rn); Triton's interpreter cuts off."""
+        """Round float32 to bfloat16 to nearest, ties to even, as GPUs do (PTX cvt.rn); Triton's interpreter truncates."""
         if source.dtype.scalar.is_fp32() and target.scalar.is_bf16():
             rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.uint16).numpy()
             return interpreter.TensorHandle(rounded, target.scalar)
@@ -24,10 +28,10 @@ if not torch.cuda.is_available():
 
     interpreter.InterpreterBuilder.create_fp_trunc = round_to_nearest
 
-with contextlib.suppress(ImportError):  # GPU machines may lack it; most of their tests do without
+with contextlib.suppress(ImportError):  # hypothesis may be missing on GPU machines, where few tests need it
     from hypothesis import HealthCheck, settings
 
-    # Neither deadline nor speed of drawing is checked: both depend on what else the machine does.
+    # No deadline and no check of the drawing speed: both depend on the load of the machine.
     random = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
     settings.register_profile("random", random)
     settings.register_profile("repeatable", random, derandomize=True)

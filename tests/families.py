@@ -1,4 +1,4 @@
-"""Tiny pipelines of every family of Stable Diffusion, with random weights."""
+"""Tiny pipelines of every Stable Diffusion family, with random weights."""
 
 from pathlib import Path
 
@@ -48,6 +48,6 @@ TINY = {
 
 
 def save_tiny(family: str, folder: Path) -> str:
-    """The folder a tiny pipeline of `family` was saved in."""
+    """Save a tiny pipeline of `family` below `folder`, and return its path."""
     random_pipeline(TINY[family], {"default": torch.float32}).save_pretrained(folder / family)
     return str(folder / family)

@@ -1,4 +1,5 @@
-"""`python -m tests.fault_campaign --kills 50`: kill training runs at random, resume, and compare with an undisturbed one."""
+"""Kills training runs at random, resumes them, and compares the results with an uninterrupted run:
+`python -m tests.fault_campaign --kills 50`."""
 
 import argparse
 import tempfile
@@ -26,7 +27,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         counts = campaign(trainer, folder, expected, arguments.kills, arguments.seed, seconds)
     runs = counts.pop("runs")
-    print(f"{sum(counts.values())} runs ended and resumed, {runs} completed, all equal to the undisturbed one")
+    print(f"{sum(counts.values())} kills, {runs} completed runs, all equal to the uninterrupted one")
     for point, count in sorted(counts.items()):
         print(f"  {point}: {count}")
 

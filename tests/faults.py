@@ -1,4 +1,4 @@
-"""Killing a training run at chosen points and at random moments, in forks of one process that has everything loaded."""
+"""Kills training runs at given points or random times, in forks of a process that has everything loaded."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.training.test_trainer import small
 
 
 def tiny(**changes) -> TrainConfig:
-    """Three rollouts of two updates each, a checkpoint after each, in a second or two."""
+    """A run of a second or two: three rollouts of two updates each, with a checkpoint after each."""
     return small(
         updates=6,
         sampler=SamplerConfig(steps=2, guidance_scale=1),
@@ -34,13 +34,13 @@ def tiny(**changes) -> TrainConfig:
 
 
 def without_pictures(trainer: Trainer) -> Trainer:
-    """Pictures take most of the time of such a run and are no part of its state."""
+    """Disable pictures, which take most of the time of such a run and are not part of its state."""
     trainer._write_pictures = lambda *_: None
     return trainer
 
 
 def result(run: Path) -> tuple[bytes, dict[str, torch.Tensor], str]:
-    """What two equal runs have in common bit for bit: metrics, final weights, table."""
+    """What is bitwise equal in two equal runs: metrics, final weights, table."""
     weights = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
     return (run / "metrics.jsonl").read_bytes(), weights, (run / "table.md").read_text()
 
@@ -58,7 +58,7 @@ def kill() -> None:
 
 
 def die_in_call(owner: object, name: str, call: int, after: bool) -> None:
-    """Make call number `call`, from 0, of the function `owner.name` the process's end: before it does anything, or after."""
+    """Kill the process in call number `call`, from 0, of the function `owner.name`: before the call or `after` it."""
     function, calls = getattr(owner, name), []
 
     def dying(*arguments, **options):
@@ -74,7 +74,7 @@ def die_in_call(owner: object, name: str, call: int, after: bool) -> None:
 
 
 def die_in_record(call: int) -> None:
-    """End the process with half of a line of metrics.jsonl written."""
+    """Kill the process after half a line of metrics.jsonl was written."""
     append, calls = telemetry.Tracker._append, []
 
     def dying(self, name, record):
@@ -90,7 +90,7 @@ def die_in_record(call: int) -> None:
 
 
 def die_in_write(call: int) -> None:
-    """End the process with half of a block of a checkpoint's file written."""
+    """Kill the process after half a block of a checkpoint file was written."""
     write, calls = durable._Digesting.write, []
 
     def dying(self, data):
@@ -116,17 +116,18 @@ POINTS: dict[str, tuple[int, Callable[[Trainer, int, bool], None]]] = {
     "rename": (10, lambda trainer, call, after: die_in_call(os, "replace", call, after)),
     "removal": (2, lambda trainer, call, after: die_in_call(durable.shutil, "rmtree", call, after)),
 }
-"""Where to kill: how many calls there are about, and what makes one of them the end."""
+"""Where to kill: the approximate number of calls in a run, and a function that makes one of them fatal."""
 
 
 def attempt(trainer: Trainer, run: Path, arm: Callable[[], None], kill_after: float | None, sent: int) -> int:
-    """Begin or resume the run in a fork of this process; its exit status, negative for a signal that ended it.
+    """Start or resume the run in a fork of this process; the exit status, negative for a fatal signal.
 
     Args:
-        trainer: as it was built; it stays so here.
+        trainer: freshly built; not changed in this process.
         run: the run folder.
-        arm: called in the fork before it trains.
-        kill_after: seconds until it is sent the signal `sent`; None to let it go on.
+        arm: called in the fork before training.
+        kill_after: seconds until the fork is sent the signal `sent`; None for never.
+        sent: see `kill_after`.
     """
     child = os.fork()
     if child == 0:
@@ -143,7 +144,7 @@ def attempt(trainer: Trainer, run: Path, arm: Callable[[], None], kill_after: fl
         except BaseException:
             traceback.print_exc()
         finally:
-            os._exit(status)  # nothing of the test process is to be run a second time
+            os._exit(status)  # skip the test process's cleanup
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, sent)
@@ -159,17 +160,17 @@ def campaign(
     seconds: float,
     points: tuple[str, ...] = tuple(POINTS),
 ) -> dict[str, int]:
-    """End runs until `kills` have been killed, resuming each until it completes; how often, by point.
+    """Kill and resume runs until there were `kills`, and check each completed run; the number of kills by point.
 
-    Half of the deaths come at random moments, by SIGKILL or one of the signals that ask for a stop.
+    Half of the kills come at random times, by SIGKILL or one of the signals that request a stop.
 
     Args:
-        trainer: as it was built.
-        folder: of the runs.
-        expected: folder of the undisturbed run, whose result each must have.
-        kills: how often to kill.
-        seed: of what is killed when.
-        seconds: that an undisturbed run takes.
+        trainer: freshly built.
+        folder: for the runs.
+        expected: folder of the uninterrupted run, whose result every run must reproduce.
+        kills: number of kills.
+        seed: of the random choices.
+        seconds: duration of an uninterrupted run.
         points: keys of `POINTS`.
     """
     draw, counts, runs = random.Random(seed), {}, 0
@@ -180,7 +181,8 @@ def campaign(
             if draw.random() < 0.5:
                 sent = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1))
                 name, status = sent.name, attempt(trainer, run, lambda: None, draw.uniform(0.05, seconds), sent)
-                assert status in (0, -sent, 128 + sent), (name, status)  # -sent: before it listened
+                # -sent: the signal came before its handler was installed.
+                assert status in (0, -sent, 128 + sent), (name, status)
             else:
                 name = draw.choice(points)
                 most, arm = POINTS[name]

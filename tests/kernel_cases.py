@@ -1,4 +1,4 @@
-"""Inputs for the objective's kernels, and what the kernels are compared with."""
+"""Inputs for the objective's kernels, and assertions that compare the kernels with plain torch."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from fastnabla.transition import TransitionRows
 from tests.checks import randn
 
 HAS_GPU = torch.cuda.is_available()
-CPU = pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="where there is a GPU, kernels are compiled for it"))
+CPU = pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="with a GPU, kernels are compiled for it"))
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")])
 on_each_device = pytest.mark.parametrize("device", [CPU, GPU])
 on_cpu = pytest.mark.parametrize("device", [CPU])
@@ -31,7 +31,7 @@ WEIGHTS = Weights(guidance_scale=5.0, beta=2.0, prior_weight=0.5, trust_region_w
 PAIRS = ("output", "output_ref")
 TENSORS = (*PAIRS, "x", "x_next", "flow", "reward_score", "pixel_score", "output_old", "score", "score_ref")
 MIXED = ("output", "output_ref", "flow")
-"""What a network in channels-last makes, while the states that it was given are contiguous."""
+"""Tensors that are channels-last if the networks are, while the states are contiguous."""
 
 DTYPES = {
     "float32": {},
@@ -62,7 +62,7 @@ def arrange(tensor: Tensor, channels_last: bool) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Transitions, as arguments by name; those that a call is to be made without are missing."""
+    """Transitions, as arguments by name; optional arguments may be missing."""
 
     tensors: dict[str, Tensor]
     step_index: Tensor
@@ -79,24 +79,24 @@ class Batch:
         return TABLE.rows(self.step_index, self["x"])
 
     def double(self) -> "Batch":
-        """The same values in float64."""
+        """The same batch in float64."""
         return self.replace(**{name: tensor.double() for name, tensor in self.tensors.items()})
 
     def replace(self, **tensors: Tensor) -> "Batch":
         return dataclasses.replace(self, tensors={**self.tensors, **tensors})
 
     def at(self, *steps: int) -> "Batch":
-        """At other steps of the sampler."""
+        """The same batch at other steps of the sampler."""
         return dataclasses.replace(self, step_index=self.step_index.new_tensor(steps))
 
     def spoilt(self, name: str, row: int) -> "Batch":
-        """With NaN as an element of a row of one tensor."""
+        """The same batch with a NaN in one element of a row of the tensor `name`."""
         tensor = self[name].clone()
         tensor[row].view(-1)[tensor[row].numel() // 2] = float("nan")
         return self.replace(**{name: tensor})
 
     def alone(self, row: int) -> "Batch":
-        """The batch of one of the transitions."""
+        """A batch of only the transition `row`."""
         tensors = {
             name: arrange(one_row(tensor, row, len(self)), not tensor.is_contiguous())
             for name, tensor in self.tensors.items()
@@ -105,7 +105,7 @@ class Batch:
 
 
 def huge_batch(device: str, names: tuple[str, ...]) -> Batch:
-    """Outputs of more than 2³¹ elements, in bfloat16: the last rows are where 32-bit offsets do not reach."""
+    """A bfloat16 batch whose outputs have more than 2³¹ elements, so that the last rows need 64-bit offsets."""
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of GPU memory")
     rows, row = 2**16 + 1, (4, 64, 64)
@@ -120,13 +120,13 @@ def huge_batch(device: str, names: tuple[str, ...]) -> Batch:
 
 
 def one_row(tensor: Tensor, row: int, rows: int) -> Tensor:
-    """The part of a tensor of N rows, or of N pairs of rows, that belongs to one of them."""
+    """The part of a tensor of N rows, or of N pairs of rows, that belongs to the transition `row`."""
     return tensor[row::rows]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What the inputs of a call look like."""
+    """Shapes, dtypes, layouts and weights of a call's inputs."""
 
     row: tuple[int, ...] = (4, 7, 9)
     steps: tuple[int, ...] = (1, LAST, 6)
@@ -139,13 +139,13 @@ class Case:
 
     @classmethod
     def of(cls, **options: Any) -> "Case":
-        """A case by fields of its own and of its weights."""
+        """A case from its own fields and those of its weights."""
         own = {field.name for field in dataclasses.fields(cls)} & options.keys()
         weights = {name: value for name, value in options.items() if name not in own}
         return cls(weights=dataclasses.replace(WEIGHTS, **weights), **{name: options[name] for name in own})
 
     def draw(self, device: str = "cpu", seed: int = 0) -> Batch:
-        """N transitions of the sampler `TABLE`, for a policy that is near the reference, as in finetuning."""
+        """N random transitions of the sampler `TABLE`, for a policy near the reference, as in finetuning."""
         shape, w = (len(self.steps), *self.row), self.weights.guidance_scale
         seeds = iter(range(100 * seed, 100 * seed + 100))
 
@@ -182,11 +182,11 @@ class Case:
 
 
 Evaluate = Callable[[ObjectiveOps, Batch], dict[str, Tensor]]
-"""An operation's results and gradients by name, for a batch."""
+"""Computes an operation's results and gradients, by name, for a batch."""
 
 
 def assert_matches(evaluate: Evaluate, batch: Batch) -> dict[str, Tensor]:
-    """The kernels' results, which have the dtypes of plain torch's, and are as near to float64 as those."""
+    """Check that the kernels' results have the dtypes of plain torch's and are as accurate; return them."""
     actual, plain, exact = evaluate(FUSED, batch), evaluate(PLAIN, batch), evaluate(PLAIN, batch.double())
     assert {name: value.dtype for name, value in actual.items()} == {name: v.dtype for name, v in plain.items()}
     assert_as_good(actual, plain, exact)
@@ -194,11 +194,12 @@ def assert_matches(evaluate: Evaluate, batch: Batch) -> dict[str, Tensor]:
 
 
 def assert_as_good(actual: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """By row, the error of `actual` is at most twice that of `plain` torch from the same inputs, plus 1e-6 of the row.
+    """In each row, the error of `actual` is at most twice that of `plain` torch from the same inputs, plus 1e-6 of the row's
+    norm.
 
-    The floor is for rows where plain torch is right by luck, as a sum of a few hundred float32 numbers may be to the
-    last bit while another order of summing is off by some units of 2⁻²⁴ = 6e-8: of 1500 random `cases` of each
-    operation, the worst would have needed 4e-7. Rows that are 0 must be 0.
+    The floor is for rows where plain torch happens to be exact: a sum of a few hundred float32 numbers may be correct to the
+    last bit, while another summation order has an error of several units of 2⁻²⁴ = 6e-8. Of 1500 random `cases` of each
+    operation, the worst would have needed 4e-7. Rows that are 0 must be exactly 0.
     """
     assert actual.keys() == plain.keys() == exact.keys()
 
@@ -209,17 +210,17 @@ def assert_as_good(actual: dict[str, Tensor], plain: dict[str, Tensor], exact: d
         assert actual[name].shape == plain[name].shape == truth.shape, name
         error = size(actual[name].double() - truth)
         allowed = 2 * size(plain[name].double() - truth) + 1e-6 * size(truth)
-        assert (error <= allowed).all(), f"{name}: by row {error.tolist()}, allowed {allowed.tolist()}"
+        assert (error <= allowed).all(), f"{name}: errors by row {error.tolist()}, allowed {allowed.tolist()}"
 
 
 def assert_memory_order(result: Tensor, tensor: Tensor) -> None:
-    """`result` is laid out as `tensor`: contiguous or channels-last, or both where these are the same."""
+    """`result` has the layout of `tensor`: contiguous, channels-last, or both where they coincide."""
     for one, other in ((result, tensor), (result.movedim(1, -1), tensor.movedim(1, -1))):
         assert one.is_contiguous() == other.is_contiguous(), f"strides {result.stride()}, expected {tensor.stride()}"
 
 
 def assert_rows_stand_alone(evaluate: Evaluate, batch: Batch, rows: Iterable[int]) -> None:
-    """A transition has the same results, to the bit, in the batch and by itself."""
+    """A transition's results are bitwise the same in the batch and alone."""
     together = evaluate(FUSED, batch)
     for row in rows:
         in_batch = {name: one_row(value, row, len(batch)) for name, value in together.items()}
@@ -227,7 +228,8 @@ def assert_rows_stand_alone(evaluate: Evaluate, batch: Batch, rows: Iterable[int
 
 
 def assert_nan_stays(evaluate: Evaluate, batch: Batch, name: str, row: int) -> dict[str, Tensor]:
-    """NaN in a row of one argument reaches what it reaches in plain torch, and no other row; returns where it is."""
+    """A NaN in a row of one argument spreads to the same elements as in plain torch, and to no other row; returns where the
+    results are NaN."""
     spoilt = batch.spoilt(name, row)
     actual, plain = ({n: v.isnan() for n, v in evaluate(o, spoilt).items()} for o in (FUSED, PLAIN))
     assert_same_bits(actual, plain)
@@ -244,7 +246,7 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that is asked for uninitialised holds NaN: a mode of torch that is there to find reads of it."""
+    """Within the context, torch fills uninitialised memory with NaN, so that reads of it are detected."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -255,7 +257,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def cases(without: list[tuple[str, ...]]) -> st.SearchStrategy[Case]:
-    """Cases of any kind, with rows of 16 to 11³ elements: smaller ones may cancel to nothing, and have no good digits."""
+    """Random cases, with rows of 16 to 11³ elements; in smaller rows cancellation may leave no correct digits."""
     dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
     return st.builds(
         Case,

@@ -1,6 +1,6 @@
-"""Processes of a data-parallel run as forks of one that has everything loaded: importing torch takes seconds.
+"""Runs the ranks of a data-parallel run as forks of the test process, because importing torch takes seconds.
 
-Threads do not survive a fork: the test process calls ``torch.set_num_threads(1)`` first.
+Threads do not survive a fork, so the test process calls ``torch.set_num_threads(1)`` first.
 """
 
 import faulthandler
@@ -22,15 +22,15 @@ from fastnabla.distributed.world import World
 
 
 def environments(size: int) -> list[dict[str, str]]:
-    """What torchrun would set for each rank."""
+    """The environment variables that torchrun would set for each rank."""
     with socket.socket() as listening:
         listening.bind(("localhost", 0))
-        meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(listening.getsockname()[1])}
-    return [meet | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(size)} for r in range(size)]
+        master = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(listening.getsockname()[1])}
+    return [master | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(size)} for r in range(size)]
 
 
 def begin(size: int, function: Callable[[], int]) -> list[int]:
-    """Start a process for each rank, which ends with the status that `function` returns there; their numbers."""
+    """Start a process for each rank that calls `function` and exits with the status it returns; the process ids."""
     children = []
     for environment in environments(size):
         child = os.fork()
@@ -45,13 +45,13 @@ def begin(size: int, function: Callable[[], int]) -> list[int]:
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
-                os._exit(status)  # nothing of the test process is to be run a second time
+                os._exit(status)  # skip the test process's cleanup
         children.append(child)
     return children
 
 
 def end(children: list[int], seconds: float = 300) -> list[int]:
-    """Wait for all; their exit statuses, negative for a signal that ended them."""
+    """Wait for all processes; their exit statuses, negative for a fatal signal."""
     until, statuses = time.monotonic() + seconds, {}
     while len(statuses) < len(children):
         for child in children:
@@ -59,17 +59,17 @@ def end(children: list[int], seconds: float = 300) -> list[int]:
                 statuses[child] = os.waitstatus_to_exitcode(found[1])
         if time.monotonic() > until:
             for child in set(children) - statuses.keys():
-                os.kill(child, signal.SIGUSR2)  # where it is, goes where its stderr goes
+                os.kill(child, signal.SIGUSR2)  # prints its traceback to stderr
                 time.sleep(0.5)
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-            raise AssertionError(f"after {seconds} s only these have ended: {statuses}")
+            raise AssertionError(f"after {seconds} s only these processes have ended: {statuses}")
         time.sleep(0.01)
     return [statuses[child] for child in children]
 
 
 def on_ranks(folder: Path, size: int, function: Callable[[World], Any]) -> list[Any]:
-    """What `function` returns on each of `size` ranks: tensors, numbers, lists and dictionaries of them."""
+    """The results of `function` on each of `size` ranks: tensors, numbers, and lists or dictionaries of them."""
     folder.mkdir(exist_ok=True)
 
     def run() -> int:
@@ -82,16 +82,16 @@ def on_ranks(folder: Path, size: int, function: Callable[[World], Any]) -> list[
 
 
 def trained(arguments: list[str], prepare: Callable[[int], None] = lambda rank: None) -> int:
-    """`python -m fastnabla.train` with these arguments, in this process, its output in rank-N.txt; the exit status.
+    """Run `python -m fastnabla.train` in this process, with its output in rank-N.txt; the exit status.
 
     Args:
         arguments: of the command line.
-        prepare: is called with the rank before.
+        prepare: called with the rank before training.
     """
     rank = os.environ.get("RANK", "0")
     with open(f"rank-{rank}.txt", "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # pytest has its own
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # pytest replaces them
     prepare(int(rank))
     return train.main(arguments)

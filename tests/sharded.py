@@ -1,4 +1,4 @@
-"""A tiny UNet trained whole, its step and its data, the same on every process; and one update, sharded or not."""
+"""Full finetuning of a tiny UNet, with the same data on every rank: its step, and one update, sharded or not."""
 
 import dataclasses
 from typing import Any
@@ -33,7 +33,8 @@ class Run:
 
 
 def build(world: World = ALONE, dtype: torch.dtype = torch.float32, rank: int = 0, **objective: Any) -> Run:
-    """Sharded over the ranks, or not, or with a LoRA. The policy is away from its reference, so that no term is rounding alone."""
+    """A run, sharded if there are several ranks, or with a LoRA of rank `rank`. The policy differs from its reference, so that
+    no term is pure rounding error."""
     pipeline = random_pipeline(TINY["sd15"], {"default": torch.float32})
     policy = Policy(pipeline.unet.to(dtype), Conditions(randn(3, 5, 16).to(dtype)), 3.0, rank)
     with torch.no_grad():
@@ -58,7 +59,7 @@ def build(world: World = ALONE, dtype: torch.dtype = torch.float32, rank: int = 
 
 
 def transitions(number: int) -> Transitions:
-    """Those of an update: seven inner ones and three last ones, for which micro-batches have no common size."""
+    """The transitions of an update: seven inner and three last ones, so that micro-batches differ in size."""
     rows = 10
     step_index = torch.tensor([0, 1, 2, 3, 1, 2, 0, 4, 4, 4])
     shape = (rows, 4, 8, 8)
@@ -76,8 +77,7 @@ def transitions(number: int) -> Transitions:
 
 
 def update(run: Run, number: int, rows: Tensor) -> dict[str, Tensor]:
-    """Norms of the gradients of all transitions of update `number`, of which this process computes those numbered
-    `rows`."""
+    """Make update `number`, of whose transitions this rank computes `rows`; the norms of the whole gradients."""
     run.step(transitions(number)[rows])
     run.world.sum_([parameter.grad for parameter in run.step.replicated])
     with run.policy.updating():
@@ -85,5 +85,5 @@ def update(run: Run, number: int, rows: Tensor) -> dict[str, Tensor]:
 
 
 def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors of what may be sharded."""
+    """The whole tensors of possibly sharded ones."""
     return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for n, t in tensors.items()}

@@ -1,6 +1,6 @@
-"""`python -m tests.soak --seconds 480`: thousands of tiny updates of the testbed; what grows with their number.
+"""Measures what grows over thousands of tiny updates of the testbed: `python -m tests.soak --seconds 480`.
 
-Not part of the tests: a leak of a few bytes an update shows only after thousands.
+Not part of the test suite: a leak of a few bytes an update shows only after thousands of updates.
 """
 
 import argparse
@@ -24,13 +24,13 @@ EVERY = 50
 
 
 class Soak:
-    """Readings (update, bytes of resident memory, open file descriptors, bytes of metrics and of timing) of a run.
+    """Collects readings of a run: (update, resident bytes, open file descriptors, bytes of metrics.jsonl and timing.jsonl).
 
     Args:
-        trainer: whose updates are counted.
-        run: its folder.
-        stop: asked to stop once `seconds` have passed.
-        seconds: how long it lasts.
+        trainer: the trainer of the run.
+        run: the run folder.
+        stop: receives a SIGTERM after `seconds`.
+        seconds: duration of the run.
     """
 
     def __init__(self, trainer: Trainer, run: Path, stop: StopSignals, seconds: float) -> None:
@@ -39,7 +39,7 @@ class Soak:
         self._update, trainer.optimizer.update = trainer.optimizer.update, self.update
 
     def update(self, *arguments):
-        """In place of the optimizer's `update`."""
+        """Replaces the optimizer's `update`, and takes a reading every `EVERY` updates."""
         norms = self._update(*arguments)
         self.updates += 1
         if self.updates % EVERY == 0:
@@ -50,7 +50,7 @@ class Soak:
         return norms
 
     def report(self, warm_up: int) -> str:
-        """Growth from update `warm_up` on, by least squares; memory also in the first and the second half of that."""
+        """Growth from update `warm_up` on, by least squares; for memory also in the first and second half of it."""
         readings = np.array([reading for reading in self.readings if reading[0] >= warm_up], dtype=float)
 
         def slope(column: int, rows: np.ndarray) -> float:
@@ -71,7 +71,7 @@ class Soak:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=480)
-    parser.add_argument("--warm-up", type=int, default=300, help="updates that the growth is not counted of")
+    parser.add_argument("--warm-up", type=int, default=300, help="first updates, which are ignored")
     parser.add_argument("--tracker", default="tensorboard")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

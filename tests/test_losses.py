@@ -11,10 +11,9 @@ from torch.distributions import Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnabla
-from fastnabla import scheduler_tables
+from fastnabla import transition
 from fastnabla.losses import STATISTICS, residual_db_loss, reverse_scores
-from fastnabla.scheduler_tables import table_of
-from fastnabla.transition import TransitionTable
+from fastnabla.transition import TransitionTable, table_of
 from tests.checks import BACKENDS, assert_gradients, ddim, ddim_table, randn
 from tests.golden import STEP_SETS, GoldenStep, load_step
 
@@ -210,9 +209,9 @@ def test_a_scheduler_becomes_a_table_once(monkeypatch):
     assert table_of(scheduler, 1.0).d[0] != table.d[0] and len(built) == 5
     other = ddim(10)
     assert table_of(other, 1.0) is not table_of(ddim(10), 1.0) and len(built) == 7
-    kept = len(scheduler_tables._TABLES)
+    kept = len(transition._TABLES)
     del other
-    assert len(scheduler_tables._TABLES) == kept - 1
+    assert len(transition._TABLES) == kept - 1
     with torch.inference_mode():
         scheduler.set_timesteps(10)
     assert table_of(scheduler, 1.0) is table_of(scheduler, 1.0) and len(built) == 8

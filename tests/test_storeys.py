@@ -29,8 +29,8 @@ STOREYS = (
     ("losses", "compat"),
     ("objective",),
     ("kernels",),
-    ("scheduler_tables",),
     ("transition",),
+    ("scheduler_coefficients",),
     ("utils",),
 )
 HEIGHT = {name: -height for height, names in enumerate(STOREYS) for name in names}

@@ -1,4 +1,4 @@
-"""Micro-batch, decode chunk and checkpointing that fit into a given memory, the fastest first."""
+"""Chooses the fastest micro-batch, decode chunk and checkpointing that fit into a given memory."""
 
 import dataclasses
 import math
@@ -19,26 +19,26 @@ from fastnabla.methods.registry import STEPS
 from fastnabla.optim.optimizer import expected_state_bytes
 
 CUDA_CONTEXT = 2**30
-"""Assumed for the CUDA context and the libraries' workspaces; not yet measured on a GPU."""
-SHARE = 0.92
-"""Of the memory that may be planned with; the rest is for what an estimate does not see."""
+"""Bytes assumed for the CUDA context and library workspaces; not yet measured on a GPU."""
+USABLE_FRACTION = 0.92
+"""Fraction of the budget that a plan may use; the rest is a margin for what the estimate misses."""
 ENOUGH = (4, 2, 1)
-"""Transitions in a micro-batch below which recomputing is worth its arithmetic, in turn."""
-MOST = 16
-"""Transitions in a micro-batch beyond which a pass does not get faster."""
+"""Micro-batch sizes that are worth recomputing for, in order of preference."""
+MAX_MICRO_BATCH = 16
+"""Micro-batch size beyond which passes do not get faster."""
 NO_REWARDS = RewardBytes(0, 0)
 
 
 class DoesNotFit(ValueError):
-    """Even the smallest setting needs more than there is."""
+    """Even the smallest settings need more memory than there is."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Settings, and what they are expected to take, in bytes by purpose.
+    """Memory settings and their expected memory, in bytes by purpose.
 
-    Not counted are the prompts' embeddings, whose number is not known before they are loaded (118 kB each for Stable
-    Diffusion 1.5 in bfloat16), and the networks of a reward of your own.
+    Not included are the prompt embeddings, whose number is unknown until the prompts are loaded (118 kB each for Stable
+    Diffusion 1.5 in bfloat16), and the networks of custom rewards.
     """
 
     micro_batch: int
@@ -47,31 +47,31 @@ class MemoryPlan:
     checkpoint_unet: bool
     budget: int
     fixed: dict[str, int]
-    """Independent of the settings."""
+    """Bytes that do not depend on the settings."""
     step: dict[str, int]
-    """In the training step's two phases, of which the larger counts."""
+    """Bytes in the training step's two phases; the larger one counts."""
     host: int = 0
-    """Page-locked in the host's memory, beside the budget: the trajectory buffer, where it is pinned."""
+    """Pinned host memory of the trajectory buffer, not part of the budget."""
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """Peak bytes."""
         return sum(self.fixed.values()) + max(self.step.values())
 
     def settings(self, memory: MemoryConfig) -> MemoryConfig:
-        """`memory` with what it leaves open filled in."""
+        """`memory` with unset fields filled in from the plan."""
         planned = ("micro_batch", "decode_chunk", "checkpoint_decoder", "checkpoint_unet")
         return dataclasses.replace(memory, **{name: getattr(self, name) for name in planned})
 
     def table(self) -> Table:
-        """The plan, to be printed."""
+        """The plan as a table to print."""
         table = Table(title=f"memory plan for {self.budget / 1e9:.1f} GB (an estimate, from the networks' shapes)")
         table.add_column("what")
         table.add_column("GB", justify="right")
         for name, size in (self.fixed | self.step).items():
             table.add_row(name, f"{size / 1e9:.2f}")
         if self.host:
-            table.add_row("trajectory buffer, in the host's memory", f"{self.host / 1e9:.2f}")
+            table.add_row("trajectory buffer, in host memory", f"{self.host / 1e9:.2f}")
         table.add_row("peak, in the larger phase of the step", f"{self.total / 1e9:.2f}", style="bold")
         for name in ("micro_batch", "decode_chunk", "checkpoint_decoder", "checkpoint_unet"):
             table.add_row(f"memory.{name}", str(getattr(self, name)))
@@ -79,7 +79,7 @@ class MemoryPlan:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on `device`: the GPU's, or the machine's."""
+    """Free memory of `device`: the GPU's, or the machine's for a CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
@@ -93,28 +93,29 @@ def plan_memory(
     rewards: RewardBytes = NO_REWARDS,
     ranks: int = 1,
 ) -> MemoryPlan:
-    """Settings of `config.memory` as they are, and for those that are None the fastest that fit.
+    """Keep the fields of `config.memory` that are set, and choose the fastest values that fit for those that are None.
 
-    Recomputing nothing comes first, then as much of it as leaves room for a micro-batch of `ENOUGH` transitions. So the
-    micro-batch may be larger with less memory, where the UNet is recomputed: each of the four backward passes of an inner
-    transition then takes a forward pass more, 11 U instead of 7, which larger passes are not expected to make up for.
+    Plans without recomputation are preferred, then those that recompute as little as allows a micro-batch of `ENOUGH`
+    transitions. So a smaller budget can lead to a larger micro-batch, with the UNet recomputed: each of the four backward
+    passes of an inner transition then takes one more forward pass, 11 U instead of 7, which a larger micro-batch is not
+    expected to make up for.
 
     Args:
-        config: the run.
+        config: the run's configuration.
         costs: of its networks.
-        budget: bytes that may be used in all.
-        device: where it will run.
-        rewards: of the reward networks.
-        ranks: processes of the run, which may share its weights.
+        budget: bytes that may be used in total.
+        device: where the run computes.
+        rewards: bytes of the reward networks.
+        ranks: number of ranks, which may shard the weights.
 
     Raises:
-        DoesNotFit: not even one transition and one image at a time do.
+        DoesNotFit: not even one transition and one image at a time fit.
     """
     memory = config.memory
     fixed = _fixed(config, costs, device, ranks) | {"reward networks": rewards.weights}
-    room = int(SHARE * budget) - sum(fixed.values())
+    room = int(USABLE_FRACTION * budget) - sum(fixed.values())
     step = STEPS[config.method]
-    alive, most = step.graphs(config), min(MOST, *map(math.ceil, step.cost(config).rows.values()))
+    alive, most = step.graphs(config), min(MAX_MICRO_BATCH, *map(math.ceil, step.cost(config).rows.values()))
     options = [
         (unet, decoder)
         for unet in _open(memory.checkpoint_unet, (False, True))
@@ -138,24 +139,24 @@ def plan_memory(
                         host=_stored_bytes(config, costs) if _is_pinned(config, device) else 0,
                     )
     smallest = _step(costs, alive * (memory.micro_batch or 1), memory.decode_chunk or 1, *options[-1], rewards.image)
-    needed = (sum(fixed.values()) + max(smallest.values())) / SHARE
+    needed = (sum(fixed.values()) + max(smallest.values())) / USABLE_FRACTION
     raise DoesNotFit(
-        f"{'vram' if config.vram else 'free memory'} = {budget / 1e9:.1f} GB: the smallest setting needs about "
-        f"{needed / 1e9:.1f} GB. Use a smaller model, --model.dtype bfloat16, --flow.kind conv or none, --memory.buffer "
-        "pinned, or leave open what is set under memory."
+        f"{'vram' if config.vram else 'free memory'} = {budget / 1e9:.1f} GB: the smallest settings need about "
+        f"{needed / 1e9:.1f} GB. Use a smaller model, --model.dtype bfloat16, --flow.kind conv or none, or --memory.buffer "
+        "pinned; or unset memory.micro_batch, decode_chunk and checkpoint_*, which are then planned."
     )
 
 
 def planned(
     config: TrainConfig, device: torch.device, processes: int = 1, ranks: int = 1
 ) -> tuple[TrainConfig, MemoryPlan | None]:
-    """`config` with its memory settings filled in, and the plan; None if nothing was open and no `vram` given.
+    """`config` with its memory settings filled in, and the plan; None if all were set and `vram` was not.
 
     Args:
-        config: the run.
-        device: where it will run.
-        processes: that have to share the memory of a CPU's machine.
-        ranks: processes of the run, which may share its weights.
+        config: the run's configuration.
+        device: where the run computes.
+        processes: number of processes that share the machine's memory, for a run on the CPU.
+        ranks: number of ranks, which may shard the weights.
 
     Raises:
         DoesNotFit: see `plan_memory`.
@@ -182,15 +183,16 @@ def unit_costs(config: TrainConfig) -> UnitCosts:
 
 
 def buffer_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: int) -> int:
-    """Of the drawn transitions of `trajectories`: each state once, in float32, and the outputs. As many bytes of the
-    host's memory are locked where the buffer is pinned, and no more."""
+    """Bytes of the trajectory buffer for the drawn transitions of `trajectories`: each state once, in float32, and the model
+    outputs. A pinned buffer locks exactly as many bytes of host memory."""
     drawn, block, size = config.drawn_steps + 1, config.memory.output_block, sample_shape.numel()
     output = size + 4 * math.ceil(size / block) if block else 4 * size
     return trajectories * (min(2 * drawn, config.sampler.steps + 1) * 4 * size + drawn * output)
 
 
 def cache_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: int) -> int:
-    """Of what later inner epochs have of the reference network, in float32 (`fastnabla.trajectories.reference_cache`)."""
+    """Bytes of the reference network's results, cached for later inner epochs in float32
+    (`fastnabla.trajectories.reference_cache`)."""
     if config.rollout.epochs == 1 or not METHODS[config.method].has_reference:
         return 0
     with_product = config.has_flow and config.objective.reverse_weight > 0
@@ -207,7 +209,7 @@ def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device, ranks: i
     unet, flow = ([p.numel() for p in _trained(network)] for network in (shapes.unet, shapes.flow))
     in_dtype = sum(p.numel() for p in shapes.unet.parameters()) * shapes.dtype.itemsize
     frozen_copy = 0 if config.lora.rank else in_dtype
-    gathered = 2 * in_dtype if sharded else 0  # both networks, in a step
+    gathered = 2 * in_dtype if sharded else 0  # both networks are whole during a step
     rest = _nbytes(shapes.vae) + _nbytes(shapes.flow)
     state = expected_state_bytes(config.optimizer.name, unet) // parts
     stored = config.rollout.trajectories * (1 + config.rollout.replay)
@@ -240,8 +242,8 @@ def _trained(network: nn.Module | None) -> list[nn.Parameter]:
 def _step(
     costs: UnitCosts, micro_batch: int, chunk: int, checkpoint_unet: bool, checkpoint_decoder: bool, reward: int = 0
 ) -> dict[str, int]:
-    """While a chunk is decoded and rewarded, a UNet's graph is alive; in the backward passes g_φ's is beside it, over
-    both states, and the new gradients."""
+    """While a chunk is decoded and rewarded, the UNet's graph is alive. During the backward passes, so are g_φ's graph over
+    both states and the new gradients."""
     decode = min(chunk, micro_batch) * (costs.decode_bytes(checkpoint_decoder) + reward)
 
     def kept(size: int) -> int:
@@ -251,18 +253,20 @@ def _step(
         return costs.unet_bytes(checkpoint_unet, size).peak + costs.flow_bytes(2 * size).peak
 
     return {
-        "step, while decoding": _at(micro_batch, kept) + decode,
-        "step, in backward passes": _at(micro_batch, peak),
+        "step, while decoding": _interpolated(micro_batch, kept) + decode,
+        "step, in backward passes": _interpolated(micro_batch, peak),
     }
 
 
-def _at(micro_batch: int, bytes_of: Callable[[int], int]) -> int:
-    """`bytes_of` the micro-batch, linear between 1 and `MOST` transitions: what a pass takes whatever their number
-    (gradients, weights cast by autocast) is counted once, and in between a little more than is needed, since it is
-    convex."""
+def _interpolated(micro_batch: int, bytes_of: Callable[[int], int]) -> int:
+    """`bytes_of` the micro-batch, interpolated linearly between 1 and `MAX_MICRO_BATCH` transitions.
+
+    So what does not depend on their number (gradients, weights cast by autocast) counts once. In between, the result is
+    slightly too large, because memory is convex in the number of transitions.
+    """
     if micro_batch == 1:
         return bytes_of(1)
-    most = max(MOST, micro_batch)
+    most = max(MAX_MICRO_BATCH, micro_batch)
     return bytes_of(1) + (micro_batch - 1) * (bytes_of(most) - bytes_of(1)) // (most - 1)
 
 

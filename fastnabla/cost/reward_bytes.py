@@ -1,33 +1,34 @@
-"""Memory that the published rewards take, from their architectures alone: nothing is loaded or computed."""
+"""Memory of the published rewards, from their architectures alone; nothing is loaded or computed."""
 
 import dataclasses
 
 import torch
 
 from fastnabla.config.sections import RewardConfig
-from fastnabla.cost.shapes import pretended
+from fastnabla.cost.shapes import fake_weights
 from fastnabla.rewards import PUBLISHED, RewardOptions, parse_term, published_class
 from fastnabla.rewards.model import RewardModel
-from fastnabla.utils.live_bytes import LiveBytes
+from fastnabla.utils.tensor_bytes import LiveBytes
 
 PROMPT = "a photo of an astronaut riding a horse on the moon"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RewardBytes:
-    """Of a sum of rewards."""
+    """Bytes of a sum of rewards."""
 
     weights: int
     image: int
-    """Peak of an image's forward and backward pass, weights and decoder excepted."""
+    """Peak of an image's forward and backward pass, without the weights and the decoder."""
 
 
 def reward_bytes(config: RewardConfig, pixels: int) -> RewardBytes:
-    """Bytes of the published rewards among `config.terms`, whose graphs are alive together; a reward of your own is not
-    known before it is built, and the testbed's are small.
+    """Bytes of the published rewards among `config.terms`, whose graphs are alive at the same time.
+
+    Custom rewards are not counted, since their size is unknown until they are built, nor are the testbed's, which are small.
 
     Args:
-        config: the terms, how they preprocess, whether they recompute, and in what precision.
+        config: the terms, their preprocessing, checkpointing and precision.
         pixels: height and width of the images.
     """
     options = RewardOptions(
@@ -40,14 +41,15 @@ def reward_bytes(config: RewardConfig, pixels: int) -> RewardBytes:
 
 
 def image_bytes(reward: RewardModel, pixels: int, prompt: str = PROMPT) -> int:
-    """Peak of `reward`'s forward and backward pass over one image, whose prompt is encoded already if that is done once.
+    """Peak bytes of `reward`'s forward and backward pass over one image. If the reward caches encoded prompts, encoding is
+    not included.
 
     Args:
-        reward: of the meta device; it is of no use afterwards.
+        reward: on the meta device; unusable afterwards.
         pixels: height and width of the image.
-        prompt: which, for those that read it with every image.
+        prompt: for rewards that process the prompt with every image.
     """
-    with pretended(reward):
+    with fake_weights(reward):
         images = torch.empty(1, 3, pixels, pixels, requires_grad=True)
         reward(images, [prompt])
         with LiveBytes() as memory:

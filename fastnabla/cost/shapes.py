@@ -1,4 +1,4 @@
-"""The networks of a configuration without their weights: what a run will need is known before anything is loaded."""
+"""The networks of a configuration without their weights, to know what a run needs before anything is loaded."""
 
 import contextlib
 import dataclasses
@@ -15,15 +15,15 @@ from fastnabla.models.lora import add_lora
 from fastnabla.models.model_config import configurations, vae_dtype
 
 TEXT_LENGTH = 77
-"""Tokens of a prompt, as Stable Diffusion's text encoders have them."""
+"""Tokens of a prompt for Stable Diffusion's text encoders."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shapes:
-    """Networks on the meta device, in the dtype they compute in; the LoRA and g_φ are float32."""
+    """Networks on the meta device, in their compute dtype; the LoRA and g_φ are float32."""
 
     unet: UNet2DConditionModel
-    """With its LoRA, or with all parameters trainable in float32."""
+    """With its LoRA, or with all parameters trainable and float32."""
     vae: AutoencoderKL
     flow: nn.Module | None
     dtype: torch.dtype
@@ -40,7 +40,7 @@ class Shapes:
 
 
 def shapes_of(config: TrainConfig) -> Shapes:
-    """The networks that `config` names, from the pipeline's configuration files alone.
+    """The networks of `config`, from the pipeline's configuration files alone.
 
     Raises:
         ValueError: the files cannot be read.
@@ -61,10 +61,12 @@ def shapes_of(config: TrainConfig) -> Shapes:
 
 
 @contextlib.contextmanager
-def pretended(*networks: nn.Module) -> Iterator[None]:
-    """Within, `networks` of the meta device have weights that pretend to be on the CPU, as all tensors made there do.
+def fake_weights(*networks: nn.Module) -> Iterator[None]:
+    """Within the context, the weights of `networks`, which are on the meta device, are fake CPU tensors, and so are all new
+    tensors.
 
-    Operations are then chosen as if they ran (attention that keeps no matrix of weights, for one), and none of them does.
+    Operations are then dispatched as in a real run (for example, to attention that does not keep its attention matrix), but
+    nothing is computed.
     """
     before = [
         (table, dict(table))
@@ -77,15 +79,15 @@ def pretended(*networks: nn.Module) -> Iterator[None]:
             for table, tensors in before:
                 for name, tensor in tensors.items():
                     if tensor is not None:
-                        table[name] = _pretend(tensor)
+                        table[name] = _fake_copy(tensor)
             yield
         finally:
             for table, tensors in before:
                 table.update(tensors)
 
 
-def _pretend(tensor: torch.Tensor) -> torch.Tensor:
-    pretended = torch.empty(tensor.shape, dtype=tensor.dtype)
+def _fake_copy(tensor: torch.Tensor) -> torch.Tensor:
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(pretended, requires_grad=tensor.requires_grad)
-    return pretended
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake

@@ -1,9 +1,8 @@
-"""What an optimizer update moves to and from memory, by purpose, from shapes alone.
+"""Memory traffic of an optimizer update, by purpose, from shapes alone.
 
-Counted are the networks' passes as eager execution makes them, each operation reading its arguments and writing its
-result; the trajectory buffer, written once and read once; and the gradients and the optimizer. Not counted are the
-rewards, the arithmetic between passes (a few tensors of a latent's size by transition), what recomputing adds, and
-evaluation. A compiled network moves less.
+Included are the networks' passes in eager execution, where each operation reads its arguments and writes its result; the
+trajectory buffer, written once and read once; the gradients; and the optimizer. Not included are the rewards, the arithmetic
+between passes (a few latent-sized tensors a transition), recomputation, and evaluation. Compiled networks move less.
 """
 
 import math
@@ -19,30 +18,29 @@ from fastnabla.optim.optimizer import expected_state_bytes
 
 
 def update_traffic(config: TrainConfig, costs: UnitCosts, cost: StepCost) -> dict[str, int]:
-    """Bytes read and written in an update, its share of the rollout included, by purpose.
+    """Bytes read and written in an update, by purpose, including its part of the rollout.
 
     Args:
-        config: the run, with its memory settings planned.
+        config: the run's configuration, with the memory settings planned.
         costs: of its networks.
-        cost: the training step's. Half of its passes are taken as backward, which is too many where the step samples.
+        cost: of the training step. Half of its passes are assumed to be backward passes, which overestimates steps that
+            sample.
     """
     memory, rollout = config.memory, config.rollout
-    trajectories, micro_batch = (
-        rollout.trajectories // rollout.updates,
-        min(memory.micro_batch, max(map(math.ceil, cost.rows.values()))),
-    )
+    trajectories = rollout.trajectories // rollout.updates
+    micro_batch = min(memory.micro_batch, max(map(math.ceil, cost.rows.values())))
     chunk, batch = min(memory.decode_chunk, micro_batch), min(rollout.batch, trajectories)
     unet, decoder = costs.unet_traffic(micro_batch), costs.decode_traffic(chunk)
     weights, shape = sum(costs.trained_sizes), torch.Size(costs.shapes.sample_shape)
     step = cost.total(cost.passes) / micro_batch * _both(unet) / 2 + cost.total(cost.decodes) / chunk * _both(decoder)
-    # A row of the flow network passes it forward once and backward at twice the cost.
+    # Each row passes the flow network forward, and backward at twice the cost.
     step += cost.flow_passes / 3 / micro_batch * _both(costs.flow_traffic(micro_batch))
     sampled = stored = 0
     if METHODS[config.method].stores:
         sampled = trajectories * config.sampler.steps / batch * costs.unet_traffic(batch).forward
         sampled += trajectories / chunk * decoder.forward
         sampled /= rollout.epochs
-        # Stored in the rollout; x, x' and the output of each transition are read and written when it is gathered.
+        # The rollout stores the states and outputs. A gather reads and writes x, x' and the output of each transition.
         stored = (
             buffer_bytes(config, shape, trajectories) // rollout.epochs
             + 3 * 2 * 4 * sum(cost.rows.values()) * shape.numel()
@@ -51,10 +49,10 @@ def update_traffic(config: TrainConfig, costs: UnitCosts, cost: StepCost) -> dic
         "rollout": round(sampled),
         "network passes of the step": round(step),
         "trajectory buffer": stored,
-        # Each micro-batch's gradients are added: two read, one written.
+        # Adding a micro-batch's gradients reads two tensors and writes one.
         "adding gradients": 12 * weights * sum(-(-count // micro_batch) for count in cost.rows.values()),
-        # Clipping reads them for their norm, and scales them; the algorithm reads them, and reads and writes the weights
-        # and its state.
+        # Clipping reads the gradients for their norm, then reads and scales them. The optimizer reads them, and reads and
+        # writes the weights and its state.
         "optimizer": (12 + 12) * weights + 2 * expected_state_bytes(config.optimizer.name, costs.trained_sizes),
     }
 

@@ -1,4 +1,4 @@
-"""Arithmetic, memory and memory traffic of the networks' passes, from their shapes alone: nothing is computed."""
+"""Arithmetic, memory and memory traffic of the networks' passes, from shapes alone; nothing is computed."""
 
 import dataclasses
 import functools
@@ -8,26 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastnabla.cost.shapes import TEXT_LENGTH, Shapes, pretended
+from fastnabla.cost.shapes import TEXT_LENGTH, Shapes, fake_weights
 from fastnabla.models.decoder import Decoder, decode_bytes
 from fastnabla.models.model_config import is_xl, pooled_width
-from fastnabla.utils.live_bytes import LiveBytes
-from fastnabla.utils.moved_bytes import MovedBytes
+from fastnabla.utils.tensor_bytes import LiveBytes, MovedBytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PassBytes:
-    """Memory of a pass with its backward passes, weights excepted."""
+    """Bytes of a forward pass and its backward passes, without the weights."""
 
     kept: int
     """What the graph keeps between forward and backward."""
     peak: int
-    """The most that is in use at a time."""
+    """The maximum in use at any time."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PassTraffic:
-    """Bytes that a pass reads and writes, weights and activations, as eager execution does; see `MovedBytes`."""
+    """Bytes of weights and activations that a pass reads and writes in eager execution; see `MovedBytes`."""
 
     forward: int
     backward: int
@@ -35,10 +34,10 @@ class PassTraffic:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UnitCosts:
-    """Costs of one transition's guided rows in the UNet and in g_φ, and of one image.
+    """Costs of a transition in the UNet and in g_φ, and of an image in the decoder.
 
-    Operations are counted as matrix multiplications, convolutions and attention are: 2 for each multiply-add; bytes as
-    eager execution allocates them, without what a kernel needs for itself.
+    FLOP are those of matrix multiplications, convolutions and attention, 2 for each multiply-add. Bytes are those that eager
+    execution allocates, without kernels' workspace.
 
     Args:
         shapes: the networks.
@@ -50,18 +49,19 @@ class UnitCosts:
 
     @property
     def trained_sizes(self) -> list[int]:
-        """Elements of each trained tensor."""
+        """Number of elements of each trained tensor."""
         networks = [network for network in (self.shapes.unet, self.shapes.flow) if network is not None]
         return [p.numel() for network in networks for p in network.parameters() if p.requires_grad]
 
     @functools.cached_property
     def unet_flops(self) -> int:
-        """U: one forward pass of the UNet. A backward pass to the input or to a LoRA costs as much, to 3%."""
+        """FLOP of one forward pass of the UNet, the unit U. A backward pass to the input or to a LoRA costs the same to
+        within 3%."""
         return _flops(lambda: self._unet("meta"))
 
     @functools.cached_property
     def decode_flops(self) -> int:
-        """A decode and its backward pass to the latents."""
+        """FLOP of a decode and its backward pass to the latents."""
         decoder = Decoder(self.shapes.vae)
 
         def decode() -> None:
@@ -72,49 +72,49 @@ class UnitCosts:
 
     @functools.cached_property
     def flow_flops(self) -> int:
-        """One forward pass of g_φ; 0 without."""
+        """FLOP of one forward pass of g_φ; 0 without g_φ."""
         return _flops(lambda: self._flow("meta")) if self.shapes.flow is not None else 0
 
-    @functools.cache  # noqa: B019 (lives as long as the plan it is made for)
+    @functools.cache  # noqa: B019 (the instance lives as long as the plan)
     def unet_bytes(self, checkpoint: bool, transitions: int = 1) -> PassBytes:
-        """The policy's pass at x: forward, to its input, to its parameters.
+        """A forward pass of the policy, with backward passes to its input and its parameters.
 
         Args:
-            checkpoint: blocks are recomputed.
-            transitions: in the pass.
+            checkpoint: whether blocks are recomputed.
+            transitions: number of transitions in the pass.
         """
         unet = self.shapes.unet
         unet.enable_gradient_checkpointing() if checkpoint else unet.disable_gradient_checkpointing()
         try:
-            with pretended(unet):
+            with fake_weights(unet):
                 return _pass_bytes(lambda: self._unet("cpu", transitions), unet)
         finally:
             unet.disable_gradient_checkpointing()
 
     @functools.cache  # noqa: B019
     def flow_bytes(self, rows: int = 1) -> PassBytes:
-        """A pass of g_φ over `rows` states with its backward pass to the parameters."""
+        """A forward pass of g_φ over `rows` states, with a backward pass to its parameters."""
         flow = self.shapes.flow
         if flow is None:
             return PassBytes(0, 0)
-        with pretended(flow), torch.autocast("cpu", torch.bfloat16, enabled=self.shapes.dtype != torch.float32):
+        with fake_weights(flow), torch.autocast("cpu", torch.bfloat16, enabled=self.shapes.dtype != torch.float32):
             return _pass_bytes(lambda: self._flow("cpu", rows), flow)
 
     @functools.cache  # noqa: B019
     def decode_bytes(self, checkpoint: bool) -> int:
-        """Peak of a decode with backward; see `fastnabla.models.decoder.decode_bytes`."""
+        """Peak bytes of a decode and its backward pass; see `fastnabla.models.decoder.decode_bytes`."""
         return decode_bytes(self.shapes.vae, self.shapes.sample_shape, self.shapes.vae.dtype, checkpoint)
 
     @functools.cache  # noqa: B019
     def unet_traffic(self, transitions: int) -> PassTraffic:
-        """A forward pass of the UNet over `transitions`, and a backward pass to its input, nothing recomputed."""
-        with pretended(self.shapes.unet):
+        """A forward pass of the UNet over `transitions` and a backward pass to its input, without recomputation."""
+        with fake_weights(self.shapes.unet):
             return _traffic(lambda: self._unet("cpu", transitions), [])
 
     @functools.cache  # noqa: B019
     def decode_traffic(self, images: int) -> PassTraffic:
-        """A decode of `images` and its backward pass to the latents, nothing recomputed."""
-        with pretended(self.shapes.vae):
+        """A decode of `images` and its backward pass to the latents, without recomputation."""
+        with fake_weights(self.shapes.vae):
             decoder = Decoder(self.shapes.vae)
 
             def decode() -> tuple[Tensor, Tensor]:
@@ -125,11 +125,11 @@ class UnitCosts:
 
     @functools.cache  # noqa: B019
     def flow_traffic(self, rows: int) -> PassTraffic:
-        """A pass of g_φ over `rows` states and its backward pass to the parameters; nothing without."""
+        """A forward pass of g_φ over `rows` states and a backward pass to its parameters; 0 without g_φ."""
         flow = self.shapes.flow
         if flow is None:
             return PassTraffic(0, 0)
-        with pretended(flow), torch.autocast("cpu", torch.bfloat16, enabled=self.shapes.dtype != torch.float32):
+        with fake_weights(flow), torch.autocast("cpu", torch.bfloat16, enabled=self.shapes.dtype != torch.float32):
             return _traffic(lambda: self._flow("cpu", rows), list(flow.parameters()))
 
     def _unet(self, device: str, transitions: int = 1) -> tuple[Tensor, Tensor]:
@@ -172,7 +172,8 @@ def _pass_bytes(compute: Callable[[], tuple[Tensor, Tensor]], network: nn.Module
 
 
 def _traffic(compute: Callable[[], tuple[Tensor, Tensor]], parameters: list[nn.Parameter]) -> PassTraffic:
-    """Of `compute`, which returns input and output, and of the output's gradient in `parameters`, or else in the input."""
+    """Traffic of `compute`, which returns its input and output, and of the backward pass to `parameters`, or to the input if
+    there are none."""
     with MovedBytes() as moved:
         x, output = compute()
         forward = moved.total

@@ -1,1 +1,1 @@
-"""Several processes that train together."""
+"""Data-parallel training over several processes."""

@@ -1,4 +1,4 @@
-"""Where a run computes."""
+"""The device that a rank computes on."""
 
 import torch
 
@@ -8,13 +8,13 @@ from fastnabla.distributed.world import ALONE
 
 
 def device_of(config: TrainConfig, info: RankInfo = ALONE.rank_info) -> torch.device:
-    """Where the run `config` computes, in the process at `place`: its own of the GPUs that it sees.
+    """The device of the rank `info` in the run `config`. With several visible GPUs, each local rank has its own.
 
     Raises:
-        ValueError: it names a GPU, and there is none.
+        ValueError: `config.device` is "cuda" and torch sees no GPU.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda': torch sees no GPU here; use --device cpu.")
+        raise ValueError("device = 'cuda': torch sees no GPU on this machine; use --device cpu.")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     kind = found if config.device == "auto" else config.device
     if kind == "cuda" and torch.cuda.device_count() > 1 and info.size > 1:

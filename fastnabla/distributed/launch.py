@@ -1,4 +1,4 @@
-"""Which process of how many this is, by what torchrun, accelerate or srun put into the environment."""
+"""This process's rank and the world size, from the environment variables of torchrun, accelerate or srun."""
 
 import dataclasses
 import os
@@ -6,32 +6,34 @@ import re
 from collections.abc import Mapping
 
 PORTS = range(10_000, 30_000)
-"""Where a SLURM job's processes meet, by the job's number, if MASTER_PORT does not say; below Linux's ephemeral ports."""
+"""Ports for the rendezvous of SLURM jobs without MASTER_PORT, chosen by job id; below Linux's ephemeral ports."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RankInfo:
-    """A process among those of a run."""
+    """A process of a run."""
 
     rank: int = 0
-    """Its number, from 0."""
+    """From 0."""
     size: int = 1
-    """How many there are."""
+    """Number of ranks."""
     local_rank: int = 0
-    """Its number among those on its machine."""
+    """Rank among the processes on this machine."""
     address: str = "localhost"
-    """Of rank 0's machine."""
+    """Address of rank 0's machine."""
     port: int = 29500
-    """Where they meet."""
+    """Port of the rendezvous."""
 
     @classmethod
     def of(cls, environment: Mapping[str, str] = os.environ) -> "RankInfo":
-        """By RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun and accelerate set them; else by
-        SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID, as srun does, and the first of its nodes where MASTER_ADDR is not
-        set; else alone.
+        """Read the environment.
+
+        torchrun and accelerate set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. srun sets SLURM_PROCID,
+        SLURM_NTASKS and SLURM_LOCALID; there, MASTER_ADDR defaults to the job's first node. Without either set of variables
+        the process is alone.
 
         Raises:
-            ValueError: a variable is missing, or is no such number.
+            ValueError: a variable is missing, is not a whole number, or is out of range.
         """
         names = next((names for names in NAMES if {*names[:2]} <= environment.keys()), None)
         if names is None:
@@ -41,12 +43,12 @@ class RankInfo:
             return cls(local_rank=local_rank or 0)
         if None in (rank, size, local_rank) or not local_rank <= rank < size:
             raise ValueError(
-                f"{names[0]} = {rank}, {names[1]} = {size}, {names[2]} = {local_rank}: need 0 ≤ {names[2]} ≤ {names[0]} < "
-                f"{names[1]}; start with torchrun, accelerate launch or srun, which set them."
+                f"{names[0]} = {rank}, {names[1]} = {size}, {names[2]} = {local_rank}: must satisfy 0 ≤ {names[2]} ≤ "
+                f"{names[0]} < {names[1]}. Start with torchrun, accelerate launch or srun, which set all three."
             )
         address = environment.get("MASTER_ADDR") or _first_node(environment)
         if not address:
-            raise ValueError("MASTER_ADDR is not set: give the address of rank 0's machine, or start with torchrun.")
+            raise ValueError("MASTER_ADDR is not set: set it to the address of rank 0's machine, or use torchrun.")
         job, port = _number(environment, "SLURM_JOB_ID"), _number(environment, "MASTER_PORT")
         if port is None:
             port = cls.port if job is None else PORTS[job % len(PORTS)]
@@ -54,7 +56,7 @@ class RankInfo:
 
 
 NAMES = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-"""Of rank, size and local rank, by launcher; the first whose first two are set count."""
+"""Variables of rank, size and local rank, by launcher. The first launcher with both rank and size set is used."""
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:
@@ -67,7 +69,7 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
 
 
 def _first_node(environment: Mapping[str, str]) -> str | None:
-    """Of SLURM's list of nodes, such as ``gpu[007-009,012],login1``: gpu007."""
+    """The first of SLURM's nodes: gpu007 for ``gpu[007-009,012],login1``."""
     for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
         if environment.get(name):
             return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", environment[name])[0])

@@ -1,13 +1,12 @@
-"""A network split over processes with FSDP2 (`torch.distributed.fsdp.fully_shard`), for training all its parameters.
+"""Shards a network over the ranks with FSDP2 (`torch.distributed.fsdp.fully_shard`), to train all its parameters.
 
-Each process keeps its share of every weight, in the dtype that they are trained in, and of every gradient and moment. To
-compute, the weights are gathered whole in the dtype that is computed in, once for as many passes as there are between two
-updates; gradients are summed over the processes, and split, once for each micro-batch.
+Each rank keeps a shard of every weight, in the training dtype, and of every gradient and optimizer moment. The weights are
+gathered in the compute dtype once an update, for all its passes. Gradients are reduce-scattered once a micro-batch.
 
-FSDP2 by itself gathers a block before each of its passes, and splits the gradients while `backward` runs. That needs all
-processes to make the same passes in the same order, and none to repeat one that ran out of memory. Here a step takes
-several vector-Jacobian products through one graph, and processes may have different numbers of micro-batches, of different
-sizes: so nothing is sent within a pass.
+By default, FSDP2 gathers a block before each of its passes and reduce-scatters during `backward`. That requires all ranks to
+run the same passes in the same order, so none could repeat a pass that ran out of memory. Here a step takes several
+vector-Jacobian products through one graph, and ranks may have different numbers and sizes of micro-batches. So there is no
+communication within a pass.
 """
 
 import math
@@ -23,18 +22,18 @@ from torch.nn import functional
 from fastnabla.distributed.world import World
 
 BUCKET = 2**24
-"""Elements of gradients, in float32, that are sent at once."""
+"""Gradient elements in one reduce-scatter."""
 
 
 class ShardedNetwork:
-    """Splits a network, in place, along the first dimension of every parameter.
+    """A network sharded in place along the first dimension of every parameter.
 
     Args:
-        network: with the same weights on every process: a diffusers UNet, each of whose blocks is gathered by itself.
-            Its parameters become `DTensor`s.
-        world: the processes.
-        device: where the network is to be: a CPU, or the GPU that this process uses.
-        dtype: what is computed in.
+        network: a diffusers UNet with the same weights on every rank. Each of its blocks is an FSDP unit, and its parameters
+            become `DTensor`s.
+        world: the ranks.
+        device: where the network will be: the CPU, or this rank's GPU.
+        dtype: compute dtype.
     """
 
     def __init__(self, network: nn.Module, world: World, device: torch.device, dtype: torch.dtype) -> None:
@@ -46,32 +45,32 @@ class ShardedNetwork:
         self.network, self.world, self.mesh = network, world, mesh
         self.parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
         self.shards: dict[str, nn.Parameter] = dict(network.named_parameters())
-        """The parameters, `DTensor`s, by name; whole or not, the same objects."""
+        """The sharded parameters (`DTensor`s) by name; the same objects whether or not the network is gathered."""
 
     def gather(self) -> None:
-        """Make the weights whole. Every process calls it."""
+        """Gather the whole weights. Collective."""
         for part in self.parts:
             part.unshard()
 
     def release(self) -> None:
-        """Keep only this process's share of the weights."""
+        """Free the gathered weights, keeping only this rank's shards."""
         for part in self.parts:
             part.reshard()
 
     def weights(self) -> list[nn.Parameter]:
-        """What the network computes with, in the order of `shards`: leaves of its graphs while it is gathered."""
+        """The gathered weights, in the order of `shards`; leaves of the network's graphs."""
         return list(self.network.parameters())
 
     def accumulate(self, gradients: Sequence[Tensor] | None) -> bool:
-        """Add the sum of all processes' gradients to the shards' `.grad`, in the shards' dtype.
+        """Add the sum of all ranks' gradients to the shards' `.grad`, in the shards' dtype. Collective.
 
-        Every process calls it equally often: with None when it has no more, until it says that none has.
+        A rank that has no gradients left passes None. All ranks keep calling until the result is False.
 
         Args:
-            gradients: of the whole weights, in the order of `shards`.
+            gradients: of the whole weights, in the order of `shards`; or None.
 
         Returns:
-            Whether any process had some.
+            Whether any rank had gradients.
         """
         if not self.world.max(int(gradients is not None)):
             return False
@@ -86,22 +85,22 @@ class ShardedNetwork:
         return True
 
     def _reduce_scatter(self, shards: Sequence[DTensor], gradients: Sequence[Tensor] | None) -> list[Tensor]:
-        """This process's shares of the sums of `gradients`, or of zeros."""
-        processes, dtype, device = self.mesh.size(), shards[0].dtype, self.mesh.device_type
-        # As `fully_shard` splits: equal numbers of rows, but for the last processes.
-        shares = [math.ceil(shard.shape[0] / processes) * shard.shape[1:].numel() for shard in shards]
-        whole = torch.zeros(processes, sum(shares), dtype=dtype, device=device)
+        """This rank's shards of the sums of all ranks' `gradients`; None counts as zeros."""
+        ranks, dtype, device = self.mesh.size(), shards[0].dtype, self.mesh.device_type
+        # As `fully_shard` splits: equal numbers of rows, except on the last ranks.
+        sizes = [math.ceil(shard.shape[0] / ranks) * shard.shape[1:].numel() for shard in shards]
+        whole = torch.zeros(ranks, sum(sizes), dtype=dtype, device=device)
         if gradients is not None:
-            for columns, gradient in zip(whole.split(shares, 1), gradients, strict=True):
+            for columns, gradient in zip(whole.split(sizes, 1), gradients, strict=True):
                 padding = columns.numel() - gradient.numel()
                 columns.copy_(functional.pad(gradient.flatten(), (0, padding)).view_as(columns))
         summed = DTensor.from_local(whole, self.mesh, [Partial()]).redistribute(placements=[Shard(0)])
-        parts, own = summed.to_local()[0].split(shares), [shard.to_local() for shard in shards]
-        return [part[: share.numel()].view_as(share) for part, share in zip(parts, own, strict=True)]
+        parts, local = summed.to_local()[0].split(sizes), [shard.to_local() for shard in shards]
+        return [part[: shard.numel()].view_as(shard) for part, shard in zip(parts, local, strict=True)]
 
 
 def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Their numbers, in groups of `BUCKET` elements or a single parameter."""
+    """Indices of `parameters`, in groups of at most `BUCKET` elements or a single parameter."""
     bucket, size = [], 0
     for i, parameter in enumerate(parameters):
         if bucket and size + parameter.numel() > BUCKET:

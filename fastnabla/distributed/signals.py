@@ -1,7 +1,7 @@
-"""Signals that ask a run to stop: it finishes its update, saves a checkpoint and exits.
+"""Signals that stop a run gracefully: it finishes its update, saves a checkpoint and exits.
 
-SIGTERM and SIGINT (Ctrl-C) are what people and schedulers send; SIGUSR1 is what SLURM sends before a time limit, with
-``#SBATCH --signal=USR1@120``. A second SIGINT stops at once.
+Users and schedulers send SIGTERM or SIGINT (Ctrl-C). SLURM sends SIGUSR1 before a time limit, with
+``#SBATCH --signal=USR1@120``. A second SIGINT stops the run immediately.
 """
 
 import signal
@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """A run was asked to stop, and has."""
+    """Raised when a signal asked the run to stop."""
 
     def __init__(self, received: signal.Signals) -> None:
         super().__init__(received.name)
@@ -22,14 +22,14 @@ class Stopped(Exception):
 
     @property
     def status(self) -> int:
-        """The conventional exit status, 128 and the signal's number."""
+        """The conventional exit status: 128 plus the signal number."""
         return 128 + self.received
 
 
 class StopSignals:
-    """While it is entered, `SIGNALS` no longer end the process, but make `check` raise.
+    """A context in which `SIGNALS` do not end the process but make `check` raise.
 
-    Enter it in the main thread, as Python has it for signals. One that is never entered lets everything go on.
+    Enter it in the main thread, where Python allows signal handlers. If it is never entered, `check` never raises.
     """
 
     def __init__(self) -> None:
@@ -38,10 +38,10 @@ class StopSignals:
         self._before = {}
 
     def check(self, world: World = ALONE) -> None:
-        """Call it where the run can stop; with `world`, where all its ranks do, and all stop if one was asked to.
+        """Call this where the run can stop. Collective: if any rank received a signal, all ranks stop.
 
         Raises:
-            Stopped: it was asked to.
+            Stopped: a signal was received.
         """
         if number := world.max(self.received or 0):
             self.received = signal.Signals(number)

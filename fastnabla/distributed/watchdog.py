@@ -1,8 +1,9 @@
-"""What ends all processes of a run when one of them fails, so that none waits for it for ever.
+"""Ends all processes of a run when one of them fails, so that none waits for it forever.
 
-A process that fails says so in the store by which the processes have met; one that is killed, or whose machine is gone,
-cannot, but its heartbeat stops. Each process looks for the first, and after its neighbour's heartbeat, in a thread of its
-own: the main one may be within a collective operation that nobody will ever complete. It is ended there.
+A failing process reports the failure in the rendezvous store. A process that is killed, or whose machine is lost, cannot
+report anything, but its heartbeat stops. A thread of every process polls for reported failures and for its neighbour's
+heartbeat, because the main thread may be blocked in a collective operation that will never complete. The thread then ends
+the process.
 """
 
 import contextlib
@@ -19,32 +20,32 @@ from torch.distributed import Store
 INTERVAL = 1.0
 """Seconds between heartbeats."""
 SILENCE = 30.0
-"""Seconds without one after which a process counts as dead."""
+"""Seconds without a heartbeat after which a process counts as dead."""
 LINGER = 2.5
-"""Seconds that a failed process stays, for the others to learn of it: the store may end with it. They stay longer, so
-that a launcher, which looks for the first to end, names the one that failed."""
+"""Seconds that a failed process stays alive, so that the others learn of the failure before the store possibly goes with it.
+The others stay twice as long, so that the launcher, which blames the first process to exit, names the right one."""
 STATUS = 1
 
 
 class Watchdog(threading.Thread):
-    """Watches the other processes, and tells them what happens to this one.
+    """Watches the other processes and reports this one's failure to them.
 
     Args:
-        store: a connection of its own to where all have met.
-        rank: of this process.
-        size: how many there are.
-        speaks: whether it says what ended it, if that was another one.
+        store: a separate connection to the rendezvous store.
+        rank: this process's rank.
+        size: number of ranks.
+        prints: whether to print another rank's failure before this process ends.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, speaks: bool) -> None:
+    def __init__(self, store: Store, rank: int, size: int, prints: bool) -> None:
         super().__init__(name="watch", daemon=True)
-        self.store, self.rank, self.size, self.speaks = store, rank, size, speaks
+        self.store, self.rank, self.size, self.prints = store, rank, size, prints
         self.failed = False
         """Whether this process has failed."""
         self._done = threading.Event()
 
     def run(self) -> None:
-        """Until `done`, or until this process is ended."""
+        """Watch until `stop` is called or this process is ended."""
         neighbour = (self.rank + 1) % self.size
         beats, seen, since = 0, b"", time.monotonic()
         while not self._done.wait(INTERVAL):
@@ -54,16 +55,16 @@ class Watchdog(threading.Thread):
                 failure = json.loads(self.store.get("failure")) if self.store.check(["failure"]) else None
                 beat = self.store.get(f"beat/{neighbour}") if self.store.check([f"beat/{neighbour}"]) else b""
             except RuntimeError as error:
-                failure, beat = {"rank": None, "what": f"the process that all have met at is gone ({error})"}, b""
+                failure, beat = {"rank": None, "what": f"the rendezvous store is gone ({error})"}, b""
             if failure is not None and not self.failed:
-                self._follow(failure)
+                self._exit_after(failure)
             if beat != seen or beat == b"done":
                 seen, since = beat, time.monotonic()
-            elif time.monotonic() - since > SILENCE and self.is_first():
-                self.tell(f"no sign of life for {SILENCE:.0f} s", neighbour)
+            elif time.monotonic() - since > SILENCE and self.claim_first_failure():
+                self.report(f"no heartbeat for {SILENCE:.0f} s", neighbour)
 
-    def silent(self, seconds: float) -> list[int]:
-        """Ranks from which there is no heartbeat for `seconds` from now on."""
+    def silent_ranks(self, seconds: float) -> list[int]:
+        """Ranks that send no heartbeat during the next `seconds`."""
 
         def beats() -> dict[int, bytes]:
             names = {rank: f"beat/{rank}" for rank in range(self.size)}
@@ -77,43 +78,44 @@ class Watchdog(threading.Thread):
             return []
         return [rank for rank, beat in after.items() if beat == before.get(rank) != b"done"]
 
-    def is_first(self) -> bool:
-        """Claim to be the first to tell of a failure; whether that is so. Only then it is to be told."""
+    def claim_first_failure(self) -> bool:
+        """Whether no other rank has claimed a failure before. Only the first rank shows and reports its failure."""
         try:
             return self.store.add("failures", 1) == 1
-        except RuntimeError:  # nobody is told any more
+        except RuntimeError:  # the store is gone, so nobody else can report
             return True
 
-    def tell(self, what: str, rank: int | None = None) -> None:
-        """Tell all others that this process, or that of `rank`, has failed."""
+    def report(self, what: str, rank: int | None = None) -> None:
+        """Report to all other ranks that this rank, or `rank`, has failed."""
         failure = {"rank": self.rank if rank is None else rank, "what": what}
         if rank is None:
             failure["host"] = socket.gethostname()
         with contextlib.suppress(RuntimeError):
             self.store.set("failure", json.dumps(failure))
 
-    def done(self) -> None:
-        """All is well, and no more heartbeats come from here."""
+    def stop(self) -> None:
+        """Stop watching after a successful run; the others no longer expect heartbeats from this rank."""
         self._done.set()
         self.join()
         self.store.set(f"beat/{self.rank}", "done")
 
-    def leave(self, status: int) -> NoReturn:
-        """End this process, which has failed; the others follow."""
+    def exit(self, status: int) -> NoReturn:
+        """End this process after its failure; the others follow."""
         time.sleep(LINGER)
-        _end(status)
+        _end_process(status)
 
-    def _follow(self, failure: dict[str, Any]) -> NoReturn:
+    def _exit_after(self, failure: dict[str, Any]) -> NoReturn:
         who = "" if failure["rank"] is None else f"rank {failure['rank']}"
         who += f" on {failure['host']}" if "host" in failure else ""
-        if self.speaks:
-            print(f"error: {who}{': ' if who else ''}{failure['what']}; so all processes end.", file=sys.stderr)
+        if self.prints:
+            print(f"error: {who}{': ' if who else ''}{failure['what']}; all processes end.", file=sys.stderr)
         time.sleep(2 * LINGER)
-        _end(STATUS)
+        _end_process(STATUS)
 
 
-def _end(status: int) -> NoReturn:
-    """Whatever any thread waits for. What is written of a run is whole or not there (`fastnabla.utils.durable`)."""
+def _end_process(status: int) -> NoReturn:
+    """End the process whatever its threads are blocked in. A run's files are never half-written
+    (`fastnabla.utils.durable`)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,11 +1,11 @@
-"""The processes of a run that trains data-parallel, as one of them sees them: `World`.
+"""`World`: the ranks of a data-parallel run, and their collective operations.
 
-Every process (rank) holds all networks and computes its share of each batch; what they add up is the whole batch's
-gradient, once an optimizer step. Methods of `World` are collective: all ranks call them, in the same order, or none does.
-Alone, they do nothing and need no process group, so code is written once, for any number of ranks.
+Every rank holds all networks and computes its rows of each batch. The gradients are summed over the ranks once an optimizer
+step. Unless stated otherwise, methods of `World` are collective: all ranks call them, in the same order. With a single rank
+they do nothing and need no process group, so callers do not distinguish the cases.
 
-Tensors go by NCCL where they are on a GPU and by gloo on the host, so that what only the host has to know never waits for
-a device. Plain data goes as JSON; nothing is pickled.
+CUDA tensors use NCCL and CPU tensors gloo, so that exchanging host data does not synchronise with a device. Other data is
+sent as JSON; nothing is pickled.
 """
 
 import contextlib
@@ -30,46 +30,47 @@ from fastnabla.distributed.watchdog import Watchdog
 T = TypeVar("T")
 
 BUCKET = 2**26
-"""Bytes that are summed at once."""
+"""Bytes in one all-reduce."""
 START = timedelta(minutes=5)
-"""For all processes to come."""
+"""Time limit for all ranks to start."""
 LIMIT = timedelta(hours=1)
-"""For one to wait for the others, as while the first evaluates; those that die are found sooner, by `fastnabla.distributed.watchdog`."""
+"""Time limit of a collective operation, long enough for rank 0 to evaluate alone. `fastnabla.distributed.watchdog` detects
+dead ranks sooner."""
 
 
 CPU = torch.device("cpu")
 PATIENCE = 10.0
-"""Seconds within which a process that another has lost says why, if it can."""
+"""Seconds to wait for a lost rank to report why it failed, before its loss itself is reported."""
 
 
 class LostProcess(RuntimeError):
-    """Another process of the run can no longer be reached: it was killed, or its machine is gone."""
+    """Another rank can no longer be reached: it was killed, or its machine is gone."""
 
 
 class World:
-    """The ranks of a run; a run alone if nothing is given.
+    """The ranks of a run; a single rank by default.
 
     Args:
-        info: this process's.
-        watchdog: what ends the run's processes when one of them fails; None alone.
+        info: this process's rank and the number of ranks.
+        watchdog: ends all ranks when one of them fails; None for a single rank.
     """
 
     def __init__(self, info: RankInfo | None = None, watchdog: Watchdog | None = None) -> None:
         self.rank_info, self.watchdog = info or RankInfo(), watchdog
         self.rank, self.size, self.local_rank = self.rank_info.rank, self.rank_info.size, self.rank_info.local_rank
         self.local_size = self._on_this_machine()
-        """Ranks on this machine."""
+        """Number of ranks on this machine."""
 
     @classmethod
     def start(cls, info: RankInfo, device: torch.device = CPU) -> "World":
-        """Meet the other processes. `shutdown` is the end of it.
+        """Connect to the other ranks. Call `shutdown` at the end.
 
         Args:
-            info: of this process; alone, nothing is started.
-            device: where it computes, a GPU's with its number.
+            info: this process's rank and the number of ranks; for a single rank nothing is started.
+            device: this rank's device; a GPU with its index.
 
         Raises:
-            ValueError: they do not come.
+            ValueError: not all ranks start within `START`.
         """
         if info.size == 1:
             return cls(info)
@@ -85,8 +86,8 @@ class World:
             dist.init_process_group(backend, store=own, rank=info.rank, world_size=info.size, timeout=LIMIT)
         except RuntimeError as error:
             raise ValueError(
-                f"not all {info.size} processes came to {info.address}:{info.port} within {START} ({error}). Start all "
-                "with torchrun, accelerate launch or srun; or set WORLD_SIZE=1 RANK=0 for one alone."
+                f"not all {info.size} processes connected to {info.address}:{info.port} within {START} ({error}). Start "
+                "all of them with torchrun, accelerate launch or srun, or set WORLD_SIZE=1 RANK=0 for a single process."
             ) from error
         watchdog = Watchdog(dist.PrefixStore(attempt, store.clone()), info.rank, info.size, info.local_rank == 0)
         watchdog.start()
@@ -94,53 +95,57 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes."""
+        """Whether this is rank 0, which writes the run's files."""
         return self.rank == 0
 
     @property
     def name(self) -> str:
-        """Of this process, in messages."""
+        """This process's name in messages."""
         return f"rank {self.rank} on {socket.gethostname()}"
 
     def fail(self, error: BaseException | str, show: Callable[[], None]) -> None:
-        """Show why this rank ends, and tell the others, which end within seconds. Not collective.
+        """Show this rank's failure and report it to the others, which end within seconds. Not collective.
 
         Args:
-            error: why.
-            show: not called where another rank has failed first, of which this may be a consequence, or the same again.
+            error: the reason.
+            show: prints the error; not called if another rank has failed before, since this failure may follow from that one.
         """
         if self.watchdog is None:
             show()
             return
         if isinstance(error, LostProcess):
-            silent = self.watchdog.silent(PATIENCE)  # meanwhile it ends this process, if another says why it is gone
-            error.args = (f"{error}; no sign of life from ranks {silent}" if silent else str(error),)
+            # If the lost rank reports a reason meanwhile, the watchdog ends this process here.
+            silent = self.watchdog.silent_ranks(PATIENCE)
+            error.args = (f"{error}; no heartbeat from ranks {silent}" if silent else str(error),)
         self.watchdog.failed = True
-        if self.watchdog.is_first():
+        if self.watchdog.claim_first_failure():
             show()
             if isinstance(error, Exception):
                 get_error_handler().record_exception(error)  # for torchrun's summary
-            self.watchdog.tell(error if isinstance(error, str) else f"{type(error).__name__}: {error}")
+            self.watchdog.report(error if isinstance(error, str) else f"{type(error).__name__}: {error}")
 
     def shutdown(self, status: int) -> int:
-        """End this process's part: together with the others, or if it has failed, at once and without return. The exit
-        status, `status`."""
+        """Disconnect from the other ranks and return `status`, the exit status. After a failure this is not collective: it
+        ends the process and does not return."""
         if self.watchdog is not None:
             if self.watchdog.failed:
-                self.watchdog.leave(status)
-            self.watchdog.done()
+                self.watchdog.exit(status)
+            self.watchdog.stop()
             self.barrier()
             dist.destroy_process_group()
         return status
 
     def rank_rows(self, count: int) -> Tensor:
-        """This rank's of `count` things: consecutive numbers `[n]` int64, as many as the others' or one more or less."""
+        """This rank's part of `count` rows: consecutive indices `[n]` int64. Ranks' parts differ by at most one row in
+        length. Not collective."""
         return torch.arange(count).tensor_split(self.size)[self.rank]
 
     @torch.no_grad()
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Make each of `tensors` the sum of all ranks', in place. They go in flat buckets of at most `BUCKET` bytes, or one
-        tensor; all ranks get the same bits."""
+        """Replace each of `tensors` by its sum over the ranks, in place; bitwise identical on all ranks.
+
+        Tensors are all-reduced in flat buckets of at most `BUCKET` bytes, or of a single tensor.
+        """
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
@@ -150,21 +155,21 @@ class World:
             torch._foreach_copy_(bucket, [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)])
 
     def sum(self, number: int) -> int:
-        """The sum of all ranks' numbers."""
+        """The sum of the ranks' numbers."""
         return self._of_all(number, dist.ReduceOp.SUM)
 
     def max(self, number: int) -> int:
-        """The largest of all ranks' numbers."""
+        """The largest of the ranks' numbers."""
         return self._of_all(number, dist.ReduceOp.MAX)
 
     @torch.no_grad()
     def all_gather_rows(self, rows: Tensor, index: Tensor, count: int) -> Tensor:
-        """What all ranks' rows make up, `[count, …]`, on every rank.
+        """Assemble all ranks' rows to a tensor `[count, …]`, on every rank.
 
         Args:
-            rows: this rank's, `[n, …]`; on every rank of the same dtype, and of the same shape but for n.
-            index: where they belong, `[n]` int64, on the host. Every place is some rank's, and no other's.
-            count: of rows in all.
+            rows: this rank's rows `[n, …]`; dtype and trailing shape are the same on all ranks, n may differ.
+            index: their positions in the result, `[n]` int64, on the host. Every position belongs to exactly one rank.
+            count: total number of rows.
         """
         flags = rows.dtype == torch.bool
         whole = rows.new_zeros((count, *rows.shape[1:]), dtype=torch.uint8 if flags else rows.dtype)
@@ -174,34 +179,35 @@ class World:
         return whole.bool() if flags else whole
 
     def span(self, count: int) -> tuple[Tensor, int]:
-        """Places `[count]` of this rank's `count` rows among all ranks' in the order of ranks, and how many all are."""
+        """Positions `[count]` of this rank's `count` rows among the rows of all ranks, in rank order; and their total."""
         counts = self.all_gather_rows(torch.tensor([count]), torch.tensor([self.rank]), self.size)
         return int(counts[: self.rank].sum()) + torch.arange(count), int(counts.sum())
 
     def all_gather(self, rows: Tensor) -> Tensor:
-        """All ranks' rows `[n, …]`, in the order of ranks, on every rank; each may have another n."""
+        """All ranks' rows `[n, …]` concatenated in rank order, on every rank; n may differ between ranks."""
         return self.all_gather_rows(rows, *self.span(len(rows)))
 
     def broadcast(self, value: Callable[[], T]) -> T:
-        """What `value()`, asked on rank 0 alone, returns: JSON data. Alone, as it is; else as JSON gives it back."""
+        """The result of `value()`, which only rank 0 calls. With several ranks it is JSON data and is returned after a JSON
+        round trip; a single rank's is returned as is."""
         if self.size == 1:
             return value()
         return json.loads(self.broadcast_bytes(lambda: json.dumps(value()).encode()))
 
     def broadcast_bytes(self, value: Callable[[], bytes]) -> bytes:
-        """What `value()`, asked on rank 0 alone, returns."""
+        """The result of `value()`, which only rank 0 calls."""
         if self.size == 1:
             return value()
         data = torch.frombuffer(bytearray(value()), dtype=torch.uint8) if self.is_main else None
         length = self.sum(len(data) if self.is_main else 0)
         if data is None:
             data = torch.empty(length, dtype=torch.uint8)
-        with _reaching():
+        with _lost_process_errors():
             dist.broadcast(data, 0)
         return data.numpy().tobytes()
 
     def barrier(self) -> None:
-        """Wait until all ranks are here. The host does; devices may be behind."""
+        """Wait until all ranks have arrived. Only hosts are synchronised, not devices."""
         self.sum(0)
 
     def _of_all(self, number: int, operation: dist.ReduceOp) -> int:
@@ -212,7 +218,7 @@ class World:
         return int(value)
 
     def _all_reduce(self, tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
-        with _reaching():
+        with _lost_process_errors():
             dist.all_reduce(tensor, operation)
 
     def _on_this_machine(self) -> int:
@@ -226,17 +232,17 @@ ALONE = World()
 
 
 @contextlib.contextmanager
-def _reaching() -> Iterator[None]:
+def _lost_process_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         raise LostProcess(
-            f"another process can no longer be reached: was it killed? ({str(error).rstrip()})"
+            f"another process can no longer be reached; it may have been killed ({str(error).rstrip()})"
         ) from error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """`tensors`, in order, by dtype and device, in groups of at most `BUCKET` bytes."""
+    """`tensors` in order, grouped by dtype and device into buckets of at most `BUCKET` bytes."""
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         bucket = groups.setdefault((tensor.dtype, tensor.device), [])
@@ -248,8 +254,8 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def log_as(world: World) -> None:
-    """Let rank 0 alone log what all ranks would, and each process, by its name, what happens to it alone (the logger
-    `fastnabla.process`)."""
+    """Log messages common to all ranks only on rank 0. Messages of the logger `fastnabla.process`, about a single rank, are
+    logged by that rank, with its name."""
     if world.size == 1:
         return
 

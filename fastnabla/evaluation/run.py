@@ -22,7 +22,7 @@ from fastnabla.metrics.tilted import (
     distances,
     finite_sample_floor,
 )
-from fastnabla.models.pipeline import read_policy, require_policy
+from fastnabla.models.saved_policy import read_policy, require_policy
 from fastnabla.prompts import RunPrompts, used_prompts
 from fastnabla.run.checkpoint import load_reward_statistics
 from fastnabla.run.weights import WeightsName, weights_folder

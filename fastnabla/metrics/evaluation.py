@@ -29,7 +29,7 @@ class Evaluator:
         prompts: texts.
         samples: images per prompt.
         chunk: most images scored at once; None for all.
-        world: whose ranks sample a share each.
+        world: the ranks, each of which samples its rows.
     """
 
     def __init__(
@@ -47,15 +47,16 @@ class Evaluator:
         self.sample, self.decoder, self.reward, self.probe = sample, decoder, reward, probe
         self.prompt = torch.arange(len(prompts)).repeat_interleave(samples)
         self.prompts = [prompts[i] for i in self.prompt.tolist()]
-        self.share = world.rank_rows(len(self.prompt))
+        self.rank_rows = world.rank_rows(len(self.prompt))
         """Samples that are this rank's."""
         self.prior_features: Tensor | None = None
 
     def images(self, noise: int = 0) -> Tensor:
         """Images `[prompts * samples, 3, H, W]` of the policy as it is, prompt by prompt; on every rank all of them."""
-        rows = self.share if len(self.share) else torch.zeros(1, dtype=torch.int64)  # one too many, for its shape
+        # A rank without rows samples one, whose images give the others' shape, and drops it.
+        rows = self.rank_rows if len(self.rank_rows) else torch.zeros(1, dtype=torch.int64)
         images = self.decoder.decode(self.sample(rows, noise))
-        return self.world.all_gather_rows(images[: len(self.share)], self.share, len(self.prompt))
+        return self.world.all_gather_rows(images[: len(self.rank_rows)], self.rank_rows, len(self.prompt))
 
     @torch.no_grad()
     def set_prior(self, images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Stable Diffusion's architectures by the names of their pretrained models, as their configuration files have them."""
+"""Stable Diffusion's architectures, as in the configuration files of the pretrained models."""
 
 import dataclasses
 from typing import Any
@@ -8,17 +8,17 @@ Sizes = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """What a pipeline's networks are built from; what is not mentioned is as the library has it."""
+    """Configurations of a pipeline's components. Missing entries have the library's defaults."""
 
     unet: Sizes
-    """Of a diffusers `UNet2DConditionModel`."""
+    """For diffusers' `UNet2DConditionModel`."""
     vae: Sizes
-    """Of a diffusers `AutoencoderKL`."""
+    """For diffusers' `AutoencoderKL`."""
     text_encoders: tuple[Sizes, ...]
-    """Of transformers' CLIP text models; a second one, whose pooled output the UNet is given too, is Stable Diffusion
-    XL's."""
+    """For transformers' CLIP text models. Stable Diffusion XL has two; the UNet also receives the second one's pooled
+    output."""
     scheduler: Sizes
-    """Of a diffusers `DDIMScheduler`."""
+    """For diffusers' `DDIMScheduler`."""
 
 
 def _vae(pixels: int, widths: tuple[int, ...] = (128, 256, 512, 512), **sizes: Any) -> Sizes:
@@ -113,19 +113,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "sd15-midsize": MIDSIZE,
     "sd15-small": SMALL,
 }
-"""By `model.name`. The last two are no pretrained models: Stable Diffusion 1.5 with a fifth and a tenth of its channels,
-for benchmarks and smoke tests."""
+"""By `model.name`. The last two are not pretrained models: they are Stable Diffusion 1.5 with a fifth and a tenth of its
+channels, for benchmarks and smoke tests."""
 
 
 def architecture_of(name: str) -> Architecture:
     """The architecture of the model `name`.
 
     Raises:
-        ValueError: it is not known.
+        ValueError: `name` is not among the `ARCHITECTURES`.
     """
     if name not in ARCHITECTURES:
         raise ValueError(
-            f"model.random_init = True: the architecture of model.name = {name!r} is not known without its files; "
-            f"known are {', '.join(ARCHITECTURES)}."
+            f"model.random_init = True: the architecture of model.name = {name!r} is not built in. Use one of "
+            f"{', '.join(ARCHITECTURES)}."
         )
     return ARCHITECTURES[name]

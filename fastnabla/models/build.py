@@ -1,4 +1,4 @@
-"""The networks of a run: built from its configuration, on its device, computing as it says."""
+"""Builds the networks of a run on its device, from its configuration."""
 
 import dataclasses
 
@@ -27,14 +27,14 @@ from fastnabla.utils.seeding import seed_of
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Networks:
-    """What maps noise to images and their rewards' gradients."""
+    """The networks and the sampler of a run."""
 
     policy: Policy
     flow: nn.Module | None
-    """g_φ."""
+    """g_φ, if the method has one."""
     decoder: Decoder
     gradient_decoder: Decoder
-    """What decodes for the gradients of the training step: `decoder`, or a tiny one."""
+    """Decoder for the reward gradients of the training step: `decoder`, or a tiny one."""
     table: TransitionTable
     """The sampler."""
     sample_shape: tuple[int, int, int]
@@ -44,17 +44,17 @@ class Networks:
 def build_networks(
     pipeline: Pipeline, prompts: RunPrompts, config: TrainConfig, device: torch.device, world: World = ALONE
 ) -> Networks:
-    """The networks of the run `config`, made of `pipeline`, whose UNet is finetuned in place.
+    """Build the networks of the run `config` from `pipeline`, whose UNet is finetuned in place.
 
     Args:
         pipeline: frozen.
-        prompts: the run's.
-        config: with its memory settings planned.
+        prompts: the run's prompts.
+        config: the run's configuration, with the memory settings planned.
         device: where to compute.
-        world: the ranks that train together, and share the weights if all are trained.
+        world: the ranks; they shard the weights if `config` says so.
 
     Raises:
-        ValueError: the sampler, the tiny decoder or the attention asked for cannot be had.
+        ValueError: the requested sampler, tiny decoder or attention is not available.
     """
     use_scheduler(pipeline, config.sampler.scheduler)
     table = TransitionTable.from_scheduler(pipeline.scheduler, config.sampler.steps, config.sampler.eta)
@@ -78,29 +78,29 @@ def build_networks(
     if flow is not None:
         flow.to(device)
 
-    compile, channels_last = _chosen(config.compute, device, policy.is_sharded)
+    compile, channels_last = _resolve(config.compute, device, policy.is_sharded)
     policy.optimise(compile, config.compute.attention, channels_last, bool(memory.checkpoint_unet))
     whole = compile == "whole"
     if flow is not None and whole:
         flow.forward = compiled(flow.forward)
-    decoder = guiding = Decoder(
+    decoder = gradient_decoder = Decoder(
         pipeline.vae, memory.decode_chunk, bool(memory.checkpoint_decoder), whole, channels_last
     )
     if config.model.tiny_decoder is not None:
         tiny = load_tiny_decoder(config.model.tiny_decoder, policy.dtype).to(device)
-        guiding = Decoder(tiny, memory.decode_chunk, compile=whole, channels_last=channels_last)
+        gradient_decoder = Decoder(tiny, memory.decode_chunk, compile=whole, channels_last=channels_last)
     return Networks(
         policy=policy,
         flow=flow,
         decoder=decoder,
-        gradient_decoder=guiding,
+        gradient_decoder=gradient_decoder,
         table=table.to(device),
         sample_shape=latent_shape(pipeline),
     )
 
 
-def _chosen(compute: ComputeConfig, device: torch.device, sharded: bool) -> tuple[str, bool]:
-    """What to compile, and whether to keep channels last."""
+def _resolve(compute: ComputeConfig, device: torch.device, sharded: bool) -> tuple[str, bool]:
+    """What to compile and whether to use channels-last, with the defaults filled in."""
     on_gpu = device.type == "cuda"
     compile = compute.compile
     if compile == "auto":

@@ -1,4 +1,4 @@
-"""torch.compile for networks that are differentiated twice: to their input, then to their parameters."""
+"""torch.compile for networks with two backward passes through one graph: to the input, then to the parameters."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -10,43 +10,44 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters, cumulative_time_spent_ns
 
 Compile = Literal["none", "blocks", "whole"]
-MOST_GRAPHS = 1024
+MAX_GRAPHS = 1024
 
 
 class CompileCost(NamedTuple):
-    """What torch.compile has done in this process."""
+    """Graphs that torch.compile has built in this process, and the seconds it took."""
 
     graphs: int
     seconds: float
 
 
 def allow_compiling() -> None:
-    """Set what torch.compile must know of this process before the first compiled call.
+    """Configure torch.compile for this process. Call it before the first compiled call.
 
-    - Two backward passes go through one graph, so buffers must not be donated to the first.
-    - Whether a weight is trained must be guarded. torch 2.11 skips the guards of a module's parameters as long as no
-      parameter is replaced, so that a graph made while weights are constant is used again when they are trained, and
-      gives no gradient.
-    - Graphs are counted by line of source, and blocks of one class share it: each of their shapes has its own, for each
-      number of rows and, without a LoRA, for each way they are called (gradients to the input, to the weights, none).
-      Stable Diffusion 1.5 has 15 shapes of a residual block, so 75 graphs without a LoRA. More than `MOST_GRAPHS` would be
-      a mistake, and is an error rather than a return to eager.
+    - Two backward passes go through one graph, so the first must not reuse its buffers (`donated_buffer`).
+    - Guards must check whether a weight requires a gradient. torch 2.11 skips the guards of a module's parameters unless a
+      parameter is replaced; a graph compiled while weights were constant would be reused for training, without gradients.
+    - The recompile limit counts graphs by line of source, and all blocks of a class share their lines. Each shape of a block
+      needs a graph for each number of rows and, without a LoRA, for each kind of call (gradients to the input, to the
+      weights, none). Stable Diffusion 1.5 has 15 shapes of residual blocks: 75 graphs without a LoRA. More than `MAX_GRAPHS`
+      would be a bug, and raises an error instead of falling back to eager.
     """
     torch._functorch.config.donated_buffer = False
     torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_GRAPHS
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` as one graph for each of its inputs' shapes; what breaks the graph is an error."""
+    """`function` compiled to one graph for each shape of its inputs. A graph break is an error."""
     allow_compiling()
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def compile_blocks(network: nn.Module, kinds: Iterable[type[nn.Module]]) -> None:
-    """Compile each submodule of `network` that is of one of the `kinds`: faster to start than the whole network, since
-    equal blocks share a graph, but nothing is fused across them."""
+    """Compile each submodule of `network` that is one of the `kinds`.
+
+    This compiles faster than the whole network, because equal blocks share a graph, but nothing is fused across blocks.
+    """
     allow_compiling()
     for module in network.modules():
         if isinstance(module, tuple(kinds)):
@@ -54,14 +55,14 @@ def compile_blocks(network: nn.Module, kinds: Iterable[type[nn.Module]]) -> None
 
 
 def compile_cost() -> CompileCost:
-    """Graphs compiled by this process so far, and the seconds that it took."""
+    """The cost of compilation in this process so far."""
     phases = ("entire_frame_compile", "entire_backward_compile")
     nanoseconds = sum(cumulative_time_spent_ns.get(phase, 0) for phase in phases)
     return CompileCost(counters["stats"]["unique_graphs"], nanoseconds / 1e9)
 
 
 def pad_rows(tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
-    """`tensors` with their last row repeated until they have `rows` rows."""
+    """`tensors` padded to `rows` rows by repeating their last row."""
     return [
         tensor
         if (missing := rows - len(tensor)) == 0

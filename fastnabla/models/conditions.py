@@ -1,4 +1,4 @@
-"""What a UNet is told besides state and timestep."""
+"""The UNet's conditioning inputs: prompt embeddings, and Stable Diffusion XL's pooled embeddings and sizes."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 class Conditions(nn.Module):
-    """The prompts as the UNet sees them, by number.
+    """Embeddings of P prompts, looked up by prompt index.
 
     Args:
-        text: embeddings `[1 + P, L, D]`; row 0 is the unconditional one of classifier-free guidance.
+        text: embeddings `[1 + P, L, D]`; row 0 is the unconditional embedding of classifier-free guidance.
         pooled: Stable Diffusion XL's pooled embeddings `[1 + P, E]`, or None.
-        time_ids: its `[6]` numbers of original size, crop and target size, or None.
+        time_ids: Stable Diffusion XL's original size, crop and target size `[6]`, or None.
     """
 
     def __init__(self, text: Tensor, pooled: Tensor | None = None, time_ids: Tensor | None = None) -> None:
@@ -23,20 +23,22 @@ class Conditions(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The embeddings' device."""
         return self.text.device
 
     @property
     def width(self) -> int:
-        """D."""
+        """Width D of the text embeddings."""
         return self.text.shape[-1]
 
     def ensure(self, prompt: Tensor) -> None:
-        """Call it before prompt numbers `prompt [N]`, on the host, are asked for: here all are there always."""
+        """Make the embeddings of prompt indices `prompt [N]`, on the host, available; here all of them always are."""
 
     def forward(self, prompt: Tensor, guided: bool) -> dict[str, Any]:
-        """Arguments of a diffusers `UNet2DConditionModel` for prompt numbers `prompt [N]`, from 0; `guided` by as many
-        unconditional rows first."""
+        """Keyword arguments of diffusers' `UNet2DConditionModel` for prompt indices `prompt [N]`.
+
+        If `guided`, N unconditional rows come first.
+        """
         rows = self._rows(prompt)
         if guided:
             rows = torch.cat([torch.zeros_like(prompt), rows])
@@ -47,7 +49,7 @@ class Conditions(nn.Module):
         return arguments
 
     def of_prompts(self, prompt: Tensor) -> Tensor:
-        """Text embeddings `[N, L, D]` of prompt numbers `prompt [N]`, from 0."""
+        """Text embeddings `[N, L, D]` of prompt indices `prompt [N]`."""
         return self.text[self._rows(prompt)]
 
     def _rows(self, prompt: Tensor) -> Tensor:

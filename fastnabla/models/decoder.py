@@ -1,11 +1,11 @@
-"""From latents to images to rewards, and back: the gradient of a reward through the VAE decoder.
+"""Decodes latents to images and differentiates rewards through the VAE decoder.
 
-The decoder's activations are by far the largest of a training step. Written as diffusers writes it, autograd keeps six
-of them for each residual block: the input of every normalisation, SiLU and convolution. The gradient in the latents
-needs only the two that are normalised, because the weights are frozen: a convolution passes a gradient back without its
-input, and a SiLU's input is the normalisation again. `AutoencoderKL` is decoded that way here
-(`fastnabla.models.frozen_layers`). Of Stable Diffusion's decoder at 512² in bfloat16, 0.9 GiB instead of 2.8 are kept for each
-image, and nothing but normalisations is computed twice.
+The decoder's activations are by far the largest of a training step. In diffusers' implementation autograd keeps six of them
+for each residual block: the input of every normalisation, SiLU and convolution. With frozen weights, the gradient with
+respect to the latents needs only the inputs of the two normalisations: a convolution's backward pass does not need its
+input, and a SiLU's input can be recomputed from the normalisation's. `AutoencoderKL` is decoded that way here
+(`fastnabla.models.frozen_layers`). For Stable Diffusion's decoder at 512² in bfloat16, this keeps 0.9 GiB an image instead
+of 2.8, and recomputes only the normalisations.
 """
 
 import copy
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from fastnabla.models.compiling import compiled, pad_rows
 from fastnabla.models.frozen_layers import convolve, memory_format, norm_silu
 from fastnabla.objective.gaussian import full
-from fastnabla.utils.live_bytes import LiveBytes
+from fastnabla.utils.tensor_bytes import LiveBytes
 
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -42,7 +42,7 @@ def _middle(block: UNetMidBlock2D, x: Tensor) -> Tensor:
     x = _resnet(block.resnets[0], x)
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
         if attention is not None:
-            # Its result is channels-last, whatever x was, and would decide the layout of all that follows.
+            # Attention always returns channels-last, which would change the layout of everything after it.
             x = attention(x).contiguous(memory_format=memory_format(x))
         x = _resnet(resnet, x)
     return x
@@ -57,8 +57,8 @@ def _up(block: UpDecoderBlock2D, x: Tensor) -> Tensor:
 
 
 def _decode_kl(vae: AutoencoderKL, latents: Tensor, checkpoint: bool) -> Tensor:
-    """`vae.decode(latents)`. The last block is never recomputed: the backward pass begins with it, so it would not
-    help against the peak; nor is any if no gradient is wanted."""
+    """`vae.decode(latents)`. The last block is never recomputed: the backward pass starts with it, so recomputing would not
+    lower the peak. Without gradients nothing is recomputed."""
     decoder, run = vae.decoder, _call
     if checkpoint and latents.requires_grad:
         run = functools.partial(recompute, use_reentrant=False, preserve_rng_state=False)
@@ -79,14 +79,16 @@ def _decode_tiny(vae: AutoencoderTiny, latents: Tensor, checkpoint: bool) -> Ten
 
 
 def _decode_function(vae: nn.Module, checkpoint: bool) -> Callable[[nn.Module, Tensor, bool], Tensor]:
-    """What decodes `vae`.
+    """The function that decodes with `vae`.
 
     Raises:
-        ValueError: nothing does, or not with `checkpoint`.
+        ValueError: `vae` is not supported, or not with `checkpoint`.
     """
     if isinstance(vae, AutoencoderTiny):
         if checkpoint:
-            raise ValueError("checkpoint = True: an AutoencoderTiny keeps little and is not checkpointed; use False.")
+            raise ValueError(
+                "checkpoint = True: AutoencoderTiny keeps few activations and does not support checkpointing; use False."
+            )
         return _decode_tiny
     if isinstance(vae, AutoencoderKL):
         blocks = vae.decoder.up_blocks
@@ -94,8 +96,8 @@ def _decode_function(vae: nn.Module, checkpoint: bool) -> Callable[[nn.Module, T
         if all(isinstance(block, UpDecoderBlock2D) for block in blocks) and all(map(_is_plain, resnets)):
             return _decode_kl
     raise ValueError(
-        f"vae: this {type(vae).__name__} cannot be decoded; supported are AutoencoderTiny, and AutoencoderKL whose "
-        "decoder is of UpDecoderBlock2D with SiLU, as in Stable Diffusion."
+        f"vae: this {type(vae).__name__} cannot be decoded. Supported are AutoencoderTiny, and AutoencoderKL with a "
+        "decoder of UpDecoderBlock2D and SiLU, as in Stable Diffusion."
     )
 
 
@@ -107,21 +109,21 @@ def _is_plain(resnet: nn.Module) -> bool:
 class Decoder(nn.Module):
     """A diffusers autoencoder's decoder with bounded memory.
 
-    `AutoencoderKL` is decoded as the module says, whatever its own slicing, tiling and checkpointing. `AutoencoderTiny`
-    (TAESD) is an approximation of it that costs a seventeenth of the arithmetic and a third of the memory; its decoder
-    passes latents through 3 tanh(z / 3) first, so where they leave ±3 its gradient vanishes.
+    `AutoencoderKL` is decoded as described above; its own slicing, tiling and checkpointing settings are ignored.
+    `AutoencoderTiny` (TAESD) is an approximation that costs a seventeenth of the arithmetic and a third of the memory. Its
+    decoder first passes the latents through 3 tanh(z / 3), so its gradient vanishes where they leave ±3.
 
     Args:
-        vae: the autoencoder, frozen here.
-        chunk: most images decoded at once; None for all.
-        checkpoint: recompute the decoder's blocks but the last in the backward pass instead of keeping their activations.
-            At Stable Diffusion's size this takes a quarter off the peak and adds a fifth to the arithmetic; a smaller
-            `chunk` saves more, at no arithmetic, until it is 1.
-        compile: make the decoder a graph of torch.compile with gradients and another without. Fewer images than `chunk`
-            are padded to as many, so that nothing is compiled for their number.
-        channels_last: keep weights and activations in NHWC order, which cuDNN's bfloat16 convolutions compute in: in NCHW,
-            transposing their operands would move 9.6 GB for an image at Stable Diffusion's size, forward and backward,
-            where this copies 7 MB. Eager normalisations move 4.6 GB more.
+        vae: the autoencoder; frozen in place.
+        chunk: maximal number of images decoded at once; None for all.
+        checkpoint: recompute all blocks of the decoder but the last in the backward pass instead of keeping their
+            activations. For Stable Diffusion this lowers the peak by a quarter and adds a fifth to the arithmetic. A smaller
+            `chunk` saves more and costs no arithmetic, until it is 1.
+        compile: compile the decoder with torch.compile, one graph with gradients and one without. Fewer images than `chunk`
+            are padded to `chunk`, so that no further graph is compiled.
+        channels_last: keep weights and activations in NHWC order, which cuDNN's bfloat16 convolutions use. In NCHW,
+            transposing their operands moves 9.6 GB an image for Stable Diffusion, forward and backward. With this setting
+            7 MB are copied, and the normalisations move 4.6 GB more in eager execution.
 
     Raises:
         ValueError: `vae` is not supported, or not with `checkpoint`.
@@ -143,14 +145,15 @@ class Decoder(nn.Module):
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.vae = vae.requires_grad_(False).eval()
         for module in vae.modules():
-            if isinstance(module, nn.Conv2d):  # one by one, since Module.to takes no parameters that are fake tensors
+            if isinstance(module, nn.Conv2d):  # one by one, because Module.to does not accept fake parameters
                 weight = module.weight.to(memory_format=self._memory_format)
                 module.weight = nn.Parameter(weight, requires_grad=False)
         self.chunk = chunk
         self.checkpoint = checkpoint
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Images `[N, 3, H, W]` in [0, 1], float32 (float64 if the autoencoder is), of `latents [N, C, h, w]` as the sampler leaves them."""
+        """Images `[N, 3, H, W]` in [0, 1], float32 (float64 if the autoencoder is), of the sampler's scaled `latents`
+        `[N, C, h, w]`."""
         config = self.vae.config
         count = len(latents)
         (latents,) = pad_rows([latents], max(count, self._padded_to))
@@ -166,25 +169,26 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def rewards(self, latents: Tensor, prompts: Sequence[str], reward: RewardFunction) -> Tensor:
-        """Rewards `[N]` of the decoded `latents`, float32, in chunks, without gradients; arguments as for
+        """Rewards `[N]` of the decoded `latents`, float32, in chunks, without gradients. Arguments as for
         `reward_gradient`."""
         size = self.chunk or len(latents)
         starts = range(0, len(latents), size)
         return torch.cat([reward(self(latents[i : i + size]), prompts[i : i + size]).float() for i in starts])
 
     def reward_gradient(self, latents: Tensor, prompts: Sequence[str], reward: RewardFunction) -> tuple[Tensor, Tensor]:
-        """Rewards `[N]` of the decoded `latents` and their gradients `[N, C, h, w]` in the latents, both float32
-        (float64 if their own are).
+        """Rewards `[N]` of the decoded `latents`, and their gradients `[N, C, h, w]` with respect to the latents.
 
-        The host waits for the device only if the reward does.
+        Both are float32; rewards are float64 if `reward` returns float64, gradients if the latents are float64.
+
+        Does not synchronise with the device unless the reward does.
 
         Args:
             latents: `[N, C, h, w]`; clean latents, or one-step predictions of them.
             prompts: the N prompts.
-            reward: images `[B, 3, H, W]` in [0, 1] and B prompts to `[B]` rewards, differentiable.
+            reward: differentiable; maps images `[B, 3, H, W]` in [0, 1] and B prompts to rewards `[B]`.
 
         Raises:
-            RuntimeError: the reward has no gradient in the images (from autograd).
+            RuntimeError: the reward is not differentiable with respect to the images (from autograd).
         """
         rewards, gradients = [], []
         size = self.chunk or len(latents)
@@ -199,7 +203,7 @@ class Decoder(nn.Module):
 
 
 def with_empty_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of `network` whose parameters are newly made, without values, frozen and of type `dtype`."""
+    """A copy of `network` with new, uninitialised, frozen parameters of type `dtype`."""
     empty = {id(p): nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=False) for p in network.parameters()}
     return copy.deepcopy(network, empty)
 
@@ -207,12 +211,13 @@ def with_empty_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 def decode_bytes(
     vae: nn.Module, latent_shape: tuple[int, int, int], dtype: torch.dtype, checkpoint: bool = False
 ) -> int:
-    """Peak bytes of one image's decode with backward, weights and the reward's own excepted; from shapes alone.
+    """Peak bytes of one image's decode and backward pass, from shapes alone.
 
-    Neither compiled, nor with what convolutions need for themselves; in channels-last as in NCHW.
+    Excluded are the weights, the reward network and the convolutions' workspace. The figure is for eager execution; NCHW and
+    channels-last need the same.
 
     Args:
-        vae: the autoencoder; untouched, and nothing of its size is allocated.
+        vae: the autoencoder; not modified, and nothing of its size is allocated.
         latent_shape: (C, h, w) of the latents.
         dtype: of the weights and the arithmetic.
         checkpoint: as for `Decoder`.

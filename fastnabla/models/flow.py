@@ -1,4 +1,4 @@
-"""g_φ: the learned part of the flow score ``∇log F̃(x) = βγ∇r(x) + g_φ(x)``. It starts at zero, unless told otherwise."""
+"""g_φ, the learned part of the flow score ``∇log F̃(x) = βγ∇r(x) + g_φ(x)``. By default it is initialised to zero."""
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -9,7 +9,7 @@ from fastnabla.objective.gaussian import full
 
 
 class UNetFlow(nn.Module):
-    """A small text-conditioned UNet, as the reference implementation has it.
+    """A small text-conditioned UNet, as in the reference implementation.
 
     Args:
         channels: C of the states.
@@ -34,12 +34,18 @@ class UNetFlow(nn.Module):
         nn.init.zeros_(self.unet.conv_out.bias)
 
     def forward(self, x: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
-        """g `[N, C, H, W]` float32 (float64 if all of it is) at states `x [N, C, H, W]`, `timestep [N]`, prompt `embeddings [N, L, D]`."""
+        """g `[N, C, H, W]`, float32 (float64 if network and inputs are).
+
+        Args:
+            x: states `[N, C, H, W]`.
+            timestep: `[N]`.
+            embeddings: prompt embeddings `[N, L, D]`.
+        """
         return self.unet(full(x), timestep, encoder_hidden_states=full(embeddings), return_dict=False)[0]
 
 
 class ConvFlow(nn.Module):
-    """A light alternative: four convolutions, modulated by the timestep and the mean prompt embedding."""
+    """A light alternative: four convolutions modulated by the timestep and the mean prompt embedding."""
 
     def __init__(self, channels: int, text_width: int, width: int = 32) -> None:
         super().__init__()
@@ -64,14 +70,14 @@ class ConvFlow(nn.Module):
 
 
 def build_flow(kind: str, channels: int, text_width: int, seed: int, start: str = "zero") -> nn.Module | None:
-    """The flow network called `kind`: "unet", "conv" or "none"; initialised by `seed` alone.
+    """A new flow network, or None for the kind "none".
 
     Args:
-        kind: its name.
+        kind: "unet", "conv" or "none".
         channels: C of the states.
         text_width: D of the text embeddings.
-        seed: of its weights.
-        start: "zero", for the last layer's weights; or "random", for PyTorch's, and a bias of zero.
+        seed: of the initial weights, which depend on nothing else.
+        start: "zero" initialises the last layer's weights to zero, "random" to PyTorch's default; its bias is zero.
     """
     if kind == "none":
         return None

@@ -1,8 +1,9 @@
-"""Layers with constant weights, for a gradient in their input alone; they keep less for it than autograd's own do.
+"""Layers with frozen weights that are differentiated only with respect to their input. They keep fewer activations than
+torch's layers.
 
-Each leaves its result, and the gradient it passes back, in the layout of its input, NCHW or channels-last. torch's own do
-not: `conv2d_input` gives cuDNN a placeholder for the input that has neither layout, for which a channels-last gradient is
-copied to NCHW and back; and on CUDA `native_group_norm` copies to NCHW (torch 2.13, `group_norm.cpp`).
+Results and gradients have the input's layout, NCHW or channels-last. torch's own operations do not preserve it:
+`conv2d_input` passes cuDNN a placeholder of neither layout, so a channels-last gradient is copied to NCHW and back; and on
+CUDA `native_group_norm` copies to NCHW (torch 2.13, `group_norm.cpp`).
 """
 
 from typing import Any
@@ -15,24 +16,25 @@ from fastnabla.objective.gaussian import full
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """`torch.channels_last` if `x` is so and not contiguous as well, else `torch.contiguous_format`."""
+    """`torch.channels_last` if `x` is channels-last and not also contiguous, else `torch.contiguous_format`."""
     is_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_last else torch.contiguous_format
 
 
 def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """`layer(x)`, of stride 1; nothing is kept of x."""
+    """`layer(x)` for a stride of 1, without keeping x for the backward pass."""
     return _Convolution.apply(x, layer.weight, layer.bias, layer.padding)
 
 
 def norm_silu(layer: nn.GroupNorm, x: Tensor) -> Tensor:
-    """`silu(layer(x))`; x and the moments of its groups are kept, the normalisation is computed again."""
+    """`silu(layer(x))`. Keeps x and the moments of its groups, and recomputes the normalisation in the backward pass."""
     function = _ChannelsLastNormSiLU if memory_format(x) == torch.channels_last else _NormSiLU
     return function.apply(x, layer.weight, layer.bias, layer.num_groups, layer.eps)
 
 
 class _Convolution(torch.autograd.Function):
-    """The weights are no saved tensors, lest recomputing a block went on past the last normalisation to save them again."""
+    """The weights are not saved tensors: checkpointing would otherwise recompute a block past its last normalisation, only to
+    save them again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
@@ -46,7 +48,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _NormSiLU(torch.autograd.Function):
-    """Of x in NCHW: torch's kernels."""
+    """For x in NCHW, with torch's kernels."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -68,15 +70,15 @@ class _NormSiLU(torch.autograd.Function):
 
 
 class _ChannelsLastNormSiLU(torch.autograd.Function):
-    """Of x in channels-last. For each row and channel, with scale = rstd · weight and shift = bias − mean · scale,
+    """For x in channels-last. For each row and channel, with scale = rstd · weight and shift = bias − mean · scale,
 
         y = scale x + shift
         ∂x = scale ∂y + slope x + offset
         slope = rstd³ (mean ⟨weight ∂y⟩ − ⟨weight ∂y x⟩),  offset = −rstd ⟨weight ∂y⟩ − mean · slope
 
-    where ⟨·⟩ is the mean over a group. Pixels are averaged first, channel by channel, since channels are adjacent in
-    memory. Moments, sums and coefficients are in `full` precision. Eager, in half precision, this passes over an activation
-    6 times forward and 15 times backward (`_NormSiLU` on CUDA: 5 and 11); one kernel each way would 3 and 5 times.
+    where ⟨·⟩ is the mean over a group. Each channel's pixels are averaged first, since channels are adjacent in memory.
+    Moments, sums and coefficients are in `full` precision. In eager half precision this reads or writes an activation 6 times
+    forward and 15 times backward (`_NormSiLU` on CUDA: 5 and 11); a fused kernel each way would need 3 and 5.
     """
 
     @staticmethod
@@ -105,7 +107,7 @@ def _group_moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / √(variance + eps) of each group, `[N, G, 1]`, in `full` precision."""
     if torch.compiler.is_compiling() or x.dtype.itemsize >= 4:
         variance, mean = torch.var_mean(full(x), (2, 3), correction=0)
-    else:  # torch.var_mean would round its results to x's type
+    else:  # torch.var_mean would round its results to x's dtype
         mean = x.mean((2, 3), dtype=torch.float32)
         square = torch.linalg.vector_norm(x, dim=(2, 3), dtype=torch.float32).square() / x[0, 0].numel()
         variance = (square - mean.square()).clamp(min=0)
@@ -115,21 +117,21 @@ def _group_moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _group_mean(weight: Tensor, x: Tensor) -> Tensor:
-    """⟨weight x⟩ `[N, G, 1]`, of weights `[G, C / G]`."""
+    """⟨weight x⟩ `[N, G, 1]` for weights `[G, C / G]`."""
     channels = x.mean((2, 3), dtype=weight.dtype)
     return (weight * channels.view(len(x), *weight.shape)).mean(-1, keepdim=True)
 
 
 def _by_channel(x: Tensor, *coefficients: Tensor) -> list[Tensor]:
-    """`coefficients` `[N, G, C / G]`, or `[N, G, 1]`, as `[N, C, 1, 1]`."""
+    """`coefficients` `[N, G, C / G]` or `[N, G, 1]`, expanded to `[N, C, 1, 1]`."""
     size = x.shape[1] // coefficients[0].shape[1]
     return [tensor.expand(-1, -1, size).reshape(*x.shape[:2], 1, 1) for tensor in coefficients]
 
 
 def _affine(factor: Tensor, x: Tensor, addend: Tensor) -> Tensor:
-    """factor x + addend in the precision of the factor `[N, C, 1, 1]`, rounded once, to x's type.
+    """factor x + addend in the precision of the factor `[N, C, 1, 1]`, rounded once to x's dtype.
 
-    In place of the addend if it is of x's shape, but not while compiling.
+    Overwrites the addend if it has x's shape, except while compiling.
     """
     if torch.compiler.is_compiling():
         return torch.addcmul(addend, x, factor).to(x.dtype)
@@ -137,12 +139,12 @@ def _affine(factor: Tensor, x: Tensor, addend: Tensor) -> Tensor:
 
 
 def _silu(x: Tensor) -> Tensor:
-    """In place of x, but not while compiling: torch 2.11 then takes the function for one without a gradient."""
+    """In place, except while compiling: torch 2.11 would then treat the function as not differentiable."""
     return functional.silu(x, inplace=not torch.compiler.is_compiling())
 
 
 def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    """In place of x, but not while compiling."""
+    """Overwrites x, except while compiling."""
     if torch.compiler.is_compiling():
         return torch.ops.aten.silu_backward(gradient, x)
     return torch.ops.aten.silu_backward.grad_input(gradient, x, grad_input=x)

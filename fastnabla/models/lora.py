@@ -1,8 +1,8 @@
-"""The adapter: PEFT's LoRA, ``y = W x + B (A x)``, computed in the network's dtype from float32 master weights.
+"""PEFT's LoRA, ``y = W x + B (A x)``, computed in the network's dtype from float32 master weights.
 
-PEFT's own layers leave autocast to their user; without it, a bfloat16 network's activations are copied to float32 for the
-adapter, multiplied there, and kept for the backward pass. Here A and B are rounded instead, which are a thousand times
-smaller, and the product of linear layers is added to ``W x`` by the multiplication itself.
+PEFT's layers rely on autocast. Without it they copy a bfloat16 network's activations to float32, multiply in float32, and
+keep the copies for the backward pass. Here A and B, which are a thousand times smaller, are rounded instead. In linear layers
+a single addmm computes the second product and adds it to ``W x``.
 """
 
 import dataclasses
@@ -21,30 +21,30 @@ ALL_LINEAR = "all-linear"
 
 @dataclasses.dataclass(slots=True)
 class LoraSwitches:
-    """What all LoRA layers of a network do alike."""
+    """State shared by all LoRA layers of a network."""
 
     enabled: bool = True
-    """False: the layers are the pretrained ones."""
+    """False disables the adapters: the layers are the pretrained ones."""
     constant: bool = False
-    """True: the adapter has no gradient, and keeps nothing for one."""
+    """True detaches A and B: the adapters get no gradient and keep no activations for one."""
 
 
 class _LoraLayer:
-    """One adapter, `ADAPTER`, of scale 1 and without dropout, on a PEFT layer."""
+    """A PEFT layer with a single adapter, `ADAPTER`, of scale 1 and without dropout."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.switches = LoraSwitches()
         self.copies: tuple[Tensor, Tensor] | None = None
-        """A and B in the network's dtype, leaves of the graph in place of the master weights; None: these themselves."""
+        """A and B in the network's dtype, leaves of the graph in place of the master weights; None to use the masters."""
 
     @property
     def is_on(self) -> bool:
-        """Whether the adapter takes part; PEFT's own switch counts too."""
+        """Whether the adapter is enabled, by `switches` and by PEFT's own flag."""
         return self.switches.enabled and not self.disable_adapters
 
     def masters(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """A and B, float32."""
+        """The master weights A and B, float32."""
         return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,10 +56,10 @@ class _LoraLayer:
 
 
 class LoraLinear(_LoraLayer, lora.Linear):
-    """An adapted linear layer."""
+    """A linear layer with a LoRA."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``W x + B (A x)`` `[…, out]` in the dtype of `x [… , in]`; ``W x`` while the adapter is off."""
+        """``W x + B (A x)`` `[…, out]` in the dtype of `x [… , in]`; ``W x`` while the adapter is disabled."""
         y = self.base_layer(x)
         if not self.is_on:
             return y
@@ -69,10 +69,10 @@ class LoraLinear(_LoraLayer, lora.Linear):
 
 
 class LoraConv2d(_LoraLayer, lora.Conv2d):
-    """An adapted convolution: A has its kernel, B is 1 × 1."""
+    """A 2-D convolution with a LoRA: A has the layer's kernel size, B is 1 × 1."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``W x + B (A x)`` in the dtype of `x [N, in, H, W]`; ``W x`` while the adapter is off."""
+        """``W x + B (A x)`` in the dtype of `x [N, in, H, W]`; ``W x`` while the adapter is disabled."""
         y = self.base_layer(x)
         if not self.is_on:
             return y
@@ -83,10 +83,10 @@ class LoraConv2d(_LoraLayer, lora.Conv2d):
 
 
 class Lora:
-    """All adapters of a network.
+    """All LoRA layers of a network.
 
     Args:
-        network: whose layers have them.
+        network: a network with the layers of `add_lora`.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -97,49 +97,51 @@ class Lora:
         for layer in self.layers:
             layer.switches = self.switches
         self.one_graph = False
-        """Whether the pretrained network is the same graph with B = 0, rather than the layers without their adapters."""
+        """Whether the pretrained network is the same graph with B = 0, instead of the layers without their adapters."""
         self._copies: list[Tensor] = []
         self._values: list[Tensor] = []
         self._zeros: list[Tensor] = []
 
     def weights(self, dtype: torch.dtype) -> list[Tensor]:
-        """What the layers compute with in a network of type `dtype`, in the order of `masters`: those themselves, or if it
-        is of half precision or there is `one_graph`, leaves with copies of their values, which gradients are taken to
-        instead. A `backward` to them adds to the masters' `.grad`. Several passes' gradients are summed in `dtype`.
+        """The weights that the layers of a network of type `dtype` compute with, in the order of `masters`.
 
-        The copies are as new as the last pass of a `Policy`: who calls the network itself calls `refresh` before.
+        They are the masters themselves or, in half precision or with `one_graph`, copies that are leaves of the graph.
+        Differentiate with respect to these. `backward` adds their gradients to the masters' `.grad`; the gradients of several
+        passes in one `backward` are summed in `dtype`.
+
+        Every pass of a `Policy` refreshes the copies. If you call the network directly, call `refresh` first.
         """
         if dtype not in (torch.bfloat16, torch.float16) and not self.one_graph:
-            self._forget()
+            self._drop_copies()
             return self.masters
         if [(p.device, dtype) for p in self.masters] != [(p.device, p.dtype) for p in self._copies]:
             self._copies = [torch.empty_like(master, dtype=dtype).requires_grad_() for master in self.masters]
             self._zeros = [torch.zeros_like(copy).requires_grad_() for copy in self._copies[1::2]]
             self._values = [copy.data for copy in self._copies]
             for master, copy in zip(self.masters, self._copies, strict=True):
-                copy.register_post_accumulate_grad_hook(functools.partial(_hand_on, master))
+                copy.register_post_accumulate_grad_hook(functools.partial(_accumulate_into, master))
             self._use(self._copies[1::2])
             self.refresh(dtype)
         return self._copies
 
     def refresh(self, dtype: torch.dtype) -> None:
-        """Copy the masters as they are now: for all layers in some launches, instead of two for each layer.
+        """Update the copies from the masters, in a few launches for all layers instead of two for each.
 
-        It is done before every pass, because not all that changes weights can be noticed (fused optimizers do not
-        increase autograd's version counters). A graph that is still to be differentiated keeps its values, since nothing
-        changes between the passes of a step; so the counters stay.
+        This happens before every pass, because changes of the masters cannot be detected reliably: fused optimizers do not
+        increase autograd's version counters. The copies are written without increasing theirs, so that a graph that has yet to
+        be differentiated stays valid; its values are unchanged, since the masters do not change between the passes of a step.
         """
         if self.weights(dtype) is not self.masters:
             torch._foreach_copy_(self._values, [master.detach() for master in self.masters])
 
-    def _forget(self) -> None:
+    def _drop_copies(self) -> None:
         if self._copies:
             self._copies = []
             for layer in self.layers:
                 layer.copies = None
 
     def enable(self, enabled: bool) -> None:
-        """Make the network the finetuned one, or the pretrained one."""
+        """Switch between the finetuned network and the pretrained one."""
         if not self.one_graph:
             self.switches.enabled = enabled
         elif self._copies:
@@ -150,19 +152,19 @@ class Lora:
             layer.copies = (down, up)
 
 
-def _hand_on(master: nn.Parameter, copy: Tensor) -> None:
+def _accumulate_into(master: nn.Parameter, copy: Tensor) -> None:
     gradient = copy.grad.to(master.dtype)
     master.grad = gradient if master.grad is None else master.grad.add_(gradient)
     copy.grad = None
 
 
 def add_lora(unet: nn.Module, rank: int, targets: tuple[str, ...]) -> Lora:
-    """Give the layers of `unet` that `targets` names an adapter: A random, B zero, float32, trainable.
+    """Add a LoRA to the layers of `unet` that `targets` names, with A random and B zero, float32, trainable.
 
     `ALL_LINEAR` among the targets stands for every linear layer.
 
     Raises:
-        ValueError: no layer has such a name (from PEFT), or one is neither linear nor a 2-D convolution.
+        ValueError: a name matches no layer (from PEFT), or matches a layer that is neither linear nor a 2-D convolution.
     """
     names = [target for target in targets if target != ALL_LINEAR]
     if ALL_LINEAR in targets:
@@ -174,7 +176,7 @@ def add_lora(unet: nn.Module, rank: int, targets: tuple[str, ...]) -> Lora:
         if isinstance(module, lora.LoraLayer) and not isinstance(module, _LoraLayer):
             kind = type(module.get_base_layer()).__name__
             raise ValueError(
-                f"lora.targets names {name}, a {kind}; only linear layers and 2-D convolutions get a LoRA."
+                f"lora.targets names {name}, a {kind}; only linear layers and 2-D convolutions can have a LoRA."
             )
     for name, parameter in unet.named_parameters():
         if "lora_" in name:

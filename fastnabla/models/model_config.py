@@ -1,4 +1,4 @@
-"""What a pretrained model is, from its configuration files alone: nothing of its weights is loaded."""
+"""Reads what a pretrained model is from its configuration files, without loading its weights."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -26,29 +26,29 @@ FAMILIES: dict[str, type[Pipeline]] = {
 
 
 def source_of(model: ModelConfig) -> str | Path:
-    """Folder or hub id of `model`."""
+    """Folder or Hub id of `model`."""
     return pipeline_folder() if model.name == TESTBED else model.name
 
 
 @contextlib.contextmanager
 def loading(model: ModelConfig) -> Iterator[None]:
-    """Within, what goes wrong in reading the files of `model` is a ValueError with a remedy."""
+    """Within the context, an error in reading the files of `model` becomes a ValueError that names a remedy."""
     logging.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"model.name = {model.name!r}: no diffusers pipeline of Stable Diffusion could be loaded from it "
-            f"({' '.join(str(error).split())}). Give a local folder with a model_index.json, 'testbed', or a hub id "
+            f"model.name = {model.name!r}: cannot be loaded as a diffusers pipeline of Stable Diffusion "
+            f"({' '.join(str(error).split())}). Give a local folder with a model_index.json, 'testbed', or a Hub id "
             f"downloaded with: hf download {model.name}"
         ) from error
 
 
 def family_of(model: ModelConfig) -> type[Pipeline]:
-    """The class of the pipeline that `model` names.
+    """The pipeline class of `model`.
 
     Raises:
-        ValueError: it cannot be found, or is not supported.
+        ValueError: the model is not found, or its pipeline is not supported.
     """
     with loading(model):
         name = DiffusionPipeline.load_config(source_of(model), revision=model.revision).get("_class_name")
@@ -58,7 +58,7 @@ def family_of(model: ModelConfig) -> type[Pipeline]:
 
 
 def configurations(model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of the UNet and of the VAE of `model`.
+    """The configurations of the UNet and the VAE of `model`.
 
     Raises:
         ValueError: they cannot be read, or the pipeline is not supported.
@@ -76,18 +76,21 @@ def configurations(model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def is_xl(unet: Mapping[str, Any]) -> bool:
-    """Whether a UNet's configuration asks for Stable Diffusion XL's pooled text and size conditions."""
+    """Whether a UNet's configuration has Stable Diffusion XL's pooled text and size conditions."""
     return unet.get("addition_embed_type") == "text_time"
 
 
 def pooled_width(unet: Mapping[str, Any]) -> int:
-    """Width of the pooled text embeddings that a UNet of Stable Diffusion XL is given beside its six size conditions."""
+    """Width of the pooled text embeddings of a Stable Diffusion XL UNet, which also takes six size conditions."""
     return unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
 
 
 def vae_dtype(model: ModelConfig, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> torch.dtype:
-    """The type that the VAE computes in: as `model` says or, by default, as all else; but float32 instead of float16
-    for Stable Diffusion XL, whose VAE overflows there, unless its `force_upcast` says that it does not (diffusers)."""
+    """The VAE's compute dtype: `model.vae_dtype`, or by default `model.dtype`.
+
+    Instead of float16, the default is float32 for Stable Diffusion XL, whose VAE overflows in float16 unless its
+    configuration has `force_upcast = False` (as in diffusers).
+    """
     if model.vae_dtype is not None:
         return getattr(torch, model.vae_dtype)
     overflows = model.dtype == "float16" and is_xl(unet) and vae.get("force_upcast", True)

@@ -1,10 +1,8 @@
-"""The policy: a diffusers UNet and what of it is trained, and the reference policy, the same UNet as it was pretrained.
+"""The policy, a diffusers UNet being finetuned, and the reference policy, the same UNet as pretrained.
 
-With a LoRA both share all weights: the reference is the network with its adapter off. When all parameters are trained,
+With a LoRA both share all weights: the reference is the network with its adapter disabled. When all parameters are trained,
 the reference is a second, frozen network.
 """
-
-from __future__ import annotations
 
 import contextlib
 import copy
@@ -20,41 +18,21 @@ from fastnabla.config.sections import LORA_TARGETS, Attention
 from fastnabla.models.compiling import Compile, compile_blocks, compiled, pad_rows
 from fastnabla.models.conditions import Conditions
 from fastnabla.models.lora import Lora, add_lora
+from fastnabla.models.pass_counter import PassCounter
 
 if TYPE_CHECKING:
     from fastnabla.distributed.sharding import ShardedNetwork
     from fastnabla.distributed.world import World
 
 
-class PassCounter:
-    """Counts network passes by rows: a forward or a backward of N guided samples adds N."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-
-    def watch(self, output: Tensor, rows: int) -> Tensor:
-        """Count the forward pass that made `output`, and every backward pass that enters it."""
-        self.rows += rows
-        return self.watch_backward(output, rows)
-
-    def watch_backward(self, output: Tensor, rows: int) -> Tensor:
-        """Count every backward pass that enters `output`."""
-        if output.requires_grad:
-            output.register_hook(lambda _: self._count(rows))
-        return output
-
-    def _count(self, rows: int) -> None:
-        self.rows += rows
-
-
 class Policy(nn.Module):
     """Guided outputs of the finetuned and of the reference policy.
 
     Args:
-        unet: a frozen `UNet2DConditionModel` without adapters, in the dtype that is computed in; it becomes the policy.
+        unet: a frozen `UNet2DConditionModel` without adapters, in the compute dtype; it is finetuned in place.
         conditions: the prompts.
-        guidance_scale: w of classifier-free guidance; None or 1 runs the conditional rows alone.
-        rank: rank of the LoRA, which is also its alpha; 0 trains all parameters instead.
+        guidance_scale: w of classifier-free guidance; None or 1 runs only the conditional rows.
+        rank: rank and alpha of the LoRA; 0 trains all parameters instead.
         targets: names of the layers that get a LoRA.
     """
 
@@ -87,20 +65,18 @@ class Policy(nn.Module):
         self.twice_differentiable = True
         self.compile: Compile = "none"
         self.static_rows: tuple[int, ...] = ()
-        """Numbers of rows that a pass can have, ascending, so that few graphs are compiled: fewer rows are padded, and
-        more are split. (): any number."""
+        """Allowed numbers of rows in a pass, ascending; () allows any. Smaller batches are padded to the next size, larger
+        ones are split, so that few graphs are compiled."""
 
     def shard(self, world: World) -> None:
-        """Keep of all weights only this process's share, but for what a phase of the run computes with.
+        """Shard both networks over the ranks with FSDP2.
 
-        The finetuned network is whole outside `updating`, the reference within `whole_reference`. Where `dtype` is of half
-        precision the whole weights are too, and no longer cast by autocast.
+        The finetuned network is gathered except within `updating`, the reference only within `whole_reference`. If `dtype`
+        is a half-precision type, so are the gathered weights, and autocast no longer casts them.
 
         Args:
-            world: the processes, which all have the same weights, and train all of them.
+            world: the ranks. All of them hold the same weights, and all parameters are trained.
         """
-        from fastnabla.distributed.sharding import ShardedNetwork
-
         device = self.conditions.device
         self.shards = ShardedNetwork(self.unet, world, device, self.dtype)
         self.pretrained_shards = ShardedNetwork(self.pretrained, world, device, self.dtype)
@@ -113,25 +89,25 @@ class Policy(nn.Module):
         channels_last: bool = False,
         checkpoint: bool = False,
     ) -> None:
-        """Choose how the networks compute; what they compute stays the same, beyond rounding.
+        """Choose how the networks compute. Their outputs change only by rounding.
 
-        A compiled network with a LoRA is one graph for each number of rows, whatever is asked of it: a pass without
-        gradient builds a graph and throws it away, gradients of the LoRA are computed where only those of the input are wanted
-        (0.6 % more arithmetic in a backward pass of Stable Diffusion 1.5), and the reference has B = 0. Otherwise two graphs of one network would
-        round differently in half precision, and what should cancel in ``o_θ − o_ref`` and ``o_θ − o_old`` would not.
+        A compiled network with a LoRA uses one graph for each number of rows in every kind of pass. A pass without gradients
+        builds its autograd graph and discards it. A backward pass to the input also computes the LoRA's gradients (0.6 % more
+        arithmetic for Stable Diffusion 1.5). The reference is the same graph with B = 0. Two different graphs of one network
+        would round differently in half precision, and ``o_θ − o_ref`` and ``o_θ − o_old`` would not cancel where they should.
 
         Args:
-            compile: "whole" networks, their repeated "blocks" alone, or "none"; see `fastnabla.models.compiling`.
-            attention: "sdpa", torch's; or "xformers".
+            compile: the "whole" networks, only their repeated "blocks", or "none"; see `fastnabla.models.compiling`.
+            attention: "sdpa" (torch's) or "xformers".
             channels_last: keep weights and activations in NHWC order.
             checkpoint: recompute the UNet's blocks in the backward pass instead of keeping their activations.
 
         Raises:
-            ValueError: xformers is asked for and cannot run, or a whole graph of a network that is sharded.
+            ValueError: xformers is requested and does not run, or "whole" is requested for a sharded network.
         """
         if compile == "whole" and self.shards is not None:
             raise ValueError(
-                "compute.compile = 'whole': not of a network that is sharded over processes; use blocks, or none, or "
+                "compute.compile = 'whole': not supported for a sharded network; use blocks or none, or "
                 "--memory.shard False."
             )
         networks = [self.unet] if self.pretrained is None else [self.unet, self.pretrained]
@@ -153,36 +129,39 @@ class Policy(nn.Module):
 
     @property
     def is_lora(self) -> bool:
-        """Whether a LoRA is trained, rather than all parameters."""
+        """Whether a LoRA is trained rather than all parameters."""
         return self.pretrained is None
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process has its share of the weights alone."""
+        """Whether the weights are sharded over the ranks."""
         return self.shards is not None
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by their names in the UNet, float32; `DTensor`s if they are sharded."""
+        """The trained parameters by their names in the UNet, float32; `DTensor`s if sharded."""
         if self.shards is not None:
             return self.shards.shards
         return {n: p for n, p in self.unet.named_parameters() if not self.is_lora or "lora_" in n}
 
     def trainable(self) -> list[nn.Parameter]:
-        """The trained parameters."""
+        """The values of `trained`."""
         return list(self.trained().values())
 
     def weights(self) -> list[Tensor]:
-        """What gradients are taken to, in the order of `trainable`: the same; what is gathered of them, if they are
-        sharded; or a LoRA rounded to `dtype`, if that is of half precision."""
+        """The tensors to differentiate with respect to, in the order of `trainable`.
+
+        They are the trained parameters themselves; the gathered ones, if the policy is sharded; or copies of the LoRA in
+        `dtype`, if that is a half-precision type.
+        """
         if self.shards is not None:
             return self.shards.weights()
         return self.trainable() if self.lora is None else self.lora.weights(self.dtype)
 
     def accumulate(self, gradients: Sequence[Tensor] | None) -> bool:
-        """Add gradients of `weights` to the `.grad` of `trainable`.
+        """Add the gradients of `weights` to the `.grad` of `trainable`; whether there were any.
 
-        If they are sharded, it adds the sum over the processes, which all call it equally often: with None when they have
-        no more, until it says that none had any.
+        If sharded, this is collective and adds the sum over the ranks. A rank that has no gradients left passes None, and all
+        ranks keep calling until the result is False.
         """
         if self.shards is not None:
             return self.shards.accumulate(gradients)
@@ -191,12 +170,12 @@ class Policy(nn.Module):
         return gradients is not None
 
     def forward(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
-        """Output pair `[2N, …]` (unconditional rows first; `[N, …]` without guidance) in `dtype`.
+        """Outputs `[2N, …]` in `dtype`, unconditional rows first; `[N, …]` without guidance.
 
         Args:
             x: states `[N, C, H, W]`.
             timestep: `[N]` int64.
-            prompt: `[N]` int64, prompt numbers from 0.
+            prompt: prompt indices `[N]`, int64.
         """
         largest = max(self.static_rows, default=len(x))
         if len(x) > largest:
@@ -206,12 +185,13 @@ class Policy(nn.Module):
         return self._output(x, timestep, prompt)
 
     def _output(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
-        """`forward` of as many rows as a pass has."""
+        """`forward` in a single pass."""
         rows, guided = len(x), self.guidance_scale is not None
         padded = next((size for size in self.static_rows if size >= rows), rows)
         if self.lora is not None:
             self.lora.refresh(self.dtype)
         with_graph = torch.is_grad_enabled()
+        # With `_one_graph`, passes without gradients build a graph too; see `optimise`.
         with torch.enable_grad() if self._one_graph else contextlib.nullcontext():
             if self._one_graph and not x.requires_grad:
                 x = x.detach().requires_grad_()
@@ -236,13 +216,13 @@ class Policy(nn.Module):
         return self.lora is not None and self.lora.one_graph
 
     def reference(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
-        """The same of the pretrained policy."""
+        """`forward` of the reference policy."""
         with self.pretrained_weights():
             return self(x, timestep, prompt)
 
     @contextlib.contextmanager
     def pretrained_weights(self) -> Iterator[None]:
-        """Within, `forward` is the reference policy."""
+        """Within the context, `forward` is the reference policy."""
         self._reference = True
         if self.lora is not None:
             self.lora.weights(self.dtype)
@@ -256,8 +236,10 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def constant_weights(self) -> Iterator[None]:
-        """Within, outputs carry no gradient to the parameters, and keep nothing for one. A compiled network with a LoRA still
-        has them, and they are not to be asked for."""
+        """Within the context, outputs have no gradient with respect to the parameters, and no activations are kept for one.
+
+        A compiled network with a LoRA still tracks those gradients; do not request them.
+        """
         weights = [] if self.is_lora else self.weights()
         if self.lora is not None:
             self.lora.switches.constant = not self._one_graph
@@ -273,7 +255,7 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
-        """Within, the trained parameters may be changed, and nothing computed if they are sharded."""
+        """Within the context, the trained parameters may be changed. If they are sharded, nothing may be computed."""
         if self.shards is None:
             yield
             return
@@ -283,7 +265,7 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def whole_reference(self) -> Iterator[None]:
-        """Within, the reference policy can be computed if it is sharded, too."""
+        """Within the context, a sharded reference policy is gathered, so that it can be computed."""
         if self.pretrained_shards is None:
             yield
             return
@@ -298,7 +280,7 @@ def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     if parameters and parameters[0].dtype != gradients[0].dtype:
-        # Adding tensors of two dtypes would be a launch each.
+        # _foreach_add_ of mixed dtypes falls back to one launch a tensor.
         wide = [torch.empty_like(parameter) for parameter in parameters]
         torch._foreach_copy_(wide, list(gradients))
         gradients = wide
@@ -316,5 +298,5 @@ def _use_xformers(network: nn.Module) -> None:
         network.enable_xformers_memory_efficient_attention()
     except (ImportError, ModuleNotFoundError) as error:
         raise ValueError(f"compute.attention = 'xformers': the package is not installed; {remedy}") from error
-    except Exception as error:  # xformers raises of many kinds when its operators do not run here
+    except Exception as error:  # xformers raises many kinds of exceptions if its operators do not run here
         raise ValueError(f"compute.attention = 'xformers': it does not run here ({error}); {remedy}") from error

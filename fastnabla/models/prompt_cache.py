@@ -1,4 +1,4 @@
-"""Conditions of more prompts than are encoded up front: each is encoded when it is first needed, and kept for a while."""
+"""Conditions for prompt lists too long to encode up front: prompts are encoded on first use and cached (LRU)."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -9,22 +9,25 @@ from torch import Tensor
 from fastnabla.models.conditions import Conditions
 
 CAPACITY = 1024
-"""Prompts kept: 121 MB of Stable Diffusion 1.5's embeddings in 16 bits, 325 MB of XL's."""
+"""Cached prompts: 121 MB for Stable Diffusion 1.5's embeddings in 16 bits, 325 MB for XL's."""
 
 Encode = Callable[[Sequence[str]], list[tuple[Tensor, ...]]]
-"""Prompts to the embeddings of each, `[1, L, D]` and, for Stable Diffusion XL, pooled `[1, E]`. A prompt's must not depend on
-those that it is encoded with, or a resumed run, which has other ones to encode, would not equal an uninterrupted one."""
+"""Maps prompts to the embeddings of each: `[1, L, D]` and, for Stable Diffusion XL, pooled `[1, E]`.
+
+A prompt's embeddings must not depend on the prompts encoded with it. A resumed run encodes other groups of prompts, and would
+otherwise differ from an uninterrupted one.
+"""
 
 
 class PromptCache(Conditions):
-    """The embeddings of the prompts that were needed last.
+    """An LRU cache of prompt embeddings.
 
     Args:
-        prompts: texts of the prompt numbers.
-        encode: what makes them; called without gradients.
-        unconditional: the embeddings of row 0, as `encode` gives them.
+        prompts: texts, by prompt index.
+        encode: computes embeddings; called without gradients.
+        unconditional: the embeddings of row 0, in the form that `encode` returns.
         time_ids: as for `Conditions`.
-        capacity: prompts kept, or as many as are needed at once if those are more.
+        capacity: number of cached prompts; exceeded if a single call needs more.
     """
 
     def __init__(
@@ -38,16 +41,15 @@ class PromptCache(Conditions):
         tables = [row.new_zeros(1, *row.shape[1:]).copy_(row) for row in unconditional]
         super().__init__(*tables, *[None] * (2 - len(tables)), time_ids)
         self.prompts, self.encode, self.capacity = prompts, encode, capacity
+        # Prompts that are not cached have an index out of range, so that a look-up fails.
         absent = torch.full((len(prompts),), torch.iinfo(torch.int64).max, device=self.device)
-        self.register_buffer(
-            "row", absent, persistent=False
-        )  # out of range: asking for one that is not there is an error
+        self.register_buffer("row", absent, persistent=False)
         self._row_of: OrderedDict[int, int] = OrderedDict()
-        """Rows by prompt number, the one that was needed longest ago first."""
+        """Row by prompt index, least recently used first."""
 
     @torch.no_grad()
     def ensure(self, prompt: Tensor) -> None:
-        """As `Conditions`; encodes those that are not there, in place of those needed longest ago."""
+        """As `Conditions.ensure`; encodes missing prompts and evicts the least recently used ones."""
         wanted = dict.fromkeys(prompt.tolist())
         missing = [number for number in wanted if number not in self._row_of]
         for number in wanted.keys() - missing:
@@ -58,14 +60,14 @@ class PromptCache(Conditions):
         for number, embeddings in zip(missing, self.encode([self.prompts[i] for i in missing]), strict=True):
             row = 1 + len(self._row_of)
             if row == len(self.text):
-                gone, row = self._row_of.popitem(last=False)
-                self.row[gone] = torch.iinfo(torch.int64).max
+                evicted, row = self._row_of.popitem(last=False)
+                self.row[evicted] = torch.iinfo(torch.int64).max
             for table, embedding in zip((self.text, self.pooled), embeddings, strict=False):
                 table[row] = embedding[0]
             self.row[number], self._row_of[number] = row, row
 
     def _grow(self, prompts: int, at_once: int) -> None:
-        """Have rows for `prompts`, of which not more than are allowed are kept."""
+        """Make room for `prompts`, up to the capacity, or for `at_once` if those are more."""
         rows = 1 + max(min(prompts, self.capacity), at_once)
         for name in ("text", "pooled"):
             table = getattr(self, name)

@@ -1,4 +1,4 @@
-"""Stable Diffusion's architectures with random weights, without a download: for dry runs, smoke tests, benchmarks."""
+"""Stable Diffusion pipelines with random weights, for dry runs, smoke tests and benchmarks; nothing is downloaded."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from fastnabla.testbed import pipeline_folder
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within, new weights are of `dtype`."""
+    """Within the context, new weights have the type `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -31,11 +31,11 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def random_pipeline(
     architecture: Architecture, dtypes: Mapping[str, torch.dtype]
 ) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    """A pipeline of `architecture`; the weights are those of seed 0. Prompts go through the testbed's tokenizer.
+    """A pipeline of `architecture` with random weights (seed 0) and the testbed's tokenizer.
 
     Args:
-        architecture: what it is made of.
-        dtypes: types of the weights: "default", and perhaps "vae".
+        architecture: configurations of the components.
+        dtypes: types of the weights, by component: "default", and optionally "vae".
     """
     tokenizer = CLIPTokenizer.from_pretrained(pipeline_folder() / "tokenizer", model_max_length=77)
     texts = [CLIPTextConfig(**sizes) for sizes in architecture.text_encoders]

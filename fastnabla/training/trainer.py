@@ -26,7 +26,8 @@ from fastnabla.metrics.evaluation import Evaluator
 from fastnabla.metrics.probes import build_probe
 from fastnabla.models.build import build_networks
 from fastnabla.models.compiling import compile_cost
-from fastnabla.models.pipeline import image_size, pipeline_of, save_policy, tokenizers
+from fastnabla.models.pipeline import image_size, pipeline_of, tokenizers
+from fastnabla.models.saved_policy import save_policy
 from fastnabla.optim.ema import WeightAverage
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.prompts import RunPrompts, used_prompts, warn_truncated
@@ -221,7 +222,7 @@ class Trainer:
                     stop.check()
 
                 self.sampler.advance = advance
-                begin("pretrained samples", 2 * len(evaluator.share) * len(self.table))
+                begin("pretrained samples", 2 * len(evaluator.rank_rows) * len(self.table))
                 with self.policy.whole_reference(), self.policy.pretrained_weights():
                     before, prior = evaluator.images(), evaluator.images(noise=1)
                 if world.is_main:
@@ -235,7 +236,7 @@ class Trainer:
                     if rollout is None and update > 0:
                         if self._due(update, config.evaluation.every) and not tracker.has("evaluate", update):
                             models = 1 if self.ema is None else 2
-                            begin("evaluation", models * len(evaluator.share) * len(self.table))
+                            begin("evaluation", models * len(evaluator.rank_rows) * len(self.table))
                             self._evaluate(run, tracker, update, before, meter)
                             progress.update(
                                 overall, status=f"evaluated reward {decimals(tracker.records[-1]['reward'])}"

@@ -1,1 +1,1 @@
-"""Plumbing that knows nothing of diffusion models."""
+"""General utilities, independent of diffusion models."""

@@ -1,4 +1,4 @@
-"""What the command lines print."""
+"""Terminal output of the command lines."""
 
 import contextlib
 import logging
@@ -13,7 +13,7 @@ from fastnabla.utils.printable import printable
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' start-up notices off the terminal; call it before importing them."""
+    """Suppress the libraries' start-up messages. Call this before importing them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -31,19 +31,19 @@ def silenced(silent: bool = True) -> Iterator[None]:
 
 
 def print_error(error: Exception | str) -> None:
-    """A line on stderr for a user's mistake."""
+    """Print a user error on stderr, without a traceback."""
     console = Console(stderr=True)
     console.print("[bold red]error[/]: ", end="")
     print_plain(console, str(error))
 
 
 def print_plain(console: Console, text: str, style: str | None = None) -> None:
-    """A line of `text` as it is: no markup, no emoji codes, no control characters."""
+    """Print `text` literally: markup and emoji codes are not interpreted, control characters are escaped."""
     console.print(Text(printable(text)), style=style, soft_wrap=True)
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar with the phase, what has been done, and the time left."""
+    """A progress bar with the phase, a status, and the elapsed and remaining time."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),

@@ -1,4 +1,4 @@
-"""Runs that are equal bit for bit on a GPU too: torch's switches for deterministic algorithms."""
+"""Bitwise reproducible runs on a GPU: enables torch's deterministic algorithms."""
 
 import logging
 import os
@@ -9,30 +9,34 @@ logger = logging.getLogger(__name__)
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 WORKSPACES = (":4096:8", ":16:8")
-"""Its values with which cuBLAS adds up in the same order whatever else runs; torch refuses to multiply with others."""
+"""The values for which cuBLAS sums in a fixed order; with any other value torch refuses matrix products."""
 
 
 def make_deterministic() -> None:
-    """Let this process use deterministic algorithms alone, until it ends. A second call changes nothing.
+    """Restrict this process to deterministic algorithms. A second call has no effect.
 
-    An operation without one raises a RuntimeError that names it. Of the kernels of `scaled_dot_product_attention`, flash and
-    memory-efficient attention have a deterministic backward pass, which torch then takes, and cuDNN's is left out.
-    torch.compile measures no variants whose sums differ.
+    An operation without a deterministic algorithm raises a RuntimeError that names it. For `scaled_dot_product_attention`
+    torch uses the deterministic backward passes of flash and memory-efficient attention, and excludes cuDNN's kernel.
+    torch.compile does not autotune between variants with different summation orders.
 
-    Call it before CUDA starts: cuBLAS reads its variable then.
+    Call this before CUDA is initialised, which is when cuBLAS reads its environment variable.
 
     Raises:
-        ValueError: CUDA has started without the variable, or it has another value.
+        ValueError: CUDA is already initialised without the variable, or the variable has an unsuitable value.
     """
     if WORKSPACE not in os.environ and torch.cuda.is_initialized():
-        raise ValueError(f"deterministic = True: CUDA has started already; set {WORKSPACE}={WORKSPACES[0]} before.")
+        raise ValueError(
+            f"deterministic = True: CUDA is already initialised; set {WORKSPACE}={WORKSPACES[0]} before starting Python."
+        )
     value = os.environ.setdefault(WORKSPACE, WORKSPACES[0])
     if value not in WORKSPACES:
-        raise ValueError(f"deterministic = True: {WORKSPACE} is {value!r}; unset it, or set {' or '.join(WORKSPACES)}.")
+        raise ValueError(
+            f"deterministic = True: {WORKSPACE} = {value!r}: must be {' or '.join(WORKSPACES)}; change or unset it."
+        )
     if not torch.are_deterministic_algorithms_enabled():
         logger.warning(
-            "deterministic = True: slower on a GPU, in the backward passes of attention and convolutions above all; "
-            "operations without a deterministic algorithm stop the run."
+            "deterministic = True: slower on a GPU, mostly in the backward passes of attention and convolutions; "
+            "an operation without a deterministic algorithm stops the run."
         )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -1,7 +1,7 @@
-"""Files and folders that are there whole or not at all, whatever ends the process or the machine.
+"""Atomic writes of files and folders: after a crash of the process or the machine, they exist completely or not at all.
 
-A folder is written under another name, with a manifest of its files' sizes and SHA-256; everything is flushed to the
-disk; and only then does it get its name, in one step. What is read can so be told from what was cut off or has decayed.
+A folder is written under a temporary name, with a manifest of its files' sizes and SHA-256 digests. Everything is flushed to
+disk, and then the folder is renamed. On reading, the manifest reveals truncated and corrupt files.
 """
 
 import hashlib
@@ -15,15 +15,15 @@ from typing import Any, BinaryIO
 MANIFEST = "manifest.json"
 
 Write = Callable[[BinaryIO], None]
-"""Writes a file's content, front to back."""
+"""Writes a file's content sequentially."""
 
 
 class DamagedError(Exception):
-    """A folder is not as it was written; the message says what is wrong with it."""
+    """A folder is corrupt; the message says how."""
 
 
 class _Digesting:
-    """A file that computes the digest of what is written to it, and remembers why a write failed."""
+    """A file that digests what is written to it, and remembers why a write failed."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.bytes, self.digest, self.error = file, 0, hashlib.sha256(), None
@@ -43,7 +43,7 @@ class _Digesting:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush the names in `folder` to the disk."""
+    """Flush the directory entries of `folder` to disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -52,13 +52,13 @@ def fsync_folder(folder: Path) -> None:
 
 
 def _write(path: Path, write: Write) -> dict[str, Any]:
-    """Size and digest of the file that `write` makes, once it is on the disk."""
+    """Write a file with `write` and flush it to disk; its size and digest."""
     with path.open("wb") as file:
         digesting = _Digesting(file)
         try:
             write(digesting)
         except Exception:
-            if digesting.error is not None:  # torch.save reports a full disk as an error of its own
+            if digesting.error is not None:  # torch.save hides an OSError behind an exception of its own
                 raise digesting.error from None
             raise
         file.flush()
@@ -67,7 +67,7 @@ def _write(path: Path, write: Write) -> dict[str, Any]:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Replace the file `path` by one that holds `content`, text as UTF-8."""
+    """Atomically replace the file `path` with `content`; text is encoded as UTF-8."""
     partial = path.with_name(f".{path.name}.partial")
     _write(partial, lambda file: file.write(content.encode() if isinstance(content, str) else content))
     os.replace(partial, path)
@@ -75,39 +75,39 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move all files below `source` to the same places below `target`, each replacing its namesake in one step; `source`
-    is gone afterwards."""
+    """Move all files below `source` to the same relative paths below `target`, replacing existing files atomically, and
+    remove `source`."""
     for path in sorted(source.rglob("*")):
-        place = target / path.relative_to(source)
+        destination = target / path.relative_to(source)
         if path.is_dir():
-            place.mkdir(exist_ok=True)
+            destination.mkdir(exist_ok=True)
             continue
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(path, place)
-        fsync_folder(place.parent)
+        os.replace(path, destination)
+        fsync_folder(destination.parent)
     shutil.rmtree(source)
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where `write_folder` writes it."""
+    """The temporary name under which `write_folder` writes `folder`."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def write_folder(
     folder: Path, files: Mapping[str, Write], facts: Mapping[str, Any], fill: Callable[[Path], None] | None = None
 ) -> None:
-    """Write `folder`, replacing one of that name.
+    """Write `folder` atomically, replacing an existing one.
 
     Args:
-        folder: to be written. What crashes left of such writes in its parent is removed.
-        files: what writes each file, by name.
-        facts: what else the manifest says, JSON.
-        fill: writes further files, below the folder that it is given, and flushes them to the disk, as other processes may
-            do meanwhile.
+        folder: to write. Leftovers of crashed writes in its parent are removed.
+        files: by name, the functions that write the files.
+        facts: further entries of the manifest, JSON.
+        fill: writes further files below the folder that it is given, and flushes them to disk. Other processes may write there
+            meanwhile.
 
     Raises:
-        OSError: it cannot be written; there is no trace of it then.
+        OSError: the folder cannot be written; no trace of it is left.
     """
     parent = folder.parent
     parent.mkdir(exist_ok=True)
@@ -135,7 +135,7 @@ def write_folder(
 
 
 def _flushed(folder: Path) -> list[Path]:
-    """The files below `folder`, whose names are on the disk."""
+    """The files below `folder`, after flushing their directory entries to disk."""
     paths = sorted(folder.rglob("*"))
     for path in paths:
         if path.is_dir():
@@ -144,18 +144,18 @@ def _flushed(folder: Path) -> list[Path]:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    """Size and digest of a file as it is."""
+    """Size and digest of an existing file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove `folder`; what a crash leaves of it does not have its name."""
+    """Remove `folder` atomically: after a crash, remains of it have another name."""
     _remove(_set_aside(folder))
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or what has been put in its place."""
+    """Remove a folder, or a file or link in its place."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -175,26 +175,26 @@ def _sealed(manifest: dict[str, Any]) -> str:
 
 
 def _seal(manifest: dict[str, Any]) -> str:
-    """Digest of all that the manifest says, but for the seal."""
+    """Digest of the manifest without its seal."""
     rest = {name: value for name, value in manifest.items() if name != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder`, every file of which is as it was written.
+    """Verify every file of `folder` against its manifest; the manifest.
 
     Raises:
-        DamagedError: one is not, or is missing, or the manifest is not as it was written.
+        DamagedError: a file or the manifest is missing, unreadable or changed.
     """
     try:
         _require_file(folder / MANIFEST)
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest["seal"] != _seal(manifest):
-            raise DamagedError(f"{MANIFEST} is not what was written")
+            raise DamagedError(f"{MANIFEST} is not as it was written")
     except OSError as error:
         raise DamagedError(f"{MANIFEST} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{MANIFEST} is not what was written ({type(error).__name__})") from error
+        raise DamagedError(f"{MANIFEST} is not as it was written ({type(error).__name__})") from error
     for name, entry in manifest["files"].items():
         try:
             _require_file(folder / name)
@@ -205,13 +205,13 @@ def verify_folder(folder: Path) -> dict[str, Any]:
         except OSError as error:
             raise DamagedError(f"{name} cannot be read ({error.strerror})") from error
         if size != entry["bytes"]:
-            raise DamagedError(f"{name} has {size:,} bytes, and had {entry['bytes']:,}")
+            raise DamagedError(f"{name} has {size:,} bytes instead of {entry['bytes']:,}")
         if digest != entry["sha256"]:
-            raise DamagedError(f"{name} has other content than was written (its SHA-256 differs)")
+            raise DamagedError(f"{name} is not as it was written (its SHA-256 differs)")
     return manifest
 
 
 def _require_file(path: Path) -> None:
-    """Opening another thing, such as a pipe, can take for ever."""
+    """Opening something else, such as a pipe, could block forever."""
     if path.exists() and not path.is_file():
-        raise DamagedError(f"{path.name} is not a file")
+        raise DamagedError(f"{path.name} is not a regular file")

@@ -1,10 +1,10 @@
-"""Errors of configurations name the field, its value and a remedy."""
+"""Configuration errors that name the field, its value and the fix."""
 
 from typing import Any
 
 
 def require(condition: bool, field: str, value: Any, remedy: str) -> None:
-    """Check one field.
+    """Check a condition on a field.
 
     Raises:
         ValueError: `condition` is false.

@@ -1,4 +1,4 @@
-"""All randomness is a function of (seed, stream, numbers): never of a rank, a batch split or what ran before."""
+"""All randomness is a function of (seed, stream, key). It never depends on the rank, the batch split or earlier draws."""
 
 from collections.abc import Sequence
 
@@ -10,23 +10,23 @@ STREAMS = ("noise", "draws", "prompts", "weights", "evaluation", "order")
 
 
 def seed_of(seed: int, stream: str, *key: int) -> int:
-    """A 63-bit seed for the numbers `key` of one of the `STREAMS`."""
+    """A 63-bit seed for `key` in one of the `STREAMS`."""
     sequence = np.random.SeedSequence(seed, spawn_key=(STREAMS.index(stream), *key))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def generator_of(seed: int, stream: str, *key: int) -> torch.Generator:
-    """A CPU generator seeded by `seed_of`."""
+    """A CPU generator seeded with `seed_of`."""
     return torch.Generator().manual_seed(seed_of(seed, stream, *key))
 
 
 class TrajectoryNoise:
-    """Gaussian noise of B trajectories, each from its own generator: the same for any batch and any device.
+    """Gaussian noise for B trajectories. Each has its own generator, so its noise does not depend on the batch or the device.
 
     Args:
         seeds: one seed a trajectory, from `seed_of`.
         sample_shape: (C, H, W).
-        device: where the noise is wanted.
+        device: of the returned noise.
     """
 
     def __init__(self, seeds: list[int], sample_shape: tuple[int, ...], device: torch.device | str) -> None:
@@ -34,7 +34,7 @@ class TrajectoryNoise:
         self.sample_shape, self.device = sample_shape, torch.device(device)
 
     def draw(self) -> Tensor:
-        """The next noise `[B, C, H, W]`, float32. Nothing waits for the device."""
+        """The next noise `[B, C, H, W]`, float32. Does not synchronise with the device."""
         shape = (len(self.generators), *self.sample_shape)
         noise = torch.empty(shape, pin_memory=self.device.type == "cuda")
         for row, generator in zip(noise, self.generators, strict=True):

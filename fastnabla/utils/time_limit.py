@@ -1,9 +1,12 @@
-"""A limit to the time that a call may take, kept even where the call never comes back.
+"""A time limit for a call that is enforced even if the call never returns.
 
-Three things end it, each where the one before it cannot. SIGALRM, in the main thread: Python code, and C code that waits
-for a signal or lets one in (sleep, sockets, locks of Python), end with an exception. A thread: where Python has not got
-back to the main thread, or the exception was swallowed, it ends the process. faulthandler: where a hanging C function does
-not even let other threads run (it holds the GIL), a thread that needs no Python does that.
+There are three mechanisms, each for when the previous one fails:
+
+1. SIGALRM, in the main thread, raises an exception. It interrupts Python code, and C code that handles signals (sleep,
+   sockets, Python's locks).
+2. If the main thread does not return to Python, or the exception was swallowed, a timer thread ends the process.
+3. If a C function hangs while holding the GIL, no Python thread can run. faulthandler's watchdog thread, which does not need
+   Python, then ends the process.
 """
 
 import contextlib
@@ -14,28 +17,28 @@ import threading
 from collections.abc import Iterator
 
 GRACE = 10.0
-"""Seconds between one means and the next."""
+"""Seconds between one mechanism and the next."""
 STATUS = 1
-"""Exit status of a process that has to be ended."""
+"""Exit status of a process that is ended."""
 
 
 class Expired(BaseException):
-    """Raised within the call. No Exception, lest code that catches those and tries again goes on."""
+    """Raised within the call. Not an Exception, because code that catches those and retries would go on."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float | None, error: Exception, grace: float = GRACE) -> Iterator[None]:
-    """Let what is within take `seconds` at most, by the clock; None for no limit.
+    """Limit the wall-clock time of the block within the context.
 
-    Work that was only handed to a GPU is not waited for, and does not count. Only one limit at a time: what is within must
-    have none of its own, nor use SIGALRM or `faulthandler.dump_traceback_later`.
+    Work queued on a GPU is not waited for, so it does not count. Limits cannot be nested, and the block must not use SIGALRM
+    or `faulthandler.dump_traceback_later`.
 
     Args:
-        seconds: the limit.
-        error: raised if the limit is passed; its cause has the traceback of where the time went. If that cannot be done,
-            `grace` seconds later the process ends with `STATUS`, having written it and all threads' tracebacks to stderr; if
-            not even that, as much later with the tracebacks alone.
-        grace: seconds.
+        seconds: the limit; None for none.
+        error: raised when the limit is exceeded; its cause has the traceback of the interrupted code. If the exception cannot
+            be raised, the process ends `grace` seconds later with `STATUS`, and prints `error` and all threads' tracebacks to
+            stderr. If that fails too, it ends after another `grace` seconds and prints only the tracebacks.
+        grace: seconds between one mechanism and the next.
     """
     if seconds is None:
         yield
@@ -47,11 +50,11 @@ def time_limit(seconds: float | None, error: Exception, grace: float = GRACE) ->
         if not over:
             raise Expired
 
-    ender = threading.Timer(seconds + grace, _end, (str(error),))
-    ender.daemon = True
+    timer = threading.Timer(seconds + grace, _end_process, (str(error),))
+    timer.daemon = True
     before = signal.signal(signal.SIGALRM, expire) if in_main else None
     try:
-        ender.start()
+        timer.start()
         faulthandler.dump_traceback_later(seconds + 2 * grace, exit=True, file=2)
         if in_main:
             signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -61,16 +64,16 @@ def time_limit(seconds: float | None, error: Exception, grace: float = GRACE) ->
             over = True
     except Expired as expired:
         raise error from expired
-    finally:  # the alarm rings once: not here any more
+    finally:  # the alarm fires at most once, so it cannot interrupt this block
         if in_main:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-        ender.cancel()
+        timer.cancel()
         faulthandler.cancel_dump_traceback_later()
 
 
-def _end(message: str) -> None:
-    """End the process, without waiting for anything that hangs."""
+def _end_process(message: str) -> None:
+    """End the process without waiting for anything that hangs."""
     faulthandler.dump_traceback(file=2)
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar may have hidden it
     os.write(2, f"{show_cursor}error: {message}\n".encode(errors="replace"))

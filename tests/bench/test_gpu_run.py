@@ -91,9 +91,9 @@ def test_limits(tmp_path: Path) -> None:
     gpu.run(parts, path, total=8)
     assert time.monotonic() - start < 8 + 2 * gpu.GRACE
     found = outcomes(path)
-    assert found["quick"] == found["late"] == "passed" and found["step"].startswith("stopped after its time")
+    assert found["quick"] == found["late"] == "passed" and found["step"].startswith("timed out")
     assert 3 < rows.read(path)["step"]["left"]["s"] < 6
-    assert found["never"] == "not begun, no time left"
+    assert found["never"] == "not started, no time left"
     size = alive.stat().st_size
     time.sleep(0.3)
     assert alive.stat().st_size == size
@@ -188,7 +188,7 @@ def test_the_five_figures() -> None:
         ),
         *(
             "blocks 5.00 → 8.00 transitions/s, 1.60 times, 41 s to compile",
-            "whole: not measured (part whole: not begun)",
+            "whole: not measured (part whole: not started)",
         ),
         *(
             "decoder: first call 33 s",
@@ -238,6 +238,6 @@ def test_pytest_results_become_rows(tmp_path: Path) -> None:
         found = rows.read(path)["tests"]
         counts = found["all tests"]
         assert counts["failed"] == counts["skipped"] == counts["not collected"] == 1, done.stdout
-        assert counts["passed"] == 2 and counts["not begun, no time left"] == 1
+        assert counts["passed"] == 2 and counts["not started, no time left"] == 1
         assert any("made to fail" in row.get("note", "") for row in found.values())
         assert any("no_such_module" in row.get("note", "") for row in found.values())

@@ -9,11 +9,20 @@ import torch
 from fastnabla.config.sections import LoraConfig, MemoryConfig, ModelConfig, RolloutConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.cost import planner
-from fastnabla.cost.planner import ENOUGH, MOST, SHARE, DoesNotFit, MemoryPlan, plan_memory, planned, unit_costs
+from fastnabla.cost.planner import (
+    ENOUGH,
+    MAX_MICRO_BATCH,
+    USABLE_FRACTION,
+    DoesNotFit,
+    MemoryPlan,
+    plan_memory,
+    planned,
+    unit_costs,
+)
 from fastnabla.cost.reward_bytes import RewardBytes
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.buffer import TrajectoryBuffer
-from fastnabla.utils.live_bytes import LiveBytes
+from fastnabla.utils.tensor_bytes import LiveBytes
 from tests.cost.test_unit_costs import stable_diffusion
 from tests.training.test_trainer import small
 
@@ -30,13 +39,13 @@ def test_plans_fit_and_grow() -> None:
     price of recomputing or of smaller chunks."""
     plans = [plan(gigabytes) for gigabytes in (8, 10, 12, 14, 16, 20, 24, 32, 48, 80)]
     for chosen in plans:
-        assert chosen.total <= SHARE * chosen.budget
+        assert chosen.total <= USABLE_FRACTION * chosen.budget
     for less, more in itertools.pairwise(plans):
         assert min(less.micro_batch, ENOUGH[0]) <= min(more.micro_batch, ENOUGH[0])
         kept = [(not p.checkpoint_unet, not p.checkpoint_decoder, p.decode_chunk, p.micro_batch) for p in (less, more)]
         assert kept[0] <= kept[1]
     assert plans[0].checkpoint_unet
-    assert plans[-1].micro_batch == MOST
+    assert plans[-1].micro_batch == MAX_MICRO_BATCH
 
 
 def test_24_gigabytes_need_no_checkpointing() -> None:
@@ -44,7 +53,7 @@ def test_24_gigabytes_need_no_checkpointing() -> None:
     assert not chosen.checkpoint_unet and not chosen.checkpoint_decoder
     assert chosen.micro_batch >= 4
     larger = planner._step(stable_diffusion(), chosen.micro_batch + 1, chosen.decode_chunk, False, False)
-    assert sum(chosen.fixed.values()) + max(larger.values()) > SHARE * 24e9, "one more would fit"
+    assert sum(chosen.fixed.values()) + max(larger.values()) > USABLE_FRACTION * 24e9, "one more would fit"
 
 
 def test_a_pinned_buffer_is_counted_in_the_hosts_memory() -> None:
@@ -64,7 +73,7 @@ def test_a_pinned_buffer_is_counted_in_the_hosts_memory() -> None:
     assert pinned.host == on_device.fixed["trajectory buffer"] == trajectories * slabs.nbytes
     for chosen, shown in ((on_device, False), (pinned, True)):
         rows = list(chosen.table().columns[0].cells)
-        assert ("trajectory buffer, in the host's memory" in rows) == shown
+        assert ("trajectory buffer, in host memory" in rows) == shown
 
 
 def test_activations_of_rewards_count() -> None:
@@ -72,7 +81,7 @@ def test_activations_of_rewards_count() -> None:
     without = plan(24)
     rewards = RewardBytes(3_900_000_000, 435_000_000)
     chosen = plan_memory(TrainConfig(vram=24), stable_diffusion(), int(24e9), CPU, rewards)
-    assert chosen.total <= SHARE * chosen.budget
+    assert chosen.total <= USABLE_FRACTION * chosen.budget
     assert chosen.fixed["reward networks"] == rewards.weights
     assert (chosen.micro_batch, chosen.decode_chunk) < (without.micro_batch, without.decode_chunk)
     settings = (stable_diffusion(), chosen.micro_batch, chosen.decode_chunk, False, False)
@@ -83,7 +92,7 @@ def test_activations_of_rewards_count() -> None:
 def test_full_finetuning() -> None:
     """Gradients and casts of 860 M weights are counted by network, not by transition."""
     chosen = plan(80, rank=0)
-    assert chosen.micro_batch == MOST and not chosen.checkpoint_unet
+    assert chosen.micro_batch == MAX_MICRO_BATCH and not chosen.checkpoint_unet
     phase = "step, in backward passes"
     assert chosen.step[phase] < 1.2 * plan(80).step[phase]
     with pytest.raises(DoesNotFit, match=r"^vram = 12\.0 GB"):
@@ -114,9 +123,9 @@ def test_fixed_settings_are_respected() -> None:
 
 @pytest.mark.parametrize(("gigabytes", "memory"), [(4, {}), (16, {"micro_batch": 8, "checkpoint_unet": False})])
 def test_what_does_not_fit_fits_into_what_is_said_to_be_needed(gigabytes: int, memory: dict) -> None:
-    with pytest.raises(DoesNotFit, match=rf"^vram = {gigabytes}\.0 GB: the smallest setting needs about ") as caught:
+    with pytest.raises(DoesNotFit, match=rf"^vram = {gigabytes}\.0 GB: the smallest settings need about ") as caught:
         plan(gigabytes, **memory)
-    needed = float(str(caught.value).split("needs about ")[1].split(" GB")[0])
+    needed = float(str(caught.value).split("need about ")[1].split(" GB")[0])
     assert needed > gigabytes
     plan(needed + 0.06, **memory)
     with pytest.raises(DoesNotFit):

@@ -8,7 +8,7 @@ from fastnabla.cost.reward_bytes import RewardBytes, image_bytes, reward_bytes
 from fastnabla.rewards import RewardOptions
 from fastnabla.rewards.inspection import value_and_gradient
 from fastnabla.rewards.model import RewardModel
-from fastnabla.utils.live_bytes import LiveBytes
+from fastnabla.utils.tensor_bytes import LiveBytes
 from tests.golden_rewards import TINY
 
 

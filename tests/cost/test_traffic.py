@@ -10,10 +10,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from bench.models import TOY
 from fastnabla.config.sections import LORA_TARGETS, MemoryConfig, RolloutConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
-from fastnabla.cost import update_cost
 from fastnabla.cost.shapes import Shapes
 from fastnabla.cost.traffic import update_traffic
 from fastnabla.cost.unit_costs import PassTraffic, UnitCosts
+from fastnabla.cost.update_cost import update_cost
 from fastnabla.methods.passes import StepCost
 from fastnabla.models.flow import UNetFlow
 from fastnabla.models.lora import add_lora

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from fastnabla.config.sections import LORA_TARGETS
-from fastnabla.cost.shapes import Shapes, pretended
+from fastnabla.cost.shapes import Shapes, fake_weights
 from fastnabla.cost.unit_costs import UnitCosts
 from fastnabla.models.flow import build_flow
 from fastnabla.models.lora import add_lora
@@ -66,7 +66,7 @@ def test_memory_of_full_finetuning() -> None:
 def test_pretended_weights_are_put_back() -> None:
     unet = stable_diffusion().shapes.unet
     before = dict(unet.named_parameters())
-    with pytest.raises(RuntimeError, match="within"), pretended(unet):
+    with pytest.raises(RuntimeError, match="within"), fake_weights(unet):
         assert unet.conv_in.weight.device.type == "cpu"
         assert {n: p.requires_grad for n, p in unet.named_parameters()} == {
             n: p.requires_grad for n, p in before.items()

@@ -80,6 +80,6 @@ def test_those_restarted_meet_each_other_and_not_those_before() -> None:
 
 def test_who_has_not_come_is_named() -> None:
     store = HashStore()
-    store.set("came/1", "an earlier attempt's")
-    with pytest.raises(RuntimeError, match=r"missing are ranks \[1, 2\]"):
+    store.set("announced/1", "an earlier attempt's")
+    with pytest.raises(RuntimeError, match=r"missing ranks: \[1, 2\]"):
         rendezvous(store, 0, 3, timedelta(seconds=0.1))

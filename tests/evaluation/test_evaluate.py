@@ -13,7 +13,7 @@ from fastnabla import evaluate
 from fastnabla.config.sections import LoraConfig, OptimizerConfig, PromptConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.evaluation.run import REFERENCE_NOISE, EvaluationOptions, RunEvaluation
-from fastnabla.models.pipeline import read_policy
+from fastnabla.models.saved_policy import read_policy
 from fastnabla.run.checkpoint import newest_checkpoint
 from fastnabla.training.trainer import Trainer
 from tests.training.test_trainer import small, train

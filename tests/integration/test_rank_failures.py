@@ -112,7 +112,7 @@ def test_a_rank_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert end(begin(2, lambda: trained(TINY, prepare))) == [1, -signal.SIGKILL]
     told = outputs(2)[0]
     assert "error: rank 0 on" in told and "another process can no longer be reached" in told and "Traceback" not in told
-    assert "no sign of life from ranks [1]" in told
+    assert "no heartbeat from ranks [1]" in told
 
 
 def test_a_rank_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_a_rank_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         os.kill(children[1], signal.SIGKILL)
     assert end(children[1:]) == [-signal.SIGKILL]
-    assert "error: rank 1: no sign of life for 2 s; so all processes end." in outputs(2)[0]
+    assert "error: rank 1: no heartbeat for 2 s; all processes end." in outputs(2)[0]
 
 
 def weights() -> torch.Tensor:

@@ -248,5 +248,5 @@ def test_tiny_gradient_vanishes_far_out(tiny):
 
 
 def test_tiny_is_not_checkpointed(tiny):
-    with pytest.raises(ValueError, match="AutoencoderTiny keeps little"):
+    with pytest.raises(ValueError, match="AutoencoderTiny keeps few activations"):
         Decoder(tiny, checkpoint=True)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastnabla.models.decoder import Decoder, decode_bytes, with_empty_weights
-from fastnabla.utils.live_bytes import LiveBytes
+from fastnabla.utils.tensor_bytes import LiveBytes
 
 LATENTS = (4, 64, 64)
 
@@ -49,29 +49,6 @@ def plain_gradient(vae: AutoencoderKL, latents: Tensor) -> None:
     latents = latents.clone().requires_grad_()
     images = (vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
     torch.autograd.grad(total(images, []).sum(), latents)
-
-
-def test_live_bytes():
-    old = torch.ones(1000)
-    with LiveBytes() as memory:
-        view = old.view(10, 100).t()
-        assert (memory.live, memory.peak) == (0, 0), f"{tuple(view.shape)} was there before"
-        a = old + 1
-        b = a[:10] * 2
-        assert (memory.live, memory.peak) == (4040, 4040)
-        del a
-        b.mul_(2)
-        assert (memory.live, memory.peak) == (40, 4040)
-
-
-def test_live_bytes_of_a_backward_pass():
-    with LiveBytes() as memory:
-        x = torch.ones(1000, requires_grad=True)
-        y = x.exp().exp()  # keeps both results
-        assert memory.live == 3 * 4000
-        y.sum().backward()
-        del y
-        assert memory.live == 2 * 4000, "not x and its gradient"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

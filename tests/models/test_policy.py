@@ -4,8 +4,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from fastnabla.models.conditions import Conditions
-from fastnabla.models.pipeline import save_policy
 from fastnabla.models.policy import Policy
+from fastnabla.models.saved_policy import save_policy
 from tests.checks import assert_gradients, randn, relative_error
 from tests.golden import STEP_SETS
 

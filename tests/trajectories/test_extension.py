@@ -238,11 +238,11 @@ while [ "$1" != -o ] && [ $# -gt 0 ]; do shift; done
 [ $# -eq 0 ] || echo nothing > "$2"
 """
 NO_CUDA = {
-    "no nvcc": r"nvcc is not in PATH, nor in CUDA_HOME",
-    "another version": r"bin/nvcc is of CUDA 13\.0 and torch of 12\.8; set CUDA_HOME",
-    "nvcc fails midway": r"nvcc failed, see above",
-    "no such architecture": r"bin/nvcc knows none of the architectures sm_1",
-    "cannot be loaded": r"python\S* failed, see above",
+    "no nvcc": r"nvcc was not found in CUDA_HOME or PATH",
+    "another version": r"bin/nvcc has CUDA 13\.0 and torch has 12\.8; set CUDA_HOME",
+    "nvcc fails midway": r"nvcc failed; its output is above",
+    "no such architecture": r"bin/nvcc supports none of the architectures sm_1",
+    "cannot be loaded": r"python\S* failed; its output is above",
 }
 
 
@@ -277,7 +277,7 @@ def test_a_cuda_part_that_cannot_be_built(case, required, tmp_path, monkeypatch,
     if required:
         monkeypatch.setenv("FASTNABLA_CUDA", "1")
         with pytest.raises(
-            SystemExit, match=rf"^FASTNABLA_CUDA is 1, but the CUDA part cannot be built: .*{NO_CUDA[case]}"
+            SystemExit, match=rf"^FASTNABLA_CUDA = 1, but CUDA support cannot be built: .*{NO_CUDA[case]}"
         ):
             command.run()
         assert built.read_text() == "of before"

@@ -50,13 +50,13 @@ def test_a_workspace_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     make_deterministic()
     assert os.environ[WORKSPACE] == ":16:8"
     monkeypatch.setenv(WORKSPACE, ":4096:2")
-    with pytest.raises(ValueError, match=f"{WORKSPACE} is ':4096:2'; unset it, or set :4096:8 or :16:8"):
+    with pytest.raises(ValueError, match=f"{WORKSPACE} = ':4096:2': must be :4096:8 or :16:8; change or unset it"):
         make_deterministic()
 
 
 def test_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    with pytest.raises(ValueError, match=f"CUDA has started already; set {WORKSPACE}=:4096:8 before"):
+    with pytest.raises(ValueError, match=f"CUDA is already initialised; set {WORKSPACE}=:4096:8 before"):
         make_deterministic()
     assert not torch.are_deterministic_algorithms_enabled() and WORKSPACE not in os.environ
 

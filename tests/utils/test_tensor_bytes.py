@@ -1,9 +1,9 @@
-"""Bytes that operations read and write, against counting by hand."""
+"""Bytes that operations allocate, read and write, against counts by hand."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastnabla.utils.moved_bytes import MovedBytes
+from fastnabla.utils.tensor_bytes import LiveBytes, MovedBytes
 from tests.checks import randn
 
 
@@ -41,3 +41,26 @@ def test_dtypes_and_fake_tensors() -> None:
     with FakeTensorMode():
         x = torch.empty(10, dtype=torch.bfloat16)
         assert moved(lambda: x.float()) == 2 * 10 + 4 * 10
+
+
+def test_live_bytes() -> None:
+    old = torch.ones(1000)
+    with LiveBytes() as memory:
+        view = old.view(10, 100).t()
+        assert (memory.live, memory.peak) == (0, 0), f"{tuple(view.shape)} was there before"
+        a = old + 1
+        b = a[:10] * 2
+        assert (memory.live, memory.peak) == (4040, 4040)
+        del a
+        b.mul_(2)
+        assert (memory.live, memory.peak) == (40, 4040)
+
+
+def test_live_bytes_of_a_backward_pass() -> None:
+    with LiveBytes() as memory:
+        x = torch.ones(1000, requires_grad=True)
+        y = x.exp().exp()  # keeps both results
+        assert memory.live == 3 * 4000
+        y.sum().backward()
+        del y
+        assert memory.live == 2 * 4000, "not x and its gradient"
