@@ -19,18 +19,10 @@ Append append_arguments(
     const Tensor& output_at, const Tensor& slots, int64_t step, const Tensor& x, const Tensor& output,
     const Tensor& x_next, Address address);
 
-AppendSteps append_steps_arguments(
-    const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& slots, const Tensor& x, const Tensor& output, Address address);
-
-// `out`: x, x_next, model_output, step_index, timestep, prompt, trajectory, reward, epoch.
+// `out`: x, x_next, model_output, step_index, prompt, trajectory, reward.
 Gather gather_arguments(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& epoch,
-    const Tensor& timestep, const Tensor& index, const std::vector<Tensor>& out, Address address);
-
-Recode<true> quantise_arguments(const Tensor& x, int64_t block, const Tensor& q, const Tensor& scales);
-
-Recode<false> dequantise_arguments(const Tensor& q, const Tensor& scales, int64_t block, const Tensor& x);
+    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& index,
+    const std::vector<Tensor>& out, Address address);
 
 }  // namespace fastnabla

@@ -180,35 +180,17 @@ void append(
     copy_rows(a);
 }
 
-void append_steps(
-    const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& slots, const Tensor& x, const Tensor& output) {
-    const AppendSteps a =
-        append_steps_arguments(states, outputs, scales, state_at, output_at, slots, x, output, host_address);
-    check_slots(a.slabs, slots, states, outputs);
-    copy_rows(a);
-}
-
 void gather(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& epoch,
-    const Tensor& timestep, const Tensor& index, const std::vector<Tensor>& out) {
+    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& index,
+    const std::vector<Tensor>& out) {
     const Gather a = gather_arguments(
-        states, outputs, scales, state_at, output_at, steps, prompt, reward, epoch, timestep, index, out,
-        host_address);
+        states, outputs, scales, state_at, output_at, steps, prompt, reward, index, out, host_address);
     check_transitions(a, states, outputs);
     for (int64_t number = 0; number < a.transitions; ++number) {
         a.write_numbers(number);
     }
     copy_rows(a);
-}
-
-void quantise(const Tensor& x, int64_t block, const Tensor& q, const Tensor& scales) {
-    copy_rows(quantise_arguments(x, block, q, scales));
-}
-
-void dequantise(const Tensor& q, const Tensor& scales, int64_t block, const Tensor& x) {
-    copy_rows(dequantise_arguments(q, scales, block, x));
 }
 
 }  // namespace fastnabla

@@ -97,35 +97,15 @@ void append_cuda(
         on.device);
 }
 
-void append_steps_cuda(
-    const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& slots, const Tensor& x, const Tensor& output) {
-    const OnDevice on("x", x);
-    launch(
-        append_steps_arguments(states, outputs, scales, state_at, output_at, slots, x, output, device_address),
-        on.device);
-}
-
 void gather_cuda(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& epoch,
-    const Tensor& timestep, const Tensor& index, const std::vector<Tensor>& out) {
+    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& index,
+    const std::vector<Tensor>& out) {
     const OnDevice on("index", index);
     launch(
         gather_arguments(
-            states, outputs, scales, state_at, output_at, steps, prompt, reward, epoch, timestep, index, out,
-            device_address),
+            states, outputs, scales, state_at, output_at, steps, prompt, reward, index, out, device_address),
         on.device);
-}
-
-void quantise_cuda(const Tensor& x, int64_t block, const Tensor& q, const Tensor& scales) {
-    const OnDevice on("x", x);
-    launch(quantise_arguments(x, block, q, scales), on.device);
-}
-
-void dequantise_cuda(const Tensor& q, const Tensor& scales, int64_t block, const Tensor& x) {
-    const OnDevice on("q", q);
-    launch(dequantise_arguments(q, scales, block, x), on.device);
 }
 
 }  // namespace
@@ -133,8 +113,5 @@ void dequantise_cuda(const Tensor& q, const Tensor& scales, int64_t block, const
 
 STABLE_TORCH_LIBRARY_IMPL(fastnabla, CUDA, m) {
     m.impl("append", TORCH_BOX(&fastnabla::append_cuda));
-    m.impl("append_steps", TORCH_BOX(&fastnabla::append_steps_cuda));
     m.impl("gather", TORCH_BOX(&fastnabla::gather_cuda));
-    m.impl("quantise", TORCH_BOX(&fastnabla::quantise_cuda));
-    m.impl("dequantise", TORCH_BOX(&fastnabla::dequantise_cuda));
 }

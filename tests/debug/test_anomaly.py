@@ -146,9 +146,7 @@ class Few:
 def test_a_large_one_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    numbers = dict.fromkeys(
-        ("step_index", "timestep", "prompt", "trajectory", "epoch"), torch.zeros(3, dtype=torch.int64)
-    )
+    numbers = dict.fromkeys(("step_index", "prompt", "trajectory"), torch.zeros(3, dtype=torch.int64))
     states = dict.fromkeys(("x", "x_next", "model_output"), torch.zeros(3, 1, 2, 2))
     batch = Transitions(**states, **numbers, reward=torch.zeros(3))
     writer = Anomalies(policy=Few(), flow=None, reward=Few(), step=Few())
