@@ -46,7 +46,7 @@ sanitize: .venv/stamp ## run the buffer's tests with its C++ under the address a
 	FASTNABLA_SANITIZE=1 $(BIN)/python setup.py build_ext --build-lib build/sanitize --build-temp build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 FASTNABLA_EXTENSION=build/sanitize/fastnabla/_C.so \
-	  $(BIN)/python -m pytest tests/test_buffer*.py tests/trajectories/test_replay.py tests/trajectories/test_extension.py $(ARGS)
+	  $(BIN)/python -m pytest tests/trajectories/test_buffer*.py tests/trajectories/test_replay.py tests/trajectories/test_extension.py $(ARGS)
 
 clean: ## remove the environment and all caches; runs stay
 	rm -rf .venv .venv-oldest build dist fastnabla/_C.so *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -7,7 +7,7 @@ namespace {
 
 constexpr ScalarType FLOAT32 = ScalarType::Float, FLOAT16 = ScalarType::Half, BFLOAT16 = ScalarType::BFloat16;
 constexpr ScalarType INT8 = ScalarType::Char, INT32 = ScalarType::Int, INT64 = ScalarType::Long;
-// More would overflow the 32-bit arithmetic within rows, which adds at most a thread block's share to a number.
+// More would overflow the 32-bit arithmetic within rows, which adds at most a thread block's chunk to a number.
 constexpr int64_t MOST_ELEMENTS = std::numeric_limits<int32_t>::max();
 
 Dtype dtype_of(ScalarType dtype) {
@@ -36,7 +36,7 @@ uint32_t elements_of(const char* name, const Tensor& tensor, int64_t first) {
     return static_cast<uint32_t>(elements);
 }
 
-// Sizes `first`, then those of a row of `like`, whose first two dimensions are slots and positions.
+// The sizes `first`, followed by those of a row of `like`, whose first two dimensions are slots and positions.
 Shape shape_like(Shape first, const Tensor& like) {
     const Shape shape = shape_of(like);
     first.insert(first.end(), shape.begin() + 2, shape.end());
@@ -61,7 +61,7 @@ Slab slab_of(const char* name, const Tensor& slab, bool writes, const Tensor& on
     return {address(name, slab, writes, on), nullptr, dtype_of(slab.scalar_type()), strides, {0, 0}};
 }
 
-// The slabs and their tables; in `work` what a row is.
+// The slabs and their tables. Sets the size of a row in `work`.
 Slabs slabs_of(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& optional_scales, const Tensor& state_at,
     const Tensor& output_at, const Tensor& on, bool writes, Address address, Work* work) {
@@ -107,7 +107,7 @@ Slabs slabs_of(
     return slabs;
 }
 
-// Consecutive rows to be read.
+// Consecutive rows to read.
 Rows input_rows(const char* name, const Tensor& tensor, const Shape& shape, const Tensor& on) {
     check_device(name, tensor, on);
     check_dtype(name, tensor, {FLOAT32, FLOAT16, BFLOAT16});
@@ -116,7 +116,7 @@ Rows input_rows(const char* name, const Tensor& tensor, const Shape& shape, cons
     return {const_cast<char*>(read<char>(tensor)), dtype_of(tensor.scalar_type())};
 }
 
-// Consecutive rows to be written.
+// Consecutive rows to write.
 Rows output_rows(const char* name, const Tensor& tensor, const Shape& shape, const Tensor& on) {
     Rows rows = input_rows(name, tensor, shape, on);
     rows.data = static_cast<char*>(tensor.mutable_data_ptr());

@@ -1,7 +1,7 @@
-// From tensors to the bare addresses in rows.h: checks of devices, dtypes and shapes.
+// Converts tensors to the bare addresses in rows.h, after checks of devices, dtypes and shapes.
 //
-// Nothing is allocated here: results go to tensors that are given. Running out of memory is then torch's own error in
-// Python, torch.OutOfMemoryError, which an allocation in this library is not. Indices are not looked at here: they may be on a GPU.
+// Nothing is allocated here, because running out of memory in this library would not raise torch.OutOfMemoryError:
+// results go to tensors that the caller allocates. Indices are not read here, because they may be on a GPU.
 #pragma once
 
 #include <optional>
@@ -11,7 +11,7 @@
 
 namespace fastnabla {
 
-// The address at which code for the device of `on` reaches a slab's elements; fails if it does not reach them.
+// The address of a slab's elements for code that runs on the device of `on`. Fails if that device cannot reach them.
 using Address = char* (*)(const char* name, const Tensor& slab, bool writes, const Tensor& on);
 
 Append append_arguments(

@@ -1,4 +1,4 @@
-// The operations on the CPU, as bindings.cpp registers them; those on CUDA are registered in trajectory_buffer.cu.
+// The operations on the CPU, which bindings.cpp registers. trajectory_buffer.cu registers those on CUDA.
 #pragma once
 
 #include "arguments.h"

@@ -1,8 +1,8 @@
 // What an operation copies: numbered items, each one row of elements from a source to a target.
 //
-// The CPU gives items to threads, CUDA to thread blocks; both find an item's rows with the same code, `copy(item)`.
-// These structs hold bare addresses and are passed to kernels by value; arguments.h makes them from tensors. Of each,
-// `element_size` is the largest element's size in bytes, on either side.
+// The CPU gives items to threads, CUDA to thread blocks. Both find an item's rows with the same code, `copy(item)`.
+// The structs hold bare addresses and are passed to kernels by value; arguments.h makes them from tensors. Their
+// `element_size` is the size in bytes of the largest element on either side.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace fastnabla {
 
-// One row: converted where dtypes differ, quantised or dequantised where one side is int8, which `scales` belong to.
+// One row. It is converted if the dtypes differ, and quantised or dequantised if one side is int8 with `scales`.
 struct Row {
     char* data;
     float* scales;
@@ -22,7 +22,7 @@ struct Row {
 struct Copy {
     Row source, target;
 
-    // False: the row is not kept, and dropped.
+    // False if the row is not kept.
     HOST_DEVICE bool wanted() const {
         return target.data != nullptr;
     }
@@ -31,7 +31,7 @@ struct Copy {
 struct Work {
     int64_t items;
     uint32_t elements;  // of a row
-    uint32_t block;     // elements that share a scale; 0 where nothing is int8
+    uint32_t block;     // elements that share a scale; 0 if nothing is int8
 };
 
 // Consecutive rows, [rows, elements].
@@ -76,7 +76,7 @@ struct Slabs {
     }
 };
 
-// One step of each trajectory: three items a trajectory.
+// Appends one step of each trajectory: three items a trajectory.
 struct Append : Work {
     static constexpr bool QUANTISES = true, DEQUANTISES = false;
     Slabs slabs;
@@ -100,7 +100,7 @@ struct Append : Work {
     }
 };
 
-// Transitions by number: three items a transition, and besides them its numbers.
+// Gathers transitions by number: three items a transition, and its numbers.
 struct Gather : Work {
     static constexpr bool QUANTISES = false, DEQUANTISES = true;
     int64_t transitions;
@@ -131,7 +131,7 @@ struct Gather : Work {
         }
     }
 
-    // All reads come before the first write, which the compiler must not move them past.
+    // All reads come before the first write, because the compiler cannot move them past it.
     HOST_DEVICE void write_numbers(int64_t number) const {
         const Transition transition = transition_of(index[number], kept);
         const int64_t slot = transition.slot, step = step_of(steps, kept, transition);

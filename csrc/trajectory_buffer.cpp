@@ -1,6 +1,6 @@
-// The trajectory buffer on the CPU: rows are given to torch's threads.
+// The trajectory buffer on the CPU: torch's threads share the rows.
 //
-// All indices are checked before the first element is written: a call that fails has changed nothing.
+// All indices are checked before the first element is written, so a call that fails changes nothing.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace fastnabla {
 namespace {
 
-// Elements that are worth a thread of their own.
+// Elements that are worth a thread.
 constexpr int64_t GRAIN = 1 << 15;
 
 template <typename Source, typename Target>
@@ -128,7 +128,7 @@ void check_index(const char* name, int64_t at, int64_t value, int64_t first, int
     }
 }
 
-// `slots` are different slots, and the positions of their states and outputs are in the slabs or -1.
+// Checks that `slots` are different slots, and that the positions of their states and outputs are in the slabs or -1.
 void check_slots(const Slabs& slabs, const Tensor& slots, const Tensor& states, const Tensor& outputs) {
     const int64_t num_slots = states.size(0), num_steps = slabs.num_steps;
     std::vector<bool> seen(num_slots);
@@ -151,7 +151,7 @@ void check_slots(const Slabs& slabs, const Tensor& slots, const Tensor& states, 
     }
 }
 
-// `index` are numbers of transitions whose states and output are kept.
+// Checks that `index` are numbers of transitions whose states and output are kept.
 void check_transitions(const Gather& a, const Tensor& states, const Tensor& outputs) {
     const int64_t num_steps = a.slabs.num_steps;
     for (int64_t at = 0; at < a.transitions; ++at) {

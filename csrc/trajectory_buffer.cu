@@ -1,7 +1,7 @@
 // The trajectory buffer on CUDA: each operation is one launch on the current stream, and waits for nothing.
 //
-// Indices are on the device and are not checked: the caller has checked them on the host's copy of the tables. Slabs
-// and scales may be pinned host memory, which the kernel reads and writes over the host link.
+// Indices are on the device and are not checked here; the caller checks them on the host's copy of the tables. Slabs and
+// scales may be in pinned host memory, which the kernel reads and writes over the host link.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -22,8 +22,8 @@ void check_cuda(cudaError_t error, const char* what) {
 }
 
 // The handle of torch's current stream. The stable ABI's `Stream::id` is torch's own number for it, not the handle,
-// and `nativeHandle` is younger than the version that we build for. The function that gives the handle is in the
-// library of torch's CUDA builds; this library must load without it, so it is looked up.
+// and `nativeHandle` is newer than the version that we build for. A function in the library of torch's CUDA builds gives
+// the handle. It is looked up at run time, because this library must load without it.
 cudaStream_t current_stream(int32_t device) {
     using Get = AOTITorchError (*)(int32_t, void**);
     static const Get get = [] {
@@ -44,7 +44,7 @@ char* device_address(const char* name, const Tensor& slab, bool writes, const Te
         check_device(name, slab, on);
         return static_cast<char*>(data);
     }
-    // Ordinary memory has a device pointer too where the GPU can read it (Grace, HMM). But the host may move it.
+    // Where the GPU can read ordinary memory (Grace, HMM), that has a device pointer too, but the host may move it.
     cudaPointerAttributes attributes{};
     check_cuda(cudaPointerGetAttributes(&attributes, data), "cudaPointerGetAttributes");
     const bool pinned = attributes.type == cudaMemoryTypeHost || attributes.type == cudaMemoryTypeManaged;
@@ -54,7 +54,7 @@ char* device_address(const char* name, const Tensor& slab, bool writes, const Te
     return static_cast<char*>(attributes.devicePointer);
 }
 
-// Torch's runtime has made the device current for the driver; ours is another one, linked into this library.
+// Makes the device current for torch, and for the CUDA runtime that is linked into this library.
 class OnDevice {
 public:
     OnDevice(const char* name, const Tensor& on) : device(index_of(name, on)), guard(device) {

@@ -1,5 +1,5 @@
-// Checks of what needs neither torch nor memory: index.h past 2^31 elements, and every value of convert.h's
-// 16-bit types. Compiled and run by `make sanitize`; prints what fails.
+// Checks that need neither torch nor much memory: index.h past 2^31 elements, and every value of convert.h's 16-bit
+// types. `make sanitize` compiles and runs it. It prints what fails.
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
@@ -30,7 +30,7 @@ void check_large_offsets() {
     expect(divide_up(0x7FFFFFFFu, 4096) == 1u << 19, "chunks of the longest row");
 }
 
-// Vectors cover a run without a gap, are aligned on both sides, and are not given up without need.
+// Vectors cover a run without a gap, are aligned on both sides, and are used wherever possible.
 void check_split(uint64_t source, int source_size, uint64_t target, int target_size, uint32_t count) {
     const Split split = split_run(source, source_size, target, target_size, count);
     const uint32_t width = vector_width(source_size, target_size);
@@ -75,7 +75,7 @@ void check_blocks() {
     expect(block_of(9, 4) == 0, "no block's size fits");
 }
 
-// To float and back for all values, and each midpoint between two goes to the even one.
+// Every value survives conversion to float and back, and each midpoint between two rounds to the even one.
 template <typename Element>
 void check_rounding(uint16_t infinity) {
     for (uint32_t bits = 0; bits < 0x10000; ++bits) {

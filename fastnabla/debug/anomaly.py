@@ -131,7 +131,8 @@ class Anomalies:
         self.policy.conditions.ensure(prompt)
         if "trajectories" in facts:
             return facts, Trajectories(prompt=prompt, **facts["trajectories"])
-        return facts, Transitions(**parts["transitions"])
+        names = [field.name for field in dataclasses.fields(Transitions)]  # earlier versions wrote more
+        return facts, Transitions(**{name: parts["transitions"][name] for name in names})
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
