@@ -93,7 +93,7 @@ def warnings() -> list[str]:
 REGISTERED = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
-names = ("append", "append_steps", "gather", "quantise", "dequantise")
+names = ("append", "gather")
 sys.exit(not all(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnabla::{name}", "CUDA") for name in names))
 """
 

@@ -88,7 +88,8 @@ def network_pass(workload: Workload, variant: Variant, batch: Transitions, size:
     outputs, to_input, to_weights = [], [], []
     for rows in torch.arange(len(batch)).split(size):
         x = batch.x[rows].detach().requires_grad_()
-        output = policy(x, batch.timestep[rows], batch.prompt[rows])
+        timestep = workload.table.rows(batch.step_index[rows], x).timestep
+        output = policy(x, timestep, batch.prompt[rows])
         part = cotangent[:, rows].flatten(0, 1).to(output.dtype)
         to_input += torch.autograd.grad(output, x, part, retain_graph=True)
         to_weights.append(torch.autograd.grad(output, policy.weights(), part))

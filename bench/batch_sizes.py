@@ -62,8 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     workload = Workload(model, model.pixels, device, torch.bfloat16)
     policy = workload.policy(variant)
     states = workload.transitions(DRAWN * ROLLOUT, "stratified", ROLLOUT)[:ROLLOUT]
+    timestep = workload.table.rows(states.step_index, states.x).timestep
     for size in MICRO_BATCHES:
-        floor = rounding_floor(policy, states.x, states.timestep, states.prompt, size)
+        floor = rounding_floor(policy, states.x, timestep, states.prompt, size)
         rows.add("rounding", f"micro-batch {size}", **floor)
     for size in MICRO_BATCHES:
         try:

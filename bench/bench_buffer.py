@@ -1,20 +1,20 @@
-"""The trajectory buffer: storing a rollout and gathering its transitions, fastnabla's and other ways to do it.
+"""The trajectory buffer: storing a rollout and gathering its transitions, compared with other ways to do it.
 
-The paper's settings: latents 4 × 64 × 64, 50 steps of which 6 are trained on, the last among them; sampled and trained on
-in batches of 16; 64 trajectories on CUDA, 16 on a CPU. Rollouts, and what is gathered, are float32. All gather the same
-transitions in the same random order, and their values are checked, for equality, before anything is timed.
+The settings are the paper's: latents 4 × 64 × 64, and 50 steps of which 6 are trained on, including the last. Batches have 16
+trajectories. There are 64 trajectories on CUDA and 16 on a CPU. Rollouts and gathered transitions are float32. All
+providers gather the same transitions in the same random order, and are checked to be equal before anything is timed.
 
-- reference's pattern: the authors' code. All states, next states and outputs are kept in lists, stacked and concatenated,
-  shuffled by trajectory, permuted along time by index tensors of T + 1 columns, and sliced. In its favour, making these
-  indices is not timed, and the scores that the authors carry along are left out. Against it, slices are copied; those of
-  next states and outputs are views in their code, whose states may be bfloat16 too.
-- index_select: slabs of the drawn transitions, one `index_copy_` or `index_select` a field and batch; tensordict: the
-  same slabs in a TensorDict, where that is installed.
-- fastnabla: its buffer, `reserve` included; also with outputs in 8 bits, slabs in bfloat16, or, on CUDA, pinned slabs;
-  and all transitions gathered at once, as a whole update.
+- reference's pattern: the authors' code. It keeps all states, next states and outputs in lists, stacks and concatenates
+  them, shuffles them by trajectory, permutes them along time with index tensors of T + 1 columns, and slices. In its
+  favour, the making of these indices is not timed and the scores that the authors carry along are left out. Against it,
+  all slices are copied; in their code those of next states and outputs are views, and states may be bfloat16.
+- index_select: slabs of the drawn transitions, with one `index_copy_` or `index_select` a field and batch.
+- tensordict: the same slabs in a TensorDict, if that is installed.
+- fastnabla: our buffer, `reserve` included. Variants: outputs in 8 bits, slabs in bfloat16, pinned slabs (on CUDA), and
+  all transitions gathered at once, as a whole update.
 
-A call stores a whole rollout, or gathers all its drawn transitions; caches are cold. Bytes are those of states, outputs
-and scales: what the others' copies read and write; for fastnabla what it has to, each row kept or gathered in and out once.
+A call stores a whole rollout or gathers all its drawn transitions, with cold caches. Bytes count states, outputs and scales:
+what the other providers' copies read and write, and what fastnabla must, each kept or gathered row in and out once.
 """
 
 import collections
@@ -45,9 +45,13 @@ drain = functools.partial(collections.deque, maxlen=0)  # go through an iterator
 
 @functools.cache
 def rollout() -> SimpleNamespace:
-    """states `[T + 1, B, …]`, outputs `[T, B, …]`, reward `[B]`; columns `[B, T + 1]`, the authors' order of steps (the
-    last, then draws from strata); order `[B]`, the trajectories shuffled; numbers, what else a transition has, `[B * KEPT]`;
-    and on the host steps `[B, KEPT]`, the first columns; parts, micro-batches of numbers trajectory * KEPT + column."""
+    """A random rollout.
+
+    On the device: states `[T + 1, B, …]`, outputs `[T, B, …]` and reward `[B]`; columns `[B, T + 1]`, the authors' order of
+    steps (the last, then draws from strata); order `[B]`, the shuffled trajectories; numbers `[B * KEPT]`, the other
+    fields of a transition. On the CPU: steps `[B, KEPT]`, the first columns; parts, the batches of transition numbers
+    (trajectory * KEPT + column).
+    """
     generator, strata = torch.Generator().manual_seed(0), KEPT - 1
     states, outputs = (torch.empty(n, TRAJECTORIES, *SHAPE, device=DEVICE).normal_() for n in (STEPS + 1, STEPS))
     within = torch.randint(STEPS // strata, (TRAJECTORIES, STEPS), generator=generator)
@@ -55,7 +59,7 @@ def rollout() -> SimpleNamespace:
     columns = torch.cat([torch.full((TRAJECTORIES, 1), STEPS - 1), drawn], 1)
     order, reward = torch.randperm(TRAJECTORIES, generator=generator), torch.randn(TRAJECTORIES, generator=generator)
     steps, own = columns[:, :KEPT], torch.arange(TRAJECTORIES).repeat_interleave(KEPT)
-    numbers = dict.fromkeys(("step_index", "timestep", "prompt", "trajectory", "epoch"), steps.flatten())
+    numbers = dict.fromkeys(("step_index", "prompt", "trajectory"), steps.flatten())
     return SimpleNamespace(
         **{"states": states, "outputs": outputs, "steps": steps},
         **{"columns": columns.to(DEVICE), "order": order.to(DEVICE), "reward": reward.to(DEVICE)},
@@ -74,7 +78,7 @@ class Reference:
             x = torch.stack([state[batch] for state in r.states], 1)
             output = torch.stack([output[batch] for output in r.outputs], 1)
             large = dict(zip(LARGE, (x[:, :-1], x[:, 1:], output), strict=True))
-            samples.append({**large, "step_index": steps, "timestep": steps, "reward": r.reward[batch]})
+            samples.append({**large, "step_index": steps, "reward": r.reward[batch]})
         self.fields = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
 
     def gather(self, parts: list[Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -133,10 +137,10 @@ class Ours:
         self.buffer.reward.copy_(r.reward)
 
     def gather(self, parts: list[Tensor]) -> Iterator[Transitions]:
-        return self.buffer.batches(torch.cat(parts), BATCH, torch.float32)
+        return (self.buffer.gather(part, torch.float32) for part in parts)
 
     def device_append(self) -> None:
-        """The operation alone, of slots on the device, which the last rollout was stored in."""
+        """The operation alone, into the slots of the last stored rollout, given on the device."""
         r, slabs = rollout(), self.buffer._slabs()
         for batch, slots in zip(BATCHES, torch.arange(TRAJECTORIES, device=DEVICE).split(BATCH), strict=True):
             for t in range(STEPS):
@@ -145,7 +149,7 @@ class Ours:
 
     def device_gather(self, parts: list[Tensor]) -> Iterator[Any]:
         b = self.buffer
-        tensors = (*b._slabs(), b.steps, b.prompt, b.reward, b.epoch, b.timestep)
+        tensors = (*b._slabs(), b.steps, b.prompt, b.reward)
         return (buffer_ops.gather(*tensors, part, torch.float32) for part in parts)
 
 
@@ -172,7 +176,7 @@ PROVIDERS = {
 
 @functools.lru_cache(maxsize=1)
 def filled(name: str) -> Any:
-    """A provider with the rollout; what it gathers is equal to that, rounded as it is stored."""
+    """A provider that holds the rollout, checked to gather it again, rounded as it is stored."""
     r, provider = rollout(), PROVIDERS[name]()
     provider.append()
     for part, batch in zip(r.parts, provider.gather(r.parts), strict=True):
@@ -193,7 +197,7 @@ CASES = [
     case for case in itertools.product(PROVIDERS, ("append", "gather")) if case != ("fastnabla, at once", "append")
 ]
 FIRST = ("fastnabla", "fastnabla, at once", "fastnabla, pinned", "index_select")
-"""What comes first, since time may be short."""
+"""Timed first, since time may be short."""
 CASES.sort(key=lambda case: FIRST.index(case[0]) if case[0] in FIRST else len(FIRST))
 
 
@@ -202,10 +206,10 @@ def bench_buffer(benchmark, name: str, operation: str) -> None:
     with measure.own_stream():  # on CUDA; it can be captured
         provider, parts, memory = filled(name), rollout().parts, torch.ones(2**25, device=DEVICE)
         run = provider.append if operation == "append" else lambda: drain(provider.gather(parts))
-        evict = measure.synchronised(lambda: drain([memory.sum()]))
+        flush = measure.synchronised(lambda: drain([memory.sum()]))
         benchmark.group = f"{operation}, {TRAJECTORIES} trajectories of SD 1.5, {'CUDA' if CUDA else 'CPU'}"
         rounds = max(5, min(25, round(2 / timeit.timeit(measure.synchronised(run), number=2))))  # about 1 s
-        benchmark.pedantic(measure.synchronised(run), setup=evict, rounds=rounds)
+        benchmark.pedantic(measure.synchronised(run), setup=flush, rounds=rounds)
         if benchmark.stats is None:  # --benchmark-disable
             return
         stats = benchmark.stats.stats
@@ -214,7 +218,7 @@ def bench_buffer(benchmark, name: str, operation: str) -> None:
             info["graph us"] = measure.time_graph(provider.device_append)
             seconds = info["graph us"] / 1e6
         if CUDA and operation == "gather":
-            # Alone, of indices on the device; the buffer checks them on the host.
+            # The operation alone, with indices on the device; the buffer checks them on the host.
             gather, index = getattr(provider, "device_gather", provider.gather), [part.to(DEVICE) for part in parts]
             info["graph us"] = measure.time_graph(lambda: drain(gather(index)))
             seconds = info["graph us"] / 1e6

@@ -87,9 +87,8 @@ def _gaussian_log_prob(dtype: torch.dtype, last: bool) -> None:
 
 
 def _guided_step(dtype: torch.dtype, last: bool) -> None:
-    output, x, rows = _states(2, dtype, last), _states(), torch.zeros(ROWS, dtype=torch.int64)
-    slabs = {"state_slab": x, "state_rows": rows, "output_slab": x, "output_rows": rows}
-    guided_step(output, x, *_steps(), seeds=rows, guidance_scale=5.0, with_log_prob=True, **slabs)
+    output, x = _states(2, dtype, last), _states()
+    guided_step(output, x, x, *_steps(), guidance_scale=5.0)
 
 
 def _steps() -> tuple[Tensor, Tensor]:

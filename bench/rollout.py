@@ -1,4 +1,4 @@
-"""How many images a second the policy samples."""
+"""Sampling speed of the policy, in images a second."""
 
 import dataclasses
 import statistics
@@ -14,7 +14,7 @@ from fastnabla.transition import TransitionTable
 
 
 def rollout(workload: Workload, variant: Variant, images: int, steps: int = 4) -> dict[str, Any]:
-    """Images a second, `images` at once; scaled to all steps from the first `steps` and a decode."""
+    """Sample `images` at once. Times the first `steps` steps and a decode, and scales the steps to all."""
     columns = {f.name: getattr(workload.table, f.name)[:steps] for f in dataclasses.fields(TransitionTable)}
     short, policy, decoder = TransitionTable(**columns), workload.policy(variant), workload.decoder(variant)
     prompt, backend = torch.arange(images) % PROMPTS, "triton" if variant.kernels else "torch"

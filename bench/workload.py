@@ -219,8 +219,8 @@ class Workload:
                 output = policy(x, row.timestep, prompt)
                 states, o = PLAIN.guided_step(output, x, self._noise(*x.shape), row, guidance_scale=5.0)
                 unknown = torch.full((len(rows),), float("nan"), device=self.device)
-                numbers = {"trajectory": rows.to(self.device), "epoch": torch.zeros_like(step), "reward": unknown}
-                fields = {"x": x, "x_next": states, "model_output": o, "prompt": prompt, "timestep": row.timestep}
+                numbers = {"trajectory": rows.to(self.device), "prompt": prompt, "reward": unknown}
+                fields = {"x": x, "x_next": states, "model_output": o}
                 columns_here.append(Transitions(step_index=step, **fields, **numbers))
                 before = step
             columns.append(columns_here)

@@ -7,7 +7,7 @@ namespace {
 
 constexpr ScalarType FLOAT32 = ScalarType::Float, FLOAT16 = ScalarType::Half, BFLOAT16 = ScalarType::BFloat16;
 constexpr ScalarType INT8 = ScalarType::Char, INT32 = ScalarType::Int, INT64 = ScalarType::Long;
-// More would overflow the 32-bit arithmetic within rows, which adds at most a thread block's share to a number.
+// More would overflow the 32-bit arithmetic within rows, which adds at most a thread block's chunk to a number.
 constexpr int64_t MOST_ELEMENTS = std::numeric_limits<int32_t>::max();
 
 Dtype dtype_of(ScalarType dtype) {
@@ -36,7 +36,7 @@ uint32_t elements_of(const char* name, const Tensor& tensor, int64_t first) {
     return static_cast<uint32_t>(elements);
 }
 
-// Sizes `first`, then those of a row of `like`, whose first two dimensions are slots and positions.
+// The sizes `first`, followed by those of a row of `like`, whose first two dimensions are slots and positions.
 Shape shape_like(Shape first, const Tensor& like) {
     const Shape shape = shape_of(like);
     first.insert(first.end(), shape.begin() + 2, shape.end());
@@ -61,7 +61,7 @@ Slab slab_of(const char* name, const Tensor& slab, bool writes, const Tensor& on
     return {address(name, slab, writes, on), nullptr, dtype_of(slab.scalar_type()), strides, {0, 0}};
 }
 
-// The slabs and their tables; in `work` what a row is.
+// The slabs and their tables. Sets the size of a row in `work`.
 Slabs slabs_of(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& optional_scales, const Tensor& state_at,
     const Tensor& output_at, const Tensor& on, bool writes, Address address, Work* work) {
@@ -107,16 +107,16 @@ Slabs slabs_of(
     return slabs;
 }
 
-// Consecutive rows to be read.
+// Consecutive rows to read.
 Rows input_rows(const char* name, const Tensor& tensor, const Shape& shape, const Tensor& on) {
     check_device(name, tensor, on);
     check_dtype(name, tensor, {FLOAT32, FLOAT16, BFLOAT16});
     check_shape(name, tensor, shape);
     check_rows(name, tensor, 0);
-    return {const_cast<char*>(read<char>(tensor)), nullptr, dtype_of(tensor.scalar_type())};
+    return {const_cast<char*>(read<char>(tensor)), dtype_of(tensor.scalar_type())};
 }
 
-// Consecutive rows to be written.
+// Consecutive rows to write.
 Rows output_rows(const char* name, const Tensor& tensor, const Shape& shape, const Tensor& on) {
     Rows rows = input_rows(name, tensor, shape, on);
     rows.data = static_cast<char*>(tensor.mutable_data_ptr());
@@ -151,25 +151,11 @@ Append append_arguments(
     return a;
 }
 
-AppendSteps append_steps_arguments(
-    const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& slots, const Tensor& x, const Tensor& output, Address address) {
-    AppendSteps a{};
-    a.slabs = slabs_of(states, outputs, scales, state_at, output_at, x, true, address, &a);
-    check_table("slots", slots, INT64, {-1}, x);
-    const int64_t count = slots.size(0), num_steps = a.slabs.num_steps;
-    a.items = count * (2 * num_steps + 1);
-    a.slots = read<int64_t>(slots);
-    a.x = input_rows("x", x, shape_like({count, num_steps + 1}, states), x);
-    a.output = input_rows("output", output, shape_like({count, num_steps}, states), x);
-    return a;
-}
-
 Gather gather_arguments(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& epoch,
-    const Tensor& timestep, const Tensor& index, const std::vector<Tensor>& out, Address address) {
-    constexpr size_t FIELDS = 9;
+    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& index,
+    const std::vector<Tensor>& out, Address address) {
+    constexpr size_t FIELDS = 7;
     if (out.size() != FIELDS) {
         fail("out: expected ", FIELDS, " tensors, given ", out.size());
     }
@@ -179,8 +165,6 @@ Gather gather_arguments(
     check_table("steps", steps, INT64, {slots, -1}, index);
     check_table("prompt", prompt, INT64, {slots}, index);
     check_table("reward", reward, FLOAT32, {slots}, index);
-    check_table("epoch", epoch, INT64, {slots}, index);
-    check_table("timestep", timestep, INT64, {a.slabs.num_steps}, index);
     check_table("index", index, INT64, {-1}, index);
     const int64_t count = index.size(0);
     a.items = 3 * count;
@@ -189,58 +173,15 @@ Gather gather_arguments(
     a.kept = steps.size(1);
     a.steps = read<int64_t>(steps);
     a.prompt = read<int64_t>(prompt);
-    a.epoch = read<int64_t>(epoch);
-    a.timestep = read<int64_t>(timestep);
     a.reward = read<float>(reward);
     const Shape shape = shape_like({count}, states);
     a.x = output_rows("out.x", out[0], shape, index);
     a.x_next = output_rows("out.x_next", out[1], shape, index);
     a.output = output_rows("out.model_output", out[2], shape, index);
     a.step_out = output_table<int64_t>("out.step_index", out[3], INT64, {count}, index);
-    a.timestep_out = output_table<int64_t>("out.timestep", out[4], INT64, {count}, index);
-    a.prompt_out = output_table<int64_t>("out.prompt", out[5], INT64, {count}, index);
-    a.trajectory_out = output_table<int64_t>("out.trajectory", out[6], INT64, {count}, index);
-    a.reward_out = output_table<float>("out.reward", out[7], FLOAT32, {count}, index);
-    a.epoch_out = output_table<int64_t>("out.epoch", out[8], INT64, {count}, index);
-    return a;
-}
-
-namespace {
-
-void check_block(int64_t block) {
-    if (block < 1 || block > MOST_ELEMENTS) {
-        fail("block: expected 1 ... ", MOST_ELEMENTS, ", given ", block);
-    }
-}
-
-}  // namespace
-
-Recode<true> quantise_arguments(const Tensor& x, int64_t block, const Tensor& q, const Tensor& scales) {
-    check_block(block);
-    CHECK_SHAPE(x, {-1, -1});
-    Recode<true> a{};
-    a.items = x.size(0);
-    a.elements = elements_of("x", x, 1);
-    a.block = static_cast<uint32_t>(block);
-    a.source = input_rows("x", x, {-1, -1}, x);
-    a.target.data = output_table<char>("q", q, INT8, shape_of(x), x);
-    a.target.scales =
-        output_table<float>("scales", scales, FLOAT32, {x.size(0), divide_up(a.elements, a.block)}, x);
-    a.target.dtype = Dtype::Int8;
-    return a;
-}
-
-Recode<false> dequantise_arguments(const Tensor& q, const Tensor& scales, int64_t block, const Tensor& x) {
-    check_block(block);
-    check_table("q", q, INT8, {-1, -1}, q);
-    Recode<false> a{};
-    a.items = q.size(0);
-    a.elements = elements_of("q", q, 1);
-    a.block = static_cast<uint32_t>(block);
-    check_table("scales", scales, FLOAT32, {q.size(0), divide_up(a.elements, a.block)}, q);
-    a.source = {
-        const_cast<char*>(read<char>(q)), const_cast<float*>(read<float>(scales)), dtype_of(q.scalar_type())};
-    a.target = output_rows("x", x, shape_of(q), q);
+    a.prompt_out = output_table<int64_t>("out.prompt", out[4], INT64, {count}, index);
+    a.trajectory_out = output_table<int64_t>("out.trajectory", out[5], INT64, {count}, index);
+    a.reward_out = output_table<float>("out.reward", out[6], FLOAT32, {count}, index);
     return a;
 }
 

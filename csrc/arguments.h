@@ -1,7 +1,7 @@
-// From tensors to the bare addresses in rows.h: checks of devices, dtypes and shapes.
+// Converts tensors to the bare addresses in rows.h, after checks of devices, dtypes and shapes.
 //
-// Nothing is allocated here: results go to tensors that are given. Running out of memory is then torch's own error in
-// Python, torch.OutOfMemoryError, which an allocation in this library is not. Indices are not looked at here: they may be on a GPU.
+// Nothing is allocated here, because running out of memory in this library would not raise torch.OutOfMemoryError:
+// results go to tensors that the caller allocates. Indices are not read here, because they may be on a GPU.
 #pragma once
 
 #include <optional>
@@ -11,7 +11,7 @@
 
 namespace fastnabla {
 
-// The address at which code for the device of `on` reaches a slab's elements; fails if it does not reach them.
+// The address of a slab's elements for code that runs on the device of `on`. Fails if that device cannot reach them.
 using Address = char* (*)(const char* name, const Tensor& slab, bool writes, const Tensor& on);
 
 Append append_arguments(
@@ -19,18 +19,10 @@ Append append_arguments(
     const Tensor& output_at, const Tensor& slots, int64_t step, const Tensor& x, const Tensor& output,
     const Tensor& x_next, Address address);
 
-AppendSteps append_steps_arguments(
-    const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& slots, const Tensor& x, const Tensor& output, Address address);
-
-// `out`: x, x_next, model_output, step_index, timestep, prompt, trajectory, reward, epoch.
+// `out`: x, x_next, model_output, step_index, prompt, trajectory, reward.
 Gather gather_arguments(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& epoch,
-    const Tensor& timestep, const Tensor& index, const std::vector<Tensor>& out, Address address);
-
-Recode<true> quantise_arguments(const Tensor& x, int64_t block, const Tensor& q, const Tensor& scales);
-
-Recode<false> dequantise_arguments(const Tensor& q, const Tensor& scales, int64_t block, const Tensor& x);
+    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& index,
+    const std::vector<Tensor>& out, Address address);
 
 }  // namespace fastnabla

@@ -1,5 +1,5 @@
-// Checks of an operation's arguments, at its boundary. Each names the argument, what was expected and what was given,
-// in a std::runtime_error, which torch turns into a RuntimeError.
+// Checks of an operation's arguments. Each throws a std::runtime_error that names the argument, what was expected and
+// what was given; torch turns it into a RuntimeError.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -12,7 +12,7 @@
 #include <vector>
 
 #define CHECK_DEVICE(tensor, like) ::fastnabla::check_device(#tensor, tensor, like)
-// Sizes; -1 is any. CHECK_SHAPE(x, shape) takes a vector, CHECK_SHAPE(x, {2, -1}) a list.
+// A size of -1 is any. CHECK_SHAPE(x, shape) takes a vector, CHECK_SHAPE(x, {2, -1}) a list.
 #define CHECK_SHAPE(tensor, ...) ::fastnabla::check_shape(#tensor, tensor, __VA_ARGS__)
 #define CHECK_DTYPE(tensor, ...) ::fastnabla::check_dtype(#tensor, tensor, {__VA_ARGS__})
 
@@ -104,7 +104,7 @@ inline void check_dtype(const char* name, const Tensor& tensor, std::initializer
     fail(name, ": expected dtype ", names, ", given ", name_of(tensor.scalar_type()));
 }
 
-// The dimensions from `first` on are one run of memory.
+// Checks that the dimensions from `first` on are one run of memory.
 inline void check_rows(const char* name, const Tensor& tensor, int64_t first) {
     int64_t expected = 1;
     for (int64_t dim = tensor.dim() - 1; dim >= first; --dim) {

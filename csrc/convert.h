@@ -1,8 +1,7 @@
 // Elements: conversion between float32, float16 and bfloat16, and symmetric int8 quantisation in blocks.
 //
-// Rounding is to nearest, ties to even, on both sides. On the host it is integer arithmetic without branches, which
-// compilers turn into vector code; on the device it is the conversion instructions. The two differ only in the bits of
-// a NaN.
+// Rounding is to nearest, ties to even, on the host and the device. The host uses integer arithmetic without branches,
+// which compilers vectorise; the device uses conversion instructions. The two differ only in the bits of a NaN.
 #pragma once
 
 #include <cmath>
@@ -21,7 +20,7 @@ namespace fastnabla {
 
 enum class Dtype : int32_t { Float32, Float16, BFloat16, Int8 };
 
-// What a tensor's elements are in memory; arithmetic is in float.
+// A tensor's elements in memory. Arithmetic is in float.
 struct Half {
     uint16_t bits;
 };
@@ -84,14 +83,14 @@ HOST_DEVICE inline void from_float(float x, Half* to) {
     const uint32_t rebiased = magnitude - (112u << 23);
     const uint32_t rounded = (rebiased + 0xFFFu + (rebiased >> 13 & 1u)) >> 13;
     const uint32_t normal = rounded < 0x7C00u ? rounded : 0x7C00u;
-    // Below the smallest normal number, 2^-14: the spacing of floats from 0.5 on is that of halves there, 2^-24.
+    // Below the smallest normal number, 2^-14, halves have a spacing of 2^-24, as floats have from 0.5 on.
     const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
     const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
     to->bits = static_cast<uint16_t>(sign | (magnitude > 0x7F800000u ? 0x7E00u : finite));
 #endif
 }
 
-// Bits stay as they are where nothing is to be converted, NaNs included.
+// Without a conversion the bits stay as they are, NaNs included.
 template <typename Target, typename Source>
 HOST_DEVICE inline Target convert(Source x) {
     if constexpr (std::is_same_v<Target, Source>) {
@@ -103,12 +102,11 @@ HOST_DEVICE inline Target convert(Source x) {
     }
 }
 
-// Quantisation of a block: scale = absmax / 127, q = round(x / scale), and x is taken for q * scale.
+// Quantisation of a block: scale = absmax / 127, q = round(x / scale), and x is read as q * scale.
 //
-// |x - q * scale| <= scale / 2 + 2^-22 absmax, the last term for rounding in float32 (of the quotient and the product);
-// if absmax < 2^-119, where the scale is subnormal or zero, plus 2^-142. A block of zeros has scale 0. A block that
-// holds an infinity or a NaN gets a scale that is not finite and zeros, and is NaN throughout when read again: it is
-// never taken for a finite one.
+// |x - q * scale| <= scale / 2 + 2^-22 absmax, where the last term is float32 rounding of the quotient and the product. If
+// absmax < 2^-119, where the scale is subnormal or zero, add 2^-142. A block of zeros has scale 0. A block with an
+// infinity or a NaN gets zeros and a scale that is not finite, so that all of it is read as NaN.
 
 // The larger of an absmax and a magnitude; a NaN wins.
 HOST_DEVICE inline float larger(float absmax, float magnitude) {
@@ -126,12 +124,12 @@ HOST_DEVICE inline bool is_usable(float scale) {
 // `usable` is is_usable(scale), the same for a whole block.
 HOST_DEVICE inline int8_t quantised(float x, float scale, bool usable) {
     const float ratio = usable ? x / scale : 0.0f;
-    // More than 127 is possible where the scale is subnormal.
+    // The ratio can exceed 127 if the scale is subnormal.
     const float bounded = ratio > 127.0f ? 127.0f : ratio < -127.0f ? -127.0f : ratio;
 #ifdef __CUDA_ARCH__
     return static_cast<int8_t>(__float2int_rn(bounded));
 #else
-    // Floats from 2^23 on are integers: adding 1.5 * 2^23 rounds, and unlike rintf is a vector instruction everywhere.
+    // Floats from 2^23 on are integers, so adding 1.5 * 2^23 rounds. Unlike rintf it vectorises everywhere.
     return static_cast<int8_t>(static_cast<int32_t>((bounded + 0x1.8p23f) - 0x1.8p23f));
 #endif
 }

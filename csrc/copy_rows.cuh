@@ -1,8 +1,8 @@
-// The kernel behind all operations on CUDA: one launch, whose thread blocks share the rows out in chunks. Of `gather`
-// further blocks, the first ones, write the transitions' numbers, a transition a thread.
+// The kernel behind all operations on CUDA. Each thread block copies a chunk of a row. For `gather`, additional blocks at
+// the front write the transitions' numbers, a transition a thread.
 //
-// Dtypes are looked up at run time, the same way for a whole thread block: this costs nothing next to memory traffic,
-// and one kernel an operation serves all combinations. Either side may be pinned host memory.
+// Dtypes are looked up at run time, uniformly in a thread block. This costs nothing next to memory traffic, and lets one
+// kernel an operation serve all combinations. Either side may be pinned host memory.
 #pragma once
 
 #include "rows.h"
@@ -10,15 +10,15 @@
 namespace fastnabla {
 
 constexpr uint32_t THREADS = 256;
-// Thread blocks that a multiprocessor has room for at least. It leaves 40 registers a thread: without it the compiler
-// settles for 32 here and spills one of them.
+// Thread blocks that fit on a multiprocessor, at least. This leaves 40 registers a thread; without it the compiler
+// chooses 32 and spills one of them.
 constexpr uint32_t RESIDENT = 6;
 // Vectors that a thread reads before it writes the first.
 constexpr uint32_t UNROLL = 4;
 // Elements that a thread reads at a time when it quantises.
 constexpr uint32_t QUANTISED = 4;
 
-// Elements of a row that a thread block copies: 16 KiB on the side whose elements are the larger.
+// Elements of a row that a thread block copies: 16 KiB on the side with the larger elements.
 HOST_DEVICE constexpr uint32_t chunk_of(int source_size, int target_size) {
     return THREADS * UNROLL * vector_width(source_size, target_size);
 }
@@ -28,7 +28,7 @@ struct alignas(sizeof(Element) * WIDTH) Vector {
     Element element[WIDTH];
 };
 
-// A vector as it is in memory. Small elements in registers of their own would take up to four times as many.
+// A vector's bits in whole registers. A register for each small element would take up to four times as many.
 template <typename SomeVector>
 struct alignas(SomeVector) Bits {
     uint32_t word[sizeof(SomeVector) / sizeof(uint32_t)];
@@ -48,7 +48,7 @@ __device__ Vector<Target, WIDTH> convert_vector(const Vector<Source, WIDTH>& sou
     }
 }
 
-// Elements begin ... begin + count - 1 of a row: one of its chunks, empty where the operation's other rows have more.
+// A chunk of a row: elements begin ... begin + count - 1. It is empty if only other rows of the operation have as many.
 template <typename Source, typename Target>
 struct Chunk {
     uint32_t begin, count;
@@ -86,7 +86,7 @@ __device__ void copy_chunk(const Copy& copy, const Work& work, uint32_t number) 
             target_vectors[v] = convert_vector<Target>(bit_cast<SourceVector>(loaded[k]));
         }
     }
-    // The elements before and behind the vectors, or all of them.
+    // The elements before and after the vectors, or all of them.
     const uint32_t behind = split.head + split.vectors * WIDTH, singles = split.head + count - behind;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < singles; i += THREADS) {
@@ -107,7 +107,7 @@ __device__ void dequantise_chunk(const Copy& copy, const Work& work, uint32_t nu
     const float* scales = copy.source.scales;
     const bool aligned = reinterpret_cast<uint64_t>(source) % sizeof(SourceVector) == 0 &&
                          reinterpret_cast<uint64_t>(target) % sizeof(TargetVector) == 0;
-    // Where a vector could span two blocks, or is not aligned, elements go one by one.
+    // Elements are copied one by one if a vector could span two blocks or is not aligned.
     const uint32_t vectors = aligned && block % WIDTH == 0 ? count / WIDTH : 0;
     Bits<SourceVector> loaded[UNROLL];
     float scale[UNROLL];
@@ -153,8 +153,8 @@ __device__ void load_floats(const Source* source, uint32_t at, uint32_t end, flo
     }
 }
 
-// Quantisation blocks first ... last - 1 of a row. A group of lanes, the whole warp or an equal part of it, takes a
-// block; it reads the elements a second time from the cache.
+// Quantises blocks first ... last - 1 of a row. A group of lanes, the whole warp or an equal part of it, takes a block.
+// Its second read of the elements is from the cache.
 template <int WIDTH, typename Source>
 __device__ void quantise_blocks(
     const Source* source, int8_t* target, float* scales, uint32_t first, uint32_t last, const Work& work) {
@@ -163,7 +163,7 @@ __device__ void quantise_blocks(
         lanes *= 2;
     }
     const uint32_t group = threadIdx.x / lanes, groups = THREADS / lanes, lane = threadIdx.x % lanes;
-    // All threads go round equally often, since they shuffle together.
+    // All threads make the same number of rounds, since they shuffle together.
     for (uint32_t round = first; round < last; round += groups) {
         const uint32_t block = round + group;
         const uint32_t begin = block < last ? block * work.block : work.elements;
@@ -209,7 +209,7 @@ __device__ void quantise_blocks(
     }
 }
 
-// Chunk `chunk` of `chunks` of a row: whole quantisation blocks.
+// Quantises chunk `chunk` of `chunks` of a row, in whole quantisation blocks.
 template <typename Source>
 __device__ void quantise_chunk(const Copy& copy, const Work& work, uint32_t chunk, uint32_t chunks) {
     const Source* source = reinterpret_cast<const Source*>(copy.source.data);
@@ -226,7 +226,7 @@ __device__ void quantise_chunk(const Copy& copy, const Work& work, uint32_t chun
     }
 }
 
-// Chunk `chunk` of a row that is not int8 on the target's side.
+// Copies chunk `chunk` of a row to a target that is not int8.
 template <typename Target, bool DEQUANTISES>
 __device__ void copy_to(const Copy& copy, const Work& work, uint32_t chunk) {
     switch (copy.source.dtype) {
@@ -276,9 +276,8 @@ __device__ inline void write_numbers(const Gather& gather) {
     }
 }
 
-// A thread block a chunk: behind the blocks for numbers, block number is item * chunks + chunk. There is no loop over
-// further items: with one, the compiler keeps so much in registers across the dtypes' code that a third of the threads
-// fit.
+// A thread block a chunk: after the blocks for numbers, block number is item * chunks + chunk. There is no loop over
+// items, because with one the compiler needs so many registers that only a third of the threads fit.
 template <typename Arguments>
 __global__ void __launch_bounds__(THREADS, RESIDENT)
     copy_rows(const __grid_constant__ Arguments arguments, uint32_t chunks) {

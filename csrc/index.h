@@ -1,8 +1,8 @@
-// Where things lie: the integer arithmetic that the CPU and the CUDA code share. Nothing here reads elements.
+// The integer arithmetic of positions and offsets, shared by the CPU and the CUDA code. Nothing here reads elements.
 //
-// A slab is [slots, positions, elements]; rows of elements are contiguous, the strides of slots and positions are
-// arbitrary. Offsets are int64: a buffer may hold more than 2^31 elements. A single row may not (see arguments.cpp), so
-// that numbers within a row fit in uint32, whose division is cheap on a GPU.
+// A slab is [slots, positions, elements]. Rows of elements are contiguous; the strides of slots and positions are
+// arbitrary. Offsets are int64, because a buffer may hold more than 2^31 elements. A single row may not (see
+// arguments.cpp), so that numbers within a row fit in uint32, whose division is cheap on a GPU.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ HOST_DEVICE inline int64_t step_of(const int64_t* steps, int64_t kept, Transitio
     return steps[transition.slot * kept + transition.position];
 }
 
-// The position in a trajectory's slab of one of its states, or of the output of one of its steps; -1: not kept.
+// The position of a state, or of a step's output, in its trajectory's slab; -1 if it is not kept.
 // `state_at` is [slots, num_steps + 1], `output_at` is [slots, num_steps].
 HOST_DEVICE inline int32_t state_position(const int32_t* state_at, int64_t num_steps, int64_t slot, int64_t state) {
     return state_at[slot * (num_steps + 1) + state];
@@ -54,17 +54,17 @@ HOST_DEVICE constexpr uint32_t divide_up(uint32_t a, uint32_t b) {
 
 constexpr int ACCESS_BYTES = 16;
 
-// Elements of a vector, when elements of two sizes are read and written: the wider side moves 16 bytes at a time.
+// Elements of a vector between elements of two sizes: the side with the larger ones moves 16 bytes at a time.
 HOST_DEVICE constexpr int vector_width(int source_size, int target_size) {
     return ACCESS_BYTES / (source_size > target_size ? source_size : target_size);
 }
 
-// A run of elements cut for vectors: `head` single elements, `vectors` vectors, single elements to the end.
+// A run of elements split into `head` single elements, `vectors` vectors, and single elements to the end.
 struct Split {
     uint32_t head, vectors;
 };
 
-// Both sides must be aligned after the same number of elements; if they are not, there are no vectors.
+// There are vectors only if both sides are aligned after the same number of elements.
 HOST_DEVICE inline Split split_run(
     uint64_t source_address, int source_size, uint64_t target_address, int target_size, uint32_t count) {
     const uint32_t width = vector_width(source_size, target_size);
@@ -76,8 +76,8 @@ HOST_DEVICE inline Split split_run(
     return {source_head, (count - source_head) / width};
 }
 
-// Elements of a quantisation block, from the shape of the scales: the power of two of which `blocks` cover `elements`.
-// There is at most one unless blocks == 1, where any that covers the row does the same. 0 if there is none.
+// Elements of a quantisation block: the power of two of which `blocks` cover `elements`, 0 if there is none.
+// There is at most one unless blocks == 1, where all that cover the row are equivalent.
 HOST_DEVICE inline uint32_t block_of(uint32_t elements, int64_t blocks) {
     for (uint32_t block = 1; block != 0 && elements != 0; block <<= 1) {
         if (divide_up(elements, block) == blocks) {

@@ -1,8 +1,8 @@
 // What an operation copies: numbered items, each one row of elements from a source to a target.
 //
-// The CPU gives items to threads, CUDA to thread blocks; both find an item's rows with the same code, `copy(item)`.
-// These structs hold bare addresses and are passed to kernels by value; arguments.h makes them from tensors. Of each,
-// `element_size` is the largest element's size in bytes, on either side.
+// The CPU gives items to threads, CUDA to thread blocks. Both find an item's rows with the same code, `copy(item)`.
+// The structs hold bare addresses and are passed to kernels by value; arguments.h makes them from tensors. Their
+// `element_size` is the size in bytes of the largest element on either side.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace fastnabla {
 
-// One row: converted where dtypes differ, quantised or dequantised where one side is int8, which `scales` belong to.
+// One row. It is converted if the dtypes differ, and quantised or dequantised if one side is int8 with `scales`.
 struct Row {
     char* data;
     float* scales;
@@ -22,7 +22,7 @@ struct Row {
 struct Copy {
     Row source, target;
 
-    // False: the row is not kept, and dropped.
+    // False if the row is not kept.
     HOST_DEVICE bool wanted() const {
         return target.data != nullptr;
     }
@@ -31,18 +31,16 @@ struct Copy {
 struct Work {
     int64_t items;
     uint32_t elements;  // of a row
-    uint32_t block;     // elements that share a scale; 0 where nothing is int8
+    uint32_t block;     // elements that share a scale; 0 if nothing is int8
 };
 
-// Consecutive rows, [rows, elements], or [rows, blocks] scales beside them.
+// Consecutive rows, [rows, elements].
 struct Rows {
     char* data;
-    float* scales;
     Dtype dtype;
 
     HOST_DEVICE Row row(int64_t number, const Work& work) const {
-        float* row_scales = scales == nullptr ? nullptr : scales + number * divide_up(work.elements, work.block);
-        return {data + number * work.elements * size_of(dtype), row_scales, dtype};
+        return {data + number * work.elements * size_of(dtype), nullptr, dtype};
     }
 };
 
@@ -78,7 +76,7 @@ struct Slabs {
     }
 };
 
-// One step of each trajectory: three items a trajectory.
+// Appends one step of each trajectory: three items a trajectory.
 struct Append : Work {
     static constexpr bool QUANTISES = true, DEQUANTISES = false;
     Slabs slabs;
@@ -102,39 +100,18 @@ struct Append : Work {
     }
 };
 
-// Whole trajectories: an item a state, then an item an output.
-struct AppendSteps : Work {
-    static constexpr bool QUANTISES = true, DEQUANTISES = false;
-    Slabs slabs;
-    const int64_t* slots;
-    Rows x, output;
-
-    int element_size() const {
-        return std::max({size_of(x.dtype), size_of(output.dtype), slabs.element_size()});
-    }
-    HOST_DEVICE Copy copy(int64_t item) const {
-        const int64_t states = slabs.num_steps + 1, a_trajectory = states + slabs.num_steps;
-        const int64_t number = item / a_trajectory, slot = slots[number], place = item % a_trajectory;
-        if (place < states) {
-            return {x.row(number * states + place, *this), slabs.state(slot, place)};
-        }
-        const int64_t step = place - states;
-        return {output.row(number * slabs.num_steps + step, *this), slabs.output(slot, step)};
-    }
-};
-
-// Transitions by number: three items a transition, and besides them its numbers.
+// Gathers transitions by number: three items a transition, and its numbers.
 struct Gather : Work {
     static constexpr bool QUANTISES = false, DEQUANTISES = true;
     int64_t transitions;
     Slabs slabs;
     const int64_t* index;
     int64_t kept;
-    // By slot and position, by slot, and by step.
-    const int64_t *steps, *prompt, *epoch, *timestep;
+    // By slot and position, and by slot.
+    const int64_t *steps, *prompt;
     const float* reward;
     Rows x, x_next, output;
-    int64_t *step_out, *timestep_out, *prompt_out, *trajectory_out, *epoch_out;
+    int64_t *step_out, *prompt_out, *trajectory_out;
     float* reward_out;
 
     int element_size() const {
@@ -154,32 +131,16 @@ struct Gather : Work {
         }
     }
 
-    // All reads come before the first write, which the compiler must not move them past.
+    // All reads come before the first write, because the compiler cannot move them past it.
     HOST_DEVICE void write_numbers(int64_t number) const {
         const Transition transition = transition_of(index[number], kept);
         const int64_t slot = transition.slot, step = step_of(steps, kept, transition);
-        const int64_t its_timestep = timestep[step], its_prompt = prompt[slot], its_epoch = epoch[slot];
+        const int64_t its_prompt = prompt[slot];
         const float its_reward = reward[slot];
         step_out[number] = step;
-        timestep_out[number] = its_timestep;
         trajectory_out[number] = slot;
         prompt_out[number] = its_prompt;
         reward_out[number] = its_reward;
-        epoch_out[number] = its_epoch;
-    }
-};
-
-// Row by row from one tensor to another.
-template <bool QUANTISE>
-struct Recode : Work {
-    static constexpr bool QUANTISES = QUANTISE, DEQUANTISES = !QUANTISE;
-    Rows source, target;
-
-    int element_size() const {
-        return std::max(size_of(source.dtype), size_of(target.dtype));
-    }
-    HOST_DEVICE Copy copy(int64_t item) const {
-        return {source.row(item, *this), target.row(item, *this)};
     }
 };
 

@@ -1,6 +1,6 @@
-// The trajectory buffer on the CPU: rows are given to torch's threads.
+// The trajectory buffer on the CPU: torch's threads share the rows.
 //
-// All indices are checked before the first element is written: a call that fails has changed nothing.
+// All indices are checked before the first element is written, so a call that fails changes nothing.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace fastnabla {
 namespace {
 
-// Elements that are worth a thread of their own.
+// Elements that are worth a thread.
 constexpr int64_t GRAIN = 1 << 15;
 
 template <typename Source, typename Target>
@@ -128,7 +128,7 @@ void check_index(const char* name, int64_t at, int64_t value, int64_t first, int
     }
 }
 
-// `slots` are different slots, and the positions of their states and outputs are in the slabs or -1.
+// Checks that `slots` are different slots, and that the positions of their states and outputs are in the slabs or -1.
 void check_slots(const Slabs& slabs, const Tensor& slots, const Tensor& states, const Tensor& outputs) {
     const int64_t num_slots = states.size(0), num_steps = slabs.num_steps;
     std::vector<bool> seen(num_slots);
@@ -151,7 +151,7 @@ void check_slots(const Slabs& slabs, const Tensor& slots, const Tensor& states, 
     }
 }
 
-// `index` are numbers of transitions whose states and output are kept.
+// Checks that `index` are numbers of transitions whose states and output are kept.
 void check_transitions(const Gather& a, const Tensor& states, const Tensor& outputs) {
     const int64_t num_steps = a.slabs.num_steps;
     for (int64_t at = 0; at < a.transitions; ++at) {
@@ -180,35 +180,17 @@ void append(
     copy_rows(a);
 }
 
-void append_steps(
-    const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& slots, const Tensor& x, const Tensor& output) {
-    const AppendSteps a =
-        append_steps_arguments(states, outputs, scales, state_at, output_at, slots, x, output, host_address);
-    check_slots(a.slabs, slots, states, outputs);
-    copy_rows(a);
-}
-
 void gather(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& epoch,
-    const Tensor& timestep, const Tensor& index, const std::vector<Tensor>& out) {
+    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& index,
+    const std::vector<Tensor>& out) {
     const Gather a = gather_arguments(
-        states, outputs, scales, state_at, output_at, steps, prompt, reward, epoch, timestep, index, out,
-        host_address);
+        states, outputs, scales, state_at, output_at, steps, prompt, reward, index, out, host_address);
     check_transitions(a, states, outputs);
     for (int64_t number = 0; number < a.transitions; ++number) {
         a.write_numbers(number);
     }
     copy_rows(a);
-}
-
-void quantise(const Tensor& x, int64_t block, const Tensor& q, const Tensor& scales) {
-    copy_rows(quantise_arguments(x, block, q, scales));
-}
-
-void dequantise(const Tensor& q, const Tensor& scales, int64_t block, const Tensor& x) {
-    copy_rows(dequantise_arguments(q, scales, block, x));
 }
 
 }  // namespace fastnabla

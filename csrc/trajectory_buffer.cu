@@ -1,7 +1,7 @@
 // The trajectory buffer on CUDA: each operation is one launch on the current stream, and waits for nothing.
 //
-// Indices are on the device and are not checked: the caller has checked them on the host's copy of the tables. Slabs
-// and scales may be pinned host memory, which the kernel reads and writes over the host link.
+// Indices are on the device and are not checked here; the caller checks them on the host's copy of the tables. Slabs and
+// scales may be in pinned host memory, which the kernel reads and writes over the host link.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -22,8 +22,8 @@ void check_cuda(cudaError_t error, const char* what) {
 }
 
 // The handle of torch's current stream. The stable ABI's `Stream::id` is torch's own number for it, not the handle,
-// and `nativeHandle` is younger than the version that we build for. The function that gives the handle is in the
-// library of torch's CUDA builds; this library must load without it, so it is looked up.
+// and `nativeHandle` is newer than the version that we build for. A function in the library of torch's CUDA builds gives
+// the handle. It is looked up at run time, because this library must load without it.
 cudaStream_t current_stream(int32_t device) {
     using Get = AOTITorchError (*)(int32_t, void**);
     static const Get get = [] {
@@ -44,7 +44,7 @@ char* device_address(const char* name, const Tensor& slab, bool writes, const Te
         check_device(name, slab, on);
         return static_cast<char*>(data);
     }
-    // Ordinary memory has a device pointer too where the GPU can read it (Grace, HMM). But the host may move it.
+    // Where the GPU can read ordinary memory (Grace, HMM), that has a device pointer too, but the host may move it.
     cudaPointerAttributes attributes{};
     check_cuda(cudaPointerGetAttributes(&attributes, data), "cudaPointerGetAttributes");
     const bool pinned = attributes.type == cudaMemoryTypeHost || attributes.type == cudaMemoryTypeManaged;
@@ -54,7 +54,7 @@ char* device_address(const char* name, const Tensor& slab, bool writes, const Te
     return static_cast<char*>(attributes.devicePointer);
 }
 
-// Torch's runtime has made the device current for the driver; ours is another one, linked into this library.
+// Makes the device current for torch, and for the CUDA runtime that is linked into this library.
 class OnDevice {
 public:
     OnDevice(const char* name, const Tensor& on) : device(index_of(name, on)), guard(device) {
@@ -97,35 +97,15 @@ void append_cuda(
         on.device);
 }
 
-void append_steps_cuda(
-    const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& slots, const Tensor& x, const Tensor& output) {
-    const OnDevice on("x", x);
-    launch(
-        append_steps_arguments(states, outputs, scales, state_at, output_at, slots, x, output, device_address),
-        on.device);
-}
-
 void gather_cuda(
     const Tensor& states, const Tensor& outputs, const std::optional<Tensor>& scales, const Tensor& state_at,
-    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& epoch,
-    const Tensor& timestep, const Tensor& index, const std::vector<Tensor>& out) {
+    const Tensor& output_at, const Tensor& steps, const Tensor& prompt, const Tensor& reward, const Tensor& index,
+    const std::vector<Tensor>& out) {
     const OnDevice on("index", index);
     launch(
         gather_arguments(
-            states, outputs, scales, state_at, output_at, steps, prompt, reward, epoch, timestep, index, out,
-            device_address),
+            states, outputs, scales, state_at, output_at, steps, prompt, reward, index, out, device_address),
         on.device);
-}
-
-void quantise_cuda(const Tensor& x, int64_t block, const Tensor& q, const Tensor& scales) {
-    const OnDevice on("x", x);
-    launch(quantise_arguments(x, block, q, scales), on.device);
-}
-
-void dequantise_cuda(const Tensor& q, const Tensor& scales, int64_t block, const Tensor& x) {
-    const OnDevice on("q", q);
-    launch(dequantise_arguments(q, scales, block, x), on.device);
 }
 
 }  // namespace
@@ -133,8 +113,5 @@ void dequantise_cuda(const Tensor& q, const Tensor& scales, int64_t block, const
 
 STABLE_TORCH_LIBRARY_IMPL(fastnabla, CUDA, m) {
     m.impl("append", TORCH_BOX(&fastnabla::append_cuda));
-    m.impl("append_steps", TORCH_BOX(&fastnabla::append_steps_cuda));
     m.impl("gather", TORCH_BOX(&fastnabla::gather_cuda));
-    m.impl("quantise", TORCH_BOX(&fastnabla::quantise_cuda));
-    m.impl("dequantise", TORCH_BOX(&fastnabla::dequantise_cuda));
 }

@@ -23,17 +23,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIBRARY = torch.library.Library("fastnabla", "FRAGMENT")
 
 
-def operation(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+def operation(fake: Callable) -> Callable[[Callable], Callable]:
     """Registers a launcher as the torch operation `fastnabla::<its name>`, which compiled code does not trace into.
 
     Args:
         fake: the same signature; returns tensors of the right shapes, dtypes and strides without computing.
-        mutates: names of arguments that are written to.
     """
 
     def register(launcher: Callable) -> Callable:
         name = launcher.__name__
-        _LIBRARY.define(name + torch.library.infer_schema(launcher, mutates_args=mutates))
+        _LIBRARY.define(name + torch.library.infer_schema(launcher, mutates_args=()))
         _LIBRARY.impl(name, launcher, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastnabla::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.fastnabla, name).default
@@ -84,16 +83,12 @@ def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
     return torch.empty((shape[0], *shape[2:], shape[1]), dtype=dtype, device=device).movedim(-1, 1)
 
 
-def layout(
-    x: Tensor, /, pairs: tuple[str, ...] = (), channels: bool = False, elements: int = TILE, **tensors: Tensor | None
-) -> Layout:
+def layout(x: Tensor, /, pairs: tuple[str, ...] = (), **tensors: Tensor | None) -> Layout:
     """The layout of a call, after a check of its tensors.
 
     Args:
         x: states `[N, …]` that the others are compared with.
         pairs: names of tensors that have 2N rows.
-        channels: keep channels apart even where rows are runs of memory.
-        elements: of a tile.
         tensors: by argument's name and in the order of their bits in `LAST`; None for those not given.
 
     Raises:
@@ -105,14 +100,14 @@ def layout(
         raise ValueError(f"x has shape {single}: expected [N, …] with 1 to 2³¹ − {TILE + 1} elements a row")
     pair = (2 * rows, *single[1:])
     last = {}
-    split = channels
+    split = False
     for name, tensor in tensors.items():
         last[name] = tensor is not None and _is_channels_last(name, tensor, pair if name in pairs else single, device)
         split |= tensor is not None and last[name] != last[next(iter(last))]
     split &= len(single) > 2
     count = single[1] if split else 1
     block_c = 1 << (int(count) - 1).bit_length()
-    block_p = max(elements // block_c, 1)
+    block_p = max(TILE // block_c, 1)
     constants = {"C": count, "BLOCK_C": block_c, "BLOCK_P": block_p}
     constants["LAST"] = sum(flag << bit for bit, flag in enumerate(last.values())) if split else 0
     positions = size // count

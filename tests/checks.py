@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.transition import TransitionTable
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -65,3 +66,9 @@ def assert_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def append_all(buffer: TrajectoryBuffer, slots: Tensor, states: Tensor, outputs: Tensor) -> None:
+    """Record whole trajectories: `states [B, T + 1, …]`, `outputs [B, T, …]`."""
+    for step in range(buffer.num_steps):
+        buffer.append(slots, step, states[:, step], outputs[:, step], states[:, step + 1])

@@ -122,11 +122,9 @@ def load_step(folder: Path) -> GoldenStep:
         x_next=inputs["x_next"].flatten(0, 1),
         model_output=inputs["model_output_old"].flatten(0, 1),
         step_index=table.step_index(inputs["timesteps"]).flatten(),
-        timestep=inputs["timesteps"].flatten(),
         prompt=torch.arange(rows).repeat_interleave(slots),
         trajectory=torch.arange(rows).repeat_interleave(slots),
         reward=torch.full((rows * slots,), float("nan")),
-        epoch=torch.zeros(rows * slots, dtype=torch.int64),
     )
     return GoldenStep(
         meta=meta,

@@ -70,9 +70,7 @@ def transitions(number: int) -> Transitions:
         step_index=step_index,
         prompt=torch.arange(rows) % 2,
         trajectory=torch.arange(rows),
-        timestep=torch.zeros(rows, dtype=torch.int64),
         reward=torch.zeros(rows),
-        epoch=torch.zeros(rows, dtype=torch.int64),
     )
 
 

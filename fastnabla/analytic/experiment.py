@@ -20,7 +20,7 @@ from fastnabla.optim.optimizer import Optimizer
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.draws import DRAWS
 from fastnabla.trajectories.rollout import sample
-from fastnabla.trajectories.sources import NewTrajectories, Source, StoredTrajectories
+from fastnabla.trajectories.sources import Source, StoredTrajectories, UnsampledTrajectories
 from fastnabla.transition import TransitionTable
 from fastnabla.utils.seeding import seed_of
 
@@ -88,10 +88,10 @@ class Experiment:
         method, rollout = METHODS[config.method], config.rollout
         self.step = STEPS[config.method].build(training, networks, self.told, PROMPTS)
         self.buffer: TrajectoryBuffer | None = None
-        self.source: Source = NewTrajectories(config.seed, rollout.trajectories, len(PROMPTS))
+        self.source: Source = UnsampledTrajectories(config.seed, rollout.trajectories, len(PROMPTS))
         if method.stores:
             sizes = (rollout.trajectories * (1 + rollout.replay), len(self.table), config.drawn_steps + 1)
-            self.buffer = TrajectoryBuffer(*sizes, self.sample_shape, timestep=self.table.timestep)
+            self.buffer = TrajectoryBuffer(*sizes, self.sample_shape)
             if rollout.epochs > 1 and method.has_reference:
                 self.buffer.keep_reference(with_product=training.has_flow and training.objective.reverse_weight > 0)
             slots = torch.arange(rollout.trajectories)
@@ -99,13 +99,13 @@ class Experiment:
         learned = None if config.exact_flow else self.flow
         self.optimizer = Optimizer(self.policy, learned, config.optimizer, training.flow, config.updates)
 
-    def _rollout(self, number: int) -> dict[str, float]:
-        """Store rollout `number` of the current policy; the mean of its rewards."""
+    def _rollout(self, rollout_index: int) -> dict[str, float]:
+        """Sample and store a rollout of the current policy. Returns the mean of its rewards."""
         config, count = self.config, self.config.rollout.trajectories
-        first = number * count
+        first = rollout_index * count
         draw = DRAWS[config.rollout.draw]
         steps = draw(seed_of(config.seed, "draws"), first, count, config.steps, config.drawn_steps)
-        slots = self.buffer.reserve(steps, torch.zeros(count, dtype=torch.int64), epoch=number)
+        slots = self.buffer.reserve(steps, torch.zeros(count, dtype=torch.int64))
         finished = self._sample([seed_of(config.seed, "noise", first + i) for i in range(count)], slots)
         self.buffer.reward[slots] = self.told(finished, PROMPTS)
         return {"rollout_reward": self.reward(finished, PROMPTS).mean().item()}

@@ -15,7 +15,7 @@ from fastnabla.analytic.pictures import save_pictures
 from fastnabla.analytic.spread import effective_modes, effective_number, mode_width
 from fastnabla.config.train import to_json
 from fastnabla.run.tracker import Tracker
-from fastnabla.trajectories.inner_epochs import learning_order
+from fastnabla.trajectories.sources import learning_order
 from fastnabla.utils.console import progress_bar
 
 
@@ -62,12 +62,12 @@ def updates(experiment: Experiment) -> Iterator[dict[str, float]]:
     """
     config, source, counter = experiment.config, experiment.source, experiment.policy.passes
     for update in range(config.updates):
-        round_, place = divmod(update, config.rollout.updates_per_round)
+        rollout_index, place = divmod(update, config.rollout.updates_per_round)
         before = counter.rows
         if place == 0:
-            rollout = source.collect(round_)
-        trajectories = learning_order(config.seed, round_, config.rollout)[place]
-        report = experiment.step(source.select(round_, trajectories, again=place >= config.rollout.updates))
+            rollout = source.collect(rollout_index)
+        trajectories = learning_order(config.seed, rollout_index, config.rollout)[place]
+        report = experiment.step(source.select(rollout_index, trajectories, again=place >= config.rollout.updates))
         norms = experiment.optimizer.update()
         losses = {f"loss_{name}": value for name, value in report.losses.items()}
         numbers = {name: value.item() for name, value in (report.statistics | norms | losses).items()}

@@ -19,7 +19,7 @@ from fastnabla.models.policy import Policy
 from fastnabla.prompts import RunPrompts
 from fastnabla.rewards import RewardSum
 from fastnabla.trajectories.sources import Trajectories
-from fastnabla.trajectories.transitions import Selection, Transitions
+from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from fastnabla.utils.durable import DamagedError, Write, verify_folder, write_folder
 
 logger = logging.getLogger("fastnabla")
@@ -52,7 +52,7 @@ class Anomalies:
         self,
         run: Path,
         update: int,
-        selection: Selection | Trajectories,
+        selection: LazyTransitions | Trajectories,
         before: dict[str, Tensor],
         config: TrainConfig,
         prompts: RunPrompts,
@@ -131,7 +131,8 @@ class Anomalies:
         self.policy.conditions.ensure(prompt)
         if "trajectories" in facts:
             return facts, Trajectories(prompt=prompt, **facts["trajectories"])
-        return facts, Transitions(**parts["transitions"])
+        names = [field.name for field in dataclasses.fields(Transitions)]  # earlier versions wrote more
+        return facts, Transitions(**{name: parts["transitions"][name] for name in names})
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{str(folder)!r} is not an update that --dump-anomalies wrote: {error}.") from error
 
 
-def _gathered(selection: Selection, size: int) -> dict[str, Tensor]:
+def _gathered(selection: LazyTransitions, size: int) -> dict[str, Tensor]:
     """All transitions, on the host, `size` at a time."""
     parts = [selection.gather(rows) for rows in torch.arange(len(selection)).split(size)]
     return {

@@ -26,7 +26,7 @@ from fastnabla.objective.detailed_balance import balance_residual, log_flow
 from fastnabla.objective.gaussian import full, guide
 from fastnabla.objective.noising import check_is_ddpm, noising_log_prob
 from fastnabla.objective.settings import Backend, Objective
-from fastnabla.trajectories.transitions import Selection, Transitions
+from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from fastnabla.transition import TransitionTable
 
 
@@ -63,7 +63,7 @@ class DetailedBalanceStep(Accumulation):
         self.objective = objective
         self.weights = Weights(guidance_scale=policy.guidance_scale, beta=objective.beta, gamma=objective.gamma)
 
-    def __call__(self, transitions: Transitions | Selection, total: int | None = None) -> StepReport:
+    def __call__(self, transitions: Transitions | LazyTransitions, total: int | None = None) -> StepReport:
         """Add the gradients of the mean loss over `transitions` to the parameters' `.grad`.
 
         Args:
@@ -81,7 +81,7 @@ class DetailedBalanceStep(Accumulation):
             lambda micro: self._share(selection, micro, total),
         )
 
-    def _share(self, selection: Selection, micro: MicroBatch, total: int) -> Share:
+    def _share(self, selection: LazyTransitions, micro: MicroBatch, total: int) -> Share:
         batch, w, weights = selection.gather(micro.rows), self.policy.guidance_scale, self.weights
         texts = [self.prompts[i] for i in selection.prompt[micro.rows].tolist()]
         row, elements = self.table.rows(batch.step_index, batch.x), batch.x[0].numel()

@@ -18,7 +18,7 @@ from fastnabla.methods.zero_gradients import DRIVE, largest
 from fastnabla.models.policy import Policy
 from fastnabla.objective.policy_gradient import clipped_surrogate
 from fastnabla.objective.settings import Backend
-from fastnabla.trajectories.transitions import Selection, Transitions
+from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from fastnabla.transition import TransitionTable
 
 
@@ -51,7 +51,7 @@ class PolicyGradientStep(Accumulation):
         self.weight = 1 / expected
         self.statistics = PromptStatistics(prompts, settings.window, settings.min_count)
 
-    def __call__(self, transitions: Transitions | Selection, total: int | None = None) -> StepReport:
+    def __call__(self, transitions: Transitions | LazyTransitions, total: int | None = None) -> StepReport:
         """Add the gradients of the surrogate's mean over trajectories and steps to the parameters' `.grad`.
 
         Args:
@@ -72,7 +72,7 @@ class PolicyGradientStep(Accumulation):
             lambda micro: self._share(selection, micro, advantage[micro.rows], scale[micro.rows]),
         )
 
-    def _advantages(self, selection: Selection) -> tuple[int, Tensor]:
+    def _advantages(self, selection: LazyTransitions) -> tuple[int, Tensor]:
         """Number of all ranks' trajectories, and the clipped advantage of each transition, `[M]` on the host."""
         slots, place = selection.trajectory.unique(return_inverse=True)
         one = torch.empty(len(slots), dtype=torch.int64)
@@ -88,7 +88,7 @@ class PolicyGradientStep(Accumulation):
         advantage[finite] = self.statistics.advantages(prompts[finite], rewards[finite], selection.again)
         return count, advantage.clamp(-limit, limit)[own][place].float()
 
-    def _share(self, selection: Selection, micro: MicroBatch, advantage: Tensor, scale: Tensor) -> Share:
+    def _share(self, selection: LazyTransitions, micro: MicroBatch, advantage: Tensor, scale: Tensor) -> Share:
         batch, w = selection.gather(micro.rows), self.policy.guidance_scale
         row, states = self.table.rows(batch.step_index, batch.x), (batch.x, batch.x_next)
         advantage, scale = (numbers.to(batch.x.device, non_blocking=True) for numbers in (advantage, scale.float()))

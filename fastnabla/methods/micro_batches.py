@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastnabla.trajectories.transitions import Selection
+from fastnabla.trajectories.transitions import LazyTransitions
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class MicroBatch:
         return torch.where(self.followed_by < 0, place, self.followed_by)
 
 
-def cut(selection: Selection, num_steps: int, size: int, share: bool) -> list[MicroBatch]:
+def cut(selection: LazyTransitions, num_steps: int, size: int, share: bool) -> list[MicroBatch]:
     """Micro-batches of at most `size` transitions, as even as can be, over all of `selection`.
 
     Args:
@@ -79,7 +79,7 @@ def _even(rows: Tensor, size: int) -> tuple[Tensor, ...]:
     return rows.tensor_split(math.ceil(len(rows) / size)) if len(rows) else ()
 
 
-def _followed_by(selection: Selection, rows: Tensor, share: bool) -> Tensor:
+def _followed_by(selection: LazyTransitions, rows: Tensor, share: bool) -> Tensor:
     none = torch.full((len(rows),), -1)
     if not share or len(rows) < 2:
         return none

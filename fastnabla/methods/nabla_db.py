@@ -44,7 +44,7 @@ from fastnabla.models.policy import Policy
 from fastnabla.objective import second_order
 from fastnabla.objective.balance import Weights
 from fastnabla.objective.settings import Backend, Objective
-from fastnabla.trajectories.transitions import Selection, Transitions
+from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from fastnabla.transition import TransitionRows, TransitionTable
 
 ROWS = ("loss_forward", "loss_reverse", "step_index", "prompt")
@@ -117,11 +117,11 @@ class BalanceStep(Accumulation):
             else PretrainedReversal(policy, self.ops, self.weights)
         )
 
-    def __call__(self, transitions: Transitions | Selection, total: int | None = None) -> StepReport:
+    def __call__(self, transitions: Transitions | LazyTransitions, total: int | None = None) -> StepReport:
         """Add the gradients of the mean loss over `transitions` to the parameters' `.grad`.
 
         Args:
-            transitions: in any order; with terminal guidance, each trajectory's last one among them. A `Selection` is
+            transitions: in any order; with terminal guidance, each trajectory's last one among them. A `LazyTransitions` is
                 gathered one micro-batch at a time.
             total: what sums over transitions are divided by, if the batch goes on in other calls.
 
@@ -152,7 +152,7 @@ class BalanceStep(Accumulation):
         """How gradients are computed, in words."""
         return f"{super().path}, objective.reward_gradient = {self.objective.reward_gradient!r}"
 
-    def _terminal_scores(self, selection: Selection) -> TerminalScores:
+    def _terminal_scores(self, selection: LazyTransitions) -> TerminalScores:
         samples = int((selection.step_index == len(self.table) - 1).sum())
         while True:
             size = min(self.micro_batch, samples)
@@ -162,7 +162,7 @@ class BalanceStep(Accumulation):
                 return scores
 
     def _micro_step(
-        self, selection: Selection, micro: MicroBatch, total: int, terminal: TerminalScores | None
+        self, selection: LazyTransitions, micro: MicroBatch, total: int, terminal: TerminalScores | None
     ) -> Share:
         """The micro-batch's share. One UNet graph is alive at a time: at the next states, of the reference, of the
         policy."""
@@ -171,7 +171,9 @@ class BalanceStep(Accumulation):
         with sdpa_kernel(SDPBackend.MATH) if second else contextlib.nullcontext():
             return self._compute(selection, micro, total, terminal)
 
-    def _compute(self, selection: Selection, micro: MicroBatch, total: int, terminal: TerminalScores | None) -> Share:
+    def _compute(
+        self, selection: LazyTransitions, micro: MicroBatch, total: int, terminal: TerminalScores | None
+    ) -> Share:
         objective, policy, kernels = self.objective, self.policy, self.ops
         with_reverse = not micro.last and self.flow is not None and objective.reverse_weight > 0
         batch, prompts = selection.gather(micro.rows), selection.prompt[micro.rows]

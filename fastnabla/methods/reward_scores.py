@@ -9,7 +9,7 @@ from torch import Tensor
 from fastnabla.methods.micro_batches import MicroBatch
 from fastnabla.models.policy import Policy
 from fastnabla.objective.gaussian import full, guide, unguide
-from fastnabla.trajectories.transitions import Selection, Transitions
+from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from fastnabla.transition import TransitionTable
 
 PixelGradient = Callable[[Tensor, Sequence[int]], Tensor]
@@ -123,7 +123,7 @@ class TerminalScores:
         ValueError: a trajectory's last transition is not in the selection.
     """
 
-    def __init__(self, selection: Selection, num_steps: int, pixel_gradient: PixelGradient, size: int) -> None:
+    def __init__(self, selection: LazyTransitions, num_steps: int, pixel_gradient: PixelGradient, size: int) -> None:
         is_last = selection.step_index == num_steps - 1
         if not bool(torch.isin(selection.trajectory, selection.trajectory[is_last]).all()):
             raise ValueError(

@@ -33,8 +33,7 @@ def guided_step(
     output: Tensor, x: Tensor, noise: Tensor, rows: TransitionRows, *, guidance_scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """As `gaussian.guided_step`."""
-    x_next, o, _ = step_kernel.guided_step(output, x, *_steps(rows, x), noise, guidance_scale=guidance_scale)
-    return x_next, o
+    return step_kernel.guided_step(output, x, noise, *_steps(rows, x), guidance_scale=guidance_scale)
 
 
 def gaussian_log_prob(

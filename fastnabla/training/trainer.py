@@ -46,10 +46,9 @@ from fastnabla.training.guards import Guard
 from fastnabla.training.inputs import prompts_of, reward_of
 from fastnabla.training.spikes import count_spikes
 from fastnabla.trajectories.buffer import TrajectoryBuffer
-from fastnabla.trajectories.collection import Rollouts, Sampler, rank_ranges
-from fastnabla.trajectories.inner_epochs import learning_order
+from fastnabla.trajectories.collection import RolloutCollector, Sampler, rank_ranges
 from fastnabla.trajectories.pooled_buffer import PooledBuffer
-from fastnabla.trajectories.sources import NewTrajectories, Source, StoredTrajectories
+from fastnabla.trajectories.sources import Source, StoredTrajectories, UnsampledTrajectories, learning_order
 from fastnabla.utils.console import progress_bar
 from fastnabla.utils.determinism import make_deterministic
 from fastnabla.utils.durable import move_files, write_file
@@ -117,16 +116,15 @@ class Trainer:
                 device=self.device,
                 storage=config.memory.buffer,
                 output_block=config.memory.output_block,
-                timestep=self.table.timestep,
             )
         self.slots = torch.cat([torch.arange(part.start, part.stop) for part in parts])
         """Numbers of this rank's trajectories of a rollout."""
         count, draw = config.rollout.trajectories, config.prompts.draw
-        self.source: Source = NewTrajectories(config.seed, count, self.prompts.trained, draw)
+        self.source: Source = UnsampledTrajectories(config.seed, count, self.prompts.trained, draw)
         if self.buffer is not None:
             if config.rollout.epochs > 1 and method.has_reference:
                 self.buffer.keep_reference(with_product=config.has_flow and config.objective.reverse_weight > 0)
-            rollouts = Rollouts(self.sampler, self.decoder, self.reward, self.prompts, self.buffer, self.slots)
+            rollouts = RolloutCollector(self.sampler, self.decoder, self.reward, self.prompts, self.buffer, self.slots)
             settings = (self.slots, config.rounds, config.rollout.replay)
             self.source = StoredTrajectories(rollouts, self.buffer, *settings)
         self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow, config.updates)
@@ -248,15 +246,15 @@ class Trainer:
                         if passed or update == config.updates:
                             note_written(wait=True)
                             break
-                    round_, place = divmod(update, config.rollout.updates_per_round)
+                    rollout_index, place = divmod(update, config.rollout.updates_per_round)
                     if rollout is None:
                         begin("rollout", len(self.slots) * len(self.table))
-                        rollout = self.source.collect(round_)
+                        rollout = self.source.collect(rollout_index)
                     stop.check(world)
                     begin("step", 1)
-                    numbers = learning_order(config.seed, round_, config.rollout)[place]
+                    numbers = learning_order(config.seed, rollout_index, config.rollout)[place]
                     numbers = numbers[torch.isin(numbers, self.slots)]
-                    selection = self.source.select(round_, numbers, again=place >= config.rollout.updates)
+                    selection = self.source.select(rollout_index, numbers, again=place >= config.rollout.updates)
                     remembered = anomalies.before() if config.dump_anomalies else {}
                     self.policy.conditions.ensure(selection.prompt)
                     report = self.step(selection)

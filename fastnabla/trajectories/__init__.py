@@ -1,1 +1,1 @@
-"""Trajectories: sampled by rollouts, stored in the buffer, drawn to be learned from."""
+"""Trajectories: rollouts sample them, the buffer stores them, and updates learn from them."""

@@ -1,16 +1,16 @@
-"""The trajectory buffer's operations: compiled ones from csrc/ where they were built, else those of `buffer_torch`.
+"""The trajectory buffer's operations: compiled ones from csrc/ if they are built, else those of `buffer_torch`.
 
-Shapes: N slots, S positions for states and P for outputs in a slot, K drawn steps a trajectory, T steps. `states`
-`[N, S, …]` and `outputs` `[N, P, …]` are slabs of contiguous rows, of float32, float16 or bfloat16; outputs of int8
-come with `scales` `[N, P, blocks]` float32, one a block of 2^k elements. `state_at` `[N, T + 1]` and `output_at`
-`[N, T]` int32 say at which position a state or an output lies, −1 that it is not kept. All is on one device, but with
-the rest on a GPU slabs and scales may be in pinned host memory.
+Shapes: N slots with S positions for states and P for outputs, K drawn steps and T steps a trajectory. `states [N, S, …]`
+and `outputs [N, P, …]` are slabs of contiguous rows, of float32, float16 or bfloat16. int8 outputs come with `scales`
+`[N, P, blocks]` float32, one for each block of 2^k elements. `state_at [N, T + 1]` and `output_at [N, T]` int32 give the
+position of a state or an output, −1 if it is not kept. All tensors are on one device, except that slabs and scales may be
+in pinned host memory while the rest is on a GPU.
 
-On a CPU indices are checked before anything is written; errors are RuntimeErrors that name the argument. On a GPU
-they are not checked, which would wait for it: check them on the host's copy of the tables. Nor does any function wait:
-pinned slabs must live, and not be changed by the host, until the stream has got there.
+On a CPU, indices are checked before anything is written, and a RuntimeError names the argument. On a GPU they are not
+checked, because that would wait for the device: check them on the host's copy of the tables. No function waits: keep
+pinned slabs alive, and do not change them on the host, until the stream has passed.
 
-Results are allocated here, in Python: running out of a GPU's memory raises torch.OutOfMemoryError, as elsewhere in torch.
+Results are allocated in Python, so that a GPU without room raises torch.OutOfMemoryError, as elsewhere in torch.
 """
 
 import logging
@@ -24,7 +24,7 @@ from fastnabla.trajectories import buffer_torch
 
 
 def _load() -> str:
-    """Why the extension is not loaded; empty if it is. FASTNABLA_EXTENSION names another file than the one here."""
+    """Load the extension, from FASTNABLA_EXTENSION if that is set. Returns why it failed, or an empty string."""
     named = os.environ.get("FASTNABLA_EXTENSION")
     found = [Path(named)] if named else sorted(Path(__file__).parents[1].glob("_C*.so"))
     if not found:
@@ -39,12 +39,12 @@ def _load() -> str:
 WHY_NOT = _load()
 """Why the compiled operations, or those on CUDA, are not used; empty if they are."""
 AVAILABLE = not WHY_NOT
-"""The compiled operations are loaded."""
-_ON_CUDA = ("append", "append_steps", "gather", "quantise", "dequantise")
+"""Whether the compiled operations are loaded."""
+_OPERATIONS = ("append", "gather")
 CUDA_AVAILABLE = AVAILABLE and all(
-    torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnabla::{name}", "CUDA") for name in _ON_CUDA
+    torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnabla::{name}", "CUDA") for name in _OPERATIONS
 )
-"""They include those on CUDA, whether or not there is a GPU."""
+"""Whether they include those on CUDA, with or without a GPU in the machine."""
 
 if AVAILABLE and not CUDA_AVAILABLE:
     WHY_NOT = "the extension is built without its CUDA part"
@@ -57,10 +57,10 @@ if not AVAILABLE or (WHY_NOT and torch.version.cuda):
 
 
 def require_cuda() -> None:
-    """Fail unless the compiled operations on CUDA are registered, whether or not there is a GPU.
+    """Fail unless the compiled operations on CUDA are registered, with or without a GPU in the machine.
 
     Raises:
-        RuntimeError: they are not. It says why, and how to build them.
+        RuntimeError: they are not registered. The message says why and how to build them.
     """
     if not CUDA_AVAILABLE:
         raise RuntimeError(
@@ -81,31 +81,15 @@ def append(
     output: Tensor,
     x_next: Tensor,
 ) -> None:
-    """Write step `step` of the trajectories in `slots` `[B]` int64, all different: `x` to state `step`, `x_next` to
-    state `step + 1`, `output` to the output, each `[B, …]`, where they are kept."""
+    """Write step `step` of the trajectories in `slots [B]` int64, all different.
+
+    `x [B, …]` goes to state `step`, `x_next` to state `step + 1` and `output` to the output, each only if it is kept.
+    """
     if _compiled(x):
         x, output, x_next = x.contiguous(), output.contiguous(), x_next.contiguous()
         torch.ops.fastnabla.append.default(states, outputs, scales, state_at, output_at, slots, step, x, output, x_next)
     else:
         buffer_torch.append(states, outputs, scales, state_at, output_at, slots, step, x, output, x_next)
-
-
-def append_steps(
-    states: Tensor,
-    outputs: Tensor,
-    scales: Tensor | None,
-    state_at: Tensor,
-    output_at: Tensor,
-    slots: Tensor,
-    x: Tensor,
-    output: Tensor,
-) -> None:
-    """Write the trajectories `x` `[B, T + 1, …]`, `output` `[B, T, …]` to `slots` `[B]`: what of them is kept."""
-    if _compiled(x):
-        x, output = x.contiguous(), output.contiguous()
-        torch.ops.fastnabla.append_steps.default(states, outputs, scales, state_at, output_at, slots, x, output)
-    else:
-        buffer_torch.append_steps(states, outputs, scales, state_at, output_at, slots, x, output)
 
 
 def gather(
@@ -117,26 +101,24 @@ def gather(
     steps: Tensor,
     prompt: Tensor,
     reward: Tensor,
-    epoch: Tensor,
-    timestep: Tensor,
     index: Tensor,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The transitions numbered `index` `[M]` int64, slot * K + position among the drawn steps, on the index's device.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The transitions numbered `index`, on the index's device.
 
     Args:
         steps: `[N, K]` int64.
-        prompt, reward, epoch: by slot, `[N]`; int64, float32, int64.
-        timestep: by step, `[T]` int64.
-        dtype: of the states and the outputs returned.
+        prompt, reward: by slot, `[N]`; int64, float32.
+        index: `[M]` int64, slot · K + position among the drawn steps.
+        dtype: of the returned states and outputs.
 
     Returns:
-        x, x_next, model_output `[M, …]`; step_index, timestep, prompt, trajectory (the slot), reward, epoch `[M]`.
+        x, x_next, model_output `[M, …]`; step_index, prompt, trajectory (the slot), reward `[M]`.
 
     Raises:
         torch.OutOfMemoryError: the GPU has no room for them.
     """
-    arguments = states, outputs, scales, state_at, output_at, steps, prompt, reward, epoch, timestep, index
+    arguments = states, outputs, scales, state_at, output_at, steps, prompt, reward, index
     if not _compiled(index):
         return buffer_torch.gather(*arguments, dtype)
     out = gathered(index, states.shape[2:], dtype)
@@ -144,88 +126,25 @@ def gather(
     return out
 
 
-FIELDS = ("x", "x_next", "model_output", "step_index", "timestep", "prompt", "trajectory", "reward", "epoch")
+FIELDS = ("x", "x_next", "model_output", "step_index", "prompt", "trajectory", "reward")
 """What `gather` returns, by the names of `fastnabla.trajectories.transitions.Transitions`."""
 
 
 def gathered(index: Tensor, row: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Room for the `FIELDS` of the transitions `index`: what `torch.ops.fastnabla.gather` writes to."""
+    """Uninitialised `FIELDS` of the transitions `index`, which `torch.ops.fastnabla.gather` writes to."""
     rows = [index.new_empty((len(index), *row), dtype=dtype) for _ in range(3)]
-    numbers = [torch.int64, torch.int64, torch.int64, torch.int64, torch.float32, torch.int64]
+    numbers = [torch.int64, torch.int64, torch.int64, torch.float32]
     return (*rows, *(index.new_empty(len(index), dtype=kind) for kind in numbers))
-
-
-def quantise(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Rows `[R, E]` as int8 and one scale for every `block` elements, `[R, ⌈E / block⌉]` float32.
-
-    An element is off by at most half its scale, and rounding in float32. A block with an infinity or a NaN becomes NaN.
-    """
-    if not _compiled(x):
-        return buffer_torch.quantise(x, block)
-    rows, elements = x.shape
-    q, scales = (
-        x.new_empty(rows, elements, dtype=torch.int8),
-        x.new_empty(rows, -(-elements // block), dtype=torch.float32),
-    )
-    torch.ops.fastnabla.quantise(x.contiguous(), block, q, scales)
-    return q, scales
-
-
-def dequantise(q: Tensor, scales: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """What `quantise` made, as `dtype`."""
-    if not _compiled(q):
-        return buffer_torch.dequantise(q, scales, block, dtype)
-    x = q.new_empty(q.shape, dtype=dtype)
-    torch.ops.fastnabla.dequantise(q.contiguous(), scales.contiguous(), block, x)
-    return x
-
-
-def draw_stratified(seed: int, first: int, trajectories: int, num_steps: int, strata: int) -> Tensor:
-    """Steps to keep of the trajectories numbered from `first` on, `[trajectories, strata + 1]` int64: the last step
-    always, then one uniform draw in each of `strata` equal parts of the trajectory.
-
-    This is the reference implementation's low-variance subsampling. A stratum may draw the last step again. What a
-    trajectory draws depends on the seed and its number only.
-
-    Raises:
-        ValueError: `strata` is not a positive divisor of `num_steps`.
-    """
-    if strata < 1 or num_steps % strata:
-        raise ValueError(
-            f"strata = {strata}: must be at least 1 and divide the number of steps, {num_steps}; "
-            "change rollout.fraction or sampler.steps so that steps * fraction does."
-        )
-    function = torch.ops.fastnabla.draw_stratified if AVAILABLE else buffer_torch.draw_stratified
-    return function(seed, first, trajectories, num_steps, strata)
-
-
-def draw_uniform(seed: int, first: int, trajectories: int, num_steps: int, draws: int) -> Tensor:
-    """Steps to keep, `[trajectories, draws + 1]` int64: the last, then `draws` different steps before it, in random
-    order; otherwise as `draw_stratified`.
-
-    Raises:
-        ValueError: there are not `draws` steps before the last, or `draws` is not positive.
-    """
-    if not 1 <= draws < num_steps:
-        raise ValueError(f"draws = {draws}: must be between 1 and {num_steps - 1}, the steps before the last.")
-    function = torch.ops.fastnabla.draw_uniform if AVAILABLE else buffer_torch.draw_uniform
-    return function(seed, first, trajectories, num_steps, draws)
 
 
 def _compiled(tensor: Tensor) -> bool:
     return CUDA_AVAILABLE if tensor.is_cuda else AVAILABLE and tensor.is_cpu
 
 
-def _fake_writes(*arguments: Tensor | list[Tensor] | int | None) -> None:
-    """Of operations that only write to what they are given."""
-
-
-def _fake_draws(seed: int, first: int, trajectories: int, num_steps: int, columns: int) -> Tensor:
-    return torch.empty((trajectories, columns + 1), dtype=torch.int64)
+def _fake(*arguments: Tensor | list[Tensor] | int | None) -> None:
+    """The operations return nothing; they write to their arguments."""
 
 
 if AVAILABLE:
-    for _name in _ON_CUDA:
-        torch.library.register_fake(f"fastnabla::{_name}", _fake_writes)
-    for _name in ("draw_stratified", "draw_uniform"):
-        torch.library.register_fake(f"fastnabla::{_name}", _fake_draws)
+    for _name in _OPERATIONS:
+        torch.library.register_fake(f"fastnabla::{_name}", _fake)

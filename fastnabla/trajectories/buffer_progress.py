@@ -1,7 +1,7 @@
 """Which step of each trajectory in a buffer is recorded next.
 
-Trajectories that are sampled together advance together: of such a group what `append` needs is checked and copied to the
-device once, and then one number is counted up.
+Trajectories that are sampled together advance together. Such a group's slots are checked and copied to the device once;
+after that, each step only counts up one number.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ class Group:
 
 
 class Progress:
-    """Steps recorded of each trajectory.
+    """How many steps of each trajectory are recorded.
 
     Args:
-        appended: their number, by slot, int64 on the host; it is kept up to date.
+        appended: recorded steps by slot, int64 on the CPU. It is kept up to date.
         num_steps: T.
         device: of the buffer.
-        check_reserved: raises IndexError unless all of some slots are reserved.
+        check_reserved: raises IndexError unless all given slots are reserved.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Progress:
         self._groups: dict[tuple[int, ...], Group] = {}
 
     def group(self, slots: Tensor, step: int) -> Group:
-        """The trajectories in `slots [B]`, of which `step` is to be recorded. Call it again for each step.
+        """The group of the trajectories in `slots [B]`, whose step `step` is about to be recorded.
 
         Raises:
             IndexError: a slot is not reserved.
-            ValueError: a slot twice, or it is not the next step of all.
+            ValueError: a slot is given twice, or `step` is not the next one of all.
         """
         key = tuple(slots.tolist())
         group = self._groups.get(key)
@@ -60,19 +60,19 @@ class Progress:
                 f"step {step} is out of order: next is {self.appended[slots].tolist()} of {self.num_steps}"
             )
         self._groups = {other: group for other, group in self._groups.items() if set(other).isdisjoint(key)}
-        # Without waiting for the device: CUDA takes a copy of ordinary host memory before the call returns.
+        # Does not wait for the device: CUDA copies ordinary host memory before the call returns.
         self._groups[key] = Group(key, slots.to(self.device, non_blocking=True, copy=True), step)
         return self._groups[key]
 
-    def advance(self, group: Group, steps: int = 1) -> None:
-        """So many steps of the group have been recorded."""
-        group.next += steps
+    def advance(self, group: Group) -> None:
+        """Count a recorded step of the group."""
+        group.next += 1
         self.appended.numpy()[list(group.slots)] = group.next
         if group.next == self.num_steps:
             self._groups.pop(group.slots, None)
 
     def forget(self, slots: Tensor) -> None:
-        """Nothing is recorded of the trajectories in `slots [n]`."""
+        """Start the trajectories in `slots [n]` over."""
         self.appended[slots] = 0
         self._groups.clear()
 
@@ -81,5 +81,5 @@ class Progress:
         return self.appended[slots] == self.num_steps
 
     def reload(self) -> None:
-        """Go on from what `appended` says."""
+        """Continue from the numbers in `appended`, which have changed."""
         self._groups.clear()

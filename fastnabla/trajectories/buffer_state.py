@@ -1,4 +1,4 @@
-"""A trajectory buffer's contents, to be saved and restored exactly."""
+"""Saving a trajectory buffer's contents and restoring them exactly."""
 
 import threading
 from typing import Any
@@ -11,7 +11,7 @@ from fastnabla.trajectories.reference_cache import ReferenceCache
 
 
 class BufferState:
-    """What `fastnabla.trajectories.buffer.TrajectoryBuffer` saves: all its tensors, and where its ring begins."""
+    """The part of `fastnabla.trajectories.buffer.TrajectoryBuffer` that saves its tensors and the ring's place."""
 
     x: Tensor
     device: torch.device
@@ -27,46 +27,47 @@ class BufferState:
     _lock: threading.Lock
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything in the buffer, on the host; waits for the device."""
+        """Everything in the buffer, on the CPU. Waits for the device."""
         self._wait()
-        tensors = {name: getattr(self, name).to("cpu", copy=True) for name in self._tensors()}
+        tensors = {name: getattr(self, name).to("cpu", copy=True) for name in self.saved_tensors()}
         numbers = {"geometry": self.geometry(self.capacity), "first": self._first, "live": self._live}
         cached = {} if self.reference is None else {"reference": self.reference.state_dict()}
         return numbers | cached | tensors
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Become what `state_dict` saved.
+        """Restore what `state_dict` saved. Other keys, such as `epoch` and `timestep` of older versions, are ignored.
 
         Raises:
-            ValueError: it is of a buffer with other arguments, or is not complete. Nothing has been changed then.
+            ValueError: the state is from a buffer with other arguments, or not complete. Nothing is changed then.
         """
         geometry = self.geometry(self.capacity)
         if state.get("geometry") != geometry:
             raise ValueError(f"the state is of a buffer of {state.get('geometry')}, this is one of {geometry}")
         cached = () if self.reference is None else ("reference",)
-        missing = {"first", "live", *cached, *self._tensors()} - state.keys()
+        missing = {"first", "live", *cached, *self.saved_tensors()} - state.keys()
         if missing:
             raise ValueError(f"the state lacks {', '.join(sorted(missing))}")
         self._wait()
         with self._lock:
-            for name in self._tensors():
+            for name in self.saved_tensors():
                 getattr(self, name).copy_(state[name])
             if self.reference is not None:
                 self.reference.load_state_dict(state["reference"])
             self._first, self._live = state["first"], state["live"]
             self._progress.reload()
 
-    def _wait(self) -> None:
-        """Until kernels are done with slabs that are in the host's memory."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _tensors(self) -> list[str]:
+    def saved_tensors(self) -> list[str]:
+        """Names of the tensors in the state. The first dimension of each is the slot."""
         return [name for name, value in vars(self).items() if isinstance(value, Tensor)]
 
     def geometry(self, capacity: int) -> str:
-        """What a state must agree in, of a buffer like this for so many trajectories."""
+        """The arguments that a state must agree with, for a buffer like this of so many trajectories."""
         return (
             f"capacity {capacity}, {self.num_steps} steps, {self.kept} kept, sample_shape {self.sample_shape}, "
             f"{self.x.dtype}, output_block {self.output_block}"
         )
+
+    def _wait(self) -> None:
+        """Wait until kernels have finished with slabs in host memory."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,4 +1,4 @@
-"""Trajectories of the policy as it is: rollouts, which are stored to be learned from, and samples to be evaluated."""
+"""Sampling with the current policy: rollouts that are stored to be learned from, and samples to evaluate."""
 
 import contextlib
 from collections.abc import Callable
@@ -22,12 +22,12 @@ from fastnabla.utils.seeding import seed_of
 
 
 class Sampler:
-    """Samples with the policy, on all ranks, until a signal stops them all.
+    """Samples with the policy on all ranks, until a signal stops them all.
 
     Args:
         config: the run's.
         policy, table, sample_shape: what is sampled, see `fastnabla.trajectories.rollout.sample`.
-        world: the ranks, each of which samples trajectories of its own.
+        world: the ranks. Each samples its own trajectories.
     """
 
     def __init__(
@@ -37,19 +37,24 @@ class Sampler:
         self.world = world
         self.stop = StopSignals()
         self.advance: Callable[[int], None] = lambda count: None
-        """Told of so many steps of one trajectory each; may raise `Stopped`."""
+        """Called with the number of trajectories after each of their steps. May raise `Stopped`."""
 
     def __call__(
         self, prompt: Tensor, seeds: list[int], buffer: TrajectoryBuffer | None = None, slots: Tensor | None = None
     ) -> Tensor:
-        """Finished latents `[n, C, H, W]` of prompt numbers `prompt [n]` and seeds of their noise; stored on the way, if
-        there is a `buffer`, in its `slots [n]`.
+        """Sample finished latents `[n, C, H, W]`.
+
+        Args:
+            prompt: prompt numbers `[n]`.
+            seeds: n seeds of the noise.
+            buffer, slots: where to store the steps, and the trajectories' slots `[n]` in it.
 
         Raises:
             Stopped: a rank was asked to stop.
         """
         latents = None
-        with contextlib.suppress(Stopped):  # here perhaps alone, so that all ranks are asked
+        # This rank alone may have been asked to stop; `check` then stops all of them.
+        with contextlib.suppress(Stopped):
             latents = sample(
                 self.policy,
                 self.table,
@@ -66,14 +71,14 @@ class Sampler:
         return latents
 
 
-class Rollouts:
-    """Samples rollouts into the buffer.
+class RolloutCollector:
+    """Samples rollouts, rewards them, and stores their drawn steps.
 
     Args:
-        sampler: what samples.
-        decoder, reward, prompts: what finished samples are rewarded by.
-        buffer: of this rank.
-        own: numbers `[n]` of this rank's trajectories of a rollout.
+        sampler: samples the trajectories.
+        decoder, reward, prompts: give the finished samples their rewards.
+        buffer: this rank's.
+        own: which of a rollout's trajectories are this rank's, `[n]`.
     """
 
     def __init__(
@@ -88,21 +93,26 @@ class Rollouts:
         self.sampler, self.decoder, self.reward, self.prompts = sampler, decoder, reward, prompts
         self.buffer, self.own = buffer, own
 
-    def __call__(self, number: int) -> dict[str, float]:
-        """Sample rollout `number` with the current policy, into the buffer; statistics of all ranks' rewards."""
+    def __call__(self, rollout_index: int) -> dict[str, float]:
+        """Sample a rollout with the current policy into the buffer. Returns statistics of all ranks' rewards."""
         config, own, world = self.sampler.config, self.own, self.sampler.world
+
+        # Prompts, drawn steps and noise of each trajectory, by its number in the run.
         count = config.rollout.trajectories
-        first = number * count
+        first = rollout_index * count
         prompt = assign_prompts(config.seed, first, count, self.prompts.trained, config.prompts.draw)
         draw, num_steps = DRAWS[config.rollout.draw], len(self.sampler.table)
         steps = draw(seed_of(config.seed, "draws"), first, count, num_steps, config.drawn_steps)
         seeds = [seed_of(config.seed, "noise", first + i) for i in own.tolist()]
-        slots = self.buffer.reserve(steps[own], prompt[own], epoch=number)
+
+        # Sample, decode, reward.
+        slots = self.buffer.reserve(steps[own], prompt[own])
         latents = self.sampler(prompt[own], seeds, self.buffer, slots)
         texts = [self.prompts.texts[i] for i in prompt.tolist()]
         images = self.decoder.decode(latents)
         parts = self.reward.parts(images, [texts[i] for i in own.tolist()], config.memory.decode_chunk)
 
+        # Samples that are not finite are left out of the statistics; their shaped reward is NaN.
         def of_all(values: Tensor) -> Tensor:
             return world.all_gather_rows(values, own, count)
 
@@ -114,12 +124,13 @@ class Rollouts:
         shaped = self.reward.shape(parts)
         shaped = torch.where(finite[own].to(shaped.device), shaped, float("nan"))
         self.buffer.reward[slots.to(shaped.device)] = shaped
+
         metrics = {"rollout_reward": rewards.mean().item(), "rollout_reward_std": rewards.std().item()}
         return metrics | {f"rollout_reward_{name}": values.mean().item() for name, values in sound.items()}
 
 
 def rank_ranges(world: World, trajectories: int, updates: int) -> list[range]:
-    """Numbers of this rank's trajectories among those of a rollout, by update: of each update's, consecutive ones.
+    """This rank's trajectories of a rollout, as a range of consecutive numbers for each update.
 
     Args:
         world: the ranks.

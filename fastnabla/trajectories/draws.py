@@ -1,46 +1,83 @@
-"""Which steps of a trajectory are trained on, besides its last. What a trajectory draws depends on the seed and its
-number alone."""
+"""Which steps of a trajectory are trained on, besides the last. They depend on the seed and the trajectory's number alone.
+
+Random numbers are 64-bit words of NumPy's Philox4x64-10 with the key (seed, trajectory): the same on every platform, and
+however trajectories are split over calls and ranks. A word modulo n is uniform on 0 … n − 1 to within n / 2⁶⁴.
+"""
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastnabla.trajectories import buffer_ops
 
+def draw_stratified(seed: int, first: int, trajectories: int, num_steps: int, strata: int) -> Tensor:
+    """The last step, then a uniform step of each of `strata` equal parts of the trajectory.
 
-def draw_runs(seed: int, first: int, trajectories: int, num_steps: int, draws: int) -> Tensor:
-    """Steps to keep, `[trajectories, draws + 1]` int64: the last, then `draws` adjacent ones from a uniform step on; the
-    last but one is followed by the first. Each step before the last is drawn with the same probability.
+    This is the reference implementation's low-variance subsampling. The last part may draw the last step again.
 
     Args:
         seed: of the draws.
         first: number of the first trajectory.
         trajectories: how many, numbered from `first` on.
         num_steps: T.
-        draws: steps besides the last.
+        strata: steps besides the last.
+
+    Returns:
+        Steps to keep, `[trajectories, strata + 1]` int64.
 
     Raises:
-        ValueError: there are not `draws` steps before the last, or `draws` is not positive.
+        ValueError: `strata` is not a positive divisor of `num_steps`.
     """
-    if not 1 <= draws < num_steps:
-        raise ValueError(f"draws = {draws}: must be between 1 and {num_steps - 1}, the steps before the last.")
-    start = buffer_ops.draw_stratified(seed, first, trajectories, num_steps - 1, 1)[:, 1:]
-    run = (start + torch.arange(draws)) % (num_steps - 1)
-    return torch.cat([torch.full((trajectories, 1), num_steps - 1), run], 1)
+    if strata < 1 or num_steps % strata:
+        raise ValueError(
+            f"strata = {strata}: must be at least 1 and divide the number of steps, {num_steps}; "
+            "change rollout.fraction or sampler.steps so that steps * fraction does."
+        )
+    width = num_steps // strata
+    within = _words(seed, first, trajectories, strata) % width
+    return _after_the_last(num_steps, within + width * np.arange(strata, dtype=np.uint64))
+
+
+def draw_uniform(seed: int, first: int, trajectories: int, num_steps: int, draws: int) -> Tensor:
+    """The last step, then `draws` different steps before it, uniform and in random order.
+
+    Arguments and result are those of `draw_stratified`.
+
+    Raises:
+        ValueError: there are fewer than `draws` steps before the last, or `draws` is not positive.
+    """
+    _check_before_last(num_steps, draws)
+    order = _words(seed, first, trajectories, num_steps - 1).argsort(axis=1)  # a random permutation
+    return _after_the_last(num_steps, order[:, :draws])
+
+
+def draw_runs(seed: int, first: int, trajectories: int, num_steps: int, draws: int) -> Tensor:
+    """The last step, then `draws` adjacent steps before it, from a uniform step on. Step T − 2 is followed by step 0, so
+    that all steps before the last have the same probability.
+
+    Arguments and result are those of `draw_stratified`.
+
+    Raises:
+        ValueError: there are fewer than `draws` steps before the last, or `draws` is not positive.
+    """
+    _check_before_last(num_steps, draws)
+    start = _words(seed, first, trajectories, 1) % (num_steps - 1)
+    return _after_the_last(num_steps, (start + np.arange(draws, dtype=np.uint64)) % (num_steps - 1))
 
 
 DRAWS: dict[str, Callable[[int, int, int, int, int], Tensor]] = {
-    "stratified": buffer_ops.draw_stratified,
-    "uniform": buffer_ops.draw_uniform,
+    "stratified": draw_stratified,
+    "uniform": draw_uniform,
     "runs": draw_runs,
 }
-"""By the name that `rollout.draw` has: seed, number of the first trajectory, trajectories, T, draws → steps to keep."""
+"""By the value of `rollout.draw`: seed, number of the first trajectory, trajectories, T, draws → steps to keep."""
 
 
 def expected_draws(draw: str, num_steps: int, draws: int) -> Tensor:
-    """How often a trajectory keeps each step in expectation, `[num_steps]` float64: what sums over the kept steps are
-    weighted by, inversely, to be unbiased estimates of sums over all.
+    """Expected number of times that a trajectory keeps each step, `[num_steps]` float64.
+
+    A sum over the kept steps, weighted by its inverse, is an unbiased estimate of the sum over all steps.
 
     Args:
         draw: one of `DRAWS`.
@@ -51,3 +88,20 @@ def expected_draws(draw: str, num_steps: int, draws: int) -> Tensor:
     expected = torch.full((num_steps,), draws / drawn_from, dtype=torch.float64)
     expected[-1] = 1 + (draws / num_steps if draw == "stratified" else 0)
     return expected
+
+
+def _words(seed: int, first: int, trajectories: int, count: int) -> np.ndarray:
+    """`[trajectories, count]` random uint64."""
+    streams = (np.random.Philox(key=[seed, number]) for number in range(first, first + trajectories))
+    words = [stream.random_raw(count) for stream in streams]
+    return np.array(words, np.uint64).reshape(trajectories, count)
+
+
+def _check_before_last(num_steps: int, draws: int) -> None:
+    if not 1 <= draws < num_steps:
+        raise ValueError(f"draws = {draws}: must be between 1 and {num_steps - 1}, the steps before the last.")
+
+
+def _after_the_last(num_steps: int, steps: np.ndarray) -> Tensor:
+    last = np.full((len(steps), 1), num_steps - 1)
+    return torch.from_numpy(np.concatenate([last, steps.astype(np.int64)], 1))

@@ -8,12 +8,12 @@ from torch import Tensor
 
 logger = logging.getLogger("fastnabla")
 
-TOLD = 3
-"""Most samples named in one message."""
+NAMED = 3
+"""Most samples that one message names."""
 
 
 def finite_samples(latents: Tensor, parts: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
-    """Which samples of a rollout are finite, and have finite rewards; a warning names others. Waits for the device.
+    """Which samples and their rewards are all finite. A warning names the others. Waits for the device.
 
     Args:
         latents: `[N, C, H, W]`.
@@ -21,22 +21,22 @@ def finite_samples(latents: Tensor, parts: dict[str, Tensor], prompts: Sequence[
         prompts: the N prompts.
 
     Returns:
-        `[N]` bool, on the host.
+        `[N]` bool, on the CPU.
 
     Raises:
-        FloatingPointError: none is.
+        FloatingPointError: no sample is finite.
     """
-    named = {"the latents": latents.isfinite().flatten(1).all(1)}
-    named |= {f"reward {name!r}": values.isfinite() for name, values in parts.items()}
-    finite = torch.stack(list(named.values())).cpu()
+    checks = {"the latents": latents.isfinite().flatten(1).all(1)}
+    checks |= {f"reward {name!r}": values.isfinite() for name, values in parts.items()}
+    finite = torch.stack(list(checks.values())).cpu()
     every = finite.all(0)
-    told = [
-        f"{', '.join(name for name, is_finite in zip(named, finite[:, i], strict=True) if not is_finite)} for {prompts[i]!r}"
+    bad = [
+        f"{', '.join(name for name, is_finite in zip(checks, finite[:, i], strict=True) if not is_finite)} for {prompts[i]!r}"
         for i in (~every).nonzero().flatten().tolist()
     ]
-    if told:
-        more = f" and {len(told) - TOLD} more" if len(told) > TOLD else ""
-        message = f"not finite in {len(told)} of {len(every)} samples: {'; '.join(told[:TOLD])}{more}"
+    if bad:
+        more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        message = f"not finite in {len(bad)} of {len(every)} samples: {'; '.join(bad[:NAMED])}{more}"
         if not every.any():
             raise FloatingPointError(
                 f"{message}. Nothing can be learned from such a rollout; lower optimizer.learning_rate."

@@ -1,8 +1,8 @@
-"""Tensors in page-locked host memory, of exactly the size that is asked for.
+"""Tensors in page-locked host memory, of exactly the size asked for.
 
-torch's own (`pin_memory=True`) come from a caching allocator: it rounds up to a power of two, so that 33 GiB lock 64,
-and hands memory out again while a kernel that it has not been told of still reads it. Here pages are mapped for the
-tensor alone and locked with CUDA's `cudaHostRegister`, and given back once the device has finished.
+torch's own (`pin_memory=True`) come from a caching allocator. It rounds up to a power of two, so that 33 GiB lock 64,
+and it reuses memory that a kernel may still be reading if torch did not launch that kernel. Here pages are mapped for one
+tensor, locked with CUDA's `cudaHostRegister`, and freed once the device has finished.
 """
 
 import math
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of zeros in page-locked memory of the host, whose kernels run on `device`.
+    """A tensor of zeros in page-locked host memory, for kernels on `device`.
 
-    The memory is freed with the last tensor that shares it, after a wait for all work queued on `device`. It is not
-    there in a forked process.
+    The memory is freed with the last tensor that shares it, after a wait for all work queued on `device`. A forked process
+    does not inherit it.
 
     Raises:
         MemoryError: the host has not that much memory, or may not lock it.
@@ -31,7 +31,7 @@ def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class _Pages(mmap.mmap):
-    """Locked when made, unlocked when collected; a tensor of them holds a reference."""
+    """Pages that are locked when created and unlocked when collected. A tensor of them holds a reference."""
 
     address: int | None = None
     """Where they are locked."""
@@ -40,7 +40,8 @@ class _Pages(mmap.mmap):
     def __new__(cls, size: int, device: torch.device) -> "_Pages":
         pages = super().__new__(cls, -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.device = device
-        pages.madvise(mmap.MADV_DONTFORK)  # else a write after a fork moves them away from under the device
+        # After a fork, the first write would otherwise move the pages away from under the device.
+        pages.madvise(mmap.MADV_DONTFORK)
         address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
         with torch.cuda.device(device):
             error = torch.cuda.cudart().cudaHostRegister(address, size, 0)
@@ -50,6 +51,6 @@ class _Pages(mmap.mmap):
         return pages
 
     def __del__(self) -> None:
-        if self.address is not None and not sys.is_finalizing():  # then the driver does it
+        if self.address is not None and not sys.is_finalizing():  # at exit the driver unlocks them
             torch.cuda.synchronize(self.device)
             torch.cuda.cudart().cudaHostUnregister(self.address)

@@ -1,8 +1,8 @@
-"""What later inner epochs need not compute again: the reference network's part of a transition.
+"""A cache of the reference network's part of each transition, for later inner epochs.
 
-Its guided output o_ref at x, and its vector-Jacobian product ``J_refᵀ λ b e_ref`` with ``e_ref = (x' − a x − b o_ref)/σ²``,
-depend on the transition, the sampler and λ alone: not on the policy, nor on φ. Both are stored in float32, o_ref after
-guidance, which is all that the residuals see of an output pair.
+That part is its guided output o_ref at x and its vector-Jacobian product ``J_refᵀ λ b e_ref``, with
+``e_ref = (x' − a x − b o_ref)/σ²``. Both depend on the transition, the sampler and λ, but not on the policy or φ. They are
+stored in float32. o_ref is stored after guidance, since the residuals need nothing else of an output pair.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 class ReferenceCache:
-    """Slabs for the transitions of a `TrajectoryBuffer`, on the device that trains.
+    """Slabs for the transitions of a `TrajectoryBuffer`, on the training device.
 
     Args:
         capacity, kept, sample_shape: the buffer's.
-        with_product: keep the products too.
-        device: where they are.
+        with_product: cache the products too.
+        device: of the slabs.
     """
 
     def __init__(
@@ -36,20 +36,20 @@ class ReferenceCache:
         return sum(slab.nbytes for slab in (self.output, self.product) if slab is not None)
 
     def forget(self, slots: Tensor) -> None:
-        """Forget the transitions of the trajectories in `slots [n]`, on the host."""
+        """Forget the transitions of the trajectories in `slots [n]`, on the CPU."""
         self.known.view(-1, self.kept)[slots] = False
 
     def of(self, index: Tensor) -> "CachedRows":
-        """The places of the transitions numbered `index [M]` int64, on the host."""
+        """The places of the transitions numbered `index [M]` int64, on the CPU."""
         return CachedRows(cache=self, index=index)
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, on the host."""
+        """Everything in the cache, on the CPU."""
         tensors = {"output": self.output, "product": self.product, "known": self.known}
         return {name: None if tensor is None else tensor.cpu().clone() for name, tensor in tensors.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Become what `state_dict` gave."""
+        """Restore what `state_dict` saved."""
         for name, tensor in (("output", self.output), ("product", self.product), ("known", self.known)):
             if tensor is not None:
                 tensor.copy_(state[name])
@@ -61,13 +61,13 @@ class CachedRows:
 
     cache: ReferenceCache
     index: Tensor
-    """`[M]` int64, on the host."""
+    """`[M]` int64, on the CPU."""
 
     def __getitem__(self, rows: Tensor) -> "CachedRows":
         return CachedRows(cache=self.cache, index=self.index[rows])
 
     def read(self) -> tuple[Tensor, Tensor | None] | None:
-        """Guided outputs and products `[M, C, H, W]`, both float32; None if not all are known. Nobody waits for the
+        """Guided outputs and products `[M, C, H, W]`, both float32, or None unless all are known. Does not wait for the
         device."""
         if not bool(self.cache.known[self.index].all()):
             return None
@@ -76,7 +76,7 @@ class CachedRows:
 
     @torch.no_grad()
     def write(self, output: Tensor, product: Tensor | None) -> None:
-        """Keep guided outputs and, where there are any, products `[M, C, H, W]`."""
+        """Store guided outputs and, if given, products, `[M, C, H, W]`."""
         at = self._on_device()
         self.cache.output[at] = output.float()
         if product is not None:

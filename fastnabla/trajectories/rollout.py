@@ -1,4 +1,4 @@
-"""Sampling trajectories, ``x' = a x + b o + σ ε``, into the buffer."""
+"""Sampling trajectories, ``x' = a x + b o + σ ε``."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -15,27 +15,31 @@ from fastnabla.utils.seeding import TrajectoryNoise
 
 
 class Recorder(Protocol):
-    """What sees a rollout's steps: a `TrajectoryBuffer`, or a `fastnabla.metrics.divergence.TrajectoryDivergence`."""
+    """Receives a rollout's steps: a `TrajectoryBuffer`, or a `fastnabla.metrics.divergence.TrajectoryDivergence`."""
 
     def append(self, slots: Tensor, step: int, x: Tensor, model_output: Tensor, x_next: Tensor) -> None:
-        """Take in step `step` of the trajectories `slots [n]`, from x by the guided output o to x', all `[n, …]`."""
+        """Record step `step` of the trajectories `slots [n]`: states x, guided outputs o and next states x', `[n, …]`."""
 
 
 def advance(
-    policy: Policy, table: TransitionTable, kernels: ObjectiveOps, step: int, x: Tensor, noise: Tensor, prompt: Tensor
+    policy: Policy, table: TransitionTable, ops: ObjectiveOps, step: int, x: Tensor, noise: Tensor, prompt: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The next states and the guided outputs, both `[N, C, H, W]`, of N trajectories at one step.
+    """Take one step of N trajectories.
 
     Args:
-        policy, table, kernels: what computes; plain torch's operations have gradients.
+        policy: whose outputs are followed.
+        table: the sampler.
+        ops: computes the step. Plain torch's operations have gradients.
         step: number of the step.
-        x: states `[N, C, H, W]`.
-        noise: of the step, alike.
+        x, noise: states and noise, `[N, C, H, W]`.
         prompt: prompt numbers `[N]`, on the device.
+
+    Returns:
+        The next states and the guided outputs, both `[N, C, H, W]`.
     """
     row = table.rows(torch.full((len(x),), step, device=x.device), x)
     output = policy(x, row.timestep, prompt)
-    return kernels.guided_step(output, x, noise, row, guidance_scale=policy.guidance_scale)
+    return ops.guided_step(output, x, noise, row, guidance_scale=policy.guidance_scale)
 
 
 @torch.no_grad()
@@ -52,21 +56,22 @@ def sample(
     on_step: Callable[[int], None] | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Finished latents x_T `[N, C, H, W]`, float32, of one trajectory a prompt.
+    """Sample N trajectories. Returns the finished latents x_T `[N, C, H, W]`, float32.
 
     Args:
         policy: whose outputs are followed.
         table: the sampler.
-        prompt: prompt numbers `[N]`, on the host.
-        seeds: N seeds; they fix x_0 and all noise, whatever `batch` is.
+        prompt: prompt numbers `[N]`, on the CPU.
+        seeds: N seeds. They fix x_0 and all noise, whatever `batch` is.
         sample_shape: (C, H, W) of the latents.
         batch: trajectories sampled together; None for all.
-        buffer, slots: what is given the steps, as to store those drawn, and the trajectories' slots `[N]` in it.
-        on_step: called with the number of trajectories advanced, after each step.
-        backend: what computes the steps; see `fastnabla.objective.backend`.
+        buffer: receives each step and stores the drawn ones.
+        slots: the trajectories' slots `[N]` in the buffer.
+        on_step: called after each step with the number of trajectories that took it.
+        backend: computes the steps; see `fastnabla.objective.backend`.
     """
     device = policy.conditions.device
-    kernels = select(backend, device)
+    ops = select(backend, device)
     finished = []
     for part in torch.arange(len(prompt)).split(batch or len(prompt)):
         policy.conditions.ensure(prompt[part])
@@ -74,7 +79,7 @@ def sample(
         noise = TrajectoryNoise([seeds[i] for i in part.tolist()], sample_shape, device)
         x = noise.draw()
         for step in range(len(table)):
-            x_next, o = advance(policy, table, kernels, step, x, noise.draw(), rows)
+            x_next, o = advance(policy, table, ops, step, x, noise.draw(), rows)
             if buffer is not None:
                 buffer.append(slots[part], step, x, o, x_next)
             x = x_next

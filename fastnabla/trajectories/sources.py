@@ -1,4 +1,4 @@
-"""What an update learns from: trajectories that a rollout has stored, or that the training step itself will sample."""
+"""What each update learns from: trajectories that a rollout has stored, or that the training step will sample itself."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,22 +7,42 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastnabla.config.sections import PromptDraw
+from fastnabla.config.sections import PromptDraw, RolloutConfig
 from fastnabla.prompts import assign_prompts
 from fastnabla.trajectories.buffer import TrajectoryBuffer
-from fastnabla.utils.seeding import seed_of
+from fastnabla.utils.seeding import generator_of, seed_of
+
+
+def learning_order(seed: int, rollout_index: int, rollout: RolloutConfig) -> list[Tensor]:
+    """Which of a rollout's trajectories each of its `updates · epochs` updates learns from.
+
+    The first inner epoch takes the trajectories in order, each later one in a random order of its own.
+
+    Args:
+        seed: of the run.
+        rollout_index: number of the rollout.
+        rollout: settings.
+
+    Returns:
+        Numbers of trajectories by update, `[trajectories / updates]` int64 each.
+    """
+    orders = [torch.arange(rollout.trajectories)]
+    for epoch in range(1, rollout.epochs):
+        generator = generator_of(seed, "order", rollout_index, epoch)
+        orders.append(torch.randperm(rollout.trajectories, generator=generator))
+    return [part for order in orders for part in order.chunk(rollout.updates)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectories:
-    """N trajectories to be sampled, as their prompts and randomness."""
+    """N trajectories to sample, given by their prompts and seeds."""
 
     prompt: Tensor
-    """Prompt numbers `[N]` int64, on the host."""
+    """Prompt numbers `[N]` int64, on the CPU."""
     noise: Sequence[int]
     """Seeds of x_0 and all noise."""
     draws: Sequence[int]
-    """Seeds of what a method draws besides."""
+    """Seeds of a method's other draws."""
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -35,91 +55,91 @@ class Trajectories:
 
 
 class Source(Protocol):
-    """Where the trajectories of a round of updates come from."""
+    """Where the trajectories of a rollout's updates come from."""
 
     rollouts: list[dict[str, float]]
-    """Metrics of the rollouts that are stored to be learned from, oldest first: this round's, and those ahead of it."""
+    """Metrics of the stored rollouts, oldest first: the one being learned from, then those ahead of it."""
 
-    def collect(self, round_: int) -> dict[str, float]:
-        """Do what a round begins with; metrics of what it learns from."""
+    def collect(self, rollout_index: int) -> dict[str, float]:
+        """Prepare for the updates that learn from rollout `rollout_index`. Returns the rollout's metrics."""
 
-    def select(self, round_: int, numbers: Tensor, again: bool = False) -> Any:
-        """What a training step is called with.
+    def select(self, rollout_index: int, numbers: Tensor, again: bool = False) -> Any:
+        """The argument of a training step.
 
         Args:
-            round_: the round.
-            numbers: of its trajectories, `[n]` from 0; of those that are this rank's.
-            again: whether an earlier inner epoch has gone over them.
+            rollout_index: number of the rollout.
+            numbers: which of its trajectories, `[n]` from 0; only this rank's.
+            again: whether an earlier inner epoch has trained on them.
         """
 
     def finish(self) -> None:
-        """Do what a round ends with."""
+        """Clean up after the last update that learns from a rollout."""
 
 
 @dataclasses.dataclass(slots=True)
 class StoredTrajectories:
-    """Rollouts, of which a round learns from the one `replay` rounds before its own.
+    """Stored rollouts, each sampled `replay` rollouts before it is learned from.
 
-    Rollouts are numbered by the round that learns from them. Those that the first rounds need, 0 to `replay`, are all
-    sampled before round 0; then each round samples one ahead, until the last round has its own.
+    Rollouts 0 to `replay` are all sampled before the first update. From then on one more is sampled whenever the oldest has
+    been learned from, until the run has `total`.
     """
 
     rollout: Callable[[int], dict[str, float]]
-    """Samples rollout number n into the buffer; its metrics."""
+    """Samples the rollout of that number into the buffer. Returns its metrics."""
     buffer: TrajectoryBuffer
     """With room for `replay` + 1 rollouts."""
     slots: Tensor
-    """Numbers of the trajectories of a rollout that are in the buffer, in its order: rising, on the host."""
-    rounds: int
-    """Of the run."""
+    """Which of a rollout's trajectories are in this buffer, in ascending order, on the CPU."""
+    total: int
+    """Rollouts of the run."""
     replay: int = 0
     rollouts: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
-    def collect(self, round_: int) -> dict[str, float]:
-        """As `Source`. A rollout that is interrupted leaves nothing in the buffer."""
+    def collect(self, rollout_index: int) -> dict[str, float]:
+        """As `Source.collect`. An interrupted rollout leaves nothing in the buffer."""
         if not self.rollouts:
             self.buffer.clear()
-        last = min(round_ + self.replay, self.rounds - 1)
-        for number in range(round_ + len(self.rollouts), last + 1):
+        last = min(rollout_index + self.replay, self.total - 1)
+        for ahead in range(rollout_index + len(self.rollouts), last + 1):
             before = len(self.buffer)
             try:
-                self.rollouts.append(self.rollout(number))
+                self.rollouts.append(self.rollout(ahead))
             except BaseException:
                 self.buffer.forget(len(self.buffer) - before, newest=True)
                 raise
         return self.rollouts[0]
 
-    def select(self, round_: int, numbers: Tensor, again: bool = False) -> Any:
-        """As `Source`: the drawn transitions, to be gathered when they are needed."""
+    def select(self, rollout_index: int, numbers: Tensor, again: bool = False) -> Any:
+        """As `Source.select`: the drawn transitions, gathered when they are needed."""
         places = torch.searchsorted(self.slots, numbers)
-        selection = self.buffer.select(self.buffer.slots()[places])  # the round's are the oldest
-        return dataclasses.replace(selection, again=again)
+        transitions = self.buffer.select(self.buffer.slots()[places])  # the oldest rollout is the one to learn from
+        return dataclasses.replace(transitions, again=again)
 
     def finish(self) -> None:
-        """As `Source`: the rollout has been used up."""
+        """As `Source.finish`: drop the oldest rollout."""
         self.buffer.forget(len(self.slots))
         del self.rollouts[0]
 
 
 @dataclasses.dataclass(slots=True)
-class NewTrajectories:
-    """The same trajectories, by prompt and noise, that a rollout would sample, not sampled yet."""
+class UnsampledTrajectories:
+    """The trajectories that a rollout would sample, by prompt and seed, for methods that sample in the training step."""
 
     seed: int
     count: int
-    """In a round."""
+    """Trajectories of a rollout."""
     prompts: int
-    """Prompts trained on."""
+    """Number of prompts that are trained on."""
     draw: PromptDraw = "cycles"
     rollouts: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
-    def collect(self, round_: int) -> dict[str, float]:
-        """As `Source`: nothing."""
+    def collect(self, rollout_index: int) -> dict[str, float]:
+        """As `Source.collect`: nothing to do."""
         return {}
 
-    def select(self, round_: int, numbers: Tensor, again: bool = False) -> Trajectories:
-        """As `Source`."""
-        first = round_ * self.count
+    def select(self, rollout_index: int, numbers: Tensor, again: bool = False) -> Trajectories:
+        """As `Source.select`."""
+        first = rollout_index * self.count
         seeds = [first + number for number in numbers.tolist()]
         return Trajectories(
             prompt=assign_prompts(self.seed, first, self.count, self.prompts, self.draw)[numbers],
@@ -128,4 +148,4 @@ class NewTrajectories:
         )
 
     def finish(self) -> None:
-        """As `Source`: nothing."""
+        """As `Source.finish`: nothing to do."""

@@ -1,4 +1,4 @@
-"""What the training step trains on: transitions of any trajectories and steps, as rows of one batch."""
+"""Transitions, as the training step takes them: rows of one batch, from any trajectories and steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from fastnabla.trajectories.reference_cache import CachedRows
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Transitions:
-    """M transitions; states `[M, C, H, W]`, the rest `[M]`."""
+    """M transitions: states `[M, C, H, W]`, the rest `[M]`, all on one device."""
 
     x: Tensor
     x_next: Tensor
@@ -19,16 +19,12 @@ class Transitions:
     """Guided output of the sampling policy at x, `[M, C, H, W]`."""
     step_index: Tensor
     """Row of the transition table, int64."""
-    timestep: Tensor
-    """What the buffer was told to be the step's timestep, int64."""
     prompt: Tensor
     """Prompt number, int64."""
     trajectory: Tensor
     """Slot of the trajectory in the buffer, int64."""
     reward: Tensor
-    """Reward of the trajectory's sample, float32; NaN if none was given."""
-    epoch: Tensor
-    """Epoch in which the trajectory was sampled, int64."""
+    """Reward of the trajectory's finished sample, float32; NaN if none was given."""
 
     def __len__(self) -> int:
         return len(self.step_index)
@@ -36,9 +32,9 @@ class Transitions:
     def __getitem__(self, rows: Tensor | slice) -> "Transitions":
         return Transitions(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 
-    def select(self) -> "Selection":
-        """All of them, to train on; waits for the device."""
-        return Selection(
+    def select(self) -> "LazyTransitions":
+        """All of them, as a training step takes them. Waits for the device."""
+        return LazyTransitions(
             step_index=self.step_index.cpu(),
             trajectory=self.trajectory.cpu(),
             prompt=self.prompt.cpu(),
@@ -47,29 +43,31 @@ class Transitions:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """M transitions that are gathered when they are needed. What decides how they are computed is on the host, so that
-    nobody has to wait for the device to know it."""
+class LazyTransitions:
+    """M transitions that are gathered when they are needed.
+
+    The numbers that decide how to compute them are kept on the CPU to avoid a synchronisation.
+    """
 
     step_index: Tensor
-    """`[M]` int64, on the host."""
+    """`[M]` int64, on the CPU."""
     trajectory: Tensor
-    """`[M]` int64, on the host."""
+    """`[M]` int64, on the CPU."""
     prompt: Tensor
-    """`[M]` int64, on the host."""
+    """`[M]` int64, on the CPU."""
     gather: Callable[[Tensor], Transitions]
-    """The transitions at positions `[m]` int64 (on the host) of the selection, on the device."""
+    """Rows `[m]` int64, on the CPU → those transitions, on the device."""
     reference: CachedRows | None = None
-    """Where the reference network's part of them is kept for later inner epochs, if it is."""
+    """Their places in the cache of the reference network's part, if there is one."""
     again: bool = False
-    """Whether an earlier inner epoch has gone over them."""
+    """Whether an earlier inner epoch has trained on them."""
 
     def __len__(self) -> int:
         return len(self.step_index)
 
-    def __getitem__(self, rows: Tensor | slice) -> "Selection":
+    def __getitem__(self, rows: Tensor | slice) -> "LazyTransitions":
         rows = torch.arange(len(self))[rows]
-        return Selection(
+        return LazyTransitions(
             step_index=self.step_index[rows],
             trajectory=self.trajectory[rows],
             prompt=self.prompt[rows],

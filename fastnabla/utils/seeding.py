@@ -1,7 +1,5 @@
 """All randomness is a function of (seed, stream, key). It never depends on the rank, the batch split or earlier draws."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,23 +38,3 @@ class TrajectoryNoise:
         for row, generator in zip(noise, self.generators, strict=True):
             torch.randn(self.sample_shape, generator=generator, out=row)
         return noise.to(self.device, non_blocking=True)
-
-
-_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
-
-
-def philox(counter: Sequence[np.ndarray], key: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Philox4x32-10 (Salmon et al., SC 2011): four random 32-bit words for each counter of four and key of two words,
-    all held in uint64 and broadcast."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (
-            (product1 >> _HALF) ^ c1 ^ k0,
-            product1 & _LOW,
-            (product0 >> _HALF) ^ c3 ^ k1,
-            product0 & _LOW,
-        )
-        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & _LOW, (k1 + np.uint64(0xBB67AE85)) & _LOW
-    return [c0, c1, c2, c3]

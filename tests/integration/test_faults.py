@@ -97,7 +97,7 @@ def test_a_signal_between_two_updates_of_a_rollout_loses_nothing(
     shutil.copytree(run, again)
 
     def arm_again() -> None:
-        trainer.source = dataclasses.replace(trainer.source, rollout=lambda round_: os._exit(9))
+        trainer.source = dataclasses.replace(trainer.source, rollout=lambda rollout_index: os._exit(9))
 
     assert attempt(trainer, again, arm_again, None, 0) == 9
     assert '"update": 4' in (again / "metrics.jsonl").read_text()

@@ -17,9 +17,9 @@ from fastnabla.methods.passes import planned_passes
 from fastnabla.methods.registry import STEPS
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.buffer import TrajectoryBuffer
-from fastnabla.trajectories.inner_epochs import learning_order
 from fastnabla.trajectories.reference_cache import ReferenceCache
-from tests.checks import BACKENDS, assert_gradients
+from fastnabla.trajectories.sources import learning_order
+from tests.checks import BACKENDS, append_all, assert_gradients
 from tests.faults import assert_same_result, tiny, without_pictures
 from tests.golden import STEP_SETS, GoldenStep, load_step
 
@@ -43,7 +43,7 @@ def test_every_inner_epoch_goes_over_all_trajectories() -> None:
     epochs = [torch.cat(orders[i : i + 2]).tolist() for i in (0, 2, 4)]
     assert epochs[0] == [0, 1, 2, 3] and all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs)
     large = dataclasses.replace(EPOCHS, trajectories=100)
-    rounds = [torch.stack(learning_order(seed, round_, large)).flatten(0) for seed, round_ in ((0, 0), (0, 1), (1, 0))]
+    rounds = [torch.stack(learning_order(seed, index, large)).flatten(0) for seed, index in ((0, 0), (0, 1), (1, 0))]
     later = [order.view(3, 100)[epoch].tolist() for order in rounds for epoch in (1, 2)]
     assert len(set(map(tuple, later))) == 6  # of 100! orders: all of their own
     assert torch.equal(torch.stack(learning_order(0, 1, large)), rounds[1].view(6, 50))
@@ -136,9 +136,9 @@ def test_forgetting() -> None:
     steps = torch.tensor([[1, 0]])
 
     def reserve(prompt: int) -> int:
-        (slot,) = buffer.reserve(steps, torch.tensor([prompt]), epoch=prompt).tolist()
-        buffer.append_steps(torch.tensor([slot]), torch.full((1, 3, 3), float(prompt)), torch.zeros(1, 2, 3))
-        return slot
+        slots = buffer.reserve(steps, torch.tensor([prompt]))
+        append_all(buffer, slots, torch.full((1, 3, 3), float(prompt)), torch.zeros(1, 2, 3))
+        return slots.item()
 
     def there() -> list[int]:
         return buffer.gather(buffer.transitions()).prompt[::2].tolist()

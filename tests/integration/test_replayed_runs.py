@@ -16,6 +16,7 @@ from fastnabla.run.resuming import AUTO, fingerprint, run_to_resume
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.sources import StoredTrajectories
+from tests.checks import append_all
 from tests.faults import assert_same_result, tiny, without_pictures
 from tests.integration.test_inner_epochs import records_of, stop_after
 from tests.run.test_resuming import PROMPTS, begun
@@ -38,55 +39,66 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("replay", [0, 1, 2, 5])
-def test_each_rollout_is_sampled_once_and_learned_from_in_its_round(replay: int) -> None:
-    """Rollout n is learned from in round n, and sampled when round n − N begins, or at the start."""
+def test_each_rollout_is_sampled_once_and_learned_from_in_order(replay: int) -> None:
+    """Rollout n is sampled when the updates on rollout n − N begin, or at the start."""
     buffer, sampled = TrajectoryBuffer(2 * (1 + replay), 2, 2, (3,)), []
 
-    def rollout(number: int) -> dict[str, float]:
-        slots = buffer.reserve(torch.tensor([[1, 0]] * 2), torch.tensor([number, number]))
-        buffer.append_steps(slots, torch.zeros(2, 3, 3), torch.zeros(2, 2, 3))
-        sampled.append((number, round_))
-        return {"number": number}
+    def rollout(rollout_index: int) -> dict[str, float]:
+        slots = buffer.reserve(torch.tensor([[1, 0]] * 2), torch.tensor([rollout_index] * 2))
+        append_all(buffer, slots, torch.zeros(2, 3, 3), torch.zeros(2, 2, 3))
+        sampled.append((rollout_index, current))
+        return {"number": rollout_index}
 
     source = StoredTrajectories(rollout, buffer, torch.arange(2), 4, replay)
-    for round_ in range(4):
-        assert source.collect(round_) == {"number": round_} == source.collect(round_)
-        selection = source.select(round_, torch.tensor([1]), again=True)
-        assert selection.prompt.tolist() == [round_] * 2 and selection.again
+    for current in range(4):
+        assert source.collect(current) == {"number": current} == source.collect(current)
+        transitions = source.select(current, torch.tensor([1]), again=True)
+        assert transitions.prompt.tolist() == [current] * 2 and transitions.again
         source.finish()
     assert sampled == [(n, max(n - replay, 0)) for n in range(4)]
     assert len(buffer) == 0 and not source.rollouts
 
 
-def test_a_round_learns_from_what_the_policy_of_the_round_before_sampled(tmp_path: Path) -> None:
-    """Of the policies as they were when each round began, that one's outputs are the stored ones, and no other's are; in
-    the first two rounds they are the pretrained policy's."""
+def test_updates_learn_from_what_the_policy_one_rollout_before_sampled(tmp_path: Path) -> None:
+    """Of the policies as they were when updates on each rollout began, only that one's outputs are the stored ones. For the
+    first two rollouts it is the pretrained policy."""
     trainer = without_pictures(Trainer(replayed(1)))
-    step, trained, snapshots, calls = trainer.step, trainer.policy.trained(), [], []
+    step, trained, snapshots, calls, slots = trainer.step, trainer.policy.trained(), [], [], []
 
     @torch.no_grad()
     def error(batch, weights) -> float:
         now = {name: parameter.clone() for name, parameter in trained.items()}
         trainer.policy.load_state_dict({f"unet.{name}": weight for name, weight in weights.items()}, strict=False)
-        output = guide(trainer.policy(batch.x, batch.timestep, batch.prompt), trainer.policy.guidance_scale)
+        output = guide(
+            trainer.policy(batch.x, trainer.table.timestep[batch.step_index], batch.prompt),
+            trainer.policy.guidance_scale,
+        )
         trainer.policy.load_state_dict({f"unet.{name}": weight for name, weight in now.items()}, strict=False)
         return (output - batch.model_output).abs().max().item()
 
     def watched(selection):
-        round_, epoch = divmod(len(calls), 2)
+        rollout_index, epoch = divmod(len(calls), 2)
         calls.append(None)
         if epoch == 0:
             snapshots.append({name: parameter.detach().clone() for name, parameter in trained.items()})
         batch = selection.gather(torch.arange(len(selection)))
-        assert batch.epoch.unique().tolist() == [round_] and selection.again == bool(epoch)
+        assert slots[rollout_index] == set(batch.trajectory.tolist()) and selection.again == bool(epoch)
         errors = [error(batch, weights) for weights in snapshots]
-        author = max(round_ - 1, 0)
+        author = max(rollout_index - 1, 0)
         assert errors[author] < 1e-5 and all(e > 1e-4 for i, e in enumerate(errors) if i != author), errors
         return step(selection)
 
-    for name in ("kernels", "micro_batch", "replicated", "state_dict", "load_state_dict"):
+    def recorded(rollout_index: int) -> dict[str, float]:
+        metrics = collect(rollout_index)
+        assert len(slots) == rollout_index
+        slots.append(set(trainer.buffer.slots()[-2:].tolist()))
+        return metrics
+
+    for name in ("ops", "micro_batch", "replicated", "state_dict", "load_state_dict"):
         setattr(watched, name, getattr(step, name))
     trainer.step = watched
+    collect = trainer.source.rollout
+    trainer.source.rollout = recorded
     trainer.train(tmp_path)
     assert len(calls) == 6
     rewards = [record["rollout_reward"] for record in records_of(tmp_path)]
@@ -94,7 +106,7 @@ def test_a_round_learns_from_what_the_policy_of_the_round_before_sampled(tmp_pat
 
 
 def test_the_lag_starts_with_two_rollouts_of_the_pretrained_model(run: Path, tmp_path: Path) -> None:
-    """The first round is that of the run without a lag, bit for bit; the second's trust region acts at once."""
+    """Updates on the first rollout are those of the run without a lag, bit for bit; the second's trust region acts at once."""
     without_pictures(Trainer(replayed(0, updates=2))).train(tmp_path)
     ours = records_of(run)
     # The trust region's floor is known only where the update learns from the policy as it is.
@@ -112,7 +124,7 @@ def test_resumed_between_inner_epochs_with_a_rollout_ahead(run: Path, tmp_path: 
 
 
 def test_resumed_after_a_signal_in_a_rollout(run: Path, tmp_path: Path) -> None:
-    """Between rounds: half of a rollout is in the buffer beside one that is yet to be learned from."""
+    """Between rollouts: half of one is in the buffer beside one that is yet to be learned from."""
     trainer, stop, numbers = without_pictures(Trainer(replayed(1))), StopSignals(), []
     append = trainer.buffer.append
 

@@ -29,11 +29,9 @@ def run_of(golden: GoldenStep, trajectory: int, steps: list[int]) -> Transitions
         x_next=states[1:],
         model_output=randn(count, *shape, seed=100 + trajectory),
         step_index=step_index,
-        timestep=golden.table.timestep[step_index],
         prompt=number % PROMPTS,
         trajectory=number,
         reward=torch.zeros(count),
-        epoch=torch.zeros(count, dtype=torch.int64),
     )
 
 

@@ -9,7 +9,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 from fastnabla.metrics.divergence import TrajectoryDivergence, step_divergence
 from fastnabla.objective.gaussian import guide
 from fastnabla.trajectories.buffer import TrajectoryBuffer
-from fastnabla.trajectories.buffer_ops import draw_stratified
+from fastnabla.trajectories.draws import draw_stratified
 from fastnabla.trajectories.rollout import sample
 from fastnabla.utils.seeding import seed_of
 from tests.checks import ddim_table, randn, relative_error

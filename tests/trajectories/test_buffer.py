@@ -1,15 +1,15 @@
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastnabla.distributed.world import ALONE
 from fastnabla.methods.accumulation import Accumulation
 from fastnabla.trajectories import buffer_ops
 from fastnabla.trajectories.buffer import TrajectoryBuffer
+from fastnabla.trajectories.pooled_buffer import PooledBuffer
 from tests.checks import randn
 
 SHAPE = (2, 3, 4)
@@ -321,46 +321,6 @@ def test_an_update_is_one_call_of_the_operation(monkeypatch):
             torch.testing.assert_close(getattr(sliced, name), getattr(parts, name), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("temperature", [None, 0.5, 3.0])
-def test_frequencies_of_draws(temperature):
-    """In proportion to exp(reward / temperature) of the complete trajectories that are there, and no others.
-
-    The seed is fixed, so there is no chance in it; p > 1e-4 is what nearly every seed gives.
-    """
-    buffer, steps, prompt = poisoned(6, 2), torch.tensor([[7, 0]]), torch.zeros(1, dtype=torch.int64)
-    for _ in range(9):
-        slot = buffer.reserve(steps, prompt, evict=True)
-        Trajectories(1).append_to(buffer, slot)
-        buffer.reward[slot] = 50.0
-    buffer.reserve(steps, prompt, evict=True)  # and not complete
-    live, rewards = buffer.slots()[:-1], torch.linspace(-0.7, 0.8, 5)
-    assert buffer.reward[buffer.slots()[-1]].isnan(), "the reward of an evicted trajectory"
-    buffer.reward[live] = rewards
-    drawn = buffer.draw(20000, generator(3), temperature)
-    assert drawn.dtype == torch.int64
-    counts = drawn.bincount(minlength=6)[live].numpy()
-    weights = np.ones(5) if temperature is None else np.exp(rewards.double().numpy() / temperature)
-    assert counts.sum() == 20000
-    assert stats.chisquare(counts, 20000 * weights / weights.sum()).pvalue > 1e-4
-    assert torch.equal(buffer.draw(20000, generator(3), temperature), drawn)
-    buffer.reward[live[:2]] = torch.tensor([-3e38, 3e38])
-    assert (buffer.draw(50, generator(), 1e-3) == live[1]).all()
-
-
-def test_draw_rejects():
-    buffer = poisoned(4, 2)
-    with pytest.raises(RuntimeError, match="draw from a buffer without a complete trajectory"):
-        buffer.draw(2, generator())
-    Trajectories(3).append_to(buffer, buffer.reserve(torch.tensor([[7, 0]] * 3), torch.zeros(3, dtype=torch.int64)))
-    with pytest.raises(ValueError, match="temperature = 0: must be positive"):
-        buffer.draw(2, generator(), 0)
-    for bad in (float("nan"), float("inf")):
-        buffer.reward[:3] = torch.tensor([1.0, bad, 1.0])
-        with pytest.raises(RuntimeError, match=r"set buffer\.reward of every complete trajectory"):
-            buffer.draw(2, generator(), 1.0)
-    assert set(buffer.draw(200, generator()).tolist()) == {0, 1, 2}, "without a temperature rewards do not matter"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -371,7 +331,7 @@ def test_draw_rejects():
         ({"sample_shape": (4, 0)}, r"sample_shape = \(4, 0\)"),
         ({"output_block": 100}, "output_block = 100: expected 64, 128 or 256"),
         ({"storage": "disk"}, "storage = 'disk': expected one of"),
-        ({"timestep": torch.arange(3)}, r"timestep has shape \(3,\), expected \(8,\)"),
+        ({"storage": "prefetch"}, r"storage = 'prefetch': expected one of \('device', 'pinned'\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -392,7 +352,6 @@ def test_refused_calls_change_nothing():
         (lambda: buffer.reserve(torch.tensor([[7, 0]]), slots[:1].float()), "prompt has dtype torch.float32"),
         (lambda: buffer.load_state_dict(incomplete), "the state lacks _appended"),
         (lambda: buffer.append(slots * 0, 0, x, x, x), r"slots must be different, found \[0, 0\]"),
-        (lambda: buffer.draw(0, torch.Generator()), "count = 0"),
     ):
         with pytest.raises(ValueError, match=message):
             refused()
@@ -403,3 +362,27 @@ def test_refused_calls_change_nothing():
             else after[name] == value
             for name, value in before.items()
         )
+
+
+OLD_KEYS = {"epoch": torch.zeros(4, dtype=torch.int64), "timestep": torch.arange(NUM_STEPS)}
+"""What the state of a buffer of four trajectories also had in earlier versions."""
+
+
+def test_states_of_earlier_versions():
+    """Whole or pooled over ranks: keys that are no longer used are ignored."""
+    buffer, rollout = complete(4)
+    state = buffer.state_dict() | OLD_KEYS
+    whole, part, slots = poisoned(4, 2), poisoned(2, 2), torch.tensor([1, 3])
+    whole.load_state_dict(state)
+    assert torch.equal(whole.gather(whole.transitions()).x, buffer.gather(buffer.transitions()).x)
+    PooledBuffer(part, ALONE, slots, 4).load_state_dict(state)
+    assert torch.equal(part.gather(part.transitions()).x, rollout.states[[1, 1, 3, 3], [7, 0, 7, 0]])
+    assert whole.state_dict().keys() == part.state_dict().keys() == state.keys() - OLD_KEYS.keys()
+
+
+def test_an_incomplete_pooled_state_is_refused():
+    buffer, part = complete(4)[0], poisoned(2, 2)
+    state = {name: value for name, value in buffer.state_dict().items() if name != "reward"}
+    with pytest.raises(ValueError, match="the state lacks reward"):
+        PooledBuffer(part, ALONE, torch.tensor([1, 3]), 4).load_state_dict(state)
+    assert len(part) == 0

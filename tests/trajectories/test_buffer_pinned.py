@@ -11,6 +11,7 @@ import torch
 
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.pinned_memory import pinned
+from tests.checks import append_all
 
 GPU = torch.device("cuda", 0)
 PAGE = 4096
@@ -102,7 +103,7 @@ def test_on_a_gpu():
     buffer = TrajectoryBuffer(2, 2, 2, (2**20,), device="cuda", storage="pinned")
     slots = buffer.reserve(torch.tensor([[0, 1]] * 2), torch.arange(2))
     states = torch.randn(2, 3, 2**20, device="cuda")
-    buffer.append_steps(slots, states, states[:, 1:])
+    append_all(buffer, slots, states, states[:, 1:])
     batches = [buffer.gather(buffer.transitions()) for _ in range(20)]
     del buffer  # with kernels in flight
     other = pinned((2, 3, 2**20), torch.float32, torch.device("cuda")).fill_(9)

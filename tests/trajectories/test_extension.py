@@ -1,7 +1,6 @@
-"""The extension: how it is built and loaded, what its operations refuse, the steps they draw, and its headers."""
+"""The extension: how it is built and loaded, what its operations refuse, and its headers."""
 
 import importlib.util
-import math
 import os
 import re
 import shutil
@@ -10,18 +9,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import stats
 from setuptools import Distribution, Extension
 from torch import Tensor
 
 from fastnabla.trajectories import buffer_ops, buffer_torch
 from tests.checks import randn
-from tests.trajectories.test_buffer_ops import COMPILED, FEW, Case, assert_same_everywhere
+from tests.trajectories.test_buffer_ops import COMPILED, Case, assert_same_everywhere
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
@@ -40,9 +35,8 @@ def arguments(operation: str, **case) -> tuple[dict, object]:
     index = torch.tensor([5, 0, 5])
     kinds = {
         "append": ("slots step x output x_next", (slots, 1, x, x, x)),
-        "append_steps": ("slots x output", (slots, randn(2, 5, 3, 17), randn(2, 4, 3, 17))),
         "gather": (
-            f"steps prompt reward epoch timestep index {' '.join(RESULTS)}",
+            f"steps prompt reward index {' '.join(RESULTS)}",
             (*built.numbers, index, *buffer_ops.gathered(index, (3, 17), torch.float32)),
         ),
     }
@@ -60,11 +54,10 @@ def call(operations, operation: str, named: dict) -> None:
     getattr(operations, operation)(*given)
 
 
-WRITES = ("append", "append_steps")
-ALL = (*WRITES, "gather")
-GATHERED = ("steps", "prompt", "reward", "epoch", "timestep", "index")
+ALL = ("append", "gather")
+GATHERED = ("steps", "prompt", "reward", "index")
 INDICES = [
-    *((op, "slots", torch.tensor(bad)) for op in WRITES for bad in ([0, 3], [-1, 0], [1, 1])),
+    *(("append", "slots", torch.tensor(bad)) for bad in ([0, 3], [-1, 0], [1, 1])),
     *(("append", "step", step) for step in (-1, 4)),
     *((op, "state_at", torch.full((3, 5), 5).int()) for op in ALL),
     *((op, "output_at", torch.full((3, 4), bad).int()) for op in ALL for bad in (2, -2)),
@@ -73,16 +66,16 @@ INDICES = [
     *(("gather", "steps", torch.full((3, 2), bad)) for bad in (4, -1)),
 ]
 KINDS = [
-    *((op, name, Tensor.double) for op in WRITES for name in ("states", "outputs", "x", "output")),
+    *(("append", name, Tensor.double) for name in ("states", "outputs", "x", "output")),
     *((op, name, Tensor.long) for op in ALL for name in ("state_at", "output_at", "scales")),
-    *((op, "slots", Tensor.int) for op in WRITES),
+    ("append", "slots", Tensor.int),
     ("append", "x_next", Tensor.int),
     *(("gather", name, Tensor.double) for name in GATHERED),
-    *((op, name, lambda t: t[:-1]) for op in WRITES for name in ("outputs", "scales", "state_at", "x", "output")),
+    *(("append", name, lambda t: t[:-1]) for name in ("outputs", "scales", "state_at", "x", "output")),
     *(("gather", name, lambda t: t[:-1]) for name in GATHERED[:-1]),
-    *((op, name, lambda t: t[..., None]) for op in WRITES for name in ("slots", "x", "output", "state_at", "scales")),
+    *(("append", name, lambda t: t[..., None]) for name in ("slots", "x", "output", "state_at", "scales")),
     *(("gather", name, lambda t: t[..., None]) for name in GATHERED),
-    *((op, name, lambda t: t.mT.contiguous().mT) for op in WRITES for name in ("x", "output")),
+    *(("append", name, lambda t: t.mT.contiguous().mT) for name in ("x", "output")),
     *((op, name, lambda t: t.mT.contiguous().mT) for op in ALL for name in ("states", "outputs", "state_at")),
     *((op, "scales", change) for op in ALL for change in (lambda t: None, lambda t: t[..., :0])),
     *(("gather", name, Tensor.double) for name in RESULTS),
@@ -135,84 +128,13 @@ def test_operations_keep_to_their_schemas():
             slab.fill_(1)  # NaNs are not equal to each other
         return named
 
-    q, scales = buffer_torch.quantise(randn(3, 70), 64)
     gather = prepared("gather")
     calls = {
-        **{op: tuple(prepared(op).values()) for op in WRITES},
+        "append": tuple(prepared("append").values()),
         "gather": (*(v for name, v in gather.items() if name not in RESULTS), [gather[name] for name in RESULTS]),
-        "quantise": (randn(3, 70), 64, torch.zeros_like(q), torch.zeros_like(scales)),
-        "dequantise": (q, scales, 64, torch.zeros(q.shape, dtype=torch.float16)),
-        "draw_stratified": (1, 2, 3, 8, 4),
-        "draw_uniform": (1, 2, 3, 8, 4),
     }
     for name, values in calls.items():
         torch.library.opcheck(getattr(torch.ops.fastnabla, name).default, values)
-
-
-# ---- which steps are drawn
-
-DRAWS = pytest.mark.parametrize("name", ["draw_stratified", "draw_uniform"])
-seeds, firsts = st.integers(0, 2**63 - 1), st.integers(0, 2**40)
-
-
-@COMPILED
-@FEW
-@given(seed=seeds, first=firsts, trajectories=st.integers(0, 40), width=st.integers(1, 30), columns=st.integers(1, 9))
-def test_draws_are_those_of_numpy(seed, first, trajectories, width, columns):
-    for name, num_steps in (("draw_stratified", width * columns), ("draw_uniform", width + columns)):
-        call = (seed, first, trajectories, num_steps, columns)
-        actual = getattr(torch.ops.fastnabla, name)(*call)
-        assert torch.equal(actual, getattr(buffer_torch, name)(*call))
-        assert actual.shape == (trajectories, columns + 1)
-
-
-@COMPILED
-def test_rejected_attempts_are_those_of_numpy():
-    """Of the numbers below 1.5 * 2³⁰ a quarter of the attempts is rejected, some several times."""
-    call = (7, 2**32 - 500, 1000, 0x60000001, 1)
-    assert torch.equal(torch.ops.fastnabla.draw_stratified(*call), buffer_torch.draw_stratified(*call))
-
-
-@OPERATIONS
-@DRAWS
-def test_a_trajectorys_draws_are_its_own(operations, name):
-    """However trajectories are split over calls and threads."""
-    draw, threads = getattr(operations, name), torch.get_num_threads()
-    whole = draw(5, 100, 1000, 12, 4)
-    assert torch.equal(
-        torch.cat([draw(5, first, count, 12, 4) for first, count in ((100, 1), (101, 700), (801, 299))]), whole
-    )
-    try:
-        torch.set_num_threads(3)
-        assert torch.equal(draw(5, 100, 1000, 12, 4), whole)
-    finally:
-        torch.set_num_threads(threads)
-    assert (draw(6, 100, 1000, 12, 4)[:, 1:] != whole[:, 1:]).any(1).float().mean() > 0.9
-
-
-@DRAWS
-def test_distribution_of_draws(name):
-    """Chi-square of each column, of neighbouring columns, and correlations of trajectories 1, 2 and 64 apart.
-
-    The seed is fixed, so there is no chance in it; p > 1e-4 in a dozen tests, and |r| < 4.5 standard deviations, are
-    what a good generator passes with nearly every seed.
-    """
-    count, num_steps, columns = 20000, 12, 4
-    steps = getattr(buffer_ops, name)(11, 0, count, num_steps, columns)
-    assert steps.dtype == torch.int64
-    assert (steps[:, 0] == num_steps - 1).all()
-    rest = steps[:, 1:].numpy()
-    stratified = name == "draw_stratified"
-    for d in range(columns):
-        values = np.arange(d * 3, d * 3 + 3) if stratified else np.arange(num_steps - 1)
-        assert np.isin(rest[:, d], values).all()
-        assert stats.chisquare(np.bincount(rest[:, d])[values]).pvalue > 1e-4
-        for lag in (1, 2, 64):
-            assert abs(np.corrcoef(rest[lag:, d], rest[:-lag, d])[0, 1]) < 4.5 / math.sqrt(count)
-    pairs = np.bincount(rest[:, 1] * num_steps + rest[:, 2])
-    assert (pairs > 0).sum() == (9 if stratified else 110)
-    assert stats.chisquare(pairs[pairs > 0]).pvalue > 1e-4
-    assert all(len(set(row)) == columns for row in rest.tolist())
 
 
 # ---- built, loaded, or missing
@@ -350,12 +272,12 @@ print("available:", buffer_ops.AVAILABLE)
 print("registered:", hasattr(torch.ops.fastnabla, "gather"))
 for block in (None, 64):
     buffer = TrajectoryBuffer(2, 4, 2, (3, 5), torch.bfloat16, output_block=block)
-    slots = buffer.reserve(buffer_ops.draw_stratified(1, 0, 2, 4, 1), torch.arange(2))
+    slots = buffer.reserve(torch.tensor([[3, 0], [3, 2]]), torch.arange(2))
     x = torch.arange(2 * 5 * 15.0).view(2, 5, 3, 5)
-    buffer.append_steps(slots, x, x[:, 1:])
+    for step in range(4):
+        buffer.append(slots, step, x[:, step], x[:, step + 1], x[:, step + 1])
     batch = buffer.gather(buffer.transitions(), torch.float32)
     print(batch.step_index.tolist(), batch.x.sum().item(), batch.model_output.sum().item())
-print(buffer_ops.draw_uniform(1, 0, 2, 4, 2).tolist(), buffer_ops.dequantise(*buffer_ops.quantise(x[0, :, 0], 4), 4, x.dtype))
 """
 
 
@@ -384,12 +306,8 @@ def test_with_and_without_the_extension(tmp_path):
 
 @pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
 def test_headers(tmp_path):
-    """Offsets past 2³¹ and 2³² elements, and known answers: Philox's from Random123, and where binary16 overflows."""
+    """Offsets past 2³¹ and 2³² elements, and roundings where binary16 overflows and underflows."""
     size, slots = 4 * 128 * 128, 40000
-    philox = {
-        "philox({}, 0)": (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
-        "philox({{~0u, ~0u, ~0u, ~0u}}, ~uint64_t{0})": (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
-    }
     rounding = {"65519.0f": 0x7BFF, "65520.0f": 0x7C00, "-0x1p-25f": 0x8000, "0x1.8p-24f": 2, "0x1.000002p-25f": 1}
     expected = {
         **{f"row_offset({{{n * size}, {size}}}, {slots - 1}, {n - 1})": (slots * n - 1) * size for n in (1, 14, 101)},
@@ -397,12 +315,11 @@ def test_headers(tmp_path):
         **{f"transition_of({2**33 * k + k - 1}, {k}).position": k - 1 for k in (1, 7, 101)},
         **{f"divide_up({e}, 4096)": -(-e // 4096) for e in (2**31 - 1, 2**30 + 1, 4096)},
         **{f"block_of({2**31 - 1}, {-(-(2**31 - 1) // block)})": block for block in (64, 128, 256)},
-        **{f"{call}.word[{i}]": word for call, words in philox.items() for i, word in enumerate(words)},
         **{f"convert<Half>({x}).bits": bits for x, bits in rounding.items()},
         "convert<BFloat16>(-3.4e38f).bits": 0xFF80,
     }
     body = "\n".join(f'std::printf("%lld\\n", static_cast<long long>({expression}));' for expression in expected)
-    includes = '#include <cstdio>\n#include "convert.h"\n#include "philox.h"\nusing namespace fastnabla;\n'
+    includes = '#include <cstdio>\n#include "convert.h"\n#include "index.h"\nusing namespace fastnabla;\n'
     (tmp_path / "program.cpp").write_text(f"{includes}int main() {{\n{body}\n}}\n")
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
     subprocess.run([COMPILER, *flags, "program.cpp", "-o", "program"], cwd=tmp_path, check=True)

@@ -1,4 +1,4 @@
-"""A buffer that is used as a ring: against a list of whole trajectories, drawing from it, threads, and storage."""
+"""A buffer that is used as a ring: against a list of whole trajectories, in threads, and wherever it is stored."""
 
 import dataclasses
 import threading
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.transitions import Transitions
-from tests.checks import randn
+from tests.checks import append_all, randn
 
 ROW, NUM_STEPS = (3, 25), 4
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 MOSTLY = st.sampled_from([True, True, True, False])
 FIELDS = [field.name for field in dataclasses.fields(Transitions)]
-NUMBERS = ("step_index", "timestep", "prompt", "trajectory", "epoch")
+NUMBERS = ("step_index", "prompt", "trajectory")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -33,7 +33,6 @@ class Trajectory:
     slot: int
     steps: list[int]
     prompt: int
-    epoch: int
     seed: int
     appended: int = 0
     reward: float = float("nan")
@@ -58,7 +57,7 @@ class Ring(RuleBasedStateMachine):
     )
     def begin(self, capacity, kept, dtype, block):
         self.arguments = (capacity, NUM_STEPS, kept, ROW, dtype)
-        self.options = {"output_block": block, "timestep": torch.arange(NUM_STEPS).flip(0) * 9}
+        self.options = {"output_block": block}
         self.buffer = TrajectoryBuffer(*self.arguments, **self.options)
         self.live: list[Trajectory] = []
         self.next_slot = self.made = 0
@@ -70,23 +69,19 @@ class Ring(RuleBasedStateMachine):
             call()
         assert_same_state(self.buffer.state_dict(), before)
 
-    @rule(count=st.integers(0, 6), evict=st.booleans(), epoch=st.integers(0, 9), seed=st.integers(0, 99))
-    def reserve(self, count, evict, epoch, seed):
+    @rule(count=st.integers(0, 6), seed=st.integers(0, 99))
+    def reserve(self, count, seed):
         capacity, _, kept = self.arguments[:3]
         count %= capacity + 2
         steps = torch.randint(NUM_STEPS, (count, kept), generator=generator(seed))
         prompt = torch.arange(count) + seed
-        call, excess = lambda: self.buffer.reserve(steps, prompt, epoch, evict), len(self.live) + count - capacity
-        if excess > 0 and (not evict or count > capacity):
-            return self.refused(RuntimeError, "the buffer is full", call)
-        if not all(t.complete for t in self.live[: max(excess, 0)]):
-            return self.refused(RuntimeError, "are not all complete", call)
+        if len(self.live) + count > capacity:
+            return self.refused(RuntimeError, "the buffer is full", lambda: self.buffer.reserve(steps, prompt))
         slots = [(self.next_slot + i) % capacity for i in range(count)]
-        assert call().tolist() == slots
-        self.live = self.live[max(excess, 0) :]
+        assert self.buffer.reserve(steps, prompt).tolist() == slots
         for slot, row, number in zip(slots, steps.tolist(), prompt.tolist(), strict=True):
             self.made += 1
-            self.live.append(Trajectory(slot, row, number, epoch, seed=10 * self.made))
+            self.live.append(Trajectory(slot, row, number, seed=10 * self.made))
         self.next_slot = (self.next_slot + count) % capacity
 
     @rule(legal=MOSTLY, choice=st.integers(0, 99))
@@ -111,21 +106,6 @@ class Ring(RuleBasedStateMachine):
             for trajectory in chosen:
                 trajectory.appended += 1
 
-    @rule(legal=MOSTLY, choice=st.integers(1, 31))
-    def append_steps(self, legal, choice):
-        """All steps of some trajectories, mostly of those that have none yet."""
-        chosen = [t for i, t in enumerate(self.live) if choice >> i & 1 and not (legal and t.appended)]
-        if not chosen:
-            return
-        slots = torch.tensor([t.slot for t in chosen])
-        x, output = (torch.stack([getattr(t, name) for t in chosen]) for name in ("states", "outputs"))
-        if any(t.appended for t in chosen):
-            self.refused(ValueError, "step 0 is out of order", lambda: self.buffer.append_steps(slots, x, output))
-        else:
-            self.buffer.append_steps(slots, x, output)
-            for trajectory in chosen:
-                trajectory.appended = NUM_STEPS
-
     @rule(reward=st.floats(-10, 10, width=32), choice=st.integers(0, 99))
     def set_reward(self, reward, choice):
         if self.live:
@@ -141,11 +121,24 @@ class Ring(RuleBasedStateMachine):
                 self.buffer.append(slot, i, states[:, i], outputs[:, i], states[:, i + 1])
             t.appended = NUM_STEPS
 
-    @rule(count=st.integers(1, 5), epoch=st.integers(0, 9), seed=st.integers(0, 99))
-    def replay(self, count, epoch, seed):
-        """What training does: all complete, new ones in, old ones out, some read."""
+    @rule(count=st.integers(0, 6), newest=st.booleans())
+    def forget(self, count, newest):
+        """The oldest, after which the ring goes on; or the newest, whose slots are used next."""
+        if count > len(self.live):
+            return self.refused(ValueError, f"count = {count}: must be", lambda: self.buffer.forget(count, newest))
+        self.buffer.forget(count, newest)
+        kept = len(self.live) - count
+        self.live = self.live[:kept] if newest else self.live[count:]
+        if newest:
+            self.next_slot = (self.next_slot - count) % self.arguments[0]
+
+    @rule(count=st.integers(1, 5), seed=st.integers(0, 99))
+    def replay(self, count, seed):
+        """What training does: all complete, old ones out, new ones in, some read."""
         self.finish()
-        self.reserve(count, True, epoch, seed)
+        count = min(count, self.arguments[0])
+        self.forget(max(len(self.live) + count - self.arguments[0], 0), newest=False)
+        self.reserve(count, seed)
         self.finish()
         self.gather(True, seed, None)
 
@@ -186,7 +179,6 @@ class Ring(RuleBasedStateMachine):
         """States exactly; outputs too, or in 8 bits within half of 1/127 of the largest, plus the rounding to `dtype`."""
         stored = self.arguments[-1]
         assert len(batch) == len(expected)
-        timestep = self.options["timestep"].tolist()
         for i, (t, step) in enumerate(expected):
             for name, value in (("x", t.states[step]), ("x_next", t.states[step + 1])):
                 assert torch.equal(getattr(batch, name)[i], value.to(stored).to(dtype or stored))
@@ -200,7 +192,7 @@ class Ring(RuleBasedStateMachine):
                     rounding = torch.finfo(output.dtype).eps / 2 + 1e-6
                     assert ((exact - actual).abs() <= largest / 254 + rounding * largest).all()
             numbers = [int(getattr(batch, name)[i]) for name in NUMBERS]
-            assert numbers == [step, timestep[step], t.prompt, t.slot, t.epoch]
+            assert numbers == [step, t.prompt, t.slot]
             assert batch.reward[i].item() == t.reward or (batch.reward[i].isnan() and t.reward != t.reward)
         assert batch.x.dtype == batch.model_output.dtype == (dtype or stored)
 
@@ -208,7 +200,6 @@ class Ring(RuleBasedStateMachine):
     def what_is_there(self):
         assert len(self.buffer) == len(self.live)
         assert self.buffer.slots().tolist() == [t.slot for t in self.live]
-        assert self.buffer.age(12).tolist() == [12 - t.epoch for t in self.live]
 
 
 def assert_same_state(actual: dict, expected: dict) -> None:
@@ -225,21 +216,18 @@ TestRing.settings = settings(max_examples=200, stateful_step_count=50)
 
 
 def filled(count: int, capacity: int, **options) -> tuple[TrajectoryBuffer, list[Trajectory]]:
-    """A buffer of complete trajectories, of which the oldest were evicted if there are more than fit."""
+    """A buffer of complete trajectories. If there are more than fit, the oldest have left it."""
     buffer = TrajectoryBuffer(capacity, NUM_STEPS, 2, ROW, **options)
     return buffer, [add(buffer, number) for number in range(count)][-capacity:]
 
 
 def add(buffer: TrajectoryBuffer, number: int) -> Trajectory:
     steps = torch.randint(NUM_STEPS, (1, 2), generator=generator(number))
-    slots = buffer.reserve(steps, torch.tensor([number]), evict=True)
-    trajectory = Trajectory(int(slots), steps[0].tolist(), number, 0, 10 * number, NUM_STEPS)
-    states, outputs = (tensor.to(buffer.device)[None] for tensor in (trajectory.states, trajectory.outputs))
-    if number % 2:
-        buffer.append_steps(slots, states, outputs)
-    else:
-        for i in range(NUM_STEPS):
-            buffer.append(slots, i, states[:, i], outputs[:, i], states[:, i + 1])
+    if len(buffer) == buffer.capacity:
+        buffer.forget(1)
+    slots = buffer.reserve(steps, torch.tensor([number]))
+    trajectory = Trajectory(int(slots), steps[0].tolist(), number, 10 * number, NUM_STEPS)
+    append_all(buffer, slots, *(tensor.to(buffer.device)[None] for tensor in (trajectory.states, trajectory.outputs)))
     return trajectory
 
 
@@ -252,33 +240,21 @@ def assert_holds(batch: Transitions, trajectories: list[Trajectory]) -> None:
     assert batch.prompt.tolist() == [t.prompt for t, _ in expected]
 
 
-@pytest.mark.parametrize("storage", ["device", "pinned", "prefetch"])
+@pytest.mark.parametrize("storage", ["device", "pinned"])
 @DEVICES
 def test_storage(device, storage):
-    """Wherever the slabs are, `gather` and `batches` of any size give the same; also after more was written."""
+    """Wherever the slabs are, `gather` gives the same, whole or in parts; also after more was written."""
     buffer, live = filled(7, capacity=5, device=device, storage=storage)
     assert buffer.x.device.type == ("cpu" if storage != "device" else device)
     for last in (7, 8):
         index = buffer.transitions()
         assert_holds(buffer.gather(index), live)
-        for size in (1, 3, 10, 99):
-            parts = list(buffer.batches(index, size))
-            assert [len(part) for part in parts] == [len(part) for part in index.split(size)]
+        for size in (1, 3, 10):
+            parts = [buffer.gather(part) for part in index.split(size)]
             joined = Transitions(**{name: torch.cat([getattr(part, name) for part in parts]) for name in FIELDS})
             assert_holds(joined, live)
             assert all(getattr(joined, name).device.type == device for name in FIELDS)
         live = [*live[1:], add(buffer, last)]
-
-
-@DEVICES
-def test_batches_can_be_left_early_and_run_side_by_side(device):
-    buffer, live = filled(5, capacity=5, device=device, storage="prefetch")
-    first, second = buffer.batches(buffer.transitions(), 2), buffer.batches(buffer.transitions(), 4)
-    assert_holds(next(first), live[:1])
-    assert_holds(next(second), live[:2])
-    assert_holds(next(first), live[1:2])
-    first.close()
-    assert_holds(next(second), live[2:4])
 
 
 @pytest.mark.parametrize("block", [None, 64])

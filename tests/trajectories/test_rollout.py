@@ -3,7 +3,7 @@ import torch
 
 from fastnabla.objective.gaussian import guide
 from fastnabla.trajectories.buffer import TrajectoryBuffer
-from fastnabla.trajectories.buffer_ops import draw_stratified
+from fastnabla.trajectories.draws import draw_stratified
 from fastnabla.trajectories.rollout import sample
 from fastnabla.utils.seeding import STREAMS, TrajectoryNoise, generator_of, seed_of
 from tests.checks import ddim_table, relative_error
