@@ -20,12 +20,12 @@ from fastnabla.utils.console import print_error, print_plain, quiet_libraries
 quiet_libraries()
 
 from fastnabla.config.train import load_run  # noqa: E402
-from fastnabla.debug.anomaly import Anomalies, read_facts  # noqa: E402
+from fastnabla.debug.anomaly import read_facts  # noqa: E402
 from fastnabla.debug.first_not_finite import first_not_finite  # noqa: E402
 from fastnabla.methods.accumulation import StepReport  # noqa: E402
 from fastnabla.prompts import RunPrompts  # noqa: E402
+from fastnabla.training.build import Components, plan_and_build  # noqa: E402
 from fastnabla.training.guards import trace  # noqa: E402
-from fastnabla.training.trainer import Trainer  # noqa: E402
 
 TOLD = 3
 """Most parameters named."""
@@ -58,28 +58,27 @@ class Diagnosis:
     """The operation whose backward pass makes a NaN, and where it was called."""
 
 
-def diagnose(trainer: Trainer, folder: Path) -> Diagnosis:
-    """Compute the update in `folder` again, with the networks of `trainer`, whose state becomes the update's.
+def diagnose(run: Components, folder: Path) -> Diagnosis:
+    """Compute the update in `folder` again, with the networks of `run`, whose state becomes the update's.
 
     Raises:
         ValueError: the folder is damaged or does not fit.
     """
-    anomalies = Anomalies(policy=trainer.policy, flow=trainer.flow, reward=trainer.reward, step=trainer.step)
-    _, batch = anomalies.restore(folder)
-    named = {f"policy {name}": parameter for name, parameter in trainer.policy.trained().items()}
-    named |= {f"flow {name}": parameter for name, parameter in trainer.flow.named_parameters()} if trainer.flow else {}
+    _, batch = run.anomalies.restore(folder)
+    named = {f"policy {name}": parameter for name, parameter in run.policy.trained().items()}
+    named |= {f"flow {name}": parameter for name, parameter in run.flow.named_parameters()} if run.flow else {}
     inputs = named | {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    decoder = getattr(trainer.step, "decoder", trainer.decoder)
-    with first_not_finite(trainer.policy, trainer.flow, decoder, trainer.reward) as places:
-        report = trainer.step(batch)
+    decoder = getattr(run.step, "decoder", run.decoder)
+    with first_not_finite(run.policy, run.flow, decoder, run.reward) as places:
+        report = run.step(batch)
     bad = [name for name, parameter in named.items() if parameter.grad is not None and not _finite(parameter.grad)]
     loss = bool(report.losses["loss"].isfinite())
     return Diagnosis(
         inputs=[name for name, value in inputs.items() if name != "reward" and not _finite(value)],
         places=places,
-        terms="" if loss and not bad else _terms(trainer, report),
+        terms="" if loss and not bad else _terms(run, report),
         parameters=bad,
-        operation=_operation(trainer, anomalies, folder),
+        operation=_operation(run, folder),
     )
 
 
@@ -87,22 +86,20 @@ def _finite(value: object) -> bool:
     return not isinstance(value, Tensor) or bool(value.isfinite().all())
 
 
-def _terms(trainer: Trainer, report: StepReport) -> str:
-    gradients = {
-        name: [p.grad for p in group if p.grad is not None] for name, group in trainer.optimizer.groups.items()
-    }
+def _terms(run: Components, report: StepReport) -> str:
+    gradients = {name: [p.grad for p in group if p.grad is not None] for name, group in run.optimizer.groups.items()}
     norms = {f"grad_norm_{name}": nn.utils.get_total_norm(of) for name, of in gradients.items()}
-    return trace(report, norms, trainer.prompts.texts, trainer.table.timestep.tolist())[0]
+    return trace(report, norms, run.prompts.texts, run.table.timestep.tolist())[0]
 
 
-def _operation(trainer: Trainer, anomalies: Anomalies, folder: Path) -> str:
+def _operation(run: Components, folder: Path) -> str:
     """What anomaly detection says."""
-    _, batch = anomalies.restore(folder)
+    _, batch = run.anomalies.restore(folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             with torch.autograd.detect_anomaly():
-                trainer.step(batch)
+                run.step(batch)
         except RuntimeError as error:
             calls = [str(w.message) for w in caught if "Traceback of forward call" in str(w.message)]
             return "\n".join([str(error), *(call.partition(" (Triggered internally")[0].rstrip() for call in calls)])
@@ -130,12 +127,12 @@ def main(arguments: list[str]) -> int:
         config = load_run(options.folder)
         compute = dataclasses.replace(config.compute, compile="none")
         config = dataclasses.replace(config, device=options.device, compute=compute, tracker="none")
-        trainer = Trainer(config, RunPrompts.load(options.folder / "prompts.json"))
-        diagnosis = diagnose(trainer, options.folder)
+        run = plan_and_build(config, RunPrompts.load(options.folder / "prompts.json"))
+        diagnosis = diagnose(run, options.folder)
     except ValueError as error:
         print_error(error)
         return 2
-    print_plain(console, f"update {facts['update']}, computed on {facts['device']}, and here on {trainer.device}:")
+    print_plain(console, f"update {facts['update']}, computed on {facts['device']}, and here on {run.device}:")
     told = lines(diagnosis)
     for line in told or ["all is finite here; try the device that it was computed on"]:
         print_plain(console, line)

@@ -31,6 +31,7 @@ from fastnabla.methods.registry import METHODS  # noqa: E402
 from fastnabla.prompts import RunPrompts  # noqa: E402
 from fastnabla.run.lock import locked  # noqa: E402
 from fastnabla.run.resuming import AUTO, flat, is_unbegun, run_to_resume, updates_of  # noqa: E402
+from fastnabla.training.build import build_components  # noqa: E402
 from fastnabla.training.trainer import Trainer  # noqa: E402
 from fastnabla.training.whole_run import fail, train_to_the_end  # noqa: E402
 from fastnabla.utils.determinism import make_deterministic  # noqa: E402
@@ -109,7 +110,7 @@ def _built(config: TrainConfig, prompts: RunPrompts | None, world: World) -> Tra
         ValueError: something in the configuration is wrong, or asks for more memory than there is.
     """
     try:
-        return Trainer(config, prompts, world)
+        return Trainer(build_components(config, prompts, world))
     except (MemoryError, RuntimeError) as error:
         # On a CPU, torch's is a RuntimeError as any other.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
@@ -173,7 +174,7 @@ def _run(config: TrainConfig, world: World) -> int:
         return 2
     many = f" and {world.size - 1} more" if world.size > 1 else ""
     kernels = trainer.step.ops.name
-    print_plain(console, f"writing to {run}; {kernels} between network passes, on {trainer.device}{many}")
+    print_plain(console, f"writing to {run}; {kernels} between network passes, on {trainer.components.device}{many}")
     command = f"python -m fastnabla.train --resume {shlex.quote(str(run))}"
     status = train_to_the_end(trainer, run, console, prompts is not None, command)
     if status == 0:

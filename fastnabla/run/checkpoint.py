@@ -91,10 +91,8 @@ class Progress:
 
     update: int = 0
     """Updates done."""
-    rollout: dict[str, float] | None = None
-    """Metrics of the rollout whose trajectories are not used up yet, if there is one."""
     rollouts: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    """Of all rollouts in the buffer, oldest first."""
+    """Metrics of the rollouts in the buffer, oldest first."""
 
 
 class Checkpoints:
@@ -241,7 +239,7 @@ class Checkpoints:
             if "buffer" in state:
                 self.state.buffer.load_state_dict(state["buffer"])
             self.saved = state["update"]
-            return Progress(state["update"], state["rollout"], state["rollouts"])
+            return Progress(state["update"], state["rollouts"])
         except (KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"the checkpoint {folder} is as it was written, and does not fit this run ({type(error).__name__}: {error}); "

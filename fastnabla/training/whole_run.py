@@ -13,7 +13,7 @@ from fastnabla.methods.zero_gradients import ZeroGradientError
 from fastnabla.rewards.sum import RewardError
 from fastnabla.run.checkpoint import CheckpointError
 from fastnabla.run.lock import RunFolderError
-from fastnabla.training.bounds import BoundPassed
+from fastnabla.training.guards import BoundPassed
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.console import print_error, print_plain
 

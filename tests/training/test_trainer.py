@@ -39,7 +39,7 @@ def small(**changes) -> TrainConfig:
 
 def train(config: TrainConfig, folder: Path) -> Path:
     folder.mkdir()
-    Trainer(config).train(folder)
+    Trainer.from_config(config).train(folder)
     return folder
 
 
@@ -109,12 +109,12 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(name: str, run:
     expected = run if name == "adamw" else train(config, tmp_path / "uninterrupted")
     folder = tmp_path / "interrupted"
     folder.mkdir()
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     interrupt(trainer, 4)
     with pytest.raises(KeyboardInterrupt):
         trainer.train(folder)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["update-000002"]
-    Trainer(config).train(folder, resume=True)
+    Trainer.from_config(config).train(folder, resume=True)
     assert (folder / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
     ours, theirs = (load_file(f / "lora/pytorch_lora_weights.safetensors") for f in (folder, expected))
     assert ours.keys() == theirs.keys()
@@ -123,16 +123,23 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(name: str, run:
 
 def test_evaluations_and_checkpoints_are_due_once_per_interval_and_at_the_end() -> None:
     trainer = object.__new__(Trainer)
-    trainer.config = small(updates=12)
-    assert [u for u in range(2, 13, 2) if trainer._due(u, 5)] == [6, 10, 12]
-    assert [u for u in range(2, 13, 2) if trainer._due(u, 1)] == [2, 4, 6, 8, 10, 12]
-    assert [u for u in range(2, 13, 2) if trainer._due(u, 0)] == [12]
+    trainer.config, trainer.per_round = small(updates=12), 2
+
+    def due(every: int) -> list[int]:
+        found = []
+        for trainer.done in range(13):
+            found += [trainer.done] * trainer._is_due(every)
+        return found
+
+    assert due(5) == [6, 10, 12]
+    assert due(1) == [2, 4, 6, 8, 10, 12]
+    assert due(0) == [12]
 
 
 def test_saved_lora_gives_the_same_images_in_plain_diffusers(tmp_path: Path) -> None:
     config = small(updates=2)
     config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.05))
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     folder = tmp_path / "run"
     folder.mkdir()
     trainer.train(folder)
@@ -168,7 +175,7 @@ def test_other_settings_run_with_the_planned_passes(reward_gradient: str, flow: 
 
 
 def test_bfloat16_networks_train_a_float32_lora(tmp_path: Path) -> None:
-    trainer = Trainer(small(updates=2, model=ModelConfig(name="testbed", dtype="bfloat16")))
+    trainer = Trainer.from_config(small(updates=2, model=ModelConfig(name="testbed", dtype="bfloat16")))
     assert trainer.policy.unet.dtype == torch.bfloat16
     folder = tmp_path / "run"
     folder.mkdir()
@@ -243,4 +250,4 @@ def test_a_tiny_decoder_guides_and_the_vae_reports(run: Path, tmp_path: Path) ->
 def test_a_tiny_decoder_that_is_not_there() -> None:
     model = dataclasses.replace(small().model, tiny_decoder="no/such/decoder")
     with pytest.raises(ValueError, match=r"model\.tiny_decoder = 'no/such/decoder'"):
-        Trainer(small(model=model))
+        Trainer.from_config(small(model=model))
