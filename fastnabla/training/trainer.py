@@ -1,7 +1,6 @@
 """The training loop: collect trajectories, update on them, evaluate, save. Every rank runs it."""
 
 import contextlib
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any, Self
@@ -10,25 +9,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastnabla.config.train import TrainConfig, to_json
+from fastnabla.config.train import TrainConfig
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.methods.accumulation import StepReport
 from fastnabla.prompts import RunPrompts
-from fastnabla.run.checkpoint import Checkpoints, Progress
-from fastnabla.run.lock import RunFolderError, locked
+from fastnabla.run.checkpoint import Progress
+from fastnabla.run.files import RunFiles
+from fastnabla.run.lock import locked
 from fastnabla.run.meter import GpuMeter
 from fastnabla.run.pictures import save_pictures
-from fastnabla.run.records import Records
-from fastnabla.run.resuming import check_length, fingerprint
-from fastnabla.run.table import decimals, final_table, markdown
-from fastnabla.run.tracker import Tracker
+from fastnabla.run.table import decimals
 from fastnabla.run.weights import is_best, write_weights
 from fastnabla.training.build import Components, fix_rows, plan_and_build
 from fastnabla.training.guards import BoundPassed, Guard, passed_bound
 from fastnabla.training.progress import ProgressDisplay
 from fastnabla.trajectories.inner_epochs import learning_order
-from fastnabla.utils.durable import write_file
 
 
 class Trainer:
@@ -94,13 +90,9 @@ class Trainer:
                 self.save(wait=True)
                 raise
             finally:
-                self.checkpoints.close()
+                self.files.close()
                 self.meter.close()
-                self.tracker.close()
-            table = final_table(self.tracker.records)
-            if self.world.is_main:
-                write_file(folder / "table.md", markdown(table))
-        console.print(table)
+            console.print(self.files.write_table())
         if bound is not None:
             raise BoundPassed(bound)
         return self.tracker.records
@@ -192,7 +184,7 @@ class Trainer:
         if config.dump_anomalies and self.guard.skipped and self.world.is_main:
             self.anomalies.write(self.folder, self.done, selection, before, config, self.prompts)
         self.guard.check(self.done)
-        self._record_checkpoints()
+        self.files.record_checkpoints()
         self.progress.show_update(self.done, metrics["rollout_reward"])
 
     def evaluate(self) -> None:
@@ -216,41 +208,27 @@ class Trainer:
         self.progress.show_status(f"evaluated reward {decimals(self.tracker.records[-1]['reward'])}")
 
     def save(self, wait: bool = False) -> None:
-        """Save a checkpoint, unless the newest is of this update. It is written in the background.
+        """Save a checkpoint in the background, unless the newest is of this update.
 
         Args:
             wait: until it is written.
         """
-        if self.done > self.checkpoints.saved:
-            self.tracker.flush()
-            self.checkpoints.save(Progress(self.done, self.source.rollouts))
-        self._record_checkpoints(wait)
+        self.files.save(Progress(self.done, self.source.rollouts), wait)
 
     def _open(self, folder: Path, console: Console, resume: bool, stop: StopSignals) -> None:
-        """Open the run folder: load its newest checkpoint, or begin a new run there."""
-        config, world, components = self.config, self.world, self.components
+        """Open the run folder, and continue from its newest checkpoint if `resume`."""
+        config, components = self.config, self.components
         self.folder, self.stop = folder, stop
-        identity = fingerprint(config, self.prompts)
-        self.checkpoints = Checkpoints(folder, components.state, identity, config.checkpoint_keep, world)
-        progress = self.checkpoints.load() if resume else Progress()
-        fix_rows(config, self.policy, self.step, world)  # the checkpoint's micro-batch may be smaller
-        check_length(progress.update, config.updates)
-        self.done = progress.update
-        self.source.rollouts[:] = progress.rollouts
-        if not resume and world.is_main:
-            if (folder / "config.json").exists():
-                raise RunFolderError(f"run = {str(folder)!r}: already holds a run; resume it, or name another folder.")
-            self.prompts.save(folder / "prompts.json")
-            write_file(folder / "config.json", to_json(config))
-
-        tracker = Tracker(folder, config.tracker, dataclasses.asdict(config), self.done) if world.is_main else Records()
-        tracker.records = world.broadcast(lambda: tracker.records)
-        self.tracker = tracker
+        self.files = RunFiles(folder, config, self.prompts, components.state, self.world, resume)
+        self.tracker = self.files.tracker
+        self.done = self.files.start.update
+        self.source.rollouts[:] = self.files.start.rollouts
+        fix_rows(config, self.policy, self.step, self.world)  # the checkpoint's micro-batch may be smaller
         self.guard = Guard(
             self.prompts.texts,
             self.table.timestep,
             max_skipped=config.max_skipped,
-            skipped=tracker.last_in_a_row("skipped"),
+            skipped=self.tracker.last_in_a_row("skipped"),
             clips=config.reward.clip is not None,
             spike_factor=config.spike_factor,
         )
@@ -271,11 +249,6 @@ class Trainer:
         return self.done == self.config.updates or (
             every > 0 and self.done // every > (self.done - self.per_round) // every
         )
-
-    def _record_checkpoints(self, wait: bool = False) -> None:
-        """Record the times and sizes of checkpoints that have been written."""
-        for cost in self.checkpoints.written(wait):
-            self.tracker.measure("checkpoint", cost.pop("update"), cost)
 
     def _write_pictures(self, records: list[dict[str, Any]], columns: dict[str, Tensor]) -> None:
         prompts = self.evaluator.prompts[:: self.config.evaluation.samples]
