@@ -143,6 +143,6 @@ def test_a_damaged_file_of_the_newest_checkpoint_costs_no_more_than_that(
             path.write_bytes(damaged)
             caplog.clear()
             assert found.load().update == 4
-            assert f"update-000006 is damaged and passed over: {name}" in caplog.text
+            assert f"update-000006 is damaged and is skipped: {name}" in caplog.text
     finish(trainer, run, undisturbed[0])
     assert checkpoints(run) == ["update-000004", "update-000006"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.sections import EvaluationConfig, ModelConfig, OptimizerConfig, RolloutConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.methods.passes import planned_passes
 from fastnabla.objective.residual_db import Objective
 from fastnabla.testbed import pipeline_folder
@@ -251,3 +253,27 @@ def test_a_tiny_decoder_that_is_not_there() -> None:
     model = dataclasses.replace(small().model, tiny_decoder="no/such/decoder")
     with pytest.raises(ValueError, match=r"model\.tiny_decoder = 'no/such/decoder'"):
         Trainer.from_config(small(model=model))
+
+
+def test_stopped_between_a_rollout_and_its_first_update(tmp_path: Path) -> None:
+    """The rollout is saved with the checkpoint, and the resumed run does not sample it again."""
+    config, stop, sampled = small(checkpoint_every=100), StopSignals(), []
+    whole, run = train(config, tmp_path / "whole"), tmp_path / "run"
+    trainer = Trainer.from_config(config)
+    observe = trainer.components.reward.observe
+
+    def stopping(values) -> None:
+        observe(values)
+        sampled.append(values)
+        if len(sampled) == 2:
+            stop.received = signal.SIGTERM
+
+    trainer.components.reward.observe = stopping
+    run.mkdir()
+    with pytest.raises(Stopped):
+        trainer.train(run, stop=stop)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["update-000002"]
+    resumed = Trainer.from_config(config)
+    resumed.source.rollout = lambda number: pytest.fail("a rollout is sampled again")
+    resumed.train(run, resume=True)
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
