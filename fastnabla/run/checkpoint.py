@@ -88,7 +88,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run has got."""
+    """Progress of a run."""
 
     update: int = 0
     """Updates done."""
