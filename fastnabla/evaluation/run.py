@@ -87,14 +87,14 @@ class RunEvaluation:
         if options.probe is not None:
             config.evaluation = dataclasses.replace(config.evaluation, probe=options.probe)
         self.run, self.options, self.others = run, options, others
-        self.components = plan_and_build(config, RunPrompts.load(run / "prompts.json"))
-        read_policy(self.components.policy, weights)
+        self.trainer = plan_and_build(config, RunPrompts.load(run / "prompts.json"))
+        read_policy(self.trainer.policy, weights)
         if config.reward.normalise:
-            load_reward_statistics(run, self.components.reward)
+            load_reward_statistics(run, self.trainer.reward)
 
     def groups(self) -> dict[str, list[int]]:
         """Numbers of the prompts that are measured: of those trained on, and of those that are not, if there are any."""
-        prompts, config = self.components.prompts, self.components.config
+        prompts, config = self.trainer.prompts, self.trainer.config
         used = used_prompts(prompts, config.seed, config.sampled_trajectories, config.prompts.draw).tolist()
         seen = set(prompts.texts[: prompts.trained])
         held_out = [number for number in prompts.evaluated if prompts.texts[number] not in seen]
@@ -108,7 +108,7 @@ class RunEvaluation:
     def steps(self) -> int:
         """Steps of trajectories to sample, if no reference samples are known; for a progress bar."""
         options, prompts = self.options, sum(map(len, self.groups().values()))
-        return prompts * (2 * options.samples_per_prompt + options.reference_samples) * len(self.components.table)
+        return prompts * (2 * options.samples_per_prompt + options.reference_samples) * len(self.trainer.table)
 
     def measure(self, advance: Callable[[int], None] | None = None) -> dict[str, Any]:
         """All results, of plain numbers, lists and dictionaries.
@@ -119,7 +119,7 @@ class RunEvaluation:
         Raises:
             ValueError: the probe gives features that nothing can be measured by.
         """
-        self._advance, config = advance, self.components.config
+        self._advance, config = advance, self.trainer.config
         settings = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(EvaluationOptions)}
         return {
             "run": str(self.run),
@@ -133,11 +133,11 @@ class RunEvaluation:
         }
 
     def _measure_group(self, name: str, numbers: list[int]) -> dict[str, Any]:
-        components, options = self.components, self.options
-        texts = [components.prompts.texts[number] for number in numbers]
+        trainer, options = self.trainer, self.options
+        texts = [trainer.prompts.texts[number] for number in numbers]
         reference = self._reference(name, numbers, texts)
         divergence = TrajectoryDivergence(
-            components.policy, components.table, torch.tensor(numbers).repeat_interleave(options.samples_per_prompt)
+            trainer.policy, trainer.table, torch.tensor(numbers).repeat_interleave(options.samples_per_prompt)
         )
         recorder: Recorder | None = None
 
@@ -147,15 +147,15 @@ class RunEvaluation:
 
         evaluator = Evaluator(
             sampler,
-            components.decoder,
-            components.reward,
-            components.probe,
+            trainer.decoder,
+            trainer.reward,
+            trainer.probe,
             texts,
             options.samples_per_prompt,
-            components.config.memory.decode_chunk,
+            trainer.config.memory.decode_chunk,
         )
         models, summaries = {}, {}
-        with components.policy.pretrained_weights():
+        with trainer.policy.pretrained_weights():
             images = {"pretrained": evaluator.images(POLICY_NOISE)}
         recorder = divergence
         images["finetuned"] = evaluator.images(POLICY_NOISE)
@@ -173,7 +173,7 @@ class RunEvaluation:
         """The targets at the run's β, or the largest that can be told, and at the finetuned model's reward."""
         most = beta_for_ess(reference.reward, reference.prompt, self.options.ess)
         betas = {
-            "tilted": min(most, self.components.config.objective.beta),
+            "tilted": min(most, self.trainer.config.objective.beta),
             "same_reward": beta_for_reward(
                 reference.reward, reference.prompt, models["finetuned"].reward.mean().item()
             ),
@@ -200,19 +200,19 @@ class RunEvaluation:
 
     def _reference(self, group: str, numbers: list[int], texts: list[str]) -> Measures:
         """What is seen of the reference samples of a group of prompts."""
-        components, name = self.components, REFERENCE_FILE.format(group)
-        model = dataclasses.asdict(components.config.model)
+        trainer, name = self.trainer, REFERENCE_FILE.format(group)
+        model = dataclasses.asdict(trainer.config.model)
         del model["tiny_decoder"]
         key = {
             "fastnabla": fastnabla.__version__,
             "model": model,
-            "sampler": dataclasses.asdict(components.config.sampler),
+            "sampler": dataclasses.asdict(trainer.config.sampler),
             "prompts": texts,
             "seed": self.options.seed,
         }
 
         def draw(samples: range) -> Tensor:
-            with components.policy.pretrained_weights():
+            with trainer.policy.pretrained_weights():
                 return self._sample(numbers, samples, REFERENCE_NOISE)
 
         others = [run / name for run in self.others]
@@ -220,17 +220,17 @@ class RunEvaluation:
         prompt = torch.arange(len(numbers)).repeat_interleave(latents.shape[1])
         parts = []
         for rows in torch.arange(len(prompt)).split(REFERENCE_CHUNK):
-            images = components.decoder.decode(latents.flatten(0, 1)[rows].to(components.device))
+            images = trainer.decoder.decode(latents.flatten(0, 1)[rows].to(trainer.device))
             seen = [texts[i] for i in prompt[rows].tolist()]
-            chunk = components.config.memory.decode_chunk
-            parts.append(measure_images(images, prompt[rows], seen, components.reward, components.probe, chunk))
+            chunk = trainer.config.memory.decode_chunk
+            parts.append(measure_images(images, prompt[rows], seen, trainer.reward, trainer.probe, chunk))
         return self._required(concatenate(parts))
 
     def _required(self, measures: Measures) -> Measures:
         """`measures`, whose features have directions, if there are any."""
         if measures.features is not None and not bool(has_direction(measures.features).all()):
             raise ValueError(
-                f"evaluation.probe = {self.components.config.evaluation.probe!r}: gives features that are not finite, or all 0; "
+                f"evaluation.probe = {self.trainer.config.evaluation.probe!r}: gives features that are not finite, or all 0; "
                 "name another with --probe."
             )
         return measures
@@ -238,7 +238,7 @@ class RunEvaluation:
     def _sample(self, numbers: list[int], samples: range, noise: int, recorder: Recorder | None = None) -> Tensor:
         """Finished latents `[P, n, C, H, W]` of the policy as it is. A prompt's place, a sample's number and `noise` decide
         on its noise."""
-        components = self.components
+        trainer = self.trainer
         prompt = torch.tensor(numbers).repeat_interleave(len(samples))
         seeds = [
             seed_of(self.options.seed, "evaluation", noise, place, number)
@@ -246,16 +246,16 @@ class RunEvaluation:
             for number in samples
         ]
         latents = sample(
-            components.policy,
-            components.table,
+            trainer.policy,
+            trainer.table,
             prompt,
             seeds,
-            components.sample_shape,
-            batch=self.options.batch or components.config.rollout.batch,
+            trainer.sample_shape,
+            batch=self.options.batch or trainer.config.rollout.batch,
             buffer=recorder,
             slots=torch.arange(len(prompt)),
             on_step=self._advance,
-            backend=components.config.backend,
+            backend=trainer.config.backend,
         )
         return latents.unflatten(0, (len(numbers), len(samples)))
 

@@ -131,7 +131,7 @@ def test_all_parameters_are_read_exactly_and_evaluated(tmp_path: Path) -> None:
     trainer = Trainer.from_config(config)
     trainer.train(tmp_path / "run")
     evaluation = RunEvaluation(tmp_path / "run", OPTIONS)
-    read = evaluation.components.policy.trained()
+    read = evaluation.trainer.policy.trained()
     assert all(torch.equal(parameter, read[name]) for name, parameter in trainer.policy.trained().items())
     found = evaluation.measure()["groups"]["trained"]
     assert found["divergence"]["nats"] > 0 and found["finetuned"]["reward"] != found["pretrained"]["reward"]
@@ -154,7 +154,7 @@ def test_a_normalised_reward_tilts_by_what_was_trained_on(tmp_path: Path) -> Non
     evaluation = RunEvaluation(folder, OPTIONS)
     checkpoint, _ = newest_checkpoint(folder)
     state = torch.load(checkpoint / "state.pt", weights_only=True)["reward"]
-    assert evaluation.components.reward.state_dict() == state and state["area"]["count"] > 0
+    assert evaluation.trainer.reward.state_dict() == state and state["area"]["count"] > 0
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(ValueError, match=r"reward\.normalise"):
         RunEvaluation(folder, OPTIONS)

@@ -84,7 +84,7 @@ def test_a_round_learns_from_what_the_policy_of_the_round_before_sampled(tmp_pat
         assert errors[author] < 1e-5 and all(e > 1e-4 for i, e in enumerate(errors) if i != author), errors
         return step(selection)
 
-    for name in ("kernels", "micro_batch", "replicated", "state_dict", "load_state_dict"):
+    for name in ("ops", "micro_batch", "replicated", "state_dict", "load_state_dict"):
         setattr(watched, name, getattr(step, name))
     trainer.step = watched
     trainer.train(tmp_path)
