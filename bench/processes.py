@@ -65,13 +65,13 @@ def main() -> None:
     )
     info = RankInfo.of()
     world = World.start(info, device_of(config, info))
-    trainer = Trainer(config, world=world)
+    trainer = Trainer.from_config(config, world=world)
     gradients = trainer.step.parameters
 
     # The first update is a warm-up.
     for update in range(settings.updates + 1):
         if update <= 1:
-            watch = Stopwatch(trainer.device)
+            watch = Stopwatch(trainer.components.device)
         watch.time("rollout", lambda: trainer.source.collect(update))  # noqa: B023
         selection = trainer.source.select(update, trainer.slots)
         watch.time("step", lambda: trainer.step(selection))  # noqa: B023
@@ -80,7 +80,7 @@ def main() -> None:
         trainer.source.finish()
 
     # Sums after a barrier do not include waiting for slower ranks.
-    alone = Stopwatch(trainer.device)
+    alone = Stopwatch(trainer.components.device)
     sums = [torch.randn_like(parameter) for parameter in gradients]
     for _ in range(20):
         world.barrier()
@@ -93,7 +93,7 @@ def main() -> None:
     if world.is_main:
         moved = 4 * sum(parameter.numel() for parameter in gradients)
         print(
-            f"{device_info()['hardware']}, {trainer.device}; {settings.trajectories} trajectories, {moved:,} bytes of gradients"
+            f"{device_info()['hardware']}, {trainer.components.device}; {settings.trajectories} trajectories, {moved:,} bytes of gradients"
         )
         names = ("clock", "rank", *(f"{phase}, s" for phase in (*PHASES, "update", "sum alone")))
         rows = [

@@ -1,7 +1,8 @@
-"""`python -m fastnabla.reproduce RUN/anomalies/update-000003`: compute an update that was not finite again, and say why.
+"""`python -m fastnabla.reproduce RUN/anomalies/update-000003`: compute an update that was not finite again, to find out why.
 
-Networks are built as the run's, without torch.compile; the step is made twice: with hooks that find what is first not
-finite in the forward passes and the rewards, and under `torch.autograd.detect_anomaly`, which finds NaN in backward ones.
+The networks are those of the run, without torch.compile. The step is computed twice: once with hooks that find the first
+tensor that is not finite in the forward passes and the rewards, and once under `torch.autograd.detect_anomaly`, which finds NaN
+in the backward passes.
 """
 
 import dataclasses
@@ -20,66 +21,65 @@ from fastnabla.utils.console import print_error, print_plain, quiet_libraries
 quiet_libraries()
 
 from fastnabla.config.train import load_run  # noqa: E402
-from fastnabla.debug.anomaly import Anomalies, read_facts  # noqa: E402
+from fastnabla.debug.anomaly import read_facts  # noqa: E402
 from fastnabla.debug.first_not_finite import first_not_finite  # noqa: E402
 from fastnabla.methods.accumulation import StepReport  # noqa: E402
 from fastnabla.prompts import RunPrompts  # noqa: E402
+from fastnabla.training.build import Components, plan_and_build  # noqa: E402
 from fastnabla.training.guards import trace  # noqa: E402
-from fastnabla.training.trainer import Trainer  # noqa: E402
 
-TOLD = 3
-"""Most parameters named."""
+MAX_NAMED = 3
+"""Most parameters that are named."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ReproduceConfig:
-    """Compute an update that was not finite again, and say what in it is not. Exit status 0 if it is not finite here
-    either, 1 if it is."""
+    """Compute an update that was not finite again, and print what is not finite in it. Exit status 0 if something is not
+    finite here either, 1 if everything is finite."""
 
     folder: tyro.conf.Positional[Path]
-    """Folder that `python -m fastnabla.train --dump-anomalies` wrote: RUN/anomalies/update-000003."""
+    """Folder that `python -m fastnabla.train --dump-anomalies` wrote, e.g. RUN/anomalies/update-000003."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto" takes a GPU if there is one."""
+    """"auto": a GPU if there is one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """What an update's computation shows; all empty if it is finite."""
+    """What is not finite in an update. All fields are empty if everything is finite."""
 
     inputs: list[str]
-    """Trained weights and fields of the transitions that are not finite before anything is computed."""
+    """Trained weights and fields of the transitions that are not finite to begin with."""
     places: list[str]
-    """What is first not finite, in order."""
+    """The first places that are not finite, in order of computation."""
     terms: str
-    """Terms of the loss, by timestep and prompt, in words."""
+    """Terms of the loss that are not finite, with timesteps and prompts, in words."""
     parameters: list[str]
-    """Names of those whose gradients are not finite."""
+    """Names of parameters whose gradients are not finite."""
     operation: str
-    """The operation whose backward pass makes a NaN, and where it was called."""
+    """The operation whose backward pass returns NaN, and where it was called."""
 
 
-def diagnose(trainer: Trainer, folder: Path) -> Diagnosis:
-    """Compute the update in `folder` again, with the networks of `trainer`, whose state becomes the update's.
+def diagnose(run: Components, folder: Path) -> Diagnosis:
+    """Compute the update in `folder` again with the components of `run`, whose state is overwritten.
 
     Raises:
-        ValueError: the folder is damaged or does not fit.
+        ValueError: the folder is damaged, or belongs to another configuration.
     """
-    anomalies = Anomalies(policy=trainer.policy, flow=trainer.flow, reward=trainer.reward, step=trainer.step)
-    _, batch = anomalies.restore(folder)
-    named = {f"policy {name}": parameter for name, parameter in trainer.policy.trained().items()}
-    named |= {f"flow {name}": parameter for name, parameter in trainer.flow.named_parameters()} if trainer.flow else {}
+    _, batch = run.anomalies.restore(folder)
+    named = {f"policy {name}": parameter for name, parameter in run.policy.trained().items()}
+    named |= {f"flow {name}": parameter for name, parameter in run.flow.named_parameters()} if run.flow else {}
     inputs = named | {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    decoder = getattr(trainer.step, "decoder", trainer.decoder)
-    with first_not_finite(trainer.policy, trainer.flow, decoder, trainer.reward) as places:
-        report = trainer.step(batch)
+    decoder = getattr(run.step, "decoder", run.decoder)
+    with first_not_finite(run.policy, run.flow, decoder, run.reward) as places:
+        report = run.step(batch)
     bad = [name for name, parameter in named.items() if parameter.grad is not None and not _finite(parameter.grad)]
     loss = bool(report.losses["loss"].isfinite())
     return Diagnosis(
         inputs=[name for name, value in inputs.items() if name != "reward" and not _finite(value)],
         places=places,
-        terms="" if loss and not bad else _terms(trainer, report),
+        terms="" if loss and not bad else _terms(run, report),
         parameters=bad,
-        operation=_operation(trainer, anomalies, folder),
+        operation=_operation(run, folder),
     )
 
 
@@ -87,22 +87,20 @@ def _finite(value: object) -> bool:
     return not isinstance(value, Tensor) or bool(value.isfinite().all())
 
 
-def _terms(trainer: Trainer, report: StepReport) -> str:
-    gradients = {
-        name: [p.grad for p in group if p.grad is not None] for name, group in trainer.optimizer.groups.items()
-    }
+def _terms(run: Components, report: StepReport) -> str:
+    gradients = {name: [p.grad for p in group if p.grad is not None] for name, group in run.optimizer.groups.items()}
     norms = {f"grad_norm_{name}": nn.utils.get_total_norm(of) for name, of in gradients.items()}
-    return trace(report, norms, trainer.prompts.texts, trainer.table.timestep.tolist())[0]
+    return trace(report, norms, run.prompts.texts, run.table.timestep.tolist())[0]
 
 
-def _operation(trainer: Trainer, anomalies: Anomalies, folder: Path) -> str:
-    """What anomaly detection says."""
-    _, batch = anomalies.restore(folder)
+def _operation(run: Components, folder: Path) -> str:
+    """The message and the traceback of autograd's anomaly detection; empty if it finds no NaN."""
+    _, batch = run.anomalies.restore(folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             with torch.autograd.detect_anomaly():
-                trainer.step(batch)
+                run.step(batch)
         except RuntimeError as error:
             calls = [str(w.message) for w in caught if "Traceback of forward call" in str(w.message)]
             return "\n".join([str(error), *(call.partition(" (Triggered internally")[0].rstrip() for call in calls)])
@@ -111,18 +109,18 @@ def _operation(trainer: Trainer, anomalies: Anomalies, folder: Path) -> str:
 
 def lines(diagnosis: Diagnosis) -> list[str]:
     """The diagnosis, in words."""
-    told = [f"not finite before anything is computed: {', '.join(diagnosis.inputs)}"] if diagnosis.inputs else []
-    told += [f"first not finite: {place}" for place in diagnosis.places[:1]]
-    told += [f"then: {place}" for place in diagnosis.places[1:]]
-    told += [f"not finite {diagnosis.terms}"] if diagnosis.terms else []
+    found = [f"not finite to begin with: {', '.join(diagnosis.inputs)}"] if diagnosis.inputs else []
+    found += [f"first not finite: {place}" for place in diagnosis.places[:1]]
+    found += [f"then: {place}" for place in diagnosis.places[1:]]
+    found += [f"terms that are not finite: {diagnosis.terms}"] if diagnosis.terms else []
     if bad := diagnosis.parameters:
-        more = f" and {len(bad) - TOLD} more" if len(bad) > TOLD else ""
-        told.append(f"gradients that are not finite: {', '.join(bad[:TOLD])}{more}")
-    return told + ([f"autograd: {diagnosis.operation}"] if diagnosis.operation else [])
+        more = f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+        found.append(f"gradients that are not finite: {', '.join(bad[:MAX_NAMED])}{more}")
+    return found + ([f"autograd: {diagnosis.operation}"] if diagnosis.operation else [])
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line. Returns the exit status."""
     console = Console()
     try:
         options = tyro.cli(ReproduceConfig, args=arguments, prog="python -m fastnabla.reproduce")
@@ -130,16 +128,18 @@ def main(arguments: list[str]) -> int:
         config = load_run(options.folder)
         compute = dataclasses.replace(config.compute, compile="none")
         config = dataclasses.replace(config, device=options.device, compute=compute, tracker="none")
-        trainer = Trainer(config, RunPrompts.load(options.folder / "prompts.json"))
-        diagnosis = diagnose(trainer, options.folder)
+        run = plan_and_build(config, RunPrompts.load(options.folder / "prompts.json"))
+        diagnosis = diagnose(run, options.folder)
     except ValueError as error:
         print_error(error)
         return 2
-    print_plain(console, f"update {facts['update']}, computed on {facts['device']}, and here on {trainer.device}:")
-    told = lines(diagnosis)
-    for line in told or ["all is finite here; try the device that it was computed on"]:
+    print_plain(
+        console, f"update {facts['update']}: computed on {facts['device']} by the run, and on {run.device} now:"
+    )
+    found = lines(diagnosis)
+    for line in found or ["everything is finite here; try the device that the run used"]:
         print_plain(console, line)
-    return 0 if told else 1
+    return 0 if found else 1
 
 
 if __name__ == "__main__":

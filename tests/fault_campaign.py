@@ -20,10 +20,10 @@ def main() -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        trainer, expected = without_pictures(Trainer(tiny())), folder / "expected"
+        trainer, expected = without_pictures(Trainer.from_config(tiny())), folder / "expected"
         expected.mkdir()
         started = time.perf_counter()
-        without_pictures(Trainer(tiny())).train(expected)
+        without_pictures(Trainer.from_config(tiny())).train(expected)
         seconds = time.perf_counter() - started
         counts = campaign(trainer, folder, expected, arguments.kills, arguments.seed, seconds)
     runs = counts.pop("runs")

@@ -84,7 +84,7 @@ def main() -> None:
         evaluation=EvaluationConfig(every=200, samples=2, prompts=1, probe="testbed"),
     )
     with tempfile.TemporaryDirectory() as name:
-        trainer, stop = Trainer(config), StopSignals()
+        trainer, stop = Trainer.from_config(config), StopSignals()
         soak = Soak(trainer, Path(name), stop, arguments.seconds)
         try:
             trainer.train(Path(name), stop=stop)

@@ -18,7 +18,7 @@ from fastnabla.comparison.plan import PlannedRun
 from fastnabla.config.train import load_run
 from fastnabla.prompts import RunPrompts
 from fastnabla.run.resuming import run_to_resume
-from fastnabla.training.bounds import BoundPassed
+from fastnabla.training.guards import BoundPassed
 from fastnabla.training.trainer import Trainer
 from fastnabla.training.whole_run import DIVERGED, train_to_the_end
 from fastnabla.utils.console import print_plain
@@ -51,7 +51,7 @@ def train_all(runs: Sequence[PlannedRun], console: Console, ended: Callable[[Pla
 def _train(run: PlannedRun, console: Console) -> int:
     resumed = run_to_resume(run.config) is not None
     config = load_run(run.folder) if resumed else run.config
-    trainer = Trainer(config, RunPrompts.load(run.folder / "prompts.json") if resumed else None)
+    trainer = Trainer.from_config(config, RunPrompts.load(run.folder / "prompts.json") if resumed else None)
     run.folder.mkdir(parents=True, exist_ok=True)
     return train_to_the_end(trainer, run.folder, console, resumed, "the same command")
 

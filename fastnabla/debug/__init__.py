@@ -1,1 +1,1 @@
-"""What is looked at when a run goes wrong."""
+"""Finding out why an update is not finite."""

@@ -1,7 +1,7 @@
-"""An update that is not finite, as a folder from which it can be done again elsewhere: see `fastnabla.reproduce`.
+"""Writes an update that is not finite into a folder, from which `fastnabla.reproduce` can compute it again elsewhere.
 
-RUN/anomalies/update-000003/ has what the update was computed from: its transitions (or, for a method that samples in its
-step, its trajectories' prompts and seeds), the trained weights before it, the run's configuration and prompts.
+RUN/anomalies/update-000003/ holds everything that the update was computed from: its transitions (for a method that samples in
+its step, the prompts and seeds of its trajectories), the trained weights before it, and the run's configuration and prompts.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ from fastnabla.utils.durable import DamagedError, Write, verify_folder, write_fo
 logger = logging.getLogger("fastnabla")
 
 FOLDER, TENSORS = "anomalies", "update.safetensors"
-MOST = 3
-"""Updates that a run writes: the first."""
-MOST_BYTES = 2 * 2**30
-"""Of an update; a larger one is not written."""
+MAX_UPDATES = 3
+"""A run writes at most this many updates: its first."""
+MAX_BYTES = 2 * 2**30
+"""A larger update is not written."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Anomalies:
-    """What writes a run's updates that are not finite, and reads them.
+    """Writes a run's updates that are not finite, and reads them back.
 
     Args:
         policy, flow, reward, step: the run's.
@@ -45,7 +45,7 @@ class Anomalies:
     step: Accumulation
 
     def before(self) -> dict[str, Tensor]:
-        """What the step remembers, as it is now; `write` needs it from before the step was called."""
+        """A copy of the step's state. `write` needs the one from before the step was called."""
         return {f"step.{name}": value.detach().cpu().clone() for name, value in self.step.state_dict().items()}
 
     def write(
@@ -57,20 +57,20 @@ class Anomalies:
         config: TrainConfig,
         prompts: RunPrompts,
     ) -> None:
-        """Write the update into the folder `run`, if it is one of the first `MOST`, and not larger than `MOST_BYTES`.
+        """Write the update, if it is one of the run's first `MAX_UPDATES` and not larger than `MAX_BYTES`.
 
         Args:
-            run: its folder.
-            update: number of the update, which was not made: the weights are those before it.
-            selection: what the step was called with.
-            before: as `before` returned it.
+            run: the run folder.
+            update: number of the update. It was skipped, so the weights are those before it.
+            selection: the input of the step.
+            before: from `before`.
             config, prompts: the run's.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the folder cannot be written.
         """
         folder = run / FOLDER / f"update-{update:06d}"
-        if len({*(path.name for path in folder.parent.glob("update-*")), folder.name}) > MOST:
+        if len({*(path.name for path in folder.parent.glob("update-*")), folder.name}) > MAX_UPDATES:
             return
         facts: dict[str, Any] = {"update": update, "device": self.policy.conditions.device.type}
         facts |= {"micro_batch": self.step.micro_batch, "reward": self.reward.state_dict()}
@@ -84,9 +84,9 @@ class Anomalies:
             tensors |= _gathered(selection, self.step.micro_batch)
         tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
         size = sum(value.nbytes for value in tensors.values())
-        if size > MOST_BYTES:
+        if size > MAX_BYTES:
             logger.warning(
-                "update %d is not written: %s bytes, and the most is %s", update, f"{size:,}", f"{MOST_BYTES:,}"
+                "update %d is not written: it has %s bytes; the limit is %s", update, f"{size:,}", f"{MAX_BYTES:,}"
             )
             return
         contents = {
@@ -95,14 +95,17 @@ class Anomalies:
             "prompts.json": prompts.to_json().encode(),
         }
         write_folder(folder, {name: _writer(content) for name, content in contents.items()}, facts)
-        logger.warning("update %d can be looked into: python -m fastnabla.reproduce %s", update, folder)
+        logger.warning("to find out why update %d is not finite: python -m fastnabla.reproduce %s", update, folder)
 
     @torch.no_grad()
     def restore(self, folder: Path) -> tuple[dict[str, Any], Transitions | Trajectories]:
-        """Become what `write` wrote into `folder`; the facts of its manifest, and what to call the step with.
+        """Restore the state that `write` wrote into `folder`.
+
+        Returns:
+            The facts in the folder's manifest, and the input of the step.
 
         Raises:
-            ValueError: the folder is damaged, or of another configuration.
+            ValueError: the folder is damaged, or belongs to another configuration.
         """
         facts = read_facts(folder)
         device = self.policy.conditions.device
@@ -125,7 +128,7 @@ class Anomalies:
             self.step.load_state_dict(parts["step"])
             self.reward.load_state_dict(facts["reward"])
         except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{str(folder)!r} does not fit its configuration ({error}).") from error
+            raise ValueError(f"{str(folder)!r} does not fit its own config.json ({error}).") from error
         self.step.micro_batch = facts["micro_batch"]
         prompt = parts["trajectories" if "trajectories" in facts else "transitions"]["prompt"].cpu()
         self.policy.conditions.ensure(prompt)
@@ -136,19 +139,21 @@ class Anomalies:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The manifest of an update's folder.
+    """The facts in the manifest of an update's folder.
 
     Raises:
-        ValueError: it is not one, or damaged.
+        ValueError: the folder is not one that `Anomalies.write` wrote, or it is damaged.
     """
     try:
         return verify_folder(folder)
     except DamagedError as error:
-        raise ValueError(f"{str(folder)!r} is not an update that --dump-anomalies wrote: {error}.") from error
+        raise ValueError(
+            f"{str(folder)!r} is not a folder that --dump-anomalies wrote, or it is damaged: {error}."
+        ) from error
 
 
 def _gathered(selection: LazyTransitions, size: int) -> dict[str, Tensor]:
-    """All transitions, on the host, `size` at a time."""
+    """All transitions, copied to the host `size` at a time."""
     parts = [selection.gather(rows) for rows in torch.arange(len(selection)).split(size)]
     return {
         f"transitions.{field.name}": torch.cat([getattr(part, field.name).cpu() for part in parts])

@@ -1,4 +1,4 @@
-"""Finds out what is the first not to be finite: hooks on all modules, the decoder and the rewards."""
+"""Finds the first tensor that is not finite, with hooks on all modules, the decoder and the rewards."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -10,22 +10,26 @@ from fastnabla.models.decoder import Decoder
 from fastnabla.models.policy import Policy
 from fastnabla.rewards import RewardSum
 
-TOLD = 5
-"""Most places that are kept."""
+MAX_PLACES = 5
+"""Most places that are reported."""
 
 
 @contextlib.contextmanager
 def first_not_finite(
     policy: Policy, flow: nn.Module | None, decoder: Decoder, reward: RewardSum
 ) -> Iterator[list[str]]:
-    """Within, every output of a module of the policy and the flow network, every decoded image, and every reward and its
-    gradient in an image, are looked at, which waits for the device; a list of those that are not finite, in the order
-    they are computed, at most `TOLD`, each place once."""
+    """Within the context, check every output of a module of the policy and the flow network, every decoded image, every
+    reward, and every reward's gradient in an image. Each check waits for the device.
+
+    Yields:
+        A list, filled on exit: places that are not finite, in order of computation. Each place is listed once, and at most
+        `MAX_PLACES` are.
+    """
     found: dict[str, None] = {}
 
     def look(place: str, value: object) -> None:
         tensors = value if isinstance(value, (tuple, list)) else [value]
-        if len(found) < TOLD and any(isinstance(t, Tensor) and not bool(t.isfinite().all()) for t in tensors):
+        if len(found) < MAX_PLACES and any(isinstance(t, Tensor) and not bool(t.isfinite().all()) for t in tensors):
             found[place] = None
 
     def hook(module: nn.Module, place: str) -> None:
@@ -41,7 +45,7 @@ def first_not_finite(
         def with_gradient(images: Tensor, prompts: Sequence[str]) -> Tensor:
             if not images.requires_grad:
                 return score(images, prompts)
-            own = images.view_as(images)  # whose gradient is this term's alone
+            own = images.view_as(images)  # its gradient is this term's alone
             own.register_hook(lambda gradient: gradients(gradient, prompts))
             return score(own, prompts)
 

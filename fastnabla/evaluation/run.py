@@ -26,7 +26,7 @@ from fastnabla.models.saved_policy import read_policy, require_policy
 from fastnabla.prompts import RunPrompts, used_prompts
 from fastnabla.run.checkpoint import load_reward_statistics
 from fastnabla.run.weights import WeightsName, weights_folder
-from fastnabla.training.trainer import Trainer
+from fastnabla.training.build import plan_and_build
 from fastnabla.trajectories.rollout import Recorder, sample
 from fastnabla.utils.seeding import seed_of
 
@@ -87,7 +87,7 @@ class RunEvaluation:
         if options.probe is not None:
             config.evaluation = dataclasses.replace(config.evaluation, probe=options.probe)
         self.run, self.options, self.others = run, options, others
-        self.trainer = Trainer(config, RunPrompts.load(run / "prompts.json"))
+        self.trainer = plan_and_build(config, RunPrompts.load(run / "prompts.json"))
         read_policy(self.trainer.policy, weights)
         if config.reward.normalise:
             load_reward_statistics(run, self.trainer.reward)

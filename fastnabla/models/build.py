@@ -59,8 +59,9 @@ def build_networks(
     use_scheduler(pipeline, config.sampler.scheduler)
     table = TransitionTable.from_scheduler(pipeline.scheduler, config.sampler.steps, config.sampler.eta)
     pipeline.to(device)
+    policy_seed, flow_seed = (seed_of(config.seed, "weights", number) for number in range(2))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(config.seed, "weights", 0))
+        torch.manual_seed(policy_seed)
         policy = Policy(
             pipeline.unet,
             encode_prompts(pipeline, prompts.texts),
@@ -74,7 +75,7 @@ def build_networks(
         encoder.to("cpu")
     channels, memory = latent_shape(pipeline)[0], config.memory
     kind = config.flow.kind if config.has_flow else "none"
-    flow = build_flow(kind, channels, policy.conditions.width, seed_of(config.seed, "weights", 1), config.flow.start)
+    flow = build_flow(kind, channels, policy.conditions.width, flow_seed, config.flow.start)
     if flow is not None:
         flow.to(device)
 

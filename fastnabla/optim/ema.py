@@ -1,7 +1,7 @@
-"""An exponential moving average of the trained weights, which smooths over what single updates throw them about.
+"""An exponential moving average (EMA) of the trained weights, which smooths out the noise of single updates.
 
-After n updates that gave θ_1, …, θ_n it is ``Σ d^{n−k} θ_k / Σ d^{n−k}``: the weights before the first update do not
-count, so no number of updates is too small for it. Of a LoRA, A and B are averaged each, and not their product.
+After n updates that gave θ_1, …, θ_n it is ``Σ d^{n−k} θ_k / Σ d^{n−k}``. The weights before the first update do not count, so
+the average is unbiased after any number of updates. Of a LoRA, A and B are averaged separately, not their product.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ class WeightAverage:
     """The average of some parameters, in their dtype and on their device.
 
     Args:
-        parameters: what is averaged, by name.
+        parameters: parameters to average, by name.
         decay: d, in (0, 1).
-        changing: within which the parameters may be changed; see `fastnabla.models.policy.Policy.updating`.
+        changing: the context in which the parameters may be changed, `fastnabla.models.policy.Policy.updating`.
     """
 
     def __init__(
@@ -32,14 +32,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the parameters as they are after an update."""
+        """Average in the current parameters. Call it after each update."""
         self.updates += 1
         share = (1 - self.decay) / (1 - self.decay**self.updates)
         torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), share)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the parameters have the average's values."""
+        """Within the context, the parameters hold the average."""
         self._swap()
         try:
             yield
@@ -55,12 +55,12 @@ class WeightAverage:
                 self.average[name].copy_(values)
 
     def state_dict(self) -> dict[str, Any]:
-        """For `torch.save`."""
+        """The average and the number of updates, for `torch.save`."""
         return {"updates": self.updates, "average": self.average}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Restore what `state_dict` returned.
 
         Raises:
             KeyError: a tensor is missing.

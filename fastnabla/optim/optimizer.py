@@ -1,10 +1,10 @@
-"""The optimizer: one algorithm over the LoRA and the flow network, one update a step.
+"""The optimizer of the policy and the flow network.
 
-The 8-bit algorithms are bitsandbytes' (Dettmers et al., arXiv 2110.02861): each moment is one byte an element, an index
-into a table of 256 numbers, times a float32 scale for each `BLOCK` elements. A tensor of fewer than `MIN_8BIT_SIZE`
-elements keeps float32 moments: its bytes do not matter, and such tensors (biases, norms) are the sensitive ones.
+The 8-bit algorithms are those of bitsandbytes (Dettmers et al., arXiv 2110.02861). A moment takes one byte per element: an index
+into a table of 256 numbers, times a float32 scale for each `BLOCK` elements. Tensors of fewer than `MIN_8BIT_SIZE` elements
+keep float32 moments: they are small, and such tensors (biases, norms) are the most sensitive to rounding.
 
-bitsandbytes waits for the GPU after every parameter tensor of an update; AdamW, the clipping and the schedule never do.
+bitsandbytes synchronises with the GPU after every parameter tensor. AdamW, clipping and the schedule never do.
 """
 
 import math
@@ -26,7 +26,7 @@ TABLE_BYTES = 256 * 4
 
 
 def step_size_factor(update: int, updates: int, schedule: str, warmup: int) -> float:
-    """Share of the full step size in update number `update`, from 0, of `updates`; never 0."""
+    """Factor on the learning rate in update number `update` (from 0) of `updates`. It is never 0."""
     rise = min(1.0, (update + 1) / (warmup + 1))
     done = update / updates
     fall = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
@@ -34,15 +34,15 @@ def step_size_factor(update: int, updates: int, schedule: str, warmup: int) -> f
 
 
 def expected_state_bytes(name: str, sizes: Iterable[int]) -> int:
-    """Bytes of state that `Optimizer.state_bytes` will be after the first update.
+    """What `Optimizer.state_bytes` will be after the first update.
 
     Args:
         name: `OptimizerConfig.name`.
-        sizes: elements of each parameter tensor, float32, all on one device and all with a gradient.
+        sizes: elements of each parameter tensor. All are float32, on one device, and have a gradient.
     """
     moments, sizes = MOMENTS[name], list(sizes)
     if name == "adamw":
-        return sum(moments * 4 * size + 4 for size in sizes)  # a float32 counter of updates each
+        return sum(moments * 4 * size + 4 for size in sizes)  # and a float32 counter of updates
     large = [size for size in sizes if size >= MIN_8BIT_SIZE]
     small = sum(sizes) - sum(large)
     scales = sum(math.ceil(size / BLOCK) for size in large)
@@ -50,13 +50,13 @@ def expected_state_bytes(name: str, sizes: Iterable[int]) -> int:
 
 
 class Optimizer:
-    """An algorithm with a parameter group and a gradient-norm bound for each of LoRA and flow network.
+    """One algorithm over two parameter groups, "lora" and "flow". The gradient norm of each group is clipped separately.
 
     Args:
-        policy: whose LoRA is trained.
+        policy: its trainable weights are the group "lora", also in full finetuning.
         flow: g_φ, or None.
         config, flow_config: settings.
-        updates: length of the run, for the learning rates' schedule.
+        updates: length of the run, for the learning-rate schedule.
 
     Raises:
         ValueError: the algorithm does not run on these parameters, or its package is missing.
@@ -81,25 +81,30 @@ class Optimizer:
         )
 
     def update(self, accepts: Callable[[dict[str, Tensor]], bool] = lambda norms: True) -> dict[str, Tensor]:
-        """Apply and clear the accumulated gradients; their norms before clipping, by group.
+        """Clip, apply and clear the accumulated gradients.
 
-        Where `accepts` says no to the norms, weights and moments stay as they are, and only the schedule goes on.
+        Gradients must have their parameter's strides, as those from autograd do: fused AdamW goes through memory in order, and
+        on a CPU it does not check.
 
-        Gradients have their parameter's strides, as autograd makes them: fused AdamW goes by the order in memory, and
-        on a CPU does not check.
+        Args:
+            accepts: gets the gradient norms by group. If it returns False, weights and moments are unchanged; the schedule
+                advances all the same.
+
+        Returns:
+            The gradient norms before clipping, "grad_norm_lora" and "grad_norm_flow", as scalar tensors.
         """
         norms = {f"grad_norm_{name}": self._clip(group) for name, group in self.groups.items()}
         if accepts(norms):
             for _ in range(self.applications):
                 self._apply()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the first update was not made
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # if the first update is skipped
             self.schedule.step()
         self.algorithm.zero_grad(set_to_none=True)
         return norms
 
     def _apply(self) -> None:
-        # bitsandbytes replaces weights that are not contiguous (channels_last) by contiguous ones.
+        # bitsandbytes replaces non-contiguous weights (channels_last) by contiguous ones.
         strided = [(p, p.data) for group in self.groups.values() for p in group if not p.is_contiguous()]
         self.algorithm.step()
         for parameter, data in strided:
@@ -108,30 +113,31 @@ class Optimizer:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state's tensors, each storage once, on whatever device; 0 before the first update."""
+        """Bytes of the state's tensors on all devices, counting each storage once. 0 before the first update."""
         tensors = (value for state in self.algorithm.state.values() for value in state.values())
         storages = (tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor))
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def load_state_dict(self, algorithm: dict[str, Any], schedule: dict[str, Any]) -> None:
-        """Go on from `algorithm.state_dict()` and `schedule.state_dict()` of an optimizer of the same settings."""
+        """Restore `algorithm.state_dict()` and `schedule.state_dict()` of an optimizer with the same settings."""
         self.algorithm.load_state_dict(algorithm)
         self.schedule.load_state_dict(schedule)
         if getattr(self.algorithm, "is_paged", False):
             page_states(self.algorithm)
 
     def _clip(self, parameters: Iterable[Tensor]) -> Tensor:
-        """Scale the gradients to the bound; their norm before. The host reads nothing: a norm that is not finite
-        scales them to NaN, which the loss shows. Of sharded gradients it is the norm over all processes."""
+        """Clip the gradients' norm. Returns the norm before clipping, over all processes if the gradients are sharded.
+
+        Does not synchronise with the device. A norm that is not finite turns the gradients into NaN."""
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, error_if_nonfinite=False, foreach=True)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def build_algorithm(name: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """The optimizer called `name`, over parameter groups with their own `lr` and `weight_decay`.
+    """Build the algorithm `name` over parameter groups, each with its own `lr` and `weight_decay`.
 
     Raises:
-        ValueError: it does not run on these parameters, or its package is missing.
+        ValueError: the algorithm does not run on these parameters, or its package is missing.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
     _check_parameters(name, parameters)
@@ -146,7 +152,7 @@ def build_algorithm(name: str, groups: list[dict[str, Any]], betas: tuple[float,
     if any(p.is_cuda for p in parameters) and not bitsandbytes.cextension.lib.compiled_with_cuda:
         raise ValueError(
             f"optimizer.name = {name!r}: bitsandbytes has no library for this torch's CUDA; "
-            "`python -m bitsandbytes` says more. Or use 'adamw'."
+            "`python -m bitsandbytes` has details. Or use 'adamw'."
         )
     algorithms = {
         "adamw8bit": bitsandbytes.optim.AdamW8bit,
@@ -157,9 +163,9 @@ def build_algorithm(name: str, groups: list[dict[str, Any]], betas: tuple[float,
 
 
 def page_states(algorithm: torch.optim.Optimizer) -> None:
-    """Move loaded moments of a paged optimizer back into pages.
+    """Move the loaded moments of a paged optimizer back into paged memory.
 
-    bitsandbytes loads them into ordinary memory of the GPU, and still takes them for pages where the file says so.
+    bitsandbytes loads them into ordinary GPU memory, and still treats them as paged.
     """
     for parameter, state in algorithm.state.items():
         for moment in ("state1", "state2"):
@@ -173,17 +179,17 @@ def _check_parameters(name: str, parameters: Iterable[Tensor]) -> None:
         if parameter.dtype not in dtypes or parameter.device.type not in ("cpu", "cuda"):
             takes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             raise ValueError(
-                f"optimizer.name = {name!r}: takes parameters of {takes} on a CPU or a GPU, and one is "
-                f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}; convert or move it."
+                f"optimizer.name = {name!r}: takes parameters of {takes} on a CPU or a GPU; one parameter is "
+                f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}. Convert or move it."
             )
         if name != "adamw" and isinstance(parameter, DTensor):
             raise ValueError(
-                f"optimizer.name = {name!r}: its moments have a scale for each {BLOCK} elements of a process's share, so that "
-                "a run could not be resumed on another number of processes; use 'adamw', whose 8 bytes a parameter are "
-                "sharded, or --memory.shard False."
+                f"optimizer.name = {name!r}: its moments have a scale for each {BLOCK} elements of a process's shard, so a run "
+                "could not be resumed on another number of processes. Use 'adamw', whose 8 bytes per parameter are sharded, or "
+                "--memory.shard False."
             )
         if name == "paged_adamw8bit" and not parameter.is_cuda:
             raise ValueError(
-                f"optimizer.name = {name!r}: pages its state out of a GPU's memory, and the parameters are on the CPU; "
-                "use 'adamw8bit'."
+                f"optimizer.name = {name!r}: pages its state out of GPU memory, but the parameters are on the CPU; use "
+                "'adamw8bit'."
             )

@@ -1,10 +1,11 @@
-"""The state of a run between two updates, in folders RUN/checkpoints/update-000010, the newest few of which are kept.
+"""Checkpoints of a run: its state between two updates, in RUN/checkpoints/update-000010. The newest few are kept.
 
-All randomness is a function of the seed and the update, so this is everything: what is trained of the policy, its average, flow
-network, optimizer and schedule, the rewards' running statistics, the method's own, the micro-batch that fits into memory, and the
-rollouts that are yet to be learned from. A folder appears whole or not at all (`fastnabla.utils.durable`), so a run can be killed at
-any instant; what decays on the disk is found out, and the checkpoint before it taken. It is written by a thread, from a
-copy: training waits for the copy alone.
+A checkpoint holds the trained weights of the policy, their average, the flow network, optimizer and schedule, the rewards' running
+statistics, the state of the method's step, the micro-batch that fits into memory, and the rollouts that are still to be learned
+from. Nothing else is needed: all randomness is a function of the seed and the update.
+
+A folder appears whole or not at all (`fastnabla.utils.durable`), so a run can be killed at any instant. A corrupt checkpoint is
+detected and the previous one is loaded. A thread writes the checkpoint from a copy on the host; training waits only for the copy.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ FOLDER, FILE = "checkpoints", "state.pt"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or of those that were none can be read."""
+    """A checkpoint cannot be written, or none of the existing ones can be read."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ class TrainState:
     ema: WeightAverage | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it but the buffer, which may be empty."""
+        """All of the state except the buffer, which may be empty."""
         return {
             "policy": {name: parameter.detach() for name, parameter in self.policy.trained().items()},
             "flow": self.flow.state_dict() if self.flow is not None else {},
@@ -71,7 +72,7 @@ class TrainState:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Become what `state_dict` gave, in a run of the same configuration."""
+        """Restore what `state_dict` returned in a run of the same configuration."""
         with self.policy.updating():
             for name, parameter in self.policy.trained().items():
                 parameter.copy_(state["policy"][name])
@@ -87,14 +88,12 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run has come."""
+    """Progress of a run."""
 
     update: int = 0
     """Updates done."""
-    rollout: dict[str, float] | None = None
-    """Metrics of the rollout whose trajectories are not used up yet, if there is one."""
     rollouts: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    """Of all rollouts in the buffer, oldest first."""
+    """Metrics of the rollouts in the buffer, oldest first."""
 
 
 class Checkpoints:
@@ -102,11 +101,11 @@ class Checkpoints:
 
     Args:
         run: its folder.
-        state: what is saved and restored.
-        configuration: what identifies the run's configuration; see `fastnabla.run.resuming.fingerprint`.
-        keep: how many are kept.
-        world: whose ranks all save and load together. Rank 0 alone writes; and reads, but for what is trained if that is not a
-            LoRA: each reads it, and if it is sharded writes its share, on a file system that they have in common.
+        state: saved and restored.
+        configuration: identifies the run's configuration; see `fastnabla.run.resuming.fingerprint`.
+        keep: number of checkpoints kept.
+        world: the ranks. They save and load together. Rank 0 alone reads and writes, with one exception: in full finetuning each
+            rank reads the trained weights, and writes its shard of them if they are sharded, on a shared file system.
     """
 
     def __init__(self, run: Path, state: TrainState, configuration: str, keep: int, world: World = ALONE) -> None:
@@ -114,18 +113,19 @@ class Checkpoints:
         self.world = world
         self.large = None if state.policy.is_lora else LargeTensors(state.policy, state.optimizer, state.ema)
         self.saved = 0
-        """The update that the newest one is of, which may still be being written."""
+        """Update of the newest checkpoint, which may still be being written."""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: tuple[Future[dict[str, float]], float, int] | None = None
-        """The newest, seconds that training waited for it, and the update that the one before is of."""
+        """The checkpoint being written, the seconds that training waited for it, and the update of the one before it."""
         self._costs: list[dict[str, float]] = []
 
     def save(self, progress: Progress) -> None:
-        """Copy the state as it is now to the host, and write it while training goes on; then remove all but the newest
-        `keep`. Waits for the one before. What is sharded is written before this returns, as all processes take part.
+        """Copy the current state to the host and write it in the background; then remove all but the newest `keep`.
+
+        Waits until the previous checkpoint is written. Sharded weights are written before this returns, by all processes.
 
         Raises:
-            CheckpointError: this one, or the one before, could not be written. Those that were there still are.
+            CheckpointError: this checkpoint, or the previous one, could not be written. Older ones are intact.
         """
         started = time.perf_counter()
         self._collect()
@@ -143,14 +143,17 @@ class Checkpoints:
         self.saved = progress.update
 
     def written(self, wait: bool = False) -> list[dict[str, float]]:
-        """What the checkpoints that have been written since the last call took: "update"; "checkpoint_stall_seconds", that
-        `save` took; "checkpoint_seconds" from its beginning until it was on the disk; "checkpoint_bytes". Of rank 0 alone.
+        """Costs of the checkpoints written since the last call; on rank 0 only.
 
         Args:
             wait: for the one that is being written.
 
+        Returns:
+            For each: "update"; "checkpoint_stall_seconds", how long `save` took; "checkpoint_seconds", from the start of `save`
+            until it was on the disk; and "checkpoint_bytes".
+
         Raises:
-            CheckpointError: it could not be. Those that were there still are.
+            CheckpointError: a checkpoint could not be written. Older ones are intact.
         """
         if wait or (self._writing is not None and self._writing[0].done()):
             self._collect()
@@ -158,7 +161,7 @@ class Checkpoints:
         return costs
 
     def close(self) -> None:
-        """Wait for what is being written, whatever comes of it."""
+        """Wait until nothing is being written. Errors in writing are ignored."""
         self._writer.shutdown()
 
     def _collect(self) -> None:
@@ -176,7 +179,7 @@ class Checkpoints:
             self._costs.append(costs | {"checkpoint_stall_seconds": costs["checkpoint_seconds"]})
         else:
             write_tensors(partial_folder(self._folder(update)) / large_tensors.FOLDER, large)
-        self.world.barrier()  # else one of the others may end, and with it all, before it is written
+        self.world.barrier()  # else another rank could end the run before the checkpoint is written
 
     def _write(self, state: dict[str, Any], large: dict[str, Tensor], update: int, started: float) -> dict[str, float]:
         folder, size = self._folder(update), nbytes([state, large])
@@ -190,12 +193,12 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint {folder} cannot be written: {error.strerror or error}. It needs {size:,} bytes, and "
-                f"{_free(self.folder.parent)} are free there. The checkpoints before it are intact: make room, or lower "
+                f"{_free(self.folder.parent)} are free there. Older checkpoints are intact. Free some space or lower "
                 "checkpoint_keep, and resume."
             ) from error
         seconds = time.perf_counter() - started
         present = _all(self.folder)
-        # What is numbered higher is damaged, or this run would have gone on from there.
+        # Checkpoints with higher numbers are damaged, or this run would have continued from them.
         newest = present[: present.index(folder) + 1][-self.keep :]
         for path in present:
             if path not in newest:
@@ -206,25 +209,26 @@ class Checkpoints:
         return self.folder / f"update-{update:06d}"
 
     def load(self) -> Progress:
-        """Restore the newest checkpoint that is as it was written; no progress if none was ever saved.
+        """Restore the newest intact checkpoint. Damaged ones are skipped with a warning.
 
-        Damaged ones are passed over with a warning.
+        Returns:
+            Its progress; that of a new run if there are no checkpoints.
 
         Raises:
-            CheckpointError: there are some and all are damaged, or the newest is of another configuration.
+            CheckpointError: all checkpoints are damaged, or the newest belongs to another configuration.
         """
         folder = self.world.broadcast(self._newest)
         return Progress() if folder is None else self._restore(self.folder / folder)
 
     def _newest(self) -> str | None:
-        """Name of the folder to restore."""
+        """Name of the folder to restore; None if there are no checkpoints."""
         newest = newest_checkpoint(self.folder.parent)
         if newest is not None:
             self._check_origin(*newest)
             return newest[0].name
         if (old := self.folder.parent / "checkpoint.pt").exists():
             raise CheckpointError(
-                f"the checkpoint {old} is of an earlier version of fastnabla; resume it with that one."
+                f"the checkpoint {old} was written by an earlier version of fastnabla; resume with that version."
             )
         return None
 
@@ -241,63 +245,63 @@ class Checkpoints:
             if "buffer" in state:
                 self.state.buffer.load_state_dict(state["buffer"])
             self.saved = state["update"]
-            return Progress(state["update"], state["rollout"], state["rollouts"])
+            return Progress(state["update"], state["rollouts"])
         except (KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
-                f"the checkpoint {folder} is as it was written, and does not fit this run ({type(error).__name__}: {error}); "
-                f"resume it with the fastnabla that wrote it, or start a new run. This is {fastnabla.__version__}."
+                f"the checkpoint {folder} is intact but does not fit this run ({type(error).__name__}: {error}). Resume with "
+                f"the version of fastnabla that wrote it, or start a new run. This is {fastnabla.__version__}."
             ) from error
 
     def _check_origin(self, folder: Path, manifest: dict[str, Any]) -> None:
         if manifest["configuration"] != self.configuration:
             raise CheckpointError(
-                f"the checkpoint {folder}, of fastnabla {manifest['version']}, is of another configuration than this run "
-                f"with fastnabla {fastnabla.__version__}: put config.json and prompts.json (and the version) back as they "
-                "were, or start a new run. The number of updates may change with optimizer.schedule = 'constant' and "
-                "rollout.replay = 0 alone."
+                f"the checkpoint {folder}, written by fastnabla {manifest['version']}, belongs to another configuration than "
+                f"this run with fastnabla {fastnabla.__version__}. Restore config.json and prompts.json (and the version), or "
+                "start a new run. The number of updates may change only with optimizer.schedule = 'constant' and "
+                "rollout.replay = 0."
             )
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Folder and manifest of the newest checkpoint of the run folder `run` that is as it was written; None if none was
-    ever saved. Damaged ones are passed over with a warning.
+    """Folder and manifest of the newest intact checkpoint in the run folder `run`; None if there are no checkpoints. Damaged
+    ones are skipped with a warning.
 
     Raises:
-        CheckpointError: there are some and all are damaged.
+        CheckpointError: all checkpoints are damaged.
     """
     damages = {}
     for folder in reversed(_all(run / FOLDER)):
         try:
             return folder, verify_folder(folder)
         except DamagedError as error:
-            logger.warning("the checkpoint %s is damaged and passed over: %s", folder, error)
+            logger.warning("the checkpoint %s is damaged and is skipped: %s", folder, error)
             damages[folder.name] = error
     if damages:
         found = "; ".join(f"{name}: {error}" for name, error in damages.items())
         raise CheckpointError(
-            f"no checkpoint in {run / FOLDER} can be used ({found}). Restore one from a copy, or remove the folder to "
-            "start again from the pretrained model."
+            f"no checkpoint in {run / FOLDER} can be used ({found}). Restore one from a copy, or remove the folder to start "
+            "over from the pretrained model."
         )
     return None
 
 
 def load_reward_statistics(run: Path, reward: RewardSum) -> None:
-    """Restore the statistics that `reward` normalises by from the newest checkpoint of the run folder `run`.
+    """Restore the statistics that normalise `reward` from the newest checkpoint in the run folder `run`.
 
     Raises:
-        ValueError: there is none that can be read, or it is of other terms.
+        ValueError: no checkpoint can be read, or it belongs to other reward terms.
     """
     try:
         newest = newest_checkpoint(run)
     except CheckpointError as error:
         raise ValueError(f"reward.normalise needs the run's statistics: {error}") from error
     if newest is None:
-        raise ValueError(f"reward.normalise needs the run's statistics, and {str(run)!r} has no checkpoint.")
+        raise ValueError(f"reward.normalise needs the run's statistics, but {str(run)!r} has no checkpoint.")
     reward.load_state_dict(torch.load(newest[0] / FILE, map_location="cpu", weights_only=True)["reward"])
 
 
 def _all(checkpoints: Path) -> list[Path]:
-    """Oldest first."""
+    """Folders of all checkpoints, oldest first."""
     folders = [path for path in checkpoints.glob("update-*") if path.name.removeprefix("update-").isdigit()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("update-")))
 

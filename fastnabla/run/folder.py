@@ -5,10 +5,10 @@ from pathlib import Path
 
 
 def create_run_folder(run: Path | None, name: str) -> Path:
-    """Make the folder `run`, or the next free ``runs/name-001``.
+    """Create the folder `run`, or if it is None, the next free ``runs/name-001``. Returns its path.
 
     Raises:
-        ValueError: it exists, or cannot be made.
+        ValueError: the folder exists, or cannot be created.
     """
     if run is None:
         taken = [int(p.name.rpartition("-")[2]) for p in Path("runs").glob(f"{glob.escape(name)}-[0-9][0-9][0-9]")]
@@ -17,7 +17,7 @@ def create_run_folder(run: Path | None, name: str) -> Path:
         run.mkdir(parents=True)
     except FileExistsError as error:
         raise ValueError(
-            f"run = {str(run)!r}: exists already, and is never overwritten; name another or remove it."
+            f"run = {str(run)!r}: exists already and is never overwritten; name another folder, or remove it."
         ) from error
     except OSError as error:
         raise ValueError(f"run = {str(run)!r}: cannot be created ({error}).") from error

@@ -1,4 +1,4 @@
-"""Copies of nested states on the host, that training can go on from under."""
+"""Copies of nested states on the host, so that training can continue while a checkpoint is written."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def host_copy(state: Any, _made: dict[tuple, Tensor] | None = None) -> Any:
-    """`state` with every tensor in its dictionaries, lists and tuples copied to the host, once the device has computed it.
+    """Copy `state` to the host, with every tensor in its dictionaries, lists and tuples. Waits for the device.
 
-    Tensors that are the same part of the same memory are one copy; strides are kept.
+    Tensors that are the same view of the same storage are copied once. Strides are kept.
     """
     made = {} if _made is None else _made
     if isinstance(state, Tensor):
@@ -26,7 +26,7 @@ def host_copy(state: Any, _made: dict[tuple, Tensor] | None = None) -> Any:
 
 
 def nbytes(state: Any) -> int:
-    """Bytes of all tensors in nested dictionaries and lists."""
+    """Bytes of all tensors in nested dictionaries, lists and tuples."""
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
     values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()

@@ -1,8 +1,8 @@
-"""What full finetuning trains, in a checkpoint: each process writes its share, and any number of processes read it back.
+"""The large tensors of full finetuning in a checkpoint. Each process writes its shard; any number of processes can read them.
 
-torch.distributed.checkpoint does it. Its own format keeps its index in a pickle, which can run anything when it is read;
-its storage in safetensors, used here, keeps the same facts as JSON in the files' headers. A file has one process's rows of
-each tensor; which rows they are, the header says.
+They are written by torch.distributed.checkpoint in its safetensors format, which keeps the index as JSON in the files' headers.
+Its default format keeps the index in a pickle, which can run arbitrary code when it is read. A file has one process's rows of
+each tensor; its header says which.
 """
 
 import dataclasses
@@ -22,20 +22,20 @@ from fastnabla.models.policy import Policy
 from fastnabla.optim.ema import WeightAverage
 from fastnabla.optim.optimizer import Optimizer
 
-# For good, since a checkpoint may be written by a thread, and filters are the process's.
+# Set once: filters belong to the process, and a checkpoint may be written by a thread.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 FOLDER = "weights"
-"""Of a checkpoint, with the files."""
+"""Folder of a checkpoint that holds the files."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Of AdamW; those of the 8-bit algorithms cannot be split, and stay with the rest of the state."""
+"""AdamW's moments. Those of the 8-bit algorithms cannot be sharded; they stay with the rest of the state."""
 NAMES = "large"
-"""Entry of the state that names the tensors that are in the folder."""
+"""Entry of the state that lists the tensors in the folder."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LargeTensors:
-    """The tensors of a run's state that are as large as what is trained: parameters, their average, their moments.
+    """The large tensors of a run's state: the trained parameters, their average and their moments.
 
     Args:
         policy, optimizer, ema: the run's.
@@ -46,7 +46,7 @@ class LargeTensors:
     ema: WeightAverage | None
 
     def take_out(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The state as `fastnabla.run.checkpoint.TrainState.state_dict` gives it, without them, and they by name."""
+        """Split the state from `fastnabla.run.checkpoint.TrainState.state_dict` into the rest and the large tensors by name."""
         large = self._parameters()
         moments = dict(state["optimizer"]["state"])
         for number, name in enumerate(self.policy.trained()):
@@ -61,8 +61,9 @@ class LargeTensors:
 
     @torch.no_grad()
     def put_back(self, state: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """The state that `take_out` left, with the tensors that are in `folder`; parameters and their average have these
-        values at once. If the parameters are sharded, every process calls it.
+        """Read the large tensors from `folder`, and add them to the `state` that `take_out` left.
+
+        Parameters and their average are overwritten in place. Collective if the parameters are sharded.
 
         Raises:
             KeyError: a tensor is missing.
@@ -93,11 +94,13 @@ class LargeTensors:
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write `tensors` into `folder`, flushed to the disk. If they are sharded, every process calls it; the folder is on a
-    file system that they share, and nobody writes into it before rank 0, too, has come here.
+    """Write `tensors` into `folder`, and flush them to the disk.
+
+    Collective if they are sharded. The folder must then be on a shared file system; no process writes before rank 0 has called
+    this too.
 
     Raises:
-        OSError: a process cannot write. They all raise it.
+        OSError: a process cannot write. All processes raise it.
     """
     if _are_sharded(tensors):
         dist.barrier()
@@ -106,19 +109,18 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Give `tensors` the values that `write_tensors` wrote, by any number of processes. If they are sharded, every process
-    calls it.
+    """Read into `tensors` what `write_tensors` wrote, from any number of processes. Collective if they are sharded.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: one has another shape, or is not there.
+        ValueError: a tensor is missing or has another shape.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
     _together(lambda alone: dcp.load(tensors, storage_reader=reader, no_dist=alone), tensors)
 
 
 def _together(operation: Callable[[bool], Any], tensors: dict[str, Tensor]) -> None:
-    """Run an operation of torch.distributed.checkpoint, on all processes or alone; raise what one of them raised."""
+    """Run an operation of torch.distributed.checkpoint, on all processes if sharded. Raises what one of them raised."""
     try:
         operation(not _are_sharded(tensors))
     except CheckpointException as error:

@@ -1,4 +1,7 @@
-"""One process to a run folder."""
+"""A lock that lets only one process write into a run folder.
+
+The package filelock uses `flock` too, but it does not name the holder, and on a file system without locks it raises.
+"""
 
 import contextlib
 import errno
@@ -15,17 +18,17 @@ FILE = ".lock"
 
 
 class RunFolderError(ValueError):
-    """The run folder is another run's, or another process writes there."""
+    """The run folder holds another run, or another process writes into it."""
 
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Within, no other process can enter for the folder `run`. The operating system ends it with the process.
+    """Hold the lock of the run folder `run`. The operating system releases it when the process ends.
 
-    A file system that has no locks is warned of.
+    A file system without locks gives a warning.
 
     Raises:
-        RunFolderError: another process is within, or the lock's file cannot be opened.
+        RunFolderError: another process holds the lock, or the lock file cannot be opened.
     """
     try:
         opened = (run / FILE).open("a+", encoding="utf-8")
@@ -37,13 +40,13 @@ def locked(run: Path) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             raise RunFolderError(
-                f"run = {str(run)!r}: {file.read().strip() or 'another process'} is writing there; wait for it to end, "
+                f"run = {str(run)!r}: {file.read().strip() or 'another process'} is writing there; wait until it ends, "
                 "or name another folder."
             ) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            logger.warning("%s cannot be locked (%s): see to it that one process alone writes there", run, error)
+            logger.warning("%s cannot be locked (%s): make sure that only one process writes there", run, error)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -1,7 +1,7 @@
-"""What the GPU does during a run, as its driver counts it: power, utilisation, memory, and the energy of a transition.
+"""Telemetry of the GPU during a run: power, utilisation, memory, and energy per transition.
 
-The numbers come through NVML (the package nvidia-ml-py), which asks the driver and neither waits for the CUDA stream
-nor adds to it: a reading is of the moment at which the host makes it, and the host may be ahead of the GPU.
+The numbers come from the driver through NVML (package nvidia-ml-py), which does not synchronise with the CUDA stream. A reading
+describes the moment at which the host takes it, and the host may be ahead of the GPU.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Meter:
-    """A reading of the clock, the power, and the counter of energy (None where the device has none)."""
+    """A reading of the clock, the power, and the energy counter (None if the device has none)."""
 
     seconds: float
     watts: float
@@ -30,13 +30,13 @@ class _Meter:
 
 
 class GpuMeter:
-    """Readings of one CUDA device, and of nothing where there is none.
+    """Reads one CUDA device.
 
-    On a CPU, without nvidia-ml-py, where NVML does not start or does not know the device (a MIG slice), all readings
-    are empty: a run is never stopped, nor its terminal filled, for want of them.
+    All readings are empty, without a warning, on a CPU, without nvidia-ml-py, or if NVML does not start or does not know the
+    device (a MIG slice).
 
     Args:
-        device: as torch names it. NVML finds it by its UUID, since CUDA_VISIBLE_DEVICES renumbers only CUDA's devices.
+        device: torch's. NVML finds it by its UUID, because CUDA_VISIBLE_DEVICES renumbers devices for CUDA only.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class GpuMeter:
         self._transitions = 0
 
     def start(self) -> None:
-        """Open the device; the first reading's energy counts from here."""
+        """Open the device. The first reading's energy counts from here."""
         if self.device.type != "cuda" or not torch.cuda.is_available():
             return
         try:
@@ -66,22 +66,21 @@ class GpuMeter:
             self.close()
 
     def read(self, transitions: int) -> dict[str, float]:
-        """The device now, and its energy since the last reading; empty if it does not answer.
+        """Read the device. Empty if it does not answer.
 
         Args:
-            transitions: trained on since the last call. Those before a reading that failed count to the next, with
-                their energy.
+            transitions: trained on since the last call. If a reading fails, its transitions and energy count towards the next.
 
         Returns:
-            gpu_power_watts: of the whole board; the driver's average over 1 s on Ampere and later, of the instant on
-                the A100 and on GPUs before (NVML's documentation of nvmlDeviceGetPowerUsage).
-            gpu_utilisation: share, 0 to 1, of the driver's last sampling period (1/6 to 1 s) in which a kernel ran.
+            gpu_power_watts: power of the whole board. Averaged over 1 s on Ampere and later; instantaneous on the A100 and on
+                older GPUs (NVML's documentation of nvmlDeviceGetPowerUsage).
+            gpu_utilisation: fraction, 0 to 1, of the driver's last sampling period (1/6 to 1 s) in which a kernel ran.
             gpu_memory_gib: in use on the device, by all processes and the driver.
-            gpu_peak_allocated_gib: most that this process's tensors took, since its start or the last
+            gpu_peak_allocated_gib: peak of this process's tensors, since its start or the last
                 `torch.cuda.reset_peak_memory_stats`.
-            energy_joules_per_transition: all that the board used since the last reading, for whatever work, over
-                `transitions`; left out where they are 0. From the driver's counter (Volta and later), else the mean of
-                the powers at both readings times the time between, which is rough where they are far apart.
+            energy_joules_per_transition: the board's energy since the last reading, for any work, over `transitions`. Absent
+                if `transitions` is 0. From the driver's counter (Volta and later); else from the mean power of both readings
+                times the time between them, which is rough if they are far apart.
         """
         if self._nvml is None:
             return {}
@@ -104,7 +103,7 @@ class GpuMeter:
         return reading
 
     def close(self) -> None:
-        """Let go of the device; readings are empty from then on."""
+        """Close the device. Later readings are empty."""
         if self._nvml is not None:
             with contextlib.suppress(self._nvml.NVMLError):
                 self._nvml.nvmlShutdown()

@@ -1,4 +1,4 @@
-"""Pictures of a run: sample grids before and after, and curves."""
+"""Pictures of a run: grids of samples before and after training, and curves of its metrics."""
 
 import gc
 import math
@@ -31,7 +31,22 @@ CURVES = {
     "score norms": ("train", ("norm_ref", "norm_residual", "norm_reward", "norm_target"), "mean over transitions"),
     "gradient norms": ("train", ("grad_norm_lora", "grad_norm_flow"), "before clipping"),
 }
-"""Title → (phase, metrics, label of the ordinate)."""
+"""Title → (phase, metrics, label of the y axis)."""
+
+
+def save_pictures(
+    run: Path, records: Sequence[dict[str, Any]], columns: dict[str, Tensor], prompts: Sequence[str]
+) -> None:
+    """Write an evaluation's sample grid, samples/update-0010.png, and the run's curves, curves.png.
+
+    Args:
+        run: folder to write into.
+        records: the run's metric records; the last is the evaluation's.
+        columns, prompts: see `save_grid`.
+    """
+    (run / "samples").mkdir(exist_ok=True)
+    save_grid(run / "samples" / f"update-{records[-1]['update']:04d}.png", columns, prompts)
+    save_curves(run / "curves.png", records)
 
 
 def _pyplot() -> Any:
@@ -46,14 +61,14 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # there is a box in its place
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a box is drawn instead
         figure.savefig(path, dpi=110, format="png")
     _pyplot().close(figure)
-    gc.collect()  # a figure refers to itself, holds megabytes, and Python would keep some ten of them
+    gc.collect()  # figures are reference cycles of several MB; Python would let about ten of them pile up
 
 
 def montage(images: Tensor, rows: int) -> Tensor:
-    """`[N, 3, H, W]` as one picture `[rows * H, N / rows * W, 3]`, row by row, a pixel's gap between."""
+    """Arrange images `[N, 3, H, W]` row by row as one picture `[rows * H, N / rows * W, 3]`, plus a pixel between them."""
     images = images.clamp(0, 1)
     _, channels, height, width = images.shape
     padded = images.new_ones(len(images), channels, height + 1, width + 1)
@@ -63,13 +78,13 @@ def montage(images: Tensor, rows: int) -> Tensor:
 
 
 def save_grid(path: Path, columns: dict[str, Tensor], prompts: Sequence[str], per_prompt: int = 8) -> None:
-    """Sample grids side by side, a row a prompt.
+    """Write sample grids side by side, with one row per prompt.
 
     Args:
         path: PNG to write.
         columns: title → images `[P * n, 3, H, W]`, prompt by prompt.
         prompts: P texts.
-        per_prompt: most images shown of each.
+        per_prompt: most images shown of each prompt.
     """
     count = len(prompts)
     columns = {title: images.unflatten(0, (count, -1))[:, :per_prompt] for title, images in columns.items()}
@@ -95,13 +110,13 @@ def save_grid(path: Path, columns: dict[str, Tensor], prompts: Sequence[str], pe
 
 
 def _number(record: dict[str, Any], name: str) -> float:
-    """A metric; None, and one that is not there, are not numbers, and leave a gap."""
+    """A metric of a record. NaN, which leaves a gap in a curve, if it is missing or None."""
     value = record.get(name)
     return math.nan if value is None else value
 
 
 def save_curves(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """The run's `CURVES` from its metric records."""
+    """Draw the run's `CURVES` from its metric records."""
     figure, axes = _pyplot().subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (title, (phase, names, label)) in zip(axes.flat, CURVES.items(), strict=True):
         for name in names:

@@ -1,4 +1,4 @@
-"""A run's result: the pretrained against the finetuned model, from its metric records."""
+"""A run's result as a table: the pretrained and the finetuned model."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 def final_table(records: list[dict[str, Any]]) -> Table:
-    """Pretrained against finetuned model, from a run's records."""
+    """The first and the last evaluation in `records`, side by side."""
     evaluations = sorted((r for r in records if r["phase"] == "evaluate"), key=lambda record: record["update"])
     first, last = evaluations[0], evaluations[-1]
     table = Table(title=f"pretrained and finetuned model after {last['update']} updates, same prompts and noise")
@@ -28,12 +28,12 @@ def final_table(records: list[dict[str, Any]]) -> Table:
 
 
 def decimals(value: float | None) -> str:
-    """A metric in words; None stands for one that is not finite."""
+    """A metric with four decimals. None stands for a value that is not finite."""
     return "not finite" if value is None else f"{value:.4f}"
 
 
 def markdown(table: Table) -> str:
-    """A table as Markdown."""
+    """The table as Markdown."""
     rows = [[str(column.header) for column in table.columns], ["---"] * len(table.columns)]
     rows += [list(cells) for cells in zip(*(column.cells for column in table.columns), strict=True)]
     cells = (" | ".join(render(cell).plain.replace("|", "\\|") for cell in row) for row in rows)

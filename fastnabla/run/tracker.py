@@ -1,7 +1,7 @@
-"""What a run writes as it goes: its folder, metrics, and progress on the terminal.
+"""Writes a run's metrics to metrics.jsonl, timing.jsonl, and TensorBoard or Weights & Biases.
 
 `metrics.jsonl` holds only what the seed determines: on a CPU, or with `--deterministic`, two equal runs write equal files.
-Clock times and what is measured of the machine go to `timing.jsonl`.
+Clock times and measurements of the machine go to `timing.jsonl`.
 """
 
 import json
@@ -22,9 +22,9 @@ logger = logging.getLogger("fastnabla")
 
 
 def read_records(path: Path, update: int) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file up to `update`; the others are removed from the file.
+    """Read the records of a JSON-lines file up to `update`. Later ones are removed from the file.
 
-    So is a last line that was cut off, and, with a warning, any other that cannot be read.
+    A truncated last line is removed too, and with a warning any other line that cannot be read.
     """
     if not path.exists():
         return []
@@ -38,13 +38,13 @@ def read_records(path: Path, update: int) -> list[dict[str, Any]]:
                 records.append(record)
         except (ValueError, RecursionError):
             if number < len(lines):
-                logger.warning("line %d of %s cannot be read and is left out", number, path)
+                logger.warning("line %d of %s cannot be read and is removed", number, path)
     write_file(path, "".join(_line(record) for record in records))
     return records
 
 
 def _checked(record: Any) -> dict[str, Any]:
-    """`record`, which is one: a phase, an update, and numbers, those that are not finite as None."""
+    """Check that `record` has a phase, an update, and numbers. Those that are not finite become None."""
     if (
         not isinstance(record, dict)
         or not isinstance(record.get("phase"), str)
@@ -61,9 +61,9 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def tracker_keys(names: Iterable[str]) -> dict[str, str]:
-    """Names of metrics as TensorBoard and Weights & Biases take them: of letters, digits, `_` and `/`, all different.
+    """Unique names of metrics made of letters, digits, `_` and `/`, as TensorBoard and Weights & Biases accept them.
 
-    A reward's may have others, as module:function has, which TensorBoard replaces and W&B cannot plot.
+    A reward's name may have other characters (module:function), which TensorBoard replaces and W&B cannot plot.
     """
     keys: dict[str, str] = {}
     for name in names:
@@ -75,13 +75,13 @@ def tracker_keys(names: Iterable[str]) -> dict[str, str]:
 
 
 class Tracker(Records):
-    """Metrics to `metrics.jsonl` and to TensorBoard or Weights & Biases, one record an update.
+    """`Records` that are also written to files, and to TensorBoard or Weights & Biases.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         kind: "tensorboard", "wandb" or "none".
         config: the run's configuration, for W&B.
-        update: that the run goes on from; what the folder has recorded of later ones is removed.
+        update: the update that the run continues from. Records of later updates are removed from the files.
     """
 
     def __init__(self, folder: Path, kind: str, config: dict[str, Any], update: int = 0) -> None:
@@ -96,15 +96,15 @@ class Tracker(Records):
         elif kind == "wandb":
             import wandb
 
-            # Without these it uploads the working tree's uncommitted changes and the script.
+            # Otherwise W&B uploads the script and uncommitted changes in the working tree.
             settings = {"disable_git": True, "disable_code": True}
-            same = {"id": wandb_run_id(folder), "resume": "allow"}  # begins it if W&B does not know it
+            same = {"id": wandb_run_id(folder), "resume": "allow"}  # starts a run if W&B does not know the id
             self._wandb = wandb.init(
                 dir=str(folder), config=config, name=printable(folder.name), settings=settings, **same
             )
 
     def log(self, phase: str, update: int, metrics: dict[str, float], measured: dict[str, float] | None = None) -> None:
-        """As `Records`, and to the files; what was `measured` under "gpu/" in TensorBoard and W&B."""
+        """See `Records.log`. Writes the record; `measured` goes to timing.jsonl, and to TensorBoard and W&B as "gpu/…"."""
         super().log(phase, update, metrics)
         measured = measured or {}
         self._append("metrics.jsonl", self.records[-1])
@@ -120,12 +120,12 @@ class Tracker(Records):
             self._wandb.log(values, step=update)
 
     def measure(self, phase: str, update: int, measured: dict[str, float]) -> None:
-        """Append to `timing.jsonl` alone what was measured of a phase."""
+        """Append measured values of a phase to `timing.jsonl` only."""
         seconds = time.perf_counter() - self.started
         self._append("timing.jsonl", finite({"phase": phase, "update": update, "seconds": seconds, **measured}))
 
     def flush(self) -> None:
-        """Flush `metrics.jsonl` to the disk: a checkpoint must not be there before the records up to it."""
+        """Flush `metrics.jsonl` to the disk. Records must be on the disk before the checkpoint that follows them."""
         with (self.folder / "metrics.jsonl").open("a") as file:
             os.fsync(file.fileno())
 

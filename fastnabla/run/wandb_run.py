@@ -1,4 +1,4 @@
-"""Which run of Weights & Biases a run folder is, so that resuming goes on with it."""
+"""The Weights & Biases run of a run folder, which a resumed run continues."""
 
 import logging
 import re
@@ -14,9 +14,9 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def wandb_run_id(folder: Path) -> str:
-    """The id in the run folder `folder`; a new one is written if there is none, or, with a warning, none that can be read.
+    """Read the W&B run id in the run folder. If there is none, write a new one; if it cannot be read, too, with a warning.
 
-    It is random: it must be another for every run anywhere, whatever its seed.
+    The id is random, not seeded: it must be unique among all runs.
     """
     path = folder / FILE
     if path.exists():
@@ -26,7 +26,7 @@ def wandb_run_id(folder: Path) -> str:
             found = str(error)
         if _ID.fullmatch(found):
             return found
-        logger.warning("%s has no run id of W&B: a new run begins there", path)
+        logger.warning("%s holds no W&B run id: a new W&B run is started", path)
     new = secrets.token_hex(8)
     write_file(path, new + "\n")
     return new

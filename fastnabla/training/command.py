@@ -19,6 +19,7 @@ from fastnabla.prompts import RunPrompts
 from fastnabla.run.folder import create_run_folder
 from fastnabla.run.lock import locked
 from fastnabla.run.resuming import AUTO, is_unbegun, run_to_resume, updates_of
+from fastnabla.training.build import build_components
 from fastnabla.training.trainer import Trainer
 from fastnabla.training.whole_run import fail, train_to_the_end
 from fastnabla.utils.console import print_error, print_plain, silenced
@@ -77,7 +78,7 @@ def _run(config: TrainConfig, world: World) -> int:
         return 2
     many = f" and {world.size - 1} more" if world.size > 1 else ""
     kernels = trainer.step.ops.name
-    print_plain(console, f"writing to {run}; {kernels} between network passes, on {trainer.device}{many}")
+    print_plain(console, f"writing to {run}; {kernels} between network passes, on {trainer.components.device}{many}")
     command = f"python -m fastnabla.train --resume {shlex.quote(str(run))}"
     status = train_to_the_end(trainer, run, console, prompts is not None, command)
     if status == 0:
@@ -125,7 +126,7 @@ def _built(config: TrainConfig, prompts: RunPrompts | None, world: World) -> Tra
         ValueError: something in the configuration is wrong, or asks for more memory than there is.
     """
     try:
-        return Trainer(config, prompts, world)
+        return Trainer(build_components(config, prompts, world))
     except (MemoryError, RuntimeError) as error:
         # On a CPU, torch's is a RuntimeError as any other.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):

@@ -1,362 +1,262 @@
-"""The training loop: rollout → updates → evaluation → checkpoint, straight down; on every rank."""
+"""The training loop: collect trajectories, update on them, evaluate, save. Every rank runs it."""
 
 import contextlib
-import dataclasses
 import functools
-import importlib.util
-import math
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastnabla.config.methods import METHODS
-from fastnabla.config.train import TrainConfig, to_json
-from fastnabla.cost.planner import planned
-from fastnabla.debug.anomaly import Anomalies
-from fastnabla.distributed.devices import device_of
+from fastnabla.config.train import TrainConfig
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.methods.accumulation import StepReport
-from fastnabla.methods.registry import STEPS
-from fastnabla.metrics.evaluation import Evaluator
-from fastnabla.metrics.probes import build_probe
-from fastnabla.models.build import build_networks
-from fastnabla.models.compiling import compile_cost
-from fastnabla.models.pipeline import image_size, pipeline_of, tokenizers
-from fastnabla.models.saved_policy import save_policy
-from fastnabla.optim.ema import WeightAverage
-from fastnabla.optim.optimizer import Optimizer
-from fastnabla.prompts import RunPrompts, used_prompts, warn_truncated
-from fastnabla.rewards import check_reward
-from fastnabla.run.checkpoint import Checkpoints, Progress, TrainState
-from fastnabla.run.lock import RunFolderError, locked
+from fastnabla.prompts import RunPrompts
+from fastnabla.run.checkpoint import Progress
+from fastnabla.run.files import RunFiles
+from fastnabla.run.lock import locked
 from fastnabla.run.meter import GpuMeter
-from fastnabla.run.pictures import save_curves, save_grid
-from fastnabla.run.records import Records
-from fastnabla.run.resuming import check_length, fingerprint
-from fastnabla.run.table import decimals, final_table, markdown
-from fastnabla.run.tracker import Tracker
-from fastnabla.run.weights import AVERAGE, BEST, is_best
-from fastnabla.training.bounds import BoundPassed, passed_bound, require_measurable
-from fastnabla.training.guards import Guard
-from fastnabla.training.inputs import prompts_of, reward_of
-from fastnabla.training.spikes import count_spikes
-from fastnabla.trajectories.buffer import TrajectoryBuffer
-from fastnabla.trajectories.collection import RolloutCollector, Sampler, rank_ranges
-from fastnabla.trajectories.pooled_buffer import PooledBuffer
-from fastnabla.trajectories.sources import Source, StoredTrajectories, UnsampledTrajectories, learning_order
-from fastnabla.utils.console import progress_bar
-from fastnabla.utils.determinism import make_deterministic
-from fastnabla.utils.durable import move_files, write_file
-from fastnabla.utils.require import require
-from fastnabla.utils.seeding import seed_of
+from fastnabla.run.pictures import save_pictures
+from fastnabla.run.table import decimals
+from fastnabla.run.weights import is_best, write_weights
+from fastnabla.training.build import Components, fix_rows, plan_and_build
+from fastnabla.training.guards import BoundPassed, Guard, passed_bound
+from fastnabla.training.progress import ProgressDisplay
+from fastnabla.trajectories.sources import learning_order
 
 
 class Trainer:
-    """Everything a run consists of, built from its configuration.
+    """Trains the components of a run.
 
-    Building it checks all input (prompts, model, sampler, reward, probe) and does no work yet.
+    A round collects the trajectories of one rollout and makes `rollout.updates_per_round` updates on them.
 
     Args:
-        config: the run's.
-        prompts: an interrupted run's, from its folder; None to load those that `config` names.
-        world: the ranks that train together; each builds its own.
-
-    Raises:
-        ValueError: something in the configuration is wrong; the message names the field and a remedy.
+        components: see `fastnabla.training.build.build_components`.
     """
 
-    def __init__(self, config: TrainConfig, prompts: RunPrompts | None = None, world: World = ALONE) -> None:
-        if config.deterministic:
-            make_deterministic()
-        self.device, self.world = device_of(config, world.rank_info), world
-        parts = rank_ranges(world, config.rollout.trajectories, config.rollout.updates)
-        for field, alone in (("replay", 0), ("epochs", 1)):
-            value = getattr(config.rollout, field)
-            remedy = f"several processes learn from their newest rollout, once: use {alone}, or one process."
-            require(world.size == 1 or value == alone, f"rollout.{field}", value, remedy)
-        self.config = config = planned(config, self.device, world.local_size, world.size)[0]
-        if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
-            raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
-        self.prompts = prompts or RunPrompts.from_json(world.broadcast(lambda: prompts_of(config).to_json()))
-        self.reward = reward_of(config.reward, config.model.random_init, self.device)
-        self.probe = build_probe(config.evaluation.probe, self.device)
-        require_measurable(config.evaluation, self.probe)
-        require(
-            not (config.dump_anomalies and config.is_sharded(world.size)),
-            "dump_anomalies",
-            config.dump_anomalies,
-            f"the weights are split over {world.size} processes, and an update's folder has them all; leave it False, or use "
-            "--memory.shard False.",
-        )
+    def __init__(self, components: Components) -> None:
+        self.components = components
+        self.config, self.world, self.prompts = components.config, components.world, components.prompts
+        self.policy, self.table = components.policy, components.table
+        self.source, self.slots, self.sampler = components.source, components.slots, components.sampler
+        self.step, self.optimizer, self.ema = components.step, components.optimizer, components.ema
+        self.evaluator, self.anomalies = components.evaluator, components.anomalies
+        self.per_round = self.config.rollout.updates_per_round
+        self.done = 0
+        """Updates done."""
 
-        pipeline = pipeline_of(config.model)
-        check_reward(self.reward, self.prompts.texts, image_size(pipeline), self.device)
-        used = used_prompts(self.prompts, config.seed, config.sampled_trajectories, config.prompts.draw).tolist()
-        warn_truncated([self.prompts.texts[i] for i in used], *tokenizers(pipeline))
-        networks = build_networks(pipeline, self.prompts, config, self.device, world)
-        self.policy, self.flow, self.decoder = networks.policy, networks.flow, networks.decoder
-        self.table, self.sample_shape = networks.table, networks.sample_shape
-        method = METHODS[config.method]
-        self.step = STEPS[config.method].build(config, networks, self.reward, self.prompts.texts)
-        self.step.world = world
-        self._fix_rows()
-        self.sampler = Sampler(config, self.policy, self.table, self.sample_shape, world)
-        self.buffer: TrajectoryBuffer | None = None
-        if method.stores:
-            self.buffer = TrajectoryBuffer(
-                sum(map(len, parts)) * (1 + config.rollout.replay),
-                len(self.table),
-                config.drawn_steps + 1,
-                self.sample_shape,
-                device=self.device,
-                storage=config.memory.buffer,
-                output_block=config.memory.output_block,
-            )
-        self.slots = torch.cat([torch.arange(part.start, part.stop) for part in parts])
-        """Numbers of this rank's trajectories of a rollout."""
-        count, draw = config.rollout.trajectories, config.prompts.draw
-        self.source: Source = UnsampledTrajectories(config.seed, count, self.prompts.trained, draw)
-        if self.buffer is not None:
-            if config.rollout.epochs > 1 and method.has_reference:
-                self.buffer.keep_reference(with_product=config.has_flow and config.objective.reverse_weight > 0)
-            rollouts = RolloutCollector(self.sampler, self.decoder, self.reward, self.prompts, self.buffer, self.slots)
-            settings = (self.slots, config.rounds, config.rollout.replay)
-            self.source = StoredTrajectories(rollouts, self.buffer, *settings)
-        self.optimizer = Optimizer(self.policy, self.flow, config.optimizer, config.flow, config.updates)
-        decay = config.optimizer.ema
-        self.ema = None if decay is None else WeightAverage(self.policy.trained(), decay, self.policy.updating)
-        self.evaluator = Evaluator(
-            self._evaluation_sample,
-            self.decoder,
-            self.reward,
-            self.probe,
-            [self.prompts.texts[i] for i in self.prompts.evaluated],
-            config.evaluation.samples,
-            config.memory.decode_chunk,
-            world,
-        )
-
-    def train(
-        self, run: Path, console: Console | None = None, resume: bool = False, stop: StopSignals | None = None
-    ) -> list[dict[str, Any]]:
-        """Run to the end, writing everything into the folder `run`; the metric records.
+    @classmethod
+    def from_config(cls, config: TrainConfig, prompts: RunPrompts | None = None, world: World = ALONE) -> Self:
+        """A trainer of the run `config`, whose memory settings are planned first.
 
         Args:
-            run: an empty folder, or with `resume` that of an interrupted run of the same configuration.
-            console: where progress goes; None for silence.
-            resume: continue from the folder's newest checkpoint.
-            stop: what may ask the run to stop between updates.
+            config, prompts, world: see `fastnabla.training.build.build_components`.
 
         Raises:
-            Stopped: it was asked to, and the state is saved.
-            BoundPassed: an evaluation found more lost than `config.evaluation` allows; all is saved.
+            ValueError: see `fastnabla.training.build.plan_and_build`.
+        """
+        return cls(plan_and_build(config, prompts, world))
+
+    def train(
+        self, folder: Path, console: Console | None = None, resume: bool = False, stop: StopSignals | None = None
+    ) -> list[dict[str, Any]]:
+        """Train to the last update and write everything into the run folder; returns the metric records.
+
+        Args:
+            folder: an empty folder, or with `resume` that of an interrupted run of the same configuration.
+            console: where progress is shown; None for silence.
+            resume: continue from the folder's newest checkpoint.
+            stop: signals that may ask the run to stop.
+
+        Raises:
+            Stopped: a signal asked the run to stop. Its state is saved.
+            BoundPassed: an evaluation passed a bound of `config.evaluation`. The state is saved.
             CheckpointError: a checkpoint cannot be written, or none can be read.
-            FloatingPointError: more updates than allowed were not finite.
+            FloatingPointError: more than `max_skipped` updates in a row were not finite.
             RewardError: a reward fails.
-            RunFolderError: another process writes into the folder; without `resume`, a run was begun there; with it, the
-                run has done more updates than it should have.
+            RunFolderError: another process writes into the folder; or the folder already has a run and `resume` is False;
+                or its run has done more updates than `config.updates`.
             ZeroGradientError: an update's gradient is zero where it must not be.
         """
-        with locked(run) if self.world.is_main else contextlib.nullcontext():
-            return self._train(run, console or Console(quiet=True), resume, stop or StopSignals())
+        console = console or Console(quiet=True)
+        with locked(folder) if self.world.is_main else contextlib.nullcontext():
+            self._open(folder, console, resume, stop or StopSignals())
+            try:
+                with self.progress:
+                    bound = self.run()
+            except Stopped:
+                self.save(wait=True)
+                raise
+            finally:
+                self.files.close()
+                self.meter.close()
+            console.print(self.files.write_table())
+        if bound is not None:
+            raise BoundPassed(bound)
+        return self.tracker.records
 
-    def _train(self, run: Path, console: Console, resume: bool, stop: StopSignals) -> list[dict[str, Any]]:
-        config, evaluator, world = self.config, self.evaluator, self.world
-        self.sampler.stop = stop
-        buffer = self.buffer
-        if buffer is not None and world.size > 1:
-            buffer = PooledBuffer(buffer, world, self.slots, config.rollout.trajectories)
-        state = TrainState(
-            policy=self.policy,
-            flow=self.flow,
-            optimizer=self.optimizer,
-            reward=self.reward,
-            step=self.step,
-            buffer=buffer,
-            ema=self.ema,
-        )
-        checkpoints = Checkpoints(run, state, fingerprint(config, self.prompts), config.checkpoint_keep, world)
-        done = checkpoints.load() if resume else Progress()
-        self._fix_rows()  # the micro-batch may have been halved
-        update, rollout = done.update, done.rollout
-        check_length(update, config.updates)
-        self.source.rollouts[:] = done.rollouts
-        if not resume and world.is_main:
-            if (run / "config.json").exists():
-                raise RunFolderError(f"run = {str(run)!r}: a run was begun there; resume it, or name another folder.")
-            self.prompts.save(run / "prompts.json")
-            write_file(run / "config.json", to_json(config))
-        tracker = Tracker(run, config.tracker, dataclasses.asdict(config), update) if world.is_main else Records()
-        tracker.records = world.broadcast(lambda: tracker.records)
-        in_a_row, clips = tracker.last_in_a_row("skipped"), config.reward.clip is not None
-        guard = Guard(self.prompts.texts, self.table.timestep, config.max_skipped, in_a_row, clips)
-        anomalies = Anomalies(policy=self.policy, flow=self.flow, reward=self.reward, step=self.step)
-        meter = GpuMeter(self.device)
-        meter.start()
+    def run(self) -> str | None:
+        """The loop. Returns the bound that an evaluation passed, which ends the run; None after the last update.
 
-        def save() -> None:
-            tracker.flush()
-            checkpoints.save(Progress(update, rollout, self.source.rollouts))
+        A resumed run enters it where it was stopped: between two rounds, or between two updates of a round.
+        """
+        config = self.config
+        self.sample_pretrained()
+        while True:
+            # Evaluate.
+            if self._is_due(config.evaluation.every) and not self.tracker.has("evaluate", self.done):
+                self.evaluate()
 
-        def note_written(wait: bool = False) -> None:
-            for cost in checkpoints.written(wait):
-                tracker.measure("checkpoint", cost.pop("update"), cost)
+            # Save.
+            bound = passed_bound(config.evaluation, self.tracker.records)
+            last = bound is not None or self.done == config.updates
+            if last or self._is_due(config.checkpoint_every):
+                self.save(wait=last)
+            if last:
+                return bound
 
-        try:
-            with progress_bar(console) as progress:
-                overall = progress.add_task("updates", total=config.updates, completed=update, status="")
-                phase = progress.add_task("", total=1, status="")
+            # Collect trajectories. After a resume within a round they are in the buffer already.
+            rollout = self.collect()
 
-                def begin(description: str, total: int) -> None:
-                    progress.reset(phase, description=description, total=total)
+            # Update.
+            for place in range(self.done % self.per_round, self.per_round):
+                self.stop.check(self.world)
+                self.update(rollout, place)
+            self.source.finish()
 
-                def advance(count: int) -> None:
-                    progress.advance(phase, count)
-                    stop.check()
+    def sample_pretrained(self) -> None:
+        """Sample the pretrained model, which later evaluations are compared with, and record its metrics as update 0."""
+        self.progress.begin("pretrained samples", 2 * len(self.evaluator.rank_rows) * len(self.table))
+        with self.policy.whole_reference(), self.policy.pretrained_weights():
+            self.pretrained, prior = self.evaluator.images(), self.evaluator.images(noise=1)
+        if self.world.is_main:
+            self.evaluator.set_prior(prior)
+        self.tracker.measure("start", self.done, {})
+        if not self.tracker.has("evaluate", 0):
+            metrics = self.world.broadcast(lambda: self.evaluator.measure(self.pretrained))
+            self.tracker.log("evaluate", 0, metrics, self.meter.read(0))
+        self.meter.read(0)  # an update's energy counts from here
 
-                self.sampler.advance = advance
-                begin("pretrained samples", 2 * len(evaluator.rank_rows) * len(self.table))
-                with self.policy.whole_reference(), self.policy.pretrained_weights():
-                    before, prior = evaluator.images(), evaluator.images(noise=1)
-                if world.is_main:
-                    evaluator.set_prior(prior)
-                tracker.measure("start", update, {})
-                if not tracker.has("evaluate", 0):
-                    tracker.log("evaluate", 0, world.broadcast(lambda: evaluator.measure(before)), meter.read(0))
+    def collect(self) -> dict[str, float]:
+        """Collect the trajectories that the current round learns from. Returns their rollout's metrics."""
+        self.progress.begin("rollout", len(self.slots) * len(self.table))
+        return self.source.collect(self.done // self.per_round)
 
-                meter.read(0)
-                while True:
-                    if rollout is None and update > 0:
-                        if self._due(update, config.evaluation.every) and not tracker.has("evaluate", update):
-                            models = 1 if self.ema is None else 2
-                            begin("evaluation", models * len(evaluator.rank_rows) * len(self.table))
-                            self._evaluate(run, tracker, update, before, meter)
-                            progress.update(
-                                overall, status=f"evaluated reward {decimals(tracker.records[-1]['reward'])}"
-                            )
-                        passed = passed_bound(config.evaluation, tracker.records)
-                        due = passed or self._due(update, config.checkpoint_every)
-                        if due and update > checkpoints.saved:
-                            save()
-                        if passed or update == config.updates:
-                            note_written(wait=True)
-                            break
-                    rollout_index, place = divmod(update, config.rollout.updates_per_round)
-                    if rollout is None:
-                        begin("rollout", len(self.slots) * len(self.table))
-                        rollout = self.source.collect(rollout_index)
-                    stop.check(world)
-                    begin("step", 1)
-                    numbers = learning_order(config.seed, rollout_index, config.rollout)[place]
-                    numbers = numbers[torch.isin(numbers, self.slots)]
-                    selection = self.source.select(rollout_index, numbers, again=place >= config.rollout.updates)
-                    remembered = anomalies.before() if config.dump_anomalies else {}
-                    self.policy.conditions.ensure(selection.prompt)
-                    report = self.step(selection)
-                    world.sum_([parameter.grad for parameter in self.step.replicated])
-                    update += 1
-                    with self.policy.updating():
-                        norms = self.optimizer.update(functools.partial(guard.accepts, update, report))
-                    if self.ema is not None and not guard.skipped:
-                        self.ema.update()
-                    progress.advance(phase)
-                    metrics = _metrics(report, rollout, norms) | {"skipped": int(guard.skipped > 0)}
-                    if place == 0 and config.rollout.replay == 0 and "trust" in report.rows:
-                        # The policy is still the one that sampled: what is left is rounding.
-                        metrics["trust_floor"] = report.rows["trust"].mean().item()
-                    watched = (tracker.records, config.spike_factor, report, self.prompts.texts, guard.timestep)
-                    metrics["spikes"] = count_spikes(update, metrics, *watched)
-                    tracker.log("train", update, metrics, meter.read(len(selection)))
-                    if config.dump_anomalies and guard.skipped and world.is_main:
-                        anomalies.write(run, update, selection, remembered, config, self.prompts)
-                    guard.check(update)
-                    note_written()
-                    status = f"reward {metrics['rollout_reward']:.3f}"
-                    if compile_cost().graphs:
-                        status += "; {0.graphs} graphs compiled in {0.seconds:.0f} s".format(compile_cost())
-                    progress.update(overall, completed=update, status=status)
-                    if place + 1 == config.rollout.updates_per_round:
-                        self.source.finish()
-                        rollout = None
-        except Stopped:
-            if update > checkpoints.saved:
-                save()
-            note_written(wait=True)
-            raise
-        finally:
-            checkpoints.close()
-            meter.close()
-            tracker.close()
-        table = final_table(tracker.records)
-        if world.is_main:
-            write_file(run / "table.md", markdown(table))
-        console.print(table)
-        if passed:
-            raise BoundPassed(passed)
-        return tracker.records
+    def update(self, rollout: dict[str, float], place: int) -> None:
+        """Make one optimizer update and record it.
 
-    def _fix_rows(self) -> None:
-        """Let a compiled policy's passes have the rows of the step's largest part, in rollouts too."""
-        if self.policy.compile != "none":
-            most = math.ceil(max(STEPS[self.config.method].cost(self.config).rows.values()) / self.world.size)
-            self.policy.static_rows = (math.ceil(most / math.ceil(most / self.step.micro_batch)),)
+        Args:
+            rollout: metrics of the round's rollout.
+            place: number of the update in its round.
+        """
+        config = self.config
+        self.progress.begin("step", 1)
 
-    def _evaluate(self, run: Path, tracker: Records, update: int, before: Tensor, meter: GpuMeter) -> None:
-        """Measure the policy and write its pictures and weights; the record comes last, and says that all is done."""
-        after = self.evaluator.images()
-        columns = {"pretrained": before, f"after {update} updates, same noise": after}
-        metrics = self.world.broadcast(lambda: self.evaluator.measure(after))
+        # Select this rank's trajectories.
+        rollout_index = self.done // self.per_round
+        numbers = learning_order(config.seed, rollout_index, config.rollout)[place]
+        numbers = numbers[torch.isin(numbers, self.slots)]
+        selection = self.source.select(rollout_index, numbers, again=place >= config.rollout.updates)
+        self.policy.conditions.ensure(selection.prompt)
+
+        # Compute the gradients and sum them over ranks.
+        before = self.anomalies.before() if config.dump_anomalies else {}
+        report = self.step(selection)
+        self.world.sum_([parameter.grad for parameter in self.step.replicated])
+
+        # Update the weights, unless something is not finite.
+        self.done += 1
+        with self.policy.updating():
+            norms = self.optimizer.update(functools.partial(self.guard.accepts, self.done, report))
+        if self.ema is not None and not self.guard.skipped:
+            self.ema.update()
+        self.progress.advance()
+
+        # Record.
+        metrics = _metrics(report, rollout, norms) | {"skipped": int(self.guard.skipped > 0)}
+        if place == 0 and config.rollout.replay == 0 and "trust" in report.rows:
+            # The policy is still the one that sampled: what is left is rounding.
+            metrics["trust_floor"] = report.rows["trust"].mean().item()
+        metrics["spikes"] = self.guard.count_spikes(self.done, metrics, self.tracker.records, report)
+        self.tracker.log("train", self.done, metrics, self.meter.read(len(selection)))
+        if config.dump_anomalies and self.guard.skipped and self.world.is_main:
+            self.anomalies.write(self.folder, self.done, selection, before, config, self.prompts)
+        self.guard.check(self.done)
+        self.files.record_checkpoints()
+        self.progress.show_update(self.done, metrics["rollout_reward"])
+
+    def evaluate(self) -> None:
+        """Measure the policy, and write pictures and weights. The record comes last: it marks the evaluation as complete."""
+        models = 1 if self.ema is None else 2
+        self.progress.begin("evaluation", models * len(self.evaluator.rank_rows) * len(self.table))
+        images = self.evaluator.images()
+        columns = {"pretrained": self.pretrained, f"after {self.done} updates, same noise": images}
+        metrics = self.world.broadcast(lambda: self.evaluator.measure(images))
         if self.ema is not None:
             with self.ema.applied():
                 columns["averaged weights, same noise"] = averaged = self.evaluator.images()
-            found = self.world.broadcast(lambda: self.evaluator.measure(averaged))
-            metrics |= {f"ema_{name}": value for name, value in found.items()}
+            ema_metrics = self.world.broadcast(lambda: self.evaluator.measure(averaged))
+            metrics |= {f"ema_{name}": value for name, value in ema_metrics.items()}
         if self.world.is_main:
-            records = [*tracker.records, {"phase": "evaluate", "update": update, **metrics}]
-            self._write_pictures(run, records, update, columns)
-        self._write_weights(run, is_best(metrics["reward"], tracker.records))
-        tracker.log("evaluate", update, metrics, meter.read(0))
+            record = {"phase": "evaluate", "update": self.done, **metrics}
+            self._write_pictures([*self.tracker.records, record], columns)
+        best = is_best(metrics["reward"], self.tracker.records)
+        write_weights(self.folder, self.policy, self.ema, best, self.world.is_main)
+        self.tracker.log("evaluate", self.done, metrics, self.meter.read(0))
+        self.progress.show_status(f"evaluated reward {decimals(self.tracker.records[-1]['reward'])}")
 
-    def _write_weights(self, run: Path, best: bool) -> None:
-        partial, main = run / ".weights.partial", self.world.is_main
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        save_policy(self.policy, partial, self.policy.dtype, main)
-        if best and main:
-            for folder in list(partial.iterdir()):
-                shutil.copytree(folder, partial / BEST / folder.name)
-        if self.ema is not None:
-            with self.ema.applied():
-                save_policy(self.policy, partial / AVERAGE, self.policy.dtype, main)
-        if main:
-            move_files(partial, run)
+    def save(self, wait: bool = False) -> None:
+        """Save a checkpoint in the background, unless the newest is of this update.
 
-    def _due(self, update: int, every: int) -> bool:
-        """Whether something done every so many updates (0: only at the end) is to be done after this rollout's."""
-        before = update - self.config.rollout.updates_per_round
-        return update == self.config.updates or (every > 0 and update // every > before // every)
+        Args:
+            wait: until it is written.
+        """
+        self.files.save(Progress(self.done, self.source.rollouts), wait)
 
-    def _evaluation_sample(self, rows: Tensor, noise: int) -> Tensor:
-        numbers = self.evaluator.prompt[rows] + self.prompts.evaluated.start
-        return self.sampler(numbers, [seed_of(self.config.seed, "evaluation", noise, i) for i in rows.tolist()])
+    def _open(self, folder: Path, console: Console, resume: bool, stop: StopSignals) -> None:
+        """Open the run folder, and continue from its newest checkpoint if `resume`."""
+        config, components = self.config, self.components
+        self.folder, self.stop = folder, stop
+        self.files = RunFiles(folder, config, self.prompts, components.state, self.world, resume)
+        self.tracker = self.files.tracker
+        self.done = self.files.start.update
+        self.source.rollouts[:] = self.files.start.rollouts
+        fix_rows(config, self.policy, self.step, self.world)  # the checkpoint's micro-batch may be smaller
+        self.guard = Guard(
+            self.prompts.texts,
+            self.table.timestep,
+            max_skipped=config.max_skipped,
+            skipped=self.tracker.last_in_a_row("skipped"),
+            clips=config.reward.clip is not None,
+            spike_factor=config.spike_factor,
+        )
+        self.progress = ProgressDisplay(console, config.updates, self.done)
+        self.sampler.stop, self.sampler.advance = stop, self._on_step
+        self.meter = GpuMeter(components.device)
+        self.meter.start()
 
-    def _write_pictures(
-        self, run: Path, records: list[dict[str, Any]], update: int, columns: dict[str, Tensor]
-    ) -> None:
-        (run / "samples").mkdir(exist_ok=True)
+    def _on_step(self, steps: int) -> None:
+        """Called by the sampler after so many steps of one trajectory each; a signal stops it there."""
+        self.progress.advance(steps)
+        self.stop.check()
+
+    def _is_due(self, every: int) -> bool:
+        """Whether something done every so many updates (0: only at the end) is due now. It is done between rounds alone."""
+        if self.done == 0 or self.done % self.per_round:
+            return False
+        return self.done == self.config.updates or (
+            every > 0 and self.done // every > (self.done - self.per_round) // every
+        )
+
+    def _write_pictures(self, records: list[dict[str, Any]], columns: dict[str, Tensor]) -> None:
         prompts = self.evaluator.prompts[:: self.config.evaluation.samples]
-        save_grid(run / "samples" / f"update-{update:04d}.png", columns, prompts)
-        save_curves(run / "curves.png", records)
+        save_pictures(self.folder, records, columns, prompts)
 
 
 def _metrics(report: StepReport, rollout: dict[str, float], norms: dict[str, Tensor]) -> dict[str, float]:
-    """A training step's numbers by name; waits for the device."""
+    """An update's metrics by name. Waits for the device."""
     metrics = dict(rollout)
     metrics |= {"loss" if name == "loss" else f"loss_{name}": value.item() for name, value in report.losses.items()}
     metrics |= {name: value.item() for name, value in report.statistics.items()}

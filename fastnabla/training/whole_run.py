@@ -1,4 +1,4 @@
-"""A run from its start to its end: what ended it is said, and becomes an exit status."""
+"""Trains a run to its end, and turns whatever ends it into a message and an exit status."""
 
 import errno
 import os
@@ -13,12 +13,12 @@ from fastnabla.methods.zero_gradients import ZeroGradientError
 from fastnabla.rewards.sum import RewardError
 from fastnabla.run.checkpoint import CheckpointError
 from fastnabla.run.lock import RunFolderError
-from fastnabla.training.bounds import BoundPassed
+from fastnabla.training.guards import BoundPassed
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.console import print_error, print_plain
 
 DIVERGED = 4
-"""Exit status of a run that ends because its numbers are not finite."""
+"""Exit status of a run that ends because its loss is not finite."""
 
 
 def fail(world: World, error: BaseException, message: str | None = None, cause: BaseException | None = None) -> None:
@@ -26,9 +26,9 @@ def fail(world: World, error: BaseException, message: str | None = None, cause: 
 
     Args:
         world: the ranks.
-        error: why.
-        message: what to print; what `error` says if None.
-        cause: whose traceback is printed before.
+        error: why it ends.
+        message: printed instead of the error's own message.
+        cause: an exception whose traceback is printed first.
     """
 
     def show() -> None:
@@ -40,52 +40,55 @@ def fail(world: World, error: BaseException, message: str | None = None, cause: 
 
 
 def train_to_the_end(trainer: Trainer, run: Path, console: Console, resume: bool, command: str) -> int:
-    """Train, and say what ended it if that was not the last update; the exit status, 0 if it was.
+    """Train, and print what ended the run if it was not the last update.
 
     Args:
         trainer, run, console, resume: see `Trainer.train`.
-        command: what continues the run, for the message.
+        command: continues the run; part of the messages.
+
+    Returns:
+        The exit status; 0 after the last update.
     """
-    go_on = f"go on with: {command}"
+    go_on = f"resume with: {command}"
     try:
         with StopSignals() as stop:
             trainer.train(run, console, resume, stop)
     except Stopped as stopped:
-        print_plain(console, f"stopped by {stopped}, all is saved; {go_on}")
+        print_plain(console, f"stopped by {stopped}; the state is saved. To continue, {go_on}")
         return stopped.status
     except BoundPassed as passed:
         if trainer.world.is_main:
             print_error(
-                f"{passed}. All is saved: look at the pictures in {run}. To train on nonetheless, loosen that bound in its "
-                f"config.json, or make it null, and {go_on}"
+                f"{passed}. The state is saved. Look at the pictures in {run}. To train on, loosen the bound in its "
+                f"config.json or set it to null, and {go_on}"
             )
         return BoundPassed.STATUS
     except RunFolderError as error:
         fail(trainer.world, error)
         return 2
     except RewardError as error:
-        message = f"{error} The newest checkpoint is intact: mend it, and {go_on}"
+        message = f"{error} The newest checkpoint is intact. Fix the reward, and {go_on}"
         fail(trainer.world, error, message, error.__cause__)
         return 1
     except FloatingPointError as error:
-        fail(trainer.world, error, f"{error} The newest checkpoint is from before that.")
+        fail(trainer.world, error, f"{error} The newest checkpoint is from before these updates.")
         return DIVERGED
     except ZeroGradientError as error:
-        fail(trainer.world, error, f"{error} A run keeps its settings: begin a new one with the remedy.")
+        fail(trainer.world, error, f"{error} A run's settings cannot change: start a new run with the remedy.")
         return 1
     except CheckpointError as error:
         fail(trainer.world, error)
         return 1
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"{error.strerror} in {run}. The newest checkpoint is intact: make room, and {go_on}"
+            message = f"{error.strerror} in {run}. The newest checkpoint is intact. Free some space, and {go_on}"
         elif error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(run):
-            message = f"{os.fsdecode(error.filename)!r} cannot be used: {error.strerror}. Put it right, and {go_on}"
+            message = f"{os.fsdecode(error.filename)!r} cannot be used: {error.strerror}. Fix that, and {go_on}"
         else:
             raise
         fail(trainer.world, error, message)
         return 1
     except KeyboardInterrupt as error:
-        trainer.world.fail(error, lambda: print_plain(console, f"interrupted; {go_on}"))
+        trainer.world.fail(error, lambda: print_plain(console, f"interrupted. To continue, {go_on}"))
         return 130
     return 0

@@ -53,5 +53,5 @@ def test_without_overhead_only_what_cannot_be_divided_costs() -> None:
 def test_the_bytes_are_those_of_the_gradients() -> None:
     config = tiny()
     work, costs = work_of(config), unit_costs(config)
-    assert work.reduced == sum(parameter.nbytes for parameter in Trainer(config).step.replicated)
+    assert work.reduced == sum(parameter.nbytes for parameter in Trainer.from_config(config).step.replicated)
     assert work.rollout == pytest.approx(2 * costs.unet_flops + costs.decode_flops / 2)

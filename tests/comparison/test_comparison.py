@@ -26,7 +26,7 @@ from tests.integration.test_methods import config_of
 @pytest.mark.parametrize("method", METHODS)
 def test_measured_passes_are_those_the_networks_make(method: str) -> None:
     """Of two updates and their rollout, by the policy's own counter."""
-    trainer = Trainer(config_of(method, updates=2))
+    trainer = Trainer.from_config(config_of(method, updates=2))
     config, counter, measured = trainer.config, trainer.policy.passes, 0.0
     before = counter.rows
     trainer.source.collect(0)

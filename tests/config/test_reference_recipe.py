@@ -166,7 +166,7 @@ def test_a_run_is_the_authors_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     are 1e-3 and six updates apply two of them each."""
     options, build = [], inputs.build_reward
     monkeypatch.setattr(inputs, "build_reward", lambda *given: options.append(given[2]) or build(*given))
-    ours, theirs = (without_pictures(Trainer(compatible())) for _ in range(2))
+    ours, theirs = (without_pictures(Trainer.from_config(compatible())) for _ in range(2))
     assert [(option.preprocess, option.precision) for option in options] == [("reference", "tf32")] * 2
     ours.train(tmp_path)
 
@@ -176,9 +176,9 @@ def test_a_run_is_the_authors_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for epoch in range(-1, epochs):
         samples = None
         if epoch + 1 < epochs:  # they sample once more, and leave it
-            theirs.buffer.clear()
+            theirs.components.buffer.clear()
             theirs.source.rollout(epoch + 1)
-            samples = theirs.buffer.gather(theirs.buffer.transitions())
+            samples = theirs.components.buffer.gather(theirs.components.buffer.transitions())
             expected = assign_prompts(0, 4 * (epoch + 1), 4, theirs.prompts.trained, "independent")
             assert samples.prompt.view(4, -1)[:, 0].tolist() == expected.tolist()
         if held is not None:

@@ -155,11 +155,11 @@ def test_measured_step(micro_batch: int, chunk: int, rank: int, monkeypatch: pyt
         rollout=RolloutConfig(trajectories=2 * micro_batch, fraction=0.5, updates=2),
         memory=MemoryConfig(micro_batch=micro_batch, decode_chunk=chunk),
     )
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     monkeypatch.setattr("fastnabla.cost.unit_costs.TEXT_LENGTH", trainer.policy.conditions.text.shape[1])
     costs = unit_costs(config)
     trainer.source.collect(0)
-    selection = trainer.buffer.select()
+    selection = trainer.components.buffer.select()
     inner = torch.where(selection.step_index < len(trainer.table) - 1)[0]
     selection = selection[inner[:micro_batch]]
     assert len(selection) == micro_batch

@@ -44,7 +44,7 @@ def test_what_a_run_skipped_is_found_from_the_folder_alone(
     Path("prompts.txt").write_text("a cat\na dog\na cow\n")
     command = [*QUICK, "--rollout.trajectories=3", "--prompts.source=prompts.txt", "--reward.terms=faulty:reward"]
     assert train.main([*command, "--run=run", "--updates=1", "--evaluation.every=0", "--dump-anomalies"]) == 0
-    said = caplog.text.partition("update 1 is skipped, 1 in a row by now: ")[2].splitlines()[0]
+    said = caplog.text.partition("update 1 is skipped (1 in a row). Not finite: ")[2].splitlines()[0]
     assert "norm_reward" in said and "of a sample for 'a dog'" in said and "'a cat'" not in said
     assert "python -m fastnabla.reproduce run/anomalies/update-000001" in caplog.text
     shutil.copytree("run/anomalies/update-000001", "elsewhere")
@@ -53,7 +53,7 @@ def test_what_a_run_skipped_is_found_from_the_folder_alone(
     capsys.readouterr()
     assert reproduce.main(["elsewhere"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "update 1, computed on cpu, and here on cpu" in printed
+    assert "update 1: computed on cpu by the run, and on cpu now" in printed
     assert "first not finite: gradient of reward 'faulty:reward' in an image for 'a dog'" in printed
     assert "'a cat'" not in printed
     assert said in printed
@@ -66,16 +66,16 @@ def test_what_a_run_skipped_is_found_from_the_folder_alone(
     Path("faulty.py").write_text(FAULTY.replace(".sqrt()", "") + "# mended\n")
     importlib.invalidate_caches()
     assert reproduce.main(["elsewhere"]) == 1
-    assert "all is finite here" in capsys.readouterr().out
+    assert "everything is finite here" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main([str(tmp_path)]) == 2
-    assert "is not an update that --dump-anomalies wrote" in " ".join(capsys.readouterr().err.split())
+    assert "is not a folder that --dump-anomalies wrote" in " ".join(capsys.readouterr().err.split())
 
 
 def anomalies(trainer: Trainer) -> Anomalies:
-    return Anomalies(policy=trainer.policy, flow=trainer.flow, reward=trainer.reward, step=trainer.step)
+    return trainer.components.anomalies
 
 
 def gradients(trainer: Trainer) -> list[torch.Tensor]:
@@ -97,7 +97,7 @@ def test_the_update_is_computed_again_bit_for_bit(name: str, tmp_path: Path, mon
     older = {"transitions.epoch": torch.zeros(3, dtype=torch.int64)}
     monkeypatch.setattr(anomaly, "_gathered", lambda *arguments: gathered(*arguments) | older)
     config: TrainConfig = CONFIGS[name]
-    first, second = Trainer(config), Trainer(config)
+    first, second = Trainer.from_config(config), Trainer.from_config(config)
     with torch.no_grad():
         for i, parameter in enumerate(first.policy.trainable()):
             parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
@@ -121,7 +121,7 @@ def test_the_first_few_are_written_and_the_run_is_the_same(tmp_path: Path) -> No
     for dump in (False, True):
         run = tmp_path / str(dump)
         run.mkdir()
-        trainer = without_pictures(Trainer(dataclasses.replace(tiny(), dump_anomalies=dump)))
+        trainer = without_pictures(Trainer.from_config(dataclasses.replace(tiny(), dump_anomalies=dump)))
         spoil(trainer, [2, 3, 4, 5])
         trainer.train(run)
         results.append((run / "metrics.jsonl").read_bytes())
@@ -155,9 +155,9 @@ def test_a_large_one_is_not_written(
     batch = Transitions(**states, **numbers, reward=torch.zeros(3))
     writer = Anomalies(policy=Few(), flow=None, reward=Few(), step=Few())
     size = 400 + 3 * 3 * 8 + 3 * 3 * 16 + 12
-    config, prompts = tiny(), Trainer(tiny()).prompts
+    config, prompts = tiny(), Trainer.from_config(tiny()).prompts
     for most, update in ((size - 1, 1), (size, 2)):
-        monkeypatch.setattr(anomaly, "MOST_BYTES", most)
+        monkeypatch.setattr(anomaly, "MAX_BYTES", most)
         writer.write(tmp_path, update, batch.select(), {}, config, prompts)
-    assert f"update 1 is not written: {size} bytes" in caplog.text
+    assert f"update 1 is not written: it has {size} bytes" in caplog.text
     assert [path.name for path in (tmp_path / "anomalies").iterdir()] == ["update-000002"]

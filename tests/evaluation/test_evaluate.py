@@ -116,9 +116,9 @@ def test_a_policy_that_learned_nothing_is_the_pretrained_one(run: Path, tmp_path
 def test_the_saved_lora_is_read_exactly(tmp_path: Path) -> None:
     config = tiny()
     (tmp_path / "run").mkdir()
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     trainer.train(tmp_path / "run")
-    fresh = Trainer(config)
+    fresh = Trainer.from_config(config)
     read_policy(fresh.policy, tmp_path / "run")
     expected = trainer.policy.trained()
     assert all(torch.equal(parameter, expected[name]) for name, parameter in fresh.policy.trained().items())
@@ -128,7 +128,7 @@ def test_the_saved_lora_is_read_exactly(tmp_path: Path) -> None:
 def test_all_parameters_are_read_exactly_and_evaluated(tmp_path: Path) -> None:
     config = tiny(lora=LoraConfig(rank=0), optimizer=OptimizerConfig(learning_rate=1e-4))
     (tmp_path / "run").mkdir()
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     trainer.train(tmp_path / "run")
     evaluation = RunEvaluation(tmp_path / "run", OPTIONS)
     read = evaluation.trainer.policy.trained()

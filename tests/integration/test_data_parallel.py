@@ -44,7 +44,7 @@ def gradient(trainer: Trainer) -> Tensor:
 
 def trained(world: World, config: TrainConfig, folder: Path) -> dict:
     """Gradients of all updates, as they are reduced, and what is left in the end."""
-    trainer, gradients = without_pictures(Trainer(config, world=world)), []
+    trainer, gradients = without_pictures(Trainer.from_config(config, world=world)), []
     update = trainer.optimizer.update
 
     def watched(accepts):
@@ -91,7 +91,7 @@ def test_same_update_on_1_2_and_4_processes(tmp_path: Path) -> None:
 
 
 def first_step(world: World, config: TrainConfig) -> dict:
-    trainer = Trainer(config, world=world)
+    trainer = Trainer.from_config(config, world=world)
     rollout = trainer.source.collect(0)
     settings = trainer.config.rollout
     report = trainer.step(

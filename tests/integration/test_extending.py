@@ -51,7 +51,7 @@ def test_an_extended_run_equals_one_of_that_length_from_the_start(
     command = [*QUICK, "--run=run", "--resume=auto"]
     assert train.main([*command, "--updates=1"]) == 0
     assert train.main([*command, "--updates=2"]) == 0
-    assert "updates = 2: the run of 1 is extended" in capsys.readouterr().out
+    assert "updates = 2: the run of 1 updates is extended" in capsys.readouterr().out
     assert load_run(Path("run")).updates == 2
     set_updates(Path("run"), 3)
     assert train.main([*command, "--updates=2"]) == 0  # what started the job last is no reason to stop earlier
@@ -81,7 +81,7 @@ def test_a_constant_one_does_not(tmp_path: Path) -> None:
     assert fingerprint(longer, PROMPTS) == fingerprint(CONSTANT, PROMPTS)
     begun(tmp_path / "run", CONSTANT)
     auto = dataclasses.replace(longer, resume=AUTO, run=tmp_path / "run")
-    assert run_to_resume(auto)[1] == [f"updates = {longer.updates}: the run of {BASE.updates} is extended"]
+    assert run_to_resume(auto)[1] == [f"updates = {longer.updates}: the run of {BASE.updates} updates is extended"]
     assert (tmp_path / "run" / "config.json").read_text() == to_json(CONSTANT)
     assert updates_of(auto, CONSTANT) == updates_of(CONSTANT, longer) == longer.updates
     assert updates_of(dataclasses.replace(longer, resume=tmp_path), CONSTANT) == BASE.updates

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastnabla.run.checkpoint import Checkpoints, TrainState
+from fastnabla.run.checkpoint import Checkpoints
 from fastnabla.run.resuming import fingerprint
 from fastnabla.training.trainer import Trainer
 from tests.faults import CHECKPOINT_FAILED, POINTS, assert_same_result, attempt, campaign, tiny, without_pictures
@@ -22,14 +22,14 @@ from tests.utils.test_durable import fill, places
 def trainer() -> Trainer:
     """As it was built; forks train it."""
     torch.set_num_threads(1)  # threads do not survive a fork
-    return without_pictures(Trainer(tiny()))
+    return without_pictures(Trainer.from_config(tiny()))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A run that nothing happened to, and the seconds it took. It runs in this process, which then has all loaded."""
     run = tmp_path_factory.mktemp("undisturbed")
-    another = without_pictures(Trainer(tiny()))
+    another = without_pictures(Trainer.from_config(tiny()))
     started = time.perf_counter()
     another.train(run)
     return run, time.perf_counter() - started
@@ -108,7 +108,7 @@ def test_a_signal_during_the_evaluation_comes_back_to_it(
     trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
     def arm() -> None:
-        before(trainer, "_evaluate", 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        before(trainer, "evaluate", 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     assert attempt(trainer, tmp_path, arm, None, 0) == 143
     assert checkpoints(tmp_path)[-1] == "update-000004"
@@ -133,10 +133,8 @@ def test_a_damaged_file_of_the_newest_checkpoint_costs_no_more_than_that(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(undisturbed[0], run)
-    fresh = Trainer(tiny())
-    parts = ("policy", "flow", "optimizer", "reward", "step", "buffer")
-    state = TrainState(**{part: getattr(fresh, part) for part in parts})
-    found = Checkpoints(run, state, fingerprint(fresh.config, fresh.prompts), 2)
+    fresh = Trainer.from_config(tiny())
+    found = Checkpoints(run, fresh.components.state, fingerprint(fresh.config, fresh.prompts), 2)
     assert found.load().update == 6
     path = run / "checkpoints" / "update-000006" / name
     content = path.read_bytes()
@@ -145,6 +143,6 @@ def test_a_damaged_file_of_the_newest_checkpoint_costs_no_more_than_that(
             path.write_bytes(damaged)
             caplog.clear()
             assert found.load().update == 4
-            assert f"update-000006 is damaged and passed over: {name}" in caplog.text
+            assert f"update-000006 is damaged and is skipped: {name}" in caplog.text
     finish(trainer, run, undisturbed[0])
     assert checkpoints(run) == ["update-000004", "update-000006"]

@@ -167,7 +167,7 @@ def test_forgetting() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    without_pictures(Trainer(inner())).train(folder)
+    without_pictures(Trainer.from_config(inner())).train(folder)
     return folder
 
 
@@ -188,9 +188,14 @@ def test_measured_passes_are_the_planned_ones(run: Path) -> None:
 
 
 def test_the_planned_bytes_are_the_cache_s() -> None:
-    trainer = Trainer(inner())
-    assert trainer.buffer.reference.nbytes == cache_bytes(trainer.config, torch.Size(trainer.sample_shape), 2)
-    assert Trainer(inner("db")).buffer.reference is None and cache_bytes(inner("db"), torch.Size((4, 8, 8)), 2) == 0
+    trainer = Trainer.from_config(inner())
+    assert trainer.components.buffer.reference.nbytes == cache_bytes(
+        trainer.config, torch.Size(trainer.components.sample_shape), 2
+    )
+    assert (
+        Trainer.from_config(inner("db")).components.buffer.reference is None
+        and cache_bytes(inner("db"), torch.Size((4, 8, 8)), 2) == 0
+    )
 
 
 def stop_after(trainer: Trainer, folder: Path, updates: int) -> None:
@@ -210,8 +215,8 @@ def stop_after(trainer: Trainer, folder: Path, updates: int) -> None:
 
 
 def test_resumed_between_inner_epochs(run: Path, tmp_path: Path) -> None:
-    stop_after(without_pictures(Trainer(inner())), tmp_path, 3)
-    trainer = without_pictures(Trainer(inner()))
+    stop_after(without_pictures(Trainer.from_config(inner())), tmp_path, 3)
+    trainer = without_pictures(Trainer.from_config(inner()))
     trainer.train(tmp_path, resume=True)
     assert_same_result(tmp_path, run)
 

@@ -58,7 +58,7 @@ def test_run(method: str, tmp_path: Path) -> None:
 
     folder = tmp_path / "stopped"
     folder.mkdir()
-    trainer, stop, calls = without_pictures(Trainer(config)), StopSignals(), []
+    trainer, stop, calls = without_pictures(Trainer.from_config(config)), StopSignals(), []
     update = trainer.optimizer.update
 
     def stopping(*arguments):
@@ -71,7 +71,7 @@ def test_run(method: str, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         trainer.train(folder, stop=stop)
     assert (folder / "checkpoints/update-000003").is_dir()
-    without_pictures(Trainer(config)).train(folder, resume=True)
+    without_pictures(Trainer.from_config(config)).train(folder, resume=True)
     assert_same_result(folder, run)
 
 
@@ -87,7 +87,7 @@ def test_direct_methods_sample_what_a_rollout_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", OTHERS)
 def test_bfloat16_networks_train_a_float32_lora(method: str, tmp_path: Path) -> None:
-    trainer = Trainer(config_of(method, updates=2, model=ModelConfig(name="testbed", dtype="bfloat16")))
+    trainer = Trainer.from_config(config_of(method, updates=2, model=ModelConfig(name="testbed", dtype="bfloat16")))
     folder = tmp_path / "run"
     folder.mkdir()
     trainer.train(folder)

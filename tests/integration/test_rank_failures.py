@@ -140,7 +140,7 @@ def test_a_signal_to_one_rank_stops_all_and_another_number_goes_on() -> None:
     prepare = in_rank_1(Optimizer, "update", 0, send(signal.SIGTERM))
     assert end(begin(2, lambda: trained(TINY, prepare))) == [128 + signal.SIGTERM] * 2
     assert [folder.name for folder in Path("run/checkpoints").iterdir()] == ["update-000001"]
-    assert "stopped by SIGTERM, all is saved" in outputs(2)[0] and not outputs(2)[1].count("stopped")
+    assert "stopped by SIGTERM; the state is saved" in outputs(2)[0] and not outputs(2)[1].count("stopped")
     assert end(begin(1, lambda: trained(["--resume=run"]))) == [0]
     assert (weights() - expected).norm() < 1e-6 * expected.norm()
 

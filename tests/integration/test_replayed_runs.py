@@ -34,7 +34,7 @@ def replayed(replay: int, **changes) -> TrainConfig:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    without_pictures(Trainer(replayed(1))).train(folder)
+    without_pictures(Trainer.from_config(replayed(1))).train(folder)
     return folder
 
 
@@ -62,7 +62,7 @@ def test_each_rollout_is_sampled_once_and_learned_from_in_order(replay: int) -> 
 def test_updates_learn_from_what_the_policy_one_rollout_before_sampled(tmp_path: Path) -> None:
     """Of the policies as they were when updates on each rollout began, only that one's outputs are the stored ones. For the
     first two rollouts it is the pretrained policy."""
-    trainer = without_pictures(Trainer(replayed(1)))
+    trainer = without_pictures(Trainer.from_config(replayed(1)))
     step, trained, snapshots, calls, slots = trainer.step, trainer.policy.trained(), [], [], []
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ def test_updates_learn_from_what_the_policy_one_rollout_before_sampled(tmp_path:
     def recorded(rollout_index: int) -> dict[str, float]:
         metrics = collect(rollout_index)
         assert len(slots) == rollout_index
-        slots.append(set(trainer.buffer.slots()[-2:].tolist()))
+        slots.append(set(trainer.components.buffer.slots()[-2:].tolist()))
         return metrics
 
     for name in ("ops", "micro_batch", "replicated", "state_dict", "load_state_dict"):
@@ -107,7 +107,7 @@ def test_updates_learn_from_what_the_policy_one_rollout_before_sampled(tmp_path:
 
 def test_the_lag_starts_with_two_rollouts_of_the_pretrained_model(run: Path, tmp_path: Path) -> None:
     """Updates on the first rollout are those of the run without a lag, bit for bit; the second's trust region acts at once."""
-    without_pictures(Trainer(replayed(0, updates=2))).train(tmp_path)
+    without_pictures(Trainer.from_config(replayed(0, updates=2))).train(tmp_path)
     ours = records_of(run)
     # The trust region's floor is known only where the update learns from the policy as it is.
     without = [
@@ -118,15 +118,15 @@ def test_the_lag_starts_with_two_rollouts_of_the_pretrained_model(run: Path, tmp
 
 
 def test_resumed_between_inner_epochs_with_a_rollout_ahead(run: Path, tmp_path: Path) -> None:
-    stop_after(without_pictures(Trainer(replayed(1))), tmp_path, 3)
-    without_pictures(Trainer(replayed(1))).train(tmp_path, resume=True)
+    stop_after(without_pictures(Trainer.from_config(replayed(1))), tmp_path, 3)
+    without_pictures(Trainer.from_config(replayed(1))).train(tmp_path, resume=True)
     assert_same_result(tmp_path, run)
 
 
 def test_resumed_after_a_signal_in_a_rollout(run: Path, tmp_path: Path) -> None:
     """Between rollouts: half of one is in the buffer beside one that is yet to be learned from."""
-    trainer, stop, numbers = without_pictures(Trainer(replayed(1))), StopSignals(), []
-    append = trainer.buffer.append
+    trainer, stop, numbers = without_pictures(Trainer.from_config(replayed(1))), StopSignals(), []
+    append = trainer.components.buffer.append
 
     def stopping(slots, step, *tensors):
         numbers.append(step)
@@ -134,24 +134,26 @@ def test_resumed_after_a_signal_in_a_rollout(run: Path, tmp_path: Path) -> None:
             stop.received = signal.SIGTERM
         append(slots, step, *tensors)
 
-    trainer.buffer.append = stopping
+    trainer.components.buffer.append = stopping
     with pytest.raises(Stopped):
         trainer.train(tmp_path, stop=stop)
     assert numbers == [0, 1, 0, 1, 0] and (tmp_path / "checkpoints/update-000002").is_dir()
-    assert len(trainer.buffer) == 2 and len(trainer.source.rollouts) == 1
-    without_pictures(Trainer(replayed(1))).train(tmp_path, resume=True)
+    assert len(trainer.components.buffer) == 2 and len(trainer.source.rollouts) == 1
+    without_pictures(Trainer.from_config(replayed(1))).train(tmp_path, resume=True)
     assert_same_result(tmp_path, run)
 
 
 def test_the_buffer_has_room_for_the_rollouts_ahead() -> None:
-    trainer = Trainer(replayed(2))
-    assert isinstance(trainer.source, StoredTrajectories) and trainer.buffer.capacity == 6
-    assert trainer.buffer.nbytes == buffer_bytes(trainer.config, torch.Size(trainer.sample_shape), 6)
+    trainer = Trainer.from_config(replayed(2))
+    assert isinstance(trainer.source, StoredTrajectories) and trainer.components.buffer.capacity == 6
+    assert trainer.components.buffer.nbytes == buffer_bytes(
+        trainer.config, torch.Size(trainer.components.sample_shape), 6
+    )
 
 
 def test_ddpo(tmp_path: Path) -> None:
     """Ratios are of densities to those that the stored outputs give. A reward is taken into account once."""
-    trainer = without_pictures(Trainer(replayed(1, method="ddpo", updates=4)))
+    trainer = without_pictures(Trainer.from_config(replayed(1, method="ddpo", updates=4)))
     trainer.train(tmp_path)
     records = records_of(tmp_path)
     # Rollout and update may round the first ones apart, by a few units of float32.

@@ -49,14 +49,14 @@ PLACES = (
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has ended."""
     run = tmp_path_factory.mktemp("run")
-    without_pictures(Trainer(tiny())).train(run)
+    without_pictures(Trainer.from_config(tiny())).train(run)
     return run
 
 
 @pytest.fixture(scope="module")
 def resume(finished: Path) -> Callable[[Path], int]:
     """Resume a copy of that run, whose trainer is built once."""
-    trainer = without_pictures(Trainer(tiny()))
+    trainer = without_pictures(Trainer.from_config(tiny()))
     state = {name: parameter.detach().clone() for name, parameter in trainer.policy.trained().items()}
 
     def built(config, prompts, world):
@@ -68,7 +68,7 @@ def resume(finished: Path) -> Callable[[Path], int]:
 
     def go_on(run: Path) -> int:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(command, "Trainer", built)
+            patch.setattr(command, "_built", built)
             return train.main(["--resume", str(run)])
 
     return go_on

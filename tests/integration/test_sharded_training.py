@@ -31,7 +31,7 @@ def config() -> TrainConfig:
 
 
 def train(run: Path, resume: bool, world: World = ALONE) -> bool:
-    trainer = Trainer(config(), world=world)
+    trainer = Trainer.from_config(config(), world=world)
     trainer.train(run, resume=resume)
     return trainer.policy.is_sharded
 
@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     one, two, again = runs / "one", runs / "two", runs / "again"
     one.mkdir()
-    trainer = Trainer(dataclasses.replace(config(), checkpoint_keep=3))
+    trainer = Trainer.from_config(dataclasses.replace(config(), checkpoint_keep=3))
     trainer.train(one)
     cut_off(one, two, 1)
     assert on_ranks(runs / "ranks", 2, functools.partial(train, two, True)) == [True, True]

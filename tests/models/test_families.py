@@ -87,7 +87,7 @@ def test_channels_last_is_of_unet_and_decoder(model: str, channels_last: bool) -
                          ids=["lora", "all-linear", "full"])  # fmt: skip
 def test_trained_weights_load_in_plain_diffusers(model: str, lora: LoraConfig, tmp_path: Path) -> None:
     config = config_of(model, lora=lora)
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     trainer.train(tmp_path)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["update"] for r in records if r["phase"] == "train"] == [1, 2]
@@ -134,4 +134,4 @@ def test_xl_is_told_nothing_for_no_prompt_and_the_size_of_its_images(tmp_path: P
 def test_pipeline_of_another_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ValueError, match=r"model\.name.*it is a FluxPipeline; supported are StableDiffusionPipeline"):
-        Trainer(config_of(str(tmp_path), memory=MemoryConfig(micro_batch=1, decode_chunk=1)))
+        Trainer.from_config(config_of(str(tmp_path), memory=MemoryConfig(micro_batch=1, decode_chunk=1)))

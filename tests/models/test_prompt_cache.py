@@ -102,12 +102,12 @@ def test_a_method_that_samples_in_its_step_finds_its_prompts(tmp_path: Path, mon
     config = dataclasses.replace(tiny(), method="refl")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()
-    first = without_pictures(Trainer(config))
+    first = without_pictures(Trainer.from_config(config))
     assert isinstance(first.policy.conditions, PromptCache)
     first.train(whole)
-    second = without_pictures(Trainer(config))
+    second = without_pictures(Trainer.from_config(config))
     interrupt(second, 4)
     with pytest.raises(KeyboardInterrupt):
         second.train(cut)
-    without_pictures(Trainer(config)).train(cut, resume=True)
+    without_pictures(Trainer.from_config(config)).train(cut, resume=True)
     assert_same_result(cut, whole)

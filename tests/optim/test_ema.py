@@ -64,7 +64,7 @@ def evaluations(run: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer, list[dict[str, torch.Tensor]]]:
     folder = tmp_path_factory.mktemp("run")
-    trainer = Trainer(averaging())
+    trainer = Trainer.from_config(averaging())
     weights = record_weights(trainer)
     trainer.train(folder)
     return folder, trainer, weights
@@ -127,7 +127,7 @@ def test_is_evaluated_and_saved_beside_the_weights(run) -> None:
 def test_the_weights_themselves_are_as_without_an_average(run, tmp_path: Path) -> None:
     config = averaging()
     config.optimizer = dataclasses.replace(config.optimizer, ema=None)
-    without_pictures(Trainer(config)).train(tmp_path)
+    without_pictures(Trainer.from_config(config)).train(tmp_path)
     for record, plain in zip(evaluations(run[0]), evaluations(tmp_path), strict=True):
         assert {name: value for name, value in record.items() if not name.startswith("ema_")} == plain
     ours, plain = load_file(run[0] / LORA), load_file(tmp_path / LORA)
@@ -138,11 +138,11 @@ def test_the_weights_themselves_are_as_without_an_average(run, tmp_path: Path) -
 
 
 def test_resumed_run_equals_an_uninterrupted_one(run, tmp_path: Path) -> None:
-    trainer = without_pictures(Trainer(averaging()))
+    trainer = without_pictures(Trainer.from_config(averaging()))
     interrupt(trainer, 3)
     with pytest.raises(KeyboardInterrupt):
         trainer.train(tmp_path)
-    resumed = without_pictures(Trainer(averaging()))
+    resumed = without_pictures(Trainer.from_config(averaging()))
     resumed.train(tmp_path, resume=True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (run[0] / "metrics.jsonl").read_bytes()
     for name, average in run[1].ema.average.items():
@@ -170,7 +170,7 @@ def test_full_finetuning_with_a_skipped_update(tmp_path: Path) -> None:
     config = averaging(lora=LoraConfig(rank=0))
     config.optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-4)
     config.evaluation, config.checkpoint_every = dataclasses.replace(config.evaluation, every=0), 9
-    trainer = without_pictures(Trainer(config))
+    trainer = without_pictures(Trainer.from_config(config))
     weights, clip, calls = record_weights(trainer), trainer.optimizer._clip, []
 
     def poisoned(parameters):

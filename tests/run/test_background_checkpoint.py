@@ -96,7 +96,7 @@ def test_what_shares_memory_still_does_in_the_copy() -> None:
 
 
 def test_a_run_notes_what_each_checkpoint_took(tmp_path: Path) -> None:
-    without_pictures(Trainer(tiny())).train(tmp_path)
+    without_pictures(Trainer.from_config(tiny())).train(tmp_path)
     records = [json.loads(line) for line in (tmp_path / "timing.jsonl").open()]
     costs = [record for record in records if record["phase"] == "checkpoint"]
     assert [cost["update"] for cost in costs] == [2, 4, 6]

@@ -44,4 +44,4 @@ def test_a_file_system_without_locks_is_warned_of(
     monkeypatch.setattr(fcntl, "flock", flock)
     with locked(tmp_path):
         pass
-    assert "one process alone" in caplog.text
+    assert "only one process" in caplog.text

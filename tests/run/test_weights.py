@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fastnabla.run.weights import is_best, weights_folder
+from fastnabla.run.weights import is_best, weights_folder, write_weights
+from fastnabla.training import trainer as trainer_module
 from fastnabla.training.trainer import Trainer
 from tests.training.test_trainer import small
 
@@ -15,18 +16,20 @@ LORA = Path("lora") / "pytorch_lora_weights.safetensors"
 @pytest.mark.parametrize(
     ("rewards", "kept"), [([1.0, 3.0, 2.0], 2), ([3.0, 2.0, 1.0], 1), ([float("nan"), 2.0, 1.0], 2)]
 )
-def test_the_best_evaluation_s_weights_are_kept(rewards: list[float], kept: int, tmp_path: Path) -> None:
+def test_the_best_evaluation_s_weights_are_kept(
+    rewards: list[float], kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Evaluations after updates 2, 4 and 6; the pretrained model's reward, 9, does not count."""
-    trainer, given, written = Trainer(small(updates=6)), iter([9.0, *rewards]), []
-    measure, write = trainer.evaluator.measure, trainer._write_weights
+    trainer, given, written = Trainer.from_config(small(updates=6)), iter([9.0, *rewards]), []
+    measure = trainer.evaluator.measure
     trainer.evaluator.measure = lambda images: measure(images) | {"reward": next(given)}
     trainer._write_pictures = lambda *_: None
 
-    def watched(run: Path, best: bool) -> None:
-        write(run, best)
+    def watched(run: Path, *arguments) -> None:
+        write_weights(run, *arguments)
         written.append(load_file(run / LORA))
 
-    trainer._write_weights = watched
+    monkeypatch.setattr(trainer_module, "write_weights", watched)
     trainer.train(tmp_path)
     best, last = load_file(tmp_path / "best" / LORA), load_file(tmp_path / LORA)
     assert all(weight.equal(written[kept - 1][name]) for name, weight in best.items()) and best.keys() == last.keys()

@@ -8,7 +8,7 @@ import pytest
 
 from fastnabla import train
 from fastnabla.config.sections import EvaluationConfig
-from fastnabla.training.bounds import BoundPassed, passed_bound, require_measurable
+from fastnabla.training.guards import BoundPassed, passed_bound, require_measurable
 from fastnabla.training.trainer import Trainer
 from tests.faults import assert_same_result
 from tests.integration.test_cli import QUICK
@@ -93,14 +93,14 @@ def test_a_run_that_passes_a_bound_ends_and_can_go_on(
 ) -> None:
     """The metric is what a finetuned model would have to have; all else is a run of the testbed."""
     monkeypatch.chdir(tmp_path)
-    evaluate = Trainer._evaluate
+    evaluate = Trainer.evaluate
 
-    def lossy(self, run, tracker, update, *rest):
+    def lossy(self):
         measure = self.evaluator.measure
-        self.evaluator.measure = lambda images: measure(images) | {metric: tracker.records[0][metric] * value}
-        evaluate(self, run, tracker, update, *rest)
+        self.evaluator.measure = lambda images: measure(images) | {metric: self.tracker.records[0][metric] * value}
+        evaluate(self)
 
-    monkeypatch.setattr(Trainer, "_evaluate", lossy)
+    monkeypatch.setattr(Trainer, "evaluate", lossy)
     assert train.main([*RUN, "--run=whole"]) == 0
     assert train.main([*RUN, "--run=run", option]) == BoundPassed.STATUS == 3
     message = " ".join(capsys.readouterr().err.split())

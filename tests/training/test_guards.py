@@ -65,8 +65,8 @@ def test_a_finite_update_is_accepted_for_one_read_however_large_it_is() -> None:
 
 def test_what_is_not_finite_is_named_with_timestep_and_prompt(caplog: pytest.LogCaptureFixture) -> None:
     assert not guard().accepts(8, report(loss_forward=1, norm_reward=1), NORMS)
-    assert "update 8 is skipped, 1 in a row by now" in caplog.text
-    assert "not finite are loss_forward, norm_reward at timestep 600 of a sample for 'a dog'" in caplog.text
+    assert "update 8 is skipped (1 in a row)" in caplog.text
+    assert "Not finite: loss_forward, norm_reward at timestep 600 of a sample for 'a dog'" in caplog.text
     assert caplog.text.count("timestep") == 1
 
 
@@ -75,12 +75,12 @@ def test_many_transitions_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     bad.rows["loss_forward"][:] = float("inf")
     bad.losses["loss"] = bad.rows["loss_forward"].sum()
     assert not guard().accepts(1, bad, NORMS)
-    assert caplog.text.count("timestep") == 3 and "and so for 6 other rows" in caplog.text
+    assert caplog.text.count("timestep") == 3 and "and 6 other rows" in caplog.text
 
 
 def test_gradients_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert not guard().accepts(1, report(), NORMS | {"grad_norm_flow": torch.tensor(float("inf"))})
-    assert "not finite is grad_norm_flow, though each transition's loss is finite" in caplog.text
+    assert "Not finite: grad_norm_flow, though each transition's loss is finite" in caplog.text
 
 
 def test_a_zero_gradient_is_an_error_unless_nothing_drives_it() -> None:
@@ -116,12 +116,12 @@ def test_a_run_that_would_learn_nothing_stops(tmp_path: Path) -> None:
     """A fast path that loses the gradient of the LoRA, and one that loses the reward's."""
     for folder in ("lora", "reward"):
         (tmp_path / folder).mkdir()
-    trainer = without_pictures(Trainer(tiny()))
+    trainer = without_pictures(Trainer.from_config(tiny()))
     gradients = trainer.step._gradients
     trainer.step._gradients = lambda loss: [torch.zeros_like(gradient) for gradient in gradients(loss)]
     with pytest.raises(ZeroGradientError, match=r"update 1: the gradient of the policy's weights.*compile = 'none'"):
         trainer.train(tmp_path / "lora")
-    trainer = without_pictures(Trainer(tiny()))
+    trainer = without_pictures(Trainer.from_config(tiny()))
     decoder, gradient_of = trainer.step.decoder, trainer.step.decoder.reward_gradient
 
     def lost(*arguments):
@@ -166,7 +166,7 @@ def test_samples_that_are_not_finite_are_named(caplog: pytest.LogCaptureFixture)
 def spoil(trainer: Trainer, updates: Sequence[int]) -> None:
     """Give the updates numbered `updates`, from 1, a reward whose gradient is NaN for the first image of a call."""
     step, calls = trainer.step._micro_step, []
-    ((name, (reward, weight)),) = list(trainer.reward.terms.items())[:1]
+    ((name, (reward, weight)),) = list(trainer.components.reward.terms.items())[:1]
     now = {"bad": False}
 
     def spoilt(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -181,7 +181,7 @@ def spoil(trainer: Trainer, updates: Sequence[int]) -> None:
         now["bad"] = len(calls) in updates
         return step(selection, *arguments)
 
-    trainer.reward.terms[name] = (spoilt, weight)
+    trainer.components.reward.terms[name] = (spoilt, weight)
     trainer.step._micro_step = micro_step
 
 
@@ -190,7 +190,7 @@ def records(run: Path) -> list[dict]:
 
 
 def test_a_spoilt_update_is_skipped_in_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer, weights = without_pictures(Trainer(tiny())), []
+    trainer, weights = without_pictures(Trainer.from_config(tiny())), []
     spoil(trainer, [3])
     update = trainer.optimizer.update
 
@@ -212,12 +212,12 @@ def test_a_spoilt_update_is_skipped_in_training(tmp_path: Path, caplog: pytest.L
 def test_skipped_updates_are_counted_across_a_resume(tmp_path: Path) -> None:
     """Two skipped, a checkpoint, the end; then two more make four."""
     config = dataclasses.replace(tiny(), max_skipped=4)
-    first = without_pictures(Trainer(config))
+    first = without_pictures(Trainer.from_config(config))
     spoil(first, [1, 2, 3])
     interrupt(first, 3)
     with pytest.raises(KeyboardInterrupt):
         first.train(tmp_path)
-    second = without_pictures(Trainer(config))
+    second = without_pictures(Trainer.from_config(config))
     spoil(second, [1, 2, 3])
     with pytest.raises(FloatingPointError, match="after update 4, and 4 updates in a row"):
         second.train(tmp_path, resume=True)

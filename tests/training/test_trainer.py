@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.sections import EvaluationConfig, ModelConfig, OptimizerConfig, RolloutConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.methods.passes import planned_passes
 from fastnabla.objective.settings import Objective
 from fastnabla.testbed import pipeline_folder
@@ -39,7 +41,7 @@ def small(**changes) -> TrainConfig:
 
 def train(config: TrainConfig, folder: Path) -> Path:
     folder.mkdir()
-    Trainer(config).train(folder)
+    Trainer.from_config(config).train(folder)
     return folder
 
 
@@ -109,12 +111,12 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(name: str, run:
     expected = run if name == "adamw" else train(config, tmp_path / "uninterrupted")
     folder = tmp_path / "interrupted"
     folder.mkdir()
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     interrupt(trainer, 4)
     with pytest.raises(KeyboardInterrupt):
         trainer.train(folder)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["update-000002"]
-    Trainer(config).train(folder, resume=True)
+    Trainer.from_config(config).train(folder, resume=True)
     assert (folder / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
     ours, theirs = (load_file(f / "lora/pytorch_lora_weights.safetensors") for f in (folder, expected))
     assert ours.keys() == theirs.keys()
@@ -123,16 +125,23 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(name: str, run:
 
 def test_evaluations_and_checkpoints_are_due_once_per_interval_and_at_the_end() -> None:
     trainer = object.__new__(Trainer)
-    trainer.config = small(updates=12)
-    assert [u for u in range(2, 13, 2) if trainer._due(u, 5)] == [6, 10, 12]
-    assert [u for u in range(2, 13, 2) if trainer._due(u, 1)] == [2, 4, 6, 8, 10, 12]
-    assert [u for u in range(2, 13, 2) if trainer._due(u, 0)] == [12]
+    trainer.config, trainer.per_round = small(updates=12), 2
+
+    def due(every: int) -> list[int]:
+        found = []
+        for trainer.done in range(13):
+            found += [trainer.done] * trainer._is_due(every)
+        return found
+
+    assert due(5) == [6, 10, 12]
+    assert due(1) == [2, 4, 6, 8, 10, 12]
+    assert due(0) == [12]
 
 
 def test_saved_lora_gives_the_same_images_in_plain_diffusers(tmp_path: Path) -> None:
     config = small(updates=2)
     config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.05))
-    trainer = Trainer(config)
+    trainer = Trainer.from_config(config)
     folder = tmp_path / "run"
     folder.mkdir()
     trainer.train(folder)
@@ -168,7 +177,7 @@ def test_other_settings_run_with_the_planned_passes(reward_gradient: str, flow: 
 
 
 def test_bfloat16_networks_train_a_float32_lora(tmp_path: Path) -> None:
-    trainer = Trainer(small(updates=2, model=ModelConfig(name="testbed", dtype="bfloat16")))
+    trainer = Trainer.from_config(small(updates=2, model=ModelConfig(name="testbed", dtype="bfloat16")))
     assert trainer.policy.unet.dtype == torch.bfloat16
     folder = tmp_path / "run"
     folder.mkdir()
@@ -243,4 +252,28 @@ def test_a_tiny_decoder_guides_and_the_vae_reports(run: Path, tmp_path: Path) ->
 def test_a_tiny_decoder_that_is_not_there() -> None:
     model = dataclasses.replace(small().model, tiny_decoder="no/such/decoder")
     with pytest.raises(ValueError, match=r"model\.tiny_decoder = 'no/such/decoder'"):
-        Trainer(small(model=model))
+        Trainer.from_config(small(model=model))
+
+
+def test_stopped_between_a_rollout_and_its_first_update(tmp_path: Path) -> None:
+    """The rollout is saved with the checkpoint, and the resumed run does not sample it again."""
+    config, stop, sampled = small(checkpoint_every=100), StopSignals(), []
+    whole, run = train(config, tmp_path / "whole"), tmp_path / "run"
+    trainer = Trainer.from_config(config)
+    observe = trainer.components.reward.observe
+
+    def stopping(values) -> None:
+        observe(values)
+        sampled.append(values)
+        if len(sampled) == 2:
+            stop.received = signal.SIGTERM
+
+    trainer.components.reward.observe = stopping
+    run.mkdir()
+    with pytest.raises(Stopped):
+        trainer.train(run, stop=stop)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["update-000002"]
+    resumed = Trainer.from_config(config)
+    resumed.source.rollout = lambda number: pytest.fail("a rollout is sampled again")
+    resumed.train(run, resume=True)
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()

@@ -82,7 +82,7 @@ def test_the_command_line_switches_before_cuda_starts(
 
 def test_equal_runs_write_equal_files(tmp_path: Path) -> None:
     for name in ("one", "other"):
-        trainer = without_pictures(Trainer(dataclasses.replace(tiny(), deterministic=True)))
+        trainer = without_pictures(Trainer.from_config(dataclasses.replace(tiny(), deterministic=True)))
         assert switched_on()
         (tmp_path / name).mkdir()
         trainer.train(tmp_path / name)

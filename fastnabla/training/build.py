@@ -1,0 +1,243 @@
+"""Builds the components of a run from its configuration. This is the one place that hands out the configuration's sections."""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastnabla.config.methods import METHODS
+from fastnabla.config.train import TrainConfig
+from fastnabla.cost.planner import planned
+from fastnabla.debug.anomaly import Anomalies
+from fastnabla.distributed.devices import device_of
+from fastnabla.distributed.world import ALONE, World
+from fastnabla.methods.accumulation import Accumulation
+from fastnabla.methods.registry import STEPS
+from fastnabla.metrics.evaluation import Evaluator
+from fastnabla.metrics.probes import build_probe
+from fastnabla.models.build import Networks, build_networks
+from fastnabla.models.decoder import Decoder
+from fastnabla.models.pipeline import image_size, pipeline_of, tokenizers
+from fastnabla.models.policy import Policy
+from fastnabla.optim.ema import WeightAverage
+from fastnabla.optim.optimizer import Optimizer
+from fastnabla.prompts import RunPrompts, used_prompts, warn_truncated
+from fastnabla.rewards import RewardSum, check_reward
+from fastnabla.run.checkpoint import TrainState
+from fastnabla.training.guards import require_measurable
+from fastnabla.training.inputs import prompts_of, reward_of
+from fastnabla.trajectories.buffer import TrajectoryBuffer
+from fastnabla.trajectories.collection import RolloutCollector, Sampler, rank_ranges
+from fastnabla.trajectories.pooled_buffer import PooledBuffer
+from fastnabla.trajectories.sources import Source, StoredTrajectories, UnsampledTrajectories
+from fastnabla.transition import TransitionTable
+from fastnabla.utils.determinism import make_deterministic
+from fastnabla.utils.require import require
+from fastnabla.utils.seeding import seed_of
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Components:
+    """Everything a run consists of, in one process."""
+
+    config: TrainConfig
+    """With its memory settings planned."""
+    world: World
+    device: torch.device
+    prompts: RunPrompts
+    reward: RewardSum
+    probe: object | None
+    """See `fastnabla.metrics.probes`."""
+    policy: Policy
+    flow: nn.Module | None
+    """g_φ."""
+    decoder: Decoder
+    table: TransitionTable
+    """The sampler's steps."""
+    sample_shape: tuple[int, int, int]
+    """(C, H, W) of the latents."""
+    step: Accumulation
+    """The method's training step: trajectories to gradients."""
+    slots: Tensor
+    """Numbers of this rank's trajectories of a rollout, `[n]` int64."""
+    sampler: Sampler
+    buffer: TrajectoryBuffer | None
+    """This rank's. None for a method that stores no trajectories."""
+    source: Source
+    optimizer: Optimizer
+    ema: WeightAverage | None
+    evaluator: Evaluator
+    state: TrainState
+    """What a checkpoint saves of the above."""
+    anomalies: Anomalies
+
+
+def plan_and_build(config: TrainConfig, prompts: RunPrompts | None = None, world: World = ALONE) -> Components:
+    """Plan the memory settings that `config` leaves open, and build.
+
+    Args:
+        config, prompts, world: see `build_components`.
+
+    Raises:
+        ValueError: see `build_components` and `fastnabla.cost.planner.planned`.
+    """
+    if config.deterministic:
+        make_deterministic()  # planning may start CUDA
+    config, _ = planned(config, device_of(config, world.rank_info), world.local_size, world.size)
+    return build_components(config, prompts, world)
+
+
+def build_components(config: TrainConfig, prompts: RunPrompts | None = None, world: World = ALONE) -> Components:
+    """Build everything that the run `config` consists of, and check all input: prompts, model, sampler, reward, probe.
+
+    Nothing is sampled or trained yet.
+
+    Args:
+        config: with its memory settings planned.
+        prompts: an interrupted run's, from its folder; None to load those that `config` names.
+        world: the ranks that train together. Each builds its own components.
+
+    Raises:
+        ValueError: a setting is wrong. The message names the field, its value and a remedy.
+    """
+    rollout, memory, seed = config.rollout, config.memory, config.seed
+    _check(config, world)
+    device = device_of(config, world.rank_info)
+    ranges = rank_ranges(world, rollout.trajectories, rollout.updates)
+    slots = torch.cat([torch.arange(part.start, part.stop) for part in ranges])
+    if config.deterministic:
+        make_deterministic()
+
+    # Inputs
+    probe = build_probe(config.evaluation.probe, device)
+    require_measurable(config.evaluation, probe)
+    prompts = prompts or prompts_of(config.prompts, config.evaluation.prompts, seed, world)
+    reward = reward_of(config.reward, config.model.random_init, device)
+
+    # Networks
+    pipeline = pipeline_of(config.model)
+    check_reward(reward, prompts.texts, image_size(pipeline), device)
+    used = used_prompts(prompts, seed, config.sampled_trajectories, config.prompts.draw).tolist()
+    warn_truncated([prompts.texts[i] for i in used], *tokenizers(pipeline))
+    networks = build_networks(pipeline, prompts, config, device, world)
+    policy, flow = networks.policy, networks.flow
+
+    # Training step
+    step = STEPS[config.method].build(config, networks, reward, prompts.texts)
+    step.world = world
+    fix_rows(config, policy, step, world)
+
+    # Trajectories
+    buffer = _buffer(config, networks, len(slots), device) if METHODS[config.method].stores else None
+    sampler = Sampler(config, policy, networks.table, networks.sample_shape, world)
+    source: Source = UnsampledTrajectories(seed, rollout.trajectories, prompts.trained, config.prompts.draw)
+    if buffer is not None:
+        rollouts = RolloutCollector(sampler, networks.decoder, reward, prompts, buffer, slots)
+        source = StoredTrajectories(rollouts, buffer, slots, config.rounds, rollout.replay)
+
+    # Optimizer
+    optimizer = Optimizer(policy, flow, config.optimizer, config.flow, config.updates)
+    decay = config.optimizer.ema
+    ema = None if decay is None else WeightAverage(policy.trained(), decay, policy.updating)
+
+    # Evaluation
+    samples = config.evaluation.samples
+    evaluator = Evaluator(
+        functools.partial(_evaluation_latents, sampler, prompts.evaluated.start, samples, seed),
+        networks.decoder,
+        reward,
+        probe,
+        [prompts.texts[i] for i in prompts.evaluated],
+        samples,
+        memory.decode_chunk,
+        world,
+    )
+
+    pooled = buffer if world.size == 1 or buffer is None else PooledBuffer(buffer, world, slots, rollout.trajectories)
+    return Components(
+        config=config,
+        world=world,
+        device=device,
+        prompts=prompts,
+        reward=reward,
+        probe=probe,
+        policy=policy,
+        flow=flow,
+        decoder=networks.decoder,
+        table=networks.table,
+        sample_shape=networks.sample_shape,
+        step=step,
+        slots=slots,
+        sampler=sampler,
+        buffer=buffer,
+        source=source,
+        optimizer=optimizer,
+        ema=ema,
+        evaluator=evaluator,
+        state=TrainState(
+            policy=policy, flow=flow, optimizer=optimizer, reward=reward, step=step, buffer=pooled, ema=ema
+        ),
+        anomalies=Anomalies(policy=policy, flow=flow, reward=reward, step=step),
+    )
+
+
+def fix_rows(config: TrainConfig, policy: Policy, step: Accumulation, world: World) -> None:
+    """Fix the rows of a compiled policy's passes, in rollouts too, to those of the step's largest micro-batch.
+
+    Call it again when `step.micro_batch` has changed.
+    """
+    if policy.compile != "none":
+        most = math.ceil(max(STEPS[config.method].cost(config).rows.values()) / world.size)
+        policy.static_rows = (math.ceil(most / math.ceil(most / step.micro_batch)),)
+
+
+def _check(config: TrainConfig, world: World) -> None:
+    """Check what depends on this machine and the number of processes."""
+    for field, alone in (("replay", 0), ("epochs", 1)):
+        value = getattr(config.rollout, field)
+        remedy = f"several processes learn from their newest rollout, once: use {alone}, or one process."
+        require(world.size == 1 or value == alone, f"rollout.{field}", value, remedy)
+    if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
+    require(
+        not (config.dump_anomalies and config.is_sharded(world.size)),
+        "dump_anomalies",
+        config.dump_anomalies,
+        f"an update's folder holds all weights, and they are sharded over {world.size} processes; use --memory.shard False, "
+        "or leave it False.",
+    )
+
+
+def _buffer(config: TrainConfig, networks: Networks, trajectories: int, device: torch.device) -> TrajectoryBuffer:
+    """A buffer for so many trajectories of each of the rollouts that are kept."""
+    rollout, memory = config.rollout, config.memory
+    buffer = TrajectoryBuffer(
+        trajectories * (1 + rollout.replay),
+        len(networks.table),
+        config.drawn_steps + 1,
+        networks.sample_shape,
+        device=device,
+        storage=memory.buffer,
+        output_block=memory.output_block,
+    )
+    if rollout.epochs > 1 and METHODS[config.method].has_reference:
+        buffer.keep_reference(with_product=config.has_flow and config.objective.reverse_weight > 0)
+    return buffer
+
+
+def _evaluation_latents(sampler: Sampler, first: int, samples: int, seed: int, rows: Tensor, noise: int) -> Tensor:
+    """Finished latents of an evaluation's samples `rows`, see `fastnabla.metrics.evaluation.LatentSampler`.
+
+    Args:
+        sampler: the run's.
+        first: number of the first prompt that is evaluated.
+        samples: per prompt.
+        seed: of the run.
+        rows: numbers of samples, prompt by prompt, `[n]` int64.
+        noise: selects the noise.
+    """
+    seeds = [seed_of(seed, "evaluation", noise, row) for row in rows.tolist()]
+    return sampler(rows // samples + first, seeds)

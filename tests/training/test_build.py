@@ -1,0 +1,67 @@
+"""What wires a run: settings are checked first, planned once, and every part is the run's own."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from fastnabla import train
+from fastnabla.config.sections import EvaluationConfig, RolloutConfig
+from fastnabla.distributed.launch import RankInfo
+from fastnabla.training import build
+from fastnabla.training.build import build_components, plan_and_build
+from tests.faults import tiny
+from tests.integration.test_cli import QUICK
+
+
+def test_a_command_line_plans_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, planned = [], train.planned
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return planned(*arguments)
+
+    for module in (train, build):
+        monkeypatch.setattr(module, "planned", counted)
+    assert train.main([*QUICK, "--dry-run"]) == 0
+    assert len(calls) == 1
+
+
+def test_what_is_open_is_planned() -> None:
+    config = dataclasses.replace(tiny(), memory=dataclasses.replace(tiny().memory, micro_batch=None))
+    components = plan_and_build(config)
+    assert components.step.micro_batch == components.config.memory.micro_batch is not None
+
+
+def test_parts_are_shared() -> None:
+    """A checkpoint saves, and an update that is not finite is written from, what the loop trains."""
+    components = build_components(tiny())
+    state, anomalies = components.state, components.anomalies
+    for name in ("policy", "flow", "reward", "step"):
+        assert getattr(state, name) is getattr(anomalies, name) is getattr(components, name)
+    for name in ("optimizer", "buffer", "ema"):
+        assert getattr(state, name) is getattr(components, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": RolloutConfig(trajectories=4, fraction=0.5, updates=2, replay=1)}, r"rollout\.replay = 1"),
+        ({"rollout": RolloutConfig(trajectories=2, fraction=0.5, updates=2)}, r"rollout\.trajectories = 2"),
+    ],
+)
+def test_settings_that_processes_do_not_have_are_refused_before_anything_is_loaded(
+    changes: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "pipeline_of", lambda *_: pytest.fail("a model is loaded"))
+    world = SimpleNamespace(rank=0, size=2, rank_info=RankInfo(size=2))
+    with pytest.raises(ValueError, match=message):
+        build_components(dataclasses.replace(tiny(), **changes), world=world)
+
+
+def test_a_bound_needs_a_probe_that_measures_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "build_probe", lambda *_: object())
+    monkeypatch.setattr(build, "pipeline_of", lambda *_: pytest.fail("a model is loaded"))
+    evaluation = EvaluationConfig(probe="testbed", stop_above_prior=2.0)
+    with pytest.raises(ValueError, match="stop_above_prior"):
+        build_components(dataclasses.replace(tiny(), evaluation=evaluation))
