@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 
 from fastnabla import compare
+from fastnabla.comparison import evaluations
 from fastnabla.comparison.plan import make_plan
 from fastnabla.comparison.points import read_lines
 from fastnabla.comparison.training import train_in_processes
-from fastnabla.evaluation.run import EvaluationOptions
+from fastnabla.evaluation.options import EvaluationOptions
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.training.guards import Guard
 from fastnabla.training.trainer import Trainer
@@ -263,13 +264,13 @@ def _no_pictures(self, run: Path, records: list, update: int, *_) -> None:
 
 
 def test_evaluations_are_made_once_and_share_reference_samples(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, evaluate_run = [], compare.evaluate_run
+    made, evaluate_run = [], evaluations.evaluate_run
 
     def counted(run: Path, *arguments):
         made.append(run.name)
         return evaluate_run(run, *arguments)
 
-    monkeypatch.setattr(compare, "evaluate_run", counted)
+    monkeypatch.setattr(evaluations, "evaluate_run", counted)
     target = ["--target.samples-per-prompt=2", "--target.reference-samples=8", "--target.ess=0.25"]
     arguments = command(done, "--seeds=2", "--evaluate", *target)
     assert compare.main(arguments) == 0
@@ -288,8 +289,8 @@ def test_evaluations_are_made_once_and_share_reference_samples(done: Path, monke
 
     options = EvaluationOptions(samples_per_prompt=2, reference_samples=8, ess=0.25)
     run = done / made[0]
-    assert compare.stored_evaluation(run, options) == found[0]
-    assert compare.stored_evaluation(run, dataclasses.replace(options, seed=1)) is None
+    assert evaluations.stored_evaluation(run, options) == found[0]
+    assert evaluations.stored_evaluation(run, dataclasses.replace(options, seed=1)) is None
 
 
 def test_dry_run_writes_nothing(

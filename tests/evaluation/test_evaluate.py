@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from fastnabla import evaluate
 from fastnabla.config.sections import LoraConfig, OptimizerConfig, PromptConfig
 from fastnabla.config.train import TrainConfig
-from fastnabla.evaluation.run import REFERENCE_NOISE, EvaluationOptions, RunEvaluation
+from fastnabla.evaluation.options import FILE, EvaluationOptions
+from fastnabla.evaluation.run import REFERENCE_NOISE, RunEvaluation
 from fastnabla.models.pipeline import read_policy
 from fastnabla.run.checkpoint import newest_checkpoint
 from fastnabla.training.trainer import Trainer
@@ -38,12 +39,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results(folder: Path) -> dict:
-    return json.loads((folder / evaluate.FILE).read_text(), parse_constant=lambda name: pytest.fail(name))
+    return json.loads((folder / FILE).read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
 def copy_of(run: Path, folder: Path) -> Path:
     """The run without what evaluating it has left."""
-    return Path(shutil.copytree(run, folder, ignore=shutil.ignore_patterns("reference-*", evaluate.FILE)))
+    return Path(shutil.copytree(run, folder, ignore=shutil.ignore_patterns("reference-*", FILE)))
 
 
 def test_results_are_complete(run: Path) -> None:
