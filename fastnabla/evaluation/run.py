@@ -142,15 +142,15 @@ class RunEvaluation:
     def _targets(self, reference: Measures, models: dict[str, Measures]) -> dict[str, Any]:
         """The target at the run's β, or the largest β that can be estimated, and the target with the finetuned model's
         reward."""
-        largest = beta_for_ess(reference.reward, reference.prompt, self.options.ess)
+        most = beta_for_ess(reference.reward, reference.prompt, self.options.ess)
         betas = {
-            "tilted": min(largest, self.trainer.config.objective.beta),
+            "tilted": min(most, self.trainer.config.objective.beta),
             "same_reward": beta_for_reward(
                 reference.reward, reference.prompt, models["finetuned"].reward.mean().item()
             ),
         }
         return {
-            name: None if beta is None or beta > largest else self._target(reference, beta, models)
+            name: None if beta is None or beta > most else self._target(reference, beta, models)
             for name, beta in betas.items()
         }
 
