@@ -21,7 +21,6 @@ class QuadraticReward:
     slope: Tensor
     curvature: Tensor
 
-
     @classmethod
     def around(cls, centre: Sequence[float], curvature: float) -> "QuadraticReward":
         """``−½ curvature ‖x − centre‖²``, up to a constant."""
