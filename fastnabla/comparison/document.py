@@ -56,7 +56,7 @@ def _setup(plan: Plan, points: Sequence[Point], remarks: Sequence[str]) -> list[
     budget = (
         "the same number of updates for each method, whatever they cost"
         if plan.passes is None
-        else f"at most {plan.passes:,.0f} network passes (U) per run, in whole updates"
+        else f"{plan.passes:,.0f} network passes (U) per run, rounded down to whole updates"
     )
     sampler = config.sampler
     facts = (
