@@ -1,26 +1,22 @@
-"""`python -m fastnabla.evaluate RUN…`: finished runs against the distribution that finetuning promises."""
+"""`python -m fastnabla.evaluate RUN…`: compare finished runs with the distribution that finetuning should reach."""
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
+from fastnabla.evaluation.options import EvaluationOptions, file_of
 from fastnabla.utils.console import print_error, print_plain, quiet_libraries
-
-quiet_libraries()
-
-from fastnabla.evaluation.report import evaluate_run, file_of, result_tables  # noqa: E402
-from fastnabla.evaluation.run import EvaluationOptions  # noqa: E402
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvaluateConfig(EvaluationOptions):
-    """Measure finetuned models beside their pretrained ones, and beside p_ref · exp(βr) as the pretrained model's samples
-    show it. Writes evaluation.json (of other weights than the last, evaluation-NAME.json) into every run folder; docs/evaluation.md
-    explains the numbers."""
+    """Compare finetuned models with their pretrained models and with p_ref · exp(βr), estimated from samples of the
+    pretrained model. Writes evaluation.json into every run folder, or evaluation-NAME.json for --weights NAME other than
+    raw. docs/evaluation.md explains the numbers."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN…")]
     """Run folders of `python -m fastnabla.train`."""
@@ -31,31 +27,37 @@ class EvaluateConfig(EvaluationOptions):
             raise ValueError("runs: name at least one run folder.")
 
 
-def evaluate(config: EvaluateConfig, console: Console) -> list[dict[str, Any]]:
-    """Measure `config.runs`, writing each one's results as soon as they are there; all results.
+def evaluate(config: EvaluateConfig, console: Console) -> None:
+    """Measure `config.runs` and print their tables. Each run's results are written as soon as they are complete.
 
     Raises:
-        ValueError: a folder is not a finished run, or a model, reward or probe cannot be built. Runs before it are done.
+        ValueError: a folder is not a finished run, or a model, reward or probe cannot be built. The results of earlier
+            runs are kept.
     """
-    return [evaluate_run(run, config, [other for other in config.runs if other != run], console) for run in config.runs]
+    # These modules import torch, so they are imported only after the command line has been parsed.
+    from fastnabla.evaluation.report import evaluate_run, result_tables
+
+    results = []
+    for run in config.runs:
+        others = [other for other in config.runs if other != run]
+        results.append(evaluate_run(run, config, others, console))
+    for table in result_tables(results):
+        console.print(table)
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return the exit status."""
     console = Console()
+    quiet_libraries()
     try:
         config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m fastnabla.evaluate")
-        results = evaluate(config, console)
+        evaluate(config, console)
     except ValueError as error:
         print_error(error)
         return 2
     except KeyboardInterrupt:
-        console.print(
-            "interrupted; the reference samples drawn so far are kept, and the same command goes on from them"
-        )
+        console.print("interrupted; the reference samples drawn so far are kept. Run the same command to continue.")
         return 130
-    for table in result_tables(results):
-        console.print(table)
     print_plain(console, "wrote " + ", ".join(str(run / file_of(config)) for run in config.runs))
     return 0
 

@@ -1,35 +1,25 @@
-"""`python -m fastnabla.sample RUN --prompt "a giraffe" -n 16`: pictures from a finetuned model, through plain diffusers."""
+"""`python -m fastnabla.sample RUN --prompt "a giraffe" -n 16`: sample images from a finetuned model with plain diffusers."""
 
 import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console
 
+from fastnabla.run.weights import WeightsName, weights_folder
 from fastnabla.utils.console import print_error, print_plain, quiet_libraries
-
-quiet_libraries()
-
-from fastnabla.config.train import load_run  # noqa: E402
-from fastnabla.models.pipeline import pipeline_of, use_scheduler  # noqa: E402
-from fastnabla.models.saved_policy import load_policy, require_policy  # noqa: E402
-from fastnabla.prompts.loading import checked_prompt  # noqa: E402
-from fastnabla.run.pictures import save_grid  # noqa: E402
-from fastnabla.run.weights import WeightsName, weights_folder  # noqa: E402
-from fastnabla.utils.seeding import seed_of  # noqa: E402
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class SampleConfig:
-    """Sample a finetuned model beside its pretrained one, from the same noise, and write a picture grid."""
+    """Sample a finetuned model and its pretrained model from the same noise, and write a grid of images."""
 
     run: tyro.conf.Positional[Path]
     """Run folder of `python -m fastnabla.train`."""
     prompt: tuple[str, ...] = ("a giraffe",)
-    """One or several prompts; each is a row."""
+    """One or more prompts, one row each."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 16
     """Images per prompt."""
     seed: int = 0
@@ -37,28 +27,38 @@ class SampleConfig:
     batch: int = 64
     """Images sampled at once."""
     weights: WeightsName = "raw"
-    """Which of the finetuned weights: "raw", as the last update left them; "ema", their average (optimizer.ema); "best", those
-    of the evaluation along training with the highest reward."""
+    """Finetuned weights to sample from. "raw": the weights after the last update. "ema": their moving average
+    (optimizer.ema). "best": the weights of the evaluation with the highest reward during training."""
     output: Path | None = None
-    """PNG to write; None: sample.png in the run folder."""
+    """PNG file to write. None: sample.png in the run folder."""
 
     def __post_init__(self) -> None:
         for name in ("n", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
-        for prompt in self.prompt:
-            try:
-                checked_prompt(prompt)
-            except ValueError as error:
-                raise ValueError(f"prompt = {prompt!r:.100}: {error}") from error
 
 
 def sample_run(config: SampleConfig) -> Path:
-    """Sample with the run's own sampler and settings; the path of the picture.
+    """Sample with the run's sampler and settings, and return the path of the grid.
 
     Raises:
-        ValueError: the folder is not a finished run, or its model cannot be loaded.
+        ValueError: a prompt is invalid, the folder is not a finished run, or its model cannot be loaded.
     """
+    # These modules import torch, so they are imported only after the command line has been parsed.
+    import torch
+
+    from fastnabla.config.train import load_run
+    from fastnabla.models.pipeline import pipeline_of, use_scheduler
+    from fastnabla.models.saved_policy import load_policy, require_policy
+    from fastnabla.prompts.loading import checked_prompt
+    from fastnabla.run.pictures import save_grid
+    from fastnabla.utils.seeding import seed_of
+
+    for prompt in config.prompt:
+        try:
+            checked_prompt(prompt)
+        except ValueError as error:
+            raise ValueError(f"prompt = {prompt!r:.100}: {error}") from error
     run = load_run(config.run)
     weights = weights_folder(config.run, config.weights, run.optimizer.ema)
     require_policy(weights)
@@ -97,7 +97,8 @@ def sample_run(config: SampleConfig) -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return the exit status."""
+    quiet_libraries()
     try:
         config = tyro.cli(SampleConfig, args=arguments, prog="python -m fastnabla.sample")
         output = sample_run(config)

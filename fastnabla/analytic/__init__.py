@@ -1,1 +1,1 @@
-"""The analytic testbed: Gaussian mixtures, whose scores and tilted targets are known, finetuned by the real trainer."""
+"""The analytic testbed: finetuning of Gaussian mixtures, whose scores and tilted targets are known in closed form."""

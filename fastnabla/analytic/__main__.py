@@ -1,4 +1,4 @@
-"""`python -m fastnabla.analytic [--method NAME] [--dimension 2|16] [--field value …]`: finetune a mixture whose target is known."""
+"""`python -m fastnabla.analytic [--method NAME] [--dimension 2|16] [--field value …]`: finetune towards a known target."""
 
 import dataclasses
 import sys
@@ -11,9 +11,8 @@ from fastnabla.utils.console import print_error, quiet_libraries
 
 quiet_libraries()
 
-from fastnabla.analytic.config import AnalyticConfig, MethodName  # noqa: E402
+from fastnabla.analytic.config import AnalyticConfig, MethodName, settings  # noqa: E402
 from fastnabla.analytic.experiment import Experiment  # noqa: E402
-from fastnabla.analytic.settings import settings  # noqa: E402
 from fastnabla.analytic.training import train  # noqa: E402
 
 
@@ -23,14 +22,14 @@ class _Chosen:
 
 
 def parse(arguments: list[str]) -> AnalyticConfig:
-    """The configuration of a command line: the settings of its `--method`, changed by the rest."""
+    """Parse a command line. `--method` selects the defaults of the other options."""
     chosen, _ = tyro.cli(_Chosen, args=arguments, return_unknown_args=True, add_help=False)
     default = settings(chosen.method)
     return tyro.cli(AnalyticConfig, default=default, prog="python -m fastnabla.analytic", args=arguments)
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return the exit status."""
     console = Console()
     try:
         config = parse(arguments)

@@ -1,4 +1,4 @@
-"""`python -m fastnabla.analytic.compare`: several methods on one known target, with as many updates of as many trajectories."""
+"""`python -m fastnabla.analytic.compare`: compare methods on a known target, with equal updates and trajectories."""
 
 import dataclasses
 import sys
@@ -15,12 +15,10 @@ from fastnabla.utils.console import print_error, quiet_libraries
 
 quiet_libraries()
 
-from fastnabla.analytic.config import MethodName  # noqa: E402
-from fastnabla.analytic.distance import DISTANCES, floors  # noqa: E402
+from fastnabla.analytic.config import SETTINGS, MethodName, settings  # noqa: E402
 from fastnabla.analytic.experiment import Experiment  # noqa: E402
+from fastnabla.analytic.measures import DISTANCES, effective_number, floors  # noqa: E402
 from fastnabla.analytic.pictures import save_histograms  # noqa: E402
-from fastnabla.analytic.settings import SETTINGS, settings  # noqa: E402
-from fastnabla.analytic.spread import effective_number  # noqa: E402
 from fastnabla.analytic.training import measure, train  # noqa: E402
 from fastnabla.config.sections import RolloutConfig  # noqa: E402
 from fastnabla.run.table import markdown  # noqa: E402
@@ -31,30 +29,30 @@ COLUMNS = ("mode masses, × floor", "sliced W₁, × floor", "modes", "width", "
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class CompareConfig:
-    """Train methods one after another, each with its settings on the analytic testbed, and set them side by side."""
+    """Train several methods on the analytic testbed, each with its default settings, and compare them in one table."""
 
     methods: tuple[MethodName, ...] = tuple(SETTINGS)
-    """Which."""
+    """Methods to compare."""
     dimension: int = 2
     """2 or 16, as for `python -m fastnabla.analytic`."""
     updates: int = 300
-    """Optimizer updates of each."""
+    """Optimizer updates per method."""
     seed: int = 0
     """Seed of the training."""
     samples: int = 4096
-    """Samples of an evaluation."""
+    """Samples per evaluation."""
     rollout: RolloutConfig = dataclasses.field(
         default_factory=lambda: RolloutConfig(trajectories=128, fraction=0.5, updates=4, batch=1024)
     )
     folder: Path | None = None
-    """Where a folder for each method, table.md and samples.png go; must not exist. None: the next free
+    """Output folder, which must not exist. It gets a folder per method, table.md and samples.png. None: the next free
     runs/analytic-2d-001, …"""
 
     def experiments(self) -> dict[MethodName, Experiment]:
-        """By method.
+        """Build the experiment of each method.
 
         Raises:
-            ValueError: a setting is impossible.
+            ValueError: a setting is invalid.
         """
         fields = {name: getattr(self, name) for name in ("dimension", "updates", "seed", "samples", "rollout")}
         every = max(1, self.updates // 5)
@@ -62,14 +60,14 @@ class CompareConfig:
 
 
 def row(name: str, measures: dict[str, float], floor: dict[str, float], *costs: str) -> tuple[str, ...]:
-    """A line of the table."""
+    """A row of the table."""
     distances = (f"{measures[key] / floor[key]:.1f}" for key in DISTANCES)
     spread = (f"{measures[key]:.2f}" for key in ("effective_modes", "mode_width"))
     return (name, *distances, *spread, f"{measures['reward']:.3f}", *(costs or ("", "")))
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return the exit status."""
     console = Console()
     try:
         config = tyro.cli(CompareConfig, prog="python -m fastnabla.analytic.compare", args=arguments)
@@ -78,11 +76,16 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print_error(error)
         return 2
-    some = next(iter(experiments.values()))
-    floor, target = floors(some.target, config.samples), some.target
-    before = some.evaluation_samples()
+
+    # The pretrained model, which is the same for all methods.
+    any_experiment = next(iter(experiments.values()))
+    target = any_experiment.target
+    floor = floors(target, config.samples)
+    before = any_experiment.evaluation_samples()
     table = Table("method", *COLUMNS, title=f"{config.updates} updates, {config.samples} samples, seed {config.seed}")
-    table.add_row(*row("pretrained", measure(some, before), floor))
+    table.add_row(*row("pretrained", measure(any_experiment, before), floor))
+
+    # Each method; table and picture are updated after each.
     samples = {"pretrained": before}
     for name, experiment in experiments.items():
         (folder / name).mkdir()
@@ -98,8 +101,10 @@ def main(arguments: list[str]) -> int:
         table.add_row(*row(name, records[-1], floor, f"{passes:.0f}", f"{seconds:.0f}"))
         write_file(folder / "table.md", markdown(table))
         save_histograms(folder / "samples.png", samples, target)
+
+    # Exact draws from the target, as the reference.
     exact = {"effective_modes": effective_number(target.weights), "mode_width": 1.0}
-    measures: dict[str, Any] = floor | exact | {"reward": target.mean_reward(some.reward)}
+    measures: dict[str, Any] = floor | exact | {"reward": target.mean_reward(any_experiment.reward)}
     table.add_row(*row("exact draws", measures, floor))
     write_file(folder / "table.md", markdown(table))
     console.print(markdown(table), markup=False, soft_wrap=True)

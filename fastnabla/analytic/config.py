@@ -1,9 +1,10 @@
-"""The configuration of an analytic run. Every field's text is its `--help`."""
+"""The configuration of an analytic run, and the default settings of each method. A field's docstring is its `--help`."""
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastnabla.config.method_sections import Direct, PolicyGradient
 from fastnabla.config.methods import MethodName
@@ -12,53 +13,55 @@ from fastnabla.config.train import TrainConfig
 from fastnabla.objective.settings import Objective
 
 
+def _adamw(learning_rate: float) -> OptimizerConfig:
+    return OptimizerConfig(learning_rate=learning_rate, beta2=0.95, weight_decay=0.0, schedule="cosine")
+
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class AnalyticConfig:
-    """Finetune a diffusion model that is known exactly, towards p_ref · exp(β r), which is known exactly too.
+    """Finetune a diffusion model that is known exactly, towards p_ref · exp(β r), which is also known exactly.
 
-    The pretrained model is the score of a Gaussian mixture, and the reward is quadratic, so the target is a mixture as
-    well. A perceptron learns the change, by the sampler, buffer, training step and optimizer that finetune Stable
-    Diffusion. What the result samples is compared with the target by the masses of the modes and by the sliced
-    Wasserstein distance, each beside its Monte-Carlo floor: what as many exact draws would show.
+    The pretrained model is the score of a Gaussian mixture. The reward is quadratic, so the target is a mixture as well. A
+    perceptron learns the difference, with the sampler, buffer, training step and optimizer that finetune Stable Diffusion.
+    The finetuned samples are compared with the target by mode masses and sliced Wasserstein distance. Both are reported with
+    their Monte-Carlo floor, the distance of as many exact draws.
 
-    docs/analytic.md tells what each setting does here. Try --objective.reverse_weight 1, --flow-learning-rate 0, or
+    docs/analytic.md explains the effect of each setting. Try --objective.reverse_weight 1, --flow-learning-rate 0, or
     --objective.reward_gradient terminal.
     """
 
     method: MethodName = "residual-db"
-    """As for `python -m fastnabla.train`, and by the same training step. It decides the defaults of the other fields; see
-    them by --method NAME --help."""
+    """Method, as for `python -m fastnabla.train`, with the same training step. It sets the defaults of the other options,
+    which --method NAME --help shows."""
     dimension: Literal[2, 16] = 2
     """2: four modes on a ring. 16: six random modes."""
     updates: int = 3200
     """Optimizer updates."""
     seed: int = 0
-    """Seed of the training. Evaluations have noise of their own, the same for all seeds."""
+    """Seed of the training. Evaluations use separate noise, the same for all seeds."""
     run: Path | None = None
-    """Folder for everything the run writes; must not exist. None: the next free runs/analytic-2d-residual-db-001, …"""
+    """Run folder, which must not exist. None: the next free runs/analytic-2d-residual-db-001, …"""
     steps: int = 50
-    """T, steps of the sampler. They all change the signal-to-noise ratio by one factor."""
+    """T, the number of sampler steps. Each step changes the signal-to-noise ratio by the same factor."""
     width: int = 128
-    """Width of the two perceptrons' hidden layers."""
+    """Width of the hidden layers of both perceptrons."""
     flow_learning_rate: float = 3e-3
-    """Step size for the flow network of methods that have one; 0 leaves it out (flow.kind = "none"), and with it the reverse
-    residual: ∇log F is then the look-ahead guess alone."""
+    """Learning rate of the flow network, for methods that have one. 0 removes it (flow.kind = "none") and the reverse
+    residual; ∇log F is then estimated by the look-ahead reward alone."""
     exact_flow: bool = False
-    """Let residual ∇-DB know ∇log F, in place of g_φ and the reverse residual that trains it: what is left then is the policy's
-    error, and the sampler's."""
+    """Give residual ∇-DB the exact ∇log F instead of training g_φ with the reverse residual. The remaining error is that of
+    the policy and the sampler."""
     reward_factor: float = 1.0
-    """The method is told so many times the reward, while the target stays: to see what a wrong scale does, or below 0 a
-    wrong sign."""
+    """Factor on the reward that the method sees; the target does not change. It shows the effect of a wrong scale or, below
+    0, a wrong sign."""
     evaluate_every: int = 400
     """Updates between evaluations."""
     samples: int = 4096
-    """Samples of an evaluation: the more, the lower the Monte-Carlo floor, and the smaller the errors that show."""
+    """Samples per evaluation. More samples lower the Monte-Carlo floor, so smaller errors become visible."""
     objective: Objective = dataclasses.field(
         default_factory=lambda: Objective(beta=0.6, reverse_weight=300.0, trust_region_weight=0.0)
     )
-    optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(learning_rate=1e-2, beta2=0.95, weight_decay=0.0, schedule="cosine")
-    )
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: _adamw(1e-2))
     rollout: RolloutConfig = dataclasses.field(
         default_factory=lambda: RolloutConfig(trajectories=128, fraction=0.2, updates=8, batch=1024)
     )
@@ -71,31 +74,32 @@ class AnalyticConfig:
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {smallest}.")
         if not 0 <= self.flow_learning_rate < float("inf"):
-            raise ValueError(f"flow_learning_rate = {self.flow_learning_rate}: must be finite, and not negative.")
+            raise ValueError(f"flow_learning_rate = {self.flow_learning_rate}: must be finite and not negative.")
         if self.optimizer.ema is not None:
             raise ValueError(
-                f"optimizer.ema = {self.optimizer.ema}: the analytic testbed measures the weights themselves; leave it None."
+                f"optimizer.ema = {self.optimizer.ema}: the analytic testbed evaluates the raw weights; set it to None."
             )
-        drawn, strata = self.drawn_steps, self.rollout.draw == "stratified"
-        if drawn < 1 or (self.steps % drawn if strata else drawn >= self.steps):
+        drawn, stratified = self.drawn_steps, self.rollout.draw == "stratified"
+        if drawn < 1 or (self.steps % drawn if stratified else drawn >= self.steps):
             raise ValueError(
-                f"rollout.fraction = {self.rollout.fraction}: of steps = {self.steps} gives {drawn}, which must be "
-                f"{'a positive divisor of steps' if strata else 'positive and less than steps'}; change either."
+                f"rollout.fraction = {self.rollout.fraction}: gives {drawn} of {self.steps} steps, which must be "
+                f"{'a positive divisor of steps' if stratified else 'positive and less than steps'}; change fraction or "
+                "steps."
             )
         if not math.isfinite(self.reward_factor):
             raise ValueError(f"reward_factor = {self.reward_factor}: must be finite.")
         if self.exact_flow and (self.method, self.objective.reward_gradient) != ("residual-db", "lookahead"):
             raise ValueError(
-                f"exact_flow = True: is for method = residual-db with objective.reward_gradient = lookahead, not {self.method!r} with "
-                f"{self.objective.reward_gradient!r}; change these, or leave it out."
+                "exact_flow = True: needs method = residual-db and objective.reward_gradient = lookahead, not "
+                f"{self.method!r} and {self.objective.reward_gradient!r}; change these, or leave it out."
             )
         self.training()
 
     def training(self) -> TrainConfig:
-        """What `fastnabla.methods.registry` builds the step of.
+        """The configuration from which `fastnabla.methods.registry` builds the training step.
 
         Raises:
-            ValueError: the settings do not suit the method.
+            ValueError: the settings do not fit the method.
         """
         rate, objective = self.flow_learning_rate, self.objective
         if self.exact_flow:
@@ -116,5 +120,22 @@ class AnalyticConfig:
 
     @property
     def drawn_steps(self) -> int:
-        """Steps drawn from each trajectory besides the last."""
+        """Number of steps drawn from each trajectory, besides the last one."""
         return int(self.steps * self.rollout.fraction + 1e-9)
+
+
+SETTINGS: dict[MethodName, dict[str, Any]] = {
+    "residual-db": {},
+    "db": {"optimizer": _adamw(5e-3), "flow_learning_rate": 1e-2},
+    "refl": {"optimizer": _adamw(1e-3)},
+    "draft": {"optimizer": _adamw(1e-3), "direct": Direct(k=10)},
+    "draft-lv": {"optimizer": _adamw(1e-3)},
+    "ddpo": {"optimizer": _adamw(1e-3), "policy_gradient": PolicyGradient(clip=0.1, window=256)},
+    "dag": {"optimizer": _adamw(2e-2), "flow_learning_rate": 1e-2},
+}
+"""Method → fields of `AnalyticConfig` that differ from residual ∇-DB's."""
+
+
+def settings(method: MethodName, **changes: Any) -> AnalyticConfig:
+    """The default configuration of `method`, with `changes` of its fields."""
+    return AnalyticConfig(method=method, **copy.deepcopy(SETTINGS[method]) | changes)

@@ -1,4 +1,4 @@
-"""The flow's score, which is known here, in the place of the g_φ that learns it."""
+"""The exact score of the flow, which replaces the learned g_φ."""
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,17 @@ from fastnabla.objective.settings import Objective
 
 
 class ExactFlow(nn.Module):
-    """``g(x) = ∇log p*(x) − ∇log p_ref(x) − β γ ∇r(x̂0(x))``, called as `fastnabla.models.flow`'s networks are; no parameters.
+    """``g(x) = ∇log p*(x) − ∇log p_ref(x) − β γ ∇r(x̂0(x))``, with the interface of `fastnabla.models.flow`. No parameters.
 
-    p* and p_ref are the target and the pretrained distribution at the noise of x, and their ratio is the flow F that
-    residual ∇-DB has (arXiv 2412.07775) where steps are infinitely many.
+    p* and p_ref are the target and the pretrained distribution at the noise level of x. Their ratio is the flow F of
+    residual ∇-DB (arXiv 2412.07775) in the limit of infinitely many steps.
 
     Args:
-        reference, target: of finished samples, of which ᾱ is that of timestep 0.
+        reference, target: distributions of finished samples, whose ᾱ is that of timestep 0.
         alphas: ᾱ by timestep, float64.
-        network: the policy's, whose x̂0 the look-ahead rewards.
-        reward: what the method is told.
-        objective: its β and γ.
+        network: the policy's network, which predicts the x̂0 of the look-ahead reward.
+        reward: the reward that the method sees.
+        objective: provides β and γ.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class ExactFlow(nn.Module):
         super().__init__()
         self.reference, self.target, self.alphas = reference, target, alphas
         self.reward, self.objective = reward, objective
-        self._network = (network,)  # in a tuple, so that its parameters are not taken for this module's
+        self._network = (network,)  # in a tuple, so that its parameters are not registered here
 
     def forward(self, x: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
-        """g `[N, D, 1, 1]` at states `x [N, D, 1, 1]` and `timestep [N]`, in the dtype of x; prompts do not count."""
+        """g `[N, D, 1, 1]` at states `x [N, D, 1, 1]` and `timestep [N]`, in the dtype of x. Prompts are ignored."""
         alpha_bar = self.alphas[timestep]
         state, left = x.detach().flatten(1).double(), alpha_bar / self.alphas[0]
         flow = self.target.score(state, left) - self.reference.score(state, left)

@@ -1,4 +1,4 @@
-"""What an analytic run consists of: a known diffusion model, what is trained of it, and its exact target."""
+"""The parts of an analytic run: a known diffusion model, its trained networks, and the exact target."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from fastnabla.analytic.config import AnalyticConfig
 from fastnabla.analytic.exact_flow import ExactFlow
 from fastnabla.analytic.networks import MixtureNetwork, PerceptronFlow
-from fastnabla.analytic.prior import told
+from fastnabla.analytic.prior import reward_for_method
 from fastnabla.analytic.problems import PROBLEMS
 from fastnabla.analytic.scheduler import alpha_bars, log_snr_scheduler
 from fastnabla.config.methods import METHODS
@@ -25,46 +25,52 @@ from fastnabla.transition import TransitionTable
 from fastnabla.utils.seeding import seed_of
 
 PROMPTS = ("",)
-"""There is one, and nothing depends on it."""
+"""A single prompt, which nothing depends on."""
 
 
 class IdentityDecoder(Decoder):
-    """The state is the image: `fastnabla.models.decoder.Decoder` without an autoencoder."""
+    """A `fastnabla.models.decoder.Decoder` without an autoencoder: the state is the image."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.chunk = None
 
     def forward(self, latents: Tensor) -> Tensor:
-        """`latents`."""
+        """Return `latents`."""
         return latents
 
 
 class Experiment:
     """The objects that the training loop works on.
 
-    `policy`, `flow`, `decoder`, `table`, `step`, `buffer`, `source` and `optimizer` are what they are in
-    `fastnabla.training.trainer.Trainer`, and of the same classes but for the networks. `reference` and `target` are the exact
-    distributions of finished samples before and after: the mixture with the noise that is left at the sampler's end, and
-    its tilt by β times what γ is there. `reward` is the problem's; `told` is what the method is given for it.
+    `policy`, `flow`, `decoder`, `table`, `step`, `buffer`, `source` and `optimizer` have the same roles as in
+    `fastnabla.training.trainer.Trainer`, and the same classes except for the networks.
+
+    `reference` and `target` are the exact distributions of finished samples before and after finetuning. `reference` is the
+    mixture with the noise that is left at the end of the sampler. `target` is its tilt by β times γ at the end. `reward` is
+    the problem's reward; `method_reward` is the reward that the method sees.
 
     Args:
-        config: the run.
+        config: configuration of the run.
 
     Raises:
-        ValueError: the sampler's settings, or the transitions to draw, are impossible.
+        ValueError: the sampler's settings or the number of drawn transitions are invalid.
     """
 
     def __init__(self, config: AnalyticConfig) -> None:
         problem, training = PROBLEMS[config.dimension](), config.training()
         self.config, self.reward = config, problem.reward
+
+        # The sampler, the exact distributions, and the reward that the method sees.
         self.table = TransitionTable.from_scheduler(log_snr_scheduler(), config.steps)
         last = self.table.alpha_bar_next[-1]
         beta = config.objective.beta * reward_weight(last, config.objective.gamma).item()
         self.reference = problem.mixture.diffused(last.item())
         self.target = self.reference.tilted(problem.reward, beta)
-        self.told = told(config.method, problem.reward * config.reward_factor, self.reference, beta)
+        scaled = problem.reward * config.reward_factor
+        self.method_reward = reward_for_method(config.method, scaled, self.reference, beta)
 
+        # Policy and flow.
         self.sample_shape = (config.dimension, 1, 1)
         arguments = (problem.mixture, alpha_bars(), config.width)
         with torch.random.fork_rng(devices=[]):
@@ -74,7 +80,7 @@ class Experiment:
             self.flow = PerceptronFlow(*arguments) if training.has_flow else None
         if config.exact_flow:
             self.flow = ExactFlow(
-                self.reference, self.target, alpha_bars(), self.policy.unet, self.told, config.objective
+                self.reference, self.target, alpha_bars(), self.policy.unet, self.method_reward, config.objective
             )
         self.decoder = IdentityDecoder()
         networks = Networks(
@@ -85,8 +91,10 @@ class Experiment:
             table=self.table,
             sample_shape=self.sample_shape,
         )
+
+        # Training step, source of transitions, and optimizer.
         method, rollout = METHODS[config.method], config.rollout
-        self.step = STEPS[config.method].build(training, networks, self.told, PROMPTS)
+        self.step = STEPS[config.method].build(training, networks, self.method_reward, PROMPTS)
         self.buffer: TrajectoryBuffer | None = None
         self.source: Source = UnsampledTrajectories(config.seed, rollout.trajectories, len(PROMPTS))
         if method.stores:
@@ -107,11 +115,11 @@ class Experiment:
         steps = draw(seed_of(config.seed, "draws"), first, count, config.steps, config.drawn_steps)
         slots = self.buffer.reserve(steps, torch.zeros(count, dtype=torch.int64))
         finished = self._sample([seed_of(config.seed, "noise", first + i) for i in range(count)], slots)
-        self.buffer.reward[slots] = self.told(finished, PROMPTS)
+        self.buffer.reward[slots] = self.method_reward(finished, PROMPTS)
         return {"rollout_reward": self.reward(finished, PROMPTS).mean().item()}
 
     def evaluation_samples(self) -> Tensor:
-        """Finished samples `[N, D]` float64 of the current policy, from the noise of all evaluations."""
+        """Finished samples `[N, D]`, float64, of the current policy, from the same noise in all evaluations."""
         seeds = [seed_of(0, "evaluation", i) for i in range(self.config.samples)]
         return self._sample(seeds).flatten(1).double()
 

@@ -1,4 +1,4 @@
-"""Gaussian mixtures: their diffusion has a score in closed form, and so has their tilt by a quadratic reward."""
+"""Gaussian mixtures: their diffused scores and their tilts by a quadratic reward have closed forms."""
 
 import dataclasses
 import math
@@ -14,12 +14,12 @@ class GaussianMixture:
     """``p(x) = Σ_k w_k N(x; m_k, diag(s_k²))`` in D dimensions, float64.
 
     Args:
-        weights: w `[K]`, positive, of sum 1.
+        weights: w `[K]`, positive, with sum 1.
         means: m `[K, D]`.
-        stds: s `[K, D]`, or `[K, 1]` for components that are alike in all directions; positive.
+        stds: s `[K, D]`, or `[K, 1]` for isotropic components; positive.
 
     Raises:
-        ValueError: a shape, dtype or value is not such.
+        ValueError: a shape, dtype or value is invalid.
     """
 
     weights: Tensor
@@ -40,7 +40,7 @@ class GaussianMixture:
             if not value.isfinite().all() or (name != "means" and bool((value <= 0).any())):
                 raise ValueError(f"{name} = {value.tolist()}: must be finite, and weights and stds positive.")
         if abs(self.weights.sum().item() - 1) > 1e-9:
-            raise ValueError(f"weights = {self.weights.tolist()}: sum to {self.weights.sum().item()}; divide by that.")
+            raise ValueError(f"weights = {self.weights.tolist()}: sum to {self.weights.sum().item()}; normalise them.")
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -57,19 +57,19 @@ class GaussianMixture:
         return self.means[component] + self.stds[component] * noise
 
     def diffused(self, alpha_bar: float) -> "GaussianMixture":
-        """The distribution of ``x_t = √ᾱ x_0 + √(1 − ᾱ) ε``, 0 < ᾱ ≤ 1: again a mixture."""
+        """The distribution of ``x_t = √ᾱ x_0 + √(1 − ᾱ) ε``, which is also a mixture, for 0 < ᾱ ≤ 1."""
         stds = (alpha_bar * self.stds.square() + 1 - alpha_bar).sqrt()
         return GaussianMixture(self.weights, math.sqrt(alpha_bar) * self.means, stds)
 
     def tilted(self, reward: QuadraticReward, beta: float) -> "GaussianMixture":
-        """``p(x) exp(β r(x)) / Z``: completing the square in each component moves, narrows and reweighs it.
+        """``p(x) exp(β r(x)) / Z``: completing the square shifts, narrows and re-weights each component.
 
         Raises:
-            ValueError: β times the (convex) reward grows faster than a component falls, so Z is infinite.
+            ValueError: Z is infinite, because exp(β r) with a convex reward grows faster than a component decays.
         """
         precision = 1 / self.stds.square() + beta * reward.curvature
         if bool((precision <= 0).any()):
-            raise ValueError(f"beta = {beta}: exp(β r) grows faster than the mixture falls; lower beta.")
+            raise ValueError(f"beta = {beta}: exp(β r) grows faster than the mixture decays; lower beta.")
         means = (self.means / self.stds.square() + beta * reward.slope) / precision
         squares = precision * means.square() - (self.means / self.stds).square()
         log_mass = 0.5 * (squares - (precision * self.stds.square()).log()).sum(1)
@@ -86,11 +86,11 @@ class GaussianMixture:
         return self._log_joint(x, *self._moments(x.new_ones(1))).logsumexp(1)
 
     def responsibilities(self, x: Tensor) -> Tensor:
-        """Posterior probabilities `[N, K]` of the components that `x [N, D]` may come from."""
+        """Posterior probabilities `[N, K]` of the components, given `x [N, D]`."""
         return self.posterior(x, x.new_ones(1))
 
     def posterior(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
-        """`responsibilities` `[N, K]` of the mixture diffused to ᾱ; arguments as `score`'s."""
+        """`responsibilities` `[N, K]` of the mixture diffused to ᾱ; same arguments as `score`."""
         return self._log_joint(x, *self._moments(alpha_bar)).softmax(1)
 
     def score(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class GaussianMixture:
         return (responsibilities[..., None] * (means - x[:, None]) / variances).sum(1)
 
     def noise_prediction(self, x: Tensor, alpha_bar: Tensor) -> Tensor:
-        """``E[ε | x_t = x] = −√(1 − ᾱ) ∇ log p_ᾱ(x)`` `[N, D]`: what an ideal ε-network says; arguments as `score`'s."""
+        """``E[ε | x_t = x] = −√(1 − ᾱ) ∇ log p_ᾱ(x)`` `[N, D]`: the ideal ε-prediction; same arguments as `score`."""
         return -(1 - alpha_bar).sqrt()[:, None] * self.score(x, alpha_bar)
 
     def _moments(self, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The trained networks of the analytic testbed: two small perceptrons, for the policy's residual and for g_φ."""
+"""The trained networks of the analytic testbed: small perceptrons for the policy's correction and for g_φ."""
 
 import math
 
@@ -12,20 +12,20 @@ TIME_FEATURES = 8
 
 
 class Perceptron(nn.Module):
-    """A function of a state, what the pretrained model makes of it, and the timestep; zero at first.
+    """A perceptron of the state, the pretrained prediction of it, and the timestep. Its output is zero at initialisation.
 
-    It sees the modes' posterior probabilities and the prediction made of them because a LoRA does, in the network's
-    features: between modes they turn from one to the other so sharply that states alone would not tell a perceptron.
+    Its inputs include the posterior probabilities of the modes and the predicted clean state. A LoRA sees the equivalent in
+    the network's features. Between modes these change so sharply that a perceptron could not learn them from the state.
 
     Args:
         mixture: the pretrained distribution.
         alphas: ᾱ by timestep, float64.
-        width: of its two hidden layers.
+        width: width of the two hidden layers.
     """
 
     def __init__(self, mixture: GaussianMixture, alphas: Tensor, width: int) -> None:
         super().__init__()
-        self.mixture, self.alphas = mixture, alphas  # no buffers, which Policy would make float32
+        self.mixture, self.alphas = mixture, alphas  # not buffers, which Policy would convert to float32
         last = nn.Linear(width, mixture.dimension)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -33,9 +33,9 @@ class Perceptron(nn.Module):
         self.layers = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
 
     def forward(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """The mixture's exact ε, computed in float64, and √(1 − ᾱ) times the perceptron, which thus vanishes at x_T.
+        """The mixture's exact ε, computed in float64, and √(1 − ᾱ) times the perceptron, which vanishes at x_T.
 
-        Both `[N, D, 1, 1]` float32 at states `x [N, D, 1, 1]` and `timestep [N]`.
+        Both are `[N, D, 1, 1]` float32, for states `x [N, D, 1, 1]` and `timestep [N]`.
         """
         alpha_bar = self.alphas[timestep]
         state, noise = x.flatten(1).double(), (1 - alpha_bar).sqrt()[:, None]
@@ -48,9 +48,9 @@ class Perceptron(nn.Module):
 
 
 class MixtureNetwork(nn.Module):
-    """A noise prediction called as `UNet2DConditionModel` is: ``ε(x, t) = ε_mixture(x, ᾱ_t) − √(1 − ᾱ_t) h(x, t)``.
+    """A noise prediction with the interface of `UNet2DConditionModel`: ``ε(x, t) = ε_mixture(x, ᾱ_t) − √(1 − ᾱ_t) h(x, t)``.
 
-    So the perceptron h is what training adds to the score. Arguments as `Perceptron`'s.
+    The perceptron h is what training adds to the score. Same arguments as `Perceptron`.
     """
 
     dtype = torch.float32
@@ -62,18 +62,18 @@ class MixtureNetwork(nn.Module):
     def forward(
         self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
-        """ε `[N, D, 1, 1]` float32; the condition does not count."""
+        """ε `[N, D, 1, 1]` float32. The condition is ignored."""
         exact, change = self.perceptron(x, timestep)
         return (exact - change,)
 
 
 class PerceptronFlow(nn.Module):
-    """g_φ, called as `fastnabla.models.flow`'s networks are. Arguments as `Perceptron`'s."""
+    """g_φ, with the interface of `fastnabla.models.flow`. Same arguments as `Perceptron`."""
 
     def __init__(self, mixture: GaussianMixture, alphas: Tensor, width: int) -> None:
         super().__init__()
         self.perceptron = Perceptron(mixture, alphas, width)
 
     def forward(self, x: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
-        """g `[N, D, 1, 1]` at states `x [N, D, 1, 1]` and `timestep [N]`; prompts do not count."""
+        """g `[N, D, 1, 1]` at states `x [N, D, 1, 1]` and `timestep [N]`. Prompts are ignored."""
         return self.perceptron(x, timestep)[1]

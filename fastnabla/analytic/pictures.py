@@ -1,4 +1,4 @@
-"""Pictures of an analytic run: samples beside the exact target, and how far they were along the training."""
+"""Plots of an analytic run: samples and the exact target, and the distance between them during training."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from fastnabla.analytic.distance import floors
 from fastnabla.analytic.experiment import Experiment
+from fastnabla.analytic.measures import floors
 from fastnabla.analytic.mixture import GaussianMixture
 from fastnabla.utils.seeding import generator_of
 
@@ -23,7 +23,7 @@ LABELS = {"mode_mass_error": "mode-mass error", "sliced_wasserstein": "sliced Wa
 def save_pictures(
     run: Path, experiment: Experiment, before: Tensor, after: Tensor, records: Sequence[dict[str, Any]]
 ) -> None:
-    """`samples.png` and `curves.png` in the folder `run`, from samples `[N, D]` and the metric records."""
+    """Write `samples.png` and `curves.png` into the folder `run`, from samples `[N, D]` and the metric records."""
     save_histograms(run / "samples.png", {"pretrained": before, "finetuned": after}, experiment.target)
 
     floor = floors(experiment.target, len(before))
@@ -40,7 +40,7 @@ def save_pictures(
 
 
 def save_histograms(path: Path, samples: dict[str, Tensor], target: GaussianMixture, columns: int = 3) -> None:
-    """A picture of `samples`, `[N, D]` by title, and of as many exact draws from `target`, in rows of `columns`."""
+    """Plot 2-D histograms of `samples`, title → `[N, D]`, and of as many exact draws from `target`, `columns` per row."""
     count = len(next(iter(samples.values())))
     exact = target.sample(count, generator_of(0, "evaluation", 0))
     panels = samples | {"exact target": exact}
@@ -60,13 +60,13 @@ def save_histograms(path: Path, samples: dict[str, Tensor], target: GaussianMixt
 
 
 def widest_plane(mixture: GaussianMixture) -> Tensor:
-    """Two orthonormal directions `[D, 2]` in which the modes are furthest apart; the axes if D is 2."""
+    """Two orthonormal directions `[D, 2]` along which the modes vary most; the axes if D is 2."""
     if mixture.dimension == 2:
         return torch.eye(2, dtype=torch.float64)
     return torch.linalg.svd(mixture.means - mixture.means.mean(0)).Vh[:2].T
 
 
 def _range(values: Tensor) -> tuple[float, float]:
-    """What all but few of `values` are in, with a margin."""
+    """The range of 99% of `values`, with a margin."""
     low, high = values.quantile(0.005).item(), values.quantile(0.995).item()
     return low - 0.3 * (high - low), high + 0.3 * (high - low)

@@ -1,4 +1,4 @@
-"""What is finetuned towards what: a pretrained mixture and a reward, in 2 and in 16 dimensions."""
+"""The problems: a pretrained mixture and a reward, in 2 and in 16 dimensions."""
 
 import dataclasses
 import math
@@ -12,16 +12,17 @@ from fastnabla.utils.seeding import generator_of
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The tilt of `mixture` to ``mixture · exp(β reward)``."""
+    """Finetune `mixture` to ``mixture · exp(β reward)``."""
 
     mixture: GaussianMixture
     reward: QuadraticReward
 
 
 def ring() -> Problem:
-    """2-D: four equal modes on a ring, and a concave reward that prefers its right side.
+    """2-D: four equal modes on a ring, and a concave reward that prefers the right side.
 
-    β = 0.6 makes the best mode 1.9 times as heavy, the worst 2.6 times as light, and all modes narrower.
+    With β = 0.6 the mass of the best mode grows by a factor of 1.9, that of the worst falls by a factor of 2.6, and all modes
+    get narrower.
     """
     angle = torch.arange(4, dtype=torch.float64) * (2 * math.pi / 4)
     means = 1.2 * torch.stack([angle.cos(), angle.sin()], 1)
@@ -30,9 +31,9 @@ def ring() -> Problem:
 
 
 def cloud() -> Problem:
-    """16-D: six random modes of random widths and masses, and a concave reward around a random point.
+    """16-D: six random modes with random widths and masses, and a concave reward around a random point.
 
-    β = 0.6 makes one mode 2.3 times as heavy, another three times as light.
+    With β = 0.6 the mass of one mode grows by a factor of 2.3, and that of another falls by a factor of 3.
     """
     generator = generator_of(0, "prompts")
     means = 0.5 * torch.randn(6, 16, dtype=torch.float64, generator=generator)
@@ -43,4 +44,4 @@ def cloud() -> Problem:
 
 
 PROBLEMS = {2: ring, 16: cloud}
-"""By dimension."""
+"""Dimension → problem."""

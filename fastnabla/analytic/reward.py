@@ -1,4 +1,4 @@
-"""Rewards under whose exponential a Gaussian mixture stays one."""
+"""Quadratic rewards: tilting a Gaussian mixture by one gives a Gaussian mixture."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,23 +9,17 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuadraticReward:
-    """``r(x) = slope · x − ½ Σ_d curvature_d x_d²``; linear without curvature.
+    """``r(x) = slope · x − ½ Σ_d curvature_d x_d²``.
 
     It is a `fastnabla.models.decoder.RewardFunction` whose "image" is the state itself.
 
     Args:
         slope: `[D]` float64.
-        curvature: `[D]` float64; the reward is concave where it is not negative.
+        curvature: `[D]` float64; the reward is concave where this is not negative.
     """
 
     slope: Tensor
     curvature: Tensor
-
-    @classmethod
-    def linear(cls, slope: Sequence[float]) -> "QuadraticReward":
-        """``slope · x``."""
-        slope = torch.tensor(slope, dtype=torch.float64)
-        return cls(slope, torch.zeros_like(slope))
 
     @classmethod
     def around(cls, centre: Sequence[float], curvature: float) -> "QuadraticReward":
@@ -38,6 +32,6 @@ class QuadraticReward:
         return QuadraticReward(factor * self.slope, factor * self.curvature)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Rewards `[B]` of `images [B, D, 1, 1]` (or `[B, D]`), in their dtype; prompts do not count."""
+        """Rewards `[B]` of `images [B, D, 1, 1]` (or `[B, D]`), in their dtype. Prompts are ignored."""
         x = images.flatten(1)
         return x @ self.slope.to(x) - 0.5 * x.square() @ self.curvature.to(x)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 TRAIN_TIMESTEPS = 1000
 LOG_SNR = (6.0, -5.0)
-"""log(ᾱ / (1 − ᾱ)) at the first and at the last timestep: from the data with noise of 0.05 to 0.7% of their variance."""
+"""log(ᾱ / (1 − ᾱ)) at the first and at the last timestep: from a noise standard deviation of 0.05 to data with 0.7% of their
+variance."""
 
 
 def alpha_bars() -> Tensor:
@@ -15,10 +16,10 @@ def alpha_bars() -> Tensor:
 
 
 def log_snr_scheduler() -> DDIMScheduler:
-    """A scheduler whose steps, however many, all multiply the signal-to-noise ratio by the same factor.
+    """A scheduler whose steps, however many, all change the signal-to-noise ratio by the same factor.
 
-    So all can be tilted alike. On the schedules for images the last steps have next to no noise, by which alone a step
-    can be tilted: (σ²/b) ∇log F is the most that the policy's output changes.
+    So all steps can be tilted equally. A step is tilted only through its noise: the policy's output changes by at most
+    (σ²/b) ∇log F. In schedules for images the last steps have almost no noise.
     """
     alphas = alpha_bars()
     betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])

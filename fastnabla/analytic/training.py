@@ -1,4 +1,4 @@
-"""The training loop of the analytic testbed: rollout → updates → evaluation, whatever the method."""
+"""The training loop of the analytic testbed, for all methods: rollout → updates → evaluation."""
 
 import math
 from collections.abc import Iterator
@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastnabla.analytic.distance import distances, floors
 from fastnabla.analytic.experiment import Experiment
+from fastnabla.analytic.measures import distances, effective_modes, effective_number, floors, mode_width
 from fastnabla.analytic.pictures import save_pictures
-from fastnabla.analytic.spread import effective_modes, effective_number, mode_width
 from fastnabla.config.train import to_json
 from fastnabla.run.tracker import Tracker
 from fastnabla.trajectories.sources import learning_order
@@ -20,12 +19,12 @@ from fastnabla.utils.console import progress_bar
 
 
 def train(experiment: Experiment, run: Path, console: Console | None = None) -> list[dict[str, Any]]:
-    """Train `experiment`; everything is written into the folder `run`. The metric records.
+    """Train `experiment`, write everything into the folder `run`, and return the metric records.
 
     Args:
-        experiment: whose policy, and flow if any, are trained by its step.
+        experiment: the experiment to train.
         run: an empty folder.
-        console: where progress and the final table go; None for silence.
+        console: shows progress and the final table; None for no output.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -55,7 +54,7 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
 
 
 def updates(experiment: Experiment) -> Iterator[dict[str, float]]:
-    """Train `experiment`, one update each time; the update's metrics, with its network passes, a rollout's included.
+    """Train `experiment` and yield the metrics of each update, with its network passes, including those of its rollout.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -81,7 +80,7 @@ def updates(experiment: Experiment) -> Iterator[dict[str, float]]:
 
 
 def measure(experiment: Experiment, samples: Tensor) -> dict[str, float]:
-    """The distances of `samples [N, D]` from the target, how spread over its modes they are, and their mean reward."""
+    """Measure `samples [N, D]`: distances from the target, spread over its modes, and mean reward."""
     return distances(samples, experiment.target) | {
         "effective_modes": effective_modes(samples, experiment.target),
         "mode_width": mode_width(samples, experiment.target),
@@ -90,10 +89,12 @@ def measure(experiment: Experiment, samples: Tensor) -> dict[str, float]:
 
 
 def comparison(experiment: Experiment, before: Tensor, after: Tensor) -> Table:
-    """Samples `[N, D]` of the pretrained and the finetuned policy against the exact distributions, in units of the floor
-    too."""
+    """Table that compares samples `[N, D]` of the pretrained and the finetuned policy with the exact distributions.
+
+    Distances are also given in units of their Monte-Carlo floor.
+    """
     config, target = experiment.config, experiment.target
-    table = Table(title=f"distances (and in floors) of {len(before)} samples, after {config.updates} updates")
+    table = Table(title=f"distances (in units of the floor) of {len(before)} samples, after {config.updates} updates")
     for column in ("samples of", "against", "mode masses", "sliced W₁", "modes", "width", "reward"):
         table.add_column(column, justify="left" if column in ("samples of", "against") else "right")
     rows = [

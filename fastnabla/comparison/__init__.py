@@ -1,1 +1,1 @@
-"""Methods trained with one budget and measured alike; `python -m fastnabla.compare` is the command line."""
+"""Comparison of methods at the same budget. The command line is `python -m fastnabla.compare`."""

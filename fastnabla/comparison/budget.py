@@ -1,7 +1,8 @@
-"""How many updates a method makes of a number of network passes, and what its updates have taken.
+"""The number of updates within a budget of network passes, and the measured cost of updates.
 
-A pass, U, is one of the UNet over a transition's guided rows, forward or backward (`docs/objectives.md`). Rollouts count;
-evaluations do not, which are the same for all methods, nor decodes and the flow network, which are no passes of the UNet.
+1 U is a pass of the UNet over the guided rows of a transition, forward or backward (`docs/objectives.md`). Rollouts count.
+Evaluations do not count: they are the same for all methods. Decodes and the flow network do not count either: they are not
+passes of the UNet.
 """
 
 from typing import Any
@@ -12,23 +13,23 @@ from fastnabla.methods.registry import STEPS
 
 
 def update_passes(config: TrainConfig) -> float:
-    """U that an update of the run `config` is expected to take, its share of the rollout included."""
+    """Expected cost in U of an update, including its share of the rollout."""
     step = STEPS[config.method].cost(config)
     return rollout_passes(config) + step.total(step.passes)
 
 
 def updates_within(config: TrainConfig, passes: float) -> int:
-    """Updates, in whole rollouts, that take at most `passes` U; at least those of one rollout."""
+    """Number of updates, in whole rollouts, that cost at most `passes` U; at least those of one rollout."""
     updates = config.rollout.updates_per_round
     return max(1, int(passes / (update_passes(config) * updates) + 1e-9)) * updates
 
 
 def measured_passes(config: TrainConfig, record: dict[str, Any]) -> float:
-    """U that an update took, its share of the rollout included, by its record "train" in `metrics.jsonl`."""
+    """Measured cost in U of an update, including its share of the rollout, from its "train" record in `metrics.jsonl`."""
     rows = {kind: record[f"rows_{kind}"] for kind in STEPS[config.method].cost(config).rows}
     return rollout_passes(config) + sum(count * record[f"passes_{kind}"] for kind, count in rows.items() if count)
 
 
 def measured_rows(config: TrainConfig, record: dict[str, Any]) -> int:
-    """Rows that an update learned from, by the same record: transitions, or of a direct method trajectories."""
+    """Number of rows that an update trained on, from the same record: transitions, or trajectories for a direct method."""
     return sum(record[f"rows_{kind}"] for kind in STEPS[config.method].cost(config).rows)

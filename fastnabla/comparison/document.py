@@ -1,4 +1,4 @@
-"""What `comparison.html` says, from top to bottom."""
+"""The content of `comparison.html`, from top to bottom."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,46 +22,49 @@ def document(
     """The page of a comparison.
 
     Args:
-        plan: its runs, in whose folders prompts and pictures are.
-        points: of all that have ended.
-        remarks: on the others.
-        evaluations: variant → results of `fastnabla.evaluate`, one a seed; empty if there are none.
-        plots: PNGs, "reward" and, if diversity was measured, "fronts".
+        plan: the runs, whose folders contain prompts and sample grids.
+        points: evaluations of the finished runs.
+        remarks: remarks on the other runs.
+        evaluations: variant → results of `fastnabla.evaluate`, one per seed; may be empty.
+        plots: PNG files "reward" and, if diversity was measured, "fronts".
     """
-    parts = [*_setup(plan, points, remarks), page.heading("Reward by what it cost")]
+    parts = [*_setup(plan, points, remarks), page.heading("Reward against cost")]
     parts += [
         page.picture(plots["reward"], f"{CURVES} {COST}"),
         page.table(final_sheet(points)),
         page.paragraph(COLUMNS),
     ]
     if "fronts" in plots:
-        parts += [page.heading("Reward against diversity and prior"), page.picture(plots["fronts"], FRONTS)]
+        parts += [
+            page.heading("Reward against diversity and distance from the prior"),
+            page.picture(plots["fronts"], FRONTS),
+        ]
     parts += [page.heading("At equal reward"), page.paragraph(MATCHED), page.table(matched_sheet(points))]
     parts += _grids(plan, points)
     if evaluations:
-        parts += [page.heading("Against the tilted target"), page.paragraph(TARGET)]
+        parts += [page.heading("Distance from the tilted target"), page.paragraph(TARGET)]
         parts += [page.table(sheet) for sheet in target_sheets(evaluations)]
-    return page.page(f"Methods compared: {plan.preset}", parts)
+    return page.page(f"Comparison of methods: {plan.preset}", parts)
 
 
 def _setup(plan: Plan, points: Sequence[Point], remarks: Sequence[str]) -> list[str]:
-    """What was compared, at what budget."""
-    begun = next(run for run in plan.runs if (run.variant, run.config.seed) == (points[0].variant, points[0].seed))
-    config = begun.config
-    prompts = RunPrompts.load(begun.folder / "prompts.json")
+    """The settings and the budget."""
+    started = next(run for run in plan.runs if (run.variant, run.config.seed) == (points[0].variant, points[0].seed))
+    config = started.config
+    prompts = RunPrompts.load(started.folder / "prompts.json")
     seeds = len({point.seed for point in points})
     budget = (
-        "the same number of updates of each method, whatever they spend"
+        "the same number of updates for each method, whatever they cost"
         if plan.passes is None
-        else f"{plan.passes:,.0f} network passes (U) a run, or as much of it as whole updates fill"
+        else f"{plan.passes:,.0f} network passes (U) per run, rounded down to whole updates"
     )
     sampler = config.sampler
     facts = (
         f"Model: {config.model.name}; {sampler.steps} steps of {sampler.scheduler}, guidance {sampler.guidance_scale:g}",
         f"Reward: {' + '.join(config.reward.terms)}",
-        f"Budget: {budget}; {'one seed' if seeds == 1 else f'{seeds} seeds, tables give mean [lowest, highest]'}",
-        f"Other than in the preset: {', '.join(plan.common_settings) or 'nothing'}",
-        f"Evaluated on {config.evaluation.samples} samples each of: "
+        f"Budget: {budget}; {'one seed' if seeds == 1 else f'{seeds} seeds; tables give mean [lowest, highest]'}",
+        f"Changes to the preset: {', '.join(plan.common_settings) or 'none'}",
+        f"Evaluated on {config.evaluation.samples} samples for each of the prompts: "
         + ", ".join(prompts.texts[number] for number in prompts.evaluated),
     )
     return [page.listing([*facts, *remarks]), page.table(_budget(plan, points))]
@@ -81,43 +84,46 @@ def _budget(plan: Plan, points: Sequence[Point]) -> Sheet:
                 ", ".join(plan.own_settings(variant)),
             ]
         )
-    return Sheet("Budget", ["method", "updates", "U an update, planned", "U a run, measured", "own settings"], rows)
+    return Sheet(
+        "Budget", ["method", "updates", "U per update (planned)", "U per run (measured)", "own settings"], rows
+    )
 
 
 def _grids(plan: Plan, points: Sequence[Point]) -> list[str]:
-    """The samples of each variant's first seed at the common reward."""
+    """Samples of each variant's first seed at the common reward."""
     first = {run.variant: run for run in reversed(plan.runs)}
     parts = []
     for point in matched(points):
         run = first[point.variant]
         if point.seed == run.config.seed:
             png = (run.folder / "samples" / f"update-{point.update:04d}.png").read_bytes()
-            place = f"{point.variant}, seed {point.seed}, after {point.update} updates and {point.passes:,.0f} U"
-            parts.append(page.picture(png, f"{place}: reward {point.metrics['reward']:.4g}"))
+            label = f"{point.variant}, seed {point.seed}, after {point.update} updates and {point.passes:,.0f} U"
+            parts.append(page.picture(png, f"{label}: reward {point.metrics['reward']:.4g}"))
     return parts
 
 
 CURVES = (
-    "Reward along training, less the pretrained model's on the same prompts and noise. Lines: means over seeds; shaded: "
-    "from the lowest to the highest seed."
+    "Change of the mean reward during training, relative to the pretrained model on the same prompts and noise. Lines are "
+    "means over seeds; shaded areas span the lowest to the highest seed."
 )
-COST = "A pass, U, is one of the UNet over a transition's guided rows; rollouts count, evaluations do not."
+COST = "1 U is a pass of the UNet over the guided rows of a transition. Rollouts count, evaluations do not."
 COLUMNS = (
-    "transitions: those trained on; of refl, draft and draft-lv, which sample within the step, trajectories. seconds: of "
-    "rollouts and updates alone. prior_distance: its value for the pretrained model is the floor that the finite number "
-    "of samples sets."
+    "transitions: the number of transitions trained on, or of trajectories for refl, draft and draft-lv, which sample within "
+    "the step. seconds: rollouts and updates only. prior_distance: the pretrained model's value is the floor set by the "
+    "finite number of samples."
 )
 FRONTS = (
-    "Evaluations along training, less the pretrained model's (star) on the same prompts and noise: means over seeds, bars "
-    "from the lowest to the highest. Points with a black edge are those that no other beats in both; the dashed line joins "
-    "them."
+    "Changes during training relative to the pretrained model (star) on the same prompts and noise. Points are means over "
+    "seeds; bars span the lowest to the highest seed. Points with a black edge, joined by the dashed line, form the Pareto "
+    "front: no other point is better in both."
 )
 MATCHED = (
-    "A method that has gained less has also lost less, so methods are also compared at one reward: for each seed the "
-    "highest that every method reaches. Of each run the nearest evaluation is taken; how near it is, the column reward "
-    "says. Where that reward is not above the pretrained model's, some method has learned nothing, and nothing follows."
+    "A method that gains less reward also loses less diversity, so methods are also compared at equal reward. For each seed "
+    "that is the highest reward that every method reaches. The evaluation nearest to it is taken from each run; the column "
+    "reward shows how near it is. If this reward is not above the pretrained model's, some method has learned nothing and the "
+    "comparison is meaningless."
 )
 TARGET = (
-    "Distances to p_ref · exp(βr), estimated by re-weighting samples of the pretrained model, at the largest β up to the "
-    "run's own that this can tell (docs/evaluation.md). Only the finetuned models at the end of training are measured."
+    "Distances to p_ref · exp(βr), estimated by re-weighting samples of the pretrained model. β is the run's own, or the "
+    "largest that the samples can estimate (docs/evaluation.md). The finetuned models are measured at the end of training."
 )

@@ -1,4 +1,4 @@
-"""The comparison's plots, as PNG."""
+"""The plots of a comparison, as PNG files."""
 
 import dataclasses
 import io
@@ -19,36 +19,38 @@ from fastnabla.comparison.summary import Mean, Spread, along_training, changes, 
 from fastnabla.config.methods import METHODS
 
 METHOD_COLOURS = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
-"""Of a method, in every picture."""
+"""Method → colour, the same in all plots."""
 VARIANT_COLOURS = plt.get_cmap("tab20").colors
-"""Of variants of methods, in turn: those that no method has."""
+"""Colours of variants, used in turn unless a method in the plot has them."""
 LEGEND_WIDTH, KEY_WIDTH = 150, 6
-"""Characters in a line of the legend, and those that the picture of a line takes."""
+"""Width of a legend line and of a legend key, in characters."""
 LEGEND_LINE = 0.2
-"""Inches."""
+"""Height of a legend line, in inches."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Measure:
-    """What is held against the reward."""
+    """A metric plotted against the reward."""
 
     name: str
-    """Of the metric."""
+    """Name of the metric."""
     label: str
     sign: int
-    """1 if more is better, −1 if less is."""
+    """1 if higher is better, −1 if lower is better."""
 
 
 MEASURES = (
-    Measure("pairwise_distance", "change of pairwise distance (more is better)", 1),
-    Measure("hue_entropy", "change of hue entropy (more is better)", 1),
-    Measure("prior_distance", "change of prior distance (less is better)", -1),
+    Measure("pairwise_distance", "change of pairwise distance (higher is better)", 1),
+    Measure("hue_entropy", "change of hue entropy (higher is better)", 1),
+    Measure("prior_distance", "change of prior distance (lower is better)", -1),
 )
 
 
 def reward_curves(points: Sequence[Point]) -> bytes:
-    """Change of the reward against updates and against network passes: means over seeds, from the lowest to the highest
-    seed shaded."""
+    """Plot the change of the reward against updates and against network passes.
+
+    Lines are means over seeds; shaded areas span the lowest to the highest seed.
+    """
     lines = _by_variant(points)
     colours = _colours(lines)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4 + _legend_height(lines)), sharey=True, layout="constrained")
@@ -71,9 +73,10 @@ def reward_curves(points: Sequence[Point]) -> bytes:
 
 
 def fronts(points: Sequence[Point]) -> bytes | None:
-    """Change of the reward against that of each of `MEASURES` that was made, along training: means over seeds, bars from
-    the lowest to the highest seed. Points that no other beats in both have a black edge and are joined. None if no measure
-    was made.
+    """Plot the change of each available metric of `MEASURES` against the change of the reward. None if none is available.
+
+    Points are means over seeds, and bars span the lowest to the highest seed. Points on the Pareto front have a black edge
+    and are joined.
     """
     lines = _by_variant(points)
     measures = [m for m in MEASURES if all(m.name in mean.metrics for line in lines.values() for mean in line)]
@@ -99,6 +102,7 @@ def _front(axis: Axes, measure: Measure, lines: dict[str, list[Mean]]) -> None:
         axis.scatter(x[1:], y[1:], s=26, color=colours[variant], label=variant, zorder=3)
         places += list(zip(x[1:], y[1:], strict=True))
         edged += [colours[variant]] * (len(x) - 1)
+    # The Pareto front, which may include the pretrained model.
     best = sorted(front([(x, measure.sign * y) for x, y in places]), key=lambda i: places[i])
     x, y = zip(*(places[i] for i in best), strict=True)
     axis.plot(x, y, color="black", linewidth=0.8, linestyle="--", alpha=0.5)

@@ -1,4 +1,4 @@
-"""One page of HTML that holds everything it shows, and runs nothing. All that goes into it is text, and escaped here."""
+"""A self-contained HTML page without scripts. All content is text, and is escaped here."""
 
 import base64
 from collections.abc import Iterable
@@ -20,14 +20,14 @@ th { border-bottom: 2px solid #999; } th:first-child, td:first-child { text-alig
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole page of parts that the functions below have made."""
+    """A complete page, made of parts from the functions below."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join([f"<h1>{escape(title)}</h1>", *parts])
     return f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
 
 
 def heading(text: str) -> str:
-    """Of a section."""
+    """The heading of a section."""
     return f"<h2>{escape(text)}</h2>"
 
 
@@ -42,7 +42,7 @@ def listing(texts: Iterable[str]) -> str:
 
 
 def table(sheet: Sheet) -> str:
-    """A table, which scrolls sideways where it is wider than the page."""
+    """A table that scrolls sideways if it is wider than the page."""
     head = "".join(f"<th>{escape(text)}</th>" for text in sheet.columns)
     rows = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>\n" for row in sheet.rows)
     caption = f"<caption>{escape(sheet.title)}</caption>"
@@ -50,6 +50,6 @@ def table(sheet: Sheet) -> str:
 
 
 def picture(png: bytes, caption: str) -> str:
-    """A PNG, inlined."""
+    """An inlined PNG file with a caption."""
     data, text = base64.b64encode(png).decode(), escape(caption)
     return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'

@@ -1,4 +1,4 @@
-"""What a comparison consists of: a run of each method, or variant of one, and seed, with one budget."""
+"""The plan of a comparison: one run for each variant of a method and each seed, all with the same budget."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from fastnabla.config.train import TrainConfig
 from fastnabla.run.resuming import AUTO, is_unbegun, run_to_resume
 
 LAST_FILE = "table.md"
-"""What a run writes when all is done."""
+"""The file that a run writes last."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,18 +25,18 @@ class PlannedRun:
     """An ordinary run of `python -m fastnabla.train`."""
 
     variant: str
-    """What it is called in all tables and pictures: its method, or METHOD,FIELD=VALUE,…"""
+    """Name in tables and plots: the method, or METHOD,FIELD=VALUE,…"""
     config: TrainConfig
-    """With its folder as `run`, to be resumed if it was begun."""
+    """Configuration, with the run folder as `run`. A run that has started is resumed."""
 
     @property
     def folder(self) -> Path:
-        """Where it is."""
+        """The run folder."""
         return self.config.run
 
     @property
     def done(self) -> bool:
-        """Whether it has reached its end."""
+        """Whether the run has finished."""
         return (self.folder / LAST_FILE).exists()
 
 
@@ -46,36 +46,38 @@ class Plan:
 
     preset: str
     passes: float | None
-    """Budget of each run, in U; None if all make the same number of updates."""
+    """Budget of each run in U. None if all runs make the same number of updates."""
     settings: dict[str, dict[str, str]]
-    """Variant → in which fields it differs from the preset."""
+    """Variant → fields that differ from the preset → value."""
     runs: tuple[PlannedRun, ...]
-    """Seed by seed, so that what is there when half is done can be compared."""
+    """Runs ordered by seed, so that a partly finished comparison is already meaningful."""
 
     @property
     def variants(self) -> list[str]:
-        """In the order of the command line."""
+        """Variants in the order of the command line."""
         return list(self.settings)
 
     def of(self, variant: str) -> list[PlannedRun]:
-        """Its runs, by seed."""
+        """The runs of a variant, by seed."""
         return [run for run in self.runs if run.variant == variant]
 
     def check_folders(self) -> None:
-        """Whether each folder is the planned run's, or nobody's.
+        """Check that each run folder is free or belongs to the planned run.
 
         Raises:
-            ValueError: one is another run's, or no run's.
+            ValueError: a folder belongs to another run, or is not a run folder.
         """
         for run in self.runs:
             if run_to_resume(run.config) is None and run.folder.exists() and not is_unbegun(run.folder):
-                raise ValueError(f"run = {str(run.folder)!r}: exists and is no run; name another folder, or remove it.")
+                raise ValueError(
+                    f"run = {str(run.folder)!r}: exists and is not a run folder; choose another folder, or remove it."
+                )
 
     def restricted_to(self, names: Sequence[str]) -> "Plan":
-        """With the runs whose folders have these names alone.
+        """The plan with only the runs whose folders have these names.
 
         Raises:
-            ValueError: a run has no such name.
+            ValueError: a name belongs to no run.
         """
         known = {run.folder.name: run for run in self.runs}
         for name in names:
@@ -85,27 +87,27 @@ class Plan:
 
     @property
     def common_settings(self) -> list[str]:
-        """In which all variants differ from the preset, FIELD = VALUE; where not all in the same way, as most."""
+        """Fields that all variants change, as "FIELD = VALUE". If the values differ, the most common one is given."""
         first, *_ = given = list(self.settings.values())
         names = [name for name in first if all(name in settings for settings in given)]
-        most = {name: Counter(settings[name] for settings in given).most_common(1)[0][0] for name in names}
-        return [f"{name} = {value}" for name, value in most.items()]
+        values = {name: Counter(settings[name] for settings in given).most_common(1)[0][0] for name in names}
+        return [f"{name} = {value}" for name, value in values.items()]
 
     def own_settings(self, variant: str) -> list[str]:
-        """In which it differs from the preset besides, and its name does not say."""
+        """Other settings in which a variant differs from the preset, unless they are part of its name."""
         _, named = split_variant(variant)
         texts = [f"{name} = {value}" for name, value in self.settings[variant].items() if name not in named]
         return [text for text in texts if text not in self.common_settings]
 
     def table(self) -> Table:
-        """What each method will spend."""
-        budget = "equal updates" if self.passes is None else f"{self.passes:,.0f} U a run"
-        caption = f"of all, but for own settings: {', '.join(self.common_settings)}" if self.common_settings else None
+        """Table of the planned cost of each variant."""
+        budget = "equal updates" if self.passes is None else f"{self.passes:,.0f} U per run"
+        caption = f"settings of all methods: {', '.join(self.common_settings)}" if self.common_settings else None
         table = Table(
-            title=f"{self.preset}, {budget} (U: one UNet pass over a transition's guided rows)",
+            title=f"{self.preset}, {budget} (1 U: a UNet pass over the guided rows of a transition)",
             caption=caption and escape(caption),
         )
-        for column in ("method", "runs", "done", "U an update", "updates", "U a run", "own settings"):
+        for column in ("method", "runs", "done", "U per update", "updates", "U per run", "own settings"):
             left = column in ("method", "own settings")
             table.add_column(column, justify="left" if left else "right", overflow="fold")
         for variant in dict.fromkeys(run.variant for run in self.runs):
@@ -135,26 +137,26 @@ def make_plan(
     points: int = 6,
     settings: Sequence[str] = (),
 ) -> Plan:
-    """The runs of a comparison; nothing is built or written.
+    """Plan the runs of a comparison. Nothing is built or written.
 
     Args:
-        preset: name of one of `PRESETS`.
-        methods: names, or variants, METHOD,FIELD=VALUE,…; the first sets the budget if neither `passes` nor `updates`
-            does: what it spends in the preset's updates.
-        seeds: runs of each variant, of seeds 0, 1, …
-        folder: of the comparison; its runs are in METHOD-seed-N, variants in METHOD,FIELD=VALUE-seed-N.
-        passes: U that each run may spend.
-        updates: that each run makes instead, whatever it spends.
-        points: most evaluations along each run.
+        preset: key of `PRESETS`.
+        methods: methods, or variants METHOD,FIELD=VALUE,… If neither `passes` nor `updates` is given, the budget is what the
+            first one costs with the preset's updates.
+        seeds: runs per variant, with seeds 0, 1, …
+        folder: folder of the comparison; its runs are METHOD-seed-N, those of variants METHOD,FIELD=VALUE-seed-N.
+        passes: budget of each run in U.
+        updates: updates of each run, whatever they cost; replaces `passes`.
+        points: largest number of evaluations during each run.
         settings: see `fastnabla.comparison.settings.method_settings`.
 
     Raises:
-        ValueError: something is wrong with an argument; the message names it.
+        ValueError: an argument is invalid; the message names it.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset = {preset!r}: must be one of {', '.join(PRESETS)}.")
     if not methods or len(set(methods)) < len(methods):
-        raise ValueError(f"methods = {' '.join(methods)!r}: name at least one, and each once.")
+        raise ValueError(f"methods = {' '.join(methods)!r}: name at least one, and each only once.")
     if passes is not None and updates is not None:
         raise ValueError(f"updates = {updates}: give either updates or passes (= {passes:g}), not both.")
     for name, value in (("seeds", seeds), ("points", points), ("passes", passes), ("updates", updates)):

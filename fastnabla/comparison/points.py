@@ -1,4 +1,4 @@
-"""What a run's folder says of it: a point for every evaluation, with all that was spent by then."""
+"""The points of a run, read from its folder: each is an evaluation together with the cost up to then."""
 
 import dataclasses
 import json
@@ -14,38 +14,38 @@ NOT_METRICS = ("phase", "update")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A run as it was evaluated after some updates."""
+    """An evaluation of a run after some updates."""
 
     variant: str
     seed: int
     update: int
     passes: float
-    """U spent, as measured; rollouts included, evaluations not."""
+    """Measured cost in U, including rollouts but not evaluations."""
     trajectories: int
-    """Sampled to learn from."""
+    """Number of trajectories sampled for training."""
     transitions: int
-    """Trained on, repeats counted; of a method that samples in its step, the trajectories."""
+    """Number of transitions trained on, including repeats; trajectories for a method that samples within its step."""
     seconds: float
-    """In rollouts and updates; not in evaluations, checkpoints, nor before the first update after a start."""
+    """Duration of rollouts and updates. Evaluations, checkpoints and the set-up after a start do not count."""
     metrics: dict[str, float]
-    """Of the evaluation, by name."""
+    """Metrics of the evaluation, by name."""
 
 
 def read_points(run: PlannedRun) -> list[Point]:
-    """The points of a run that has begun, the pretrained model (update 0) first.
+    """Read the points of a run that has started. The pretrained model (update 0) comes first.
 
     Raises:
-        ValueError: its metrics cannot be read.
+        ValueError: the run's metrics cannot be read.
     """
     config = run.config
-    took = seconds_by_update(read_lines(run.folder / "timing.jsonl"))
+    durations = seconds_by_update(read_lines(run.folder / "timing.jsonl"))
     points, passes, transitions, seconds = [], 0.0, 0, 0.0
     for record in read_lines(run.folder / "metrics.jsonl"):
         update = record["update"]
         if record["phase"] == "train":
             passes += measured_passes(config, record)
             transitions += measured_rows(config, record)
-            seconds += took[update]
+            seconds += durations[update]
         elif record["phase"] == "evaluate":
             points.append(
                 Point(
@@ -63,21 +63,20 @@ def read_points(run: PlannedRun) -> list[Point]:
 
 
 def seconds_by_update(records: list[dict[str, Any]]) -> dict[int, float]:
-    """Update → seconds since what came before it, of the records of `timing.jsonl`, whose clock starts anew with each
-    process."""
-    took, before = {}, 0.0
+    """Update → seconds since the previous record of `timing.jsonl`. The clock restarts with each process."""
+    durations, before = {}, 0.0
     for record in records:
         if record["phase"] == "train":
-            took[record["update"]] = record["seconds"] - before
+            durations[record["update"]] = record["seconds"] - before
         before = record["seconds"]
-    return took
+    return durations
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines.
+    """Read the records of a JSON Lines file.
 
     Raises:
-        ValueError: it cannot be read, or has a line that is no JSON.
+        ValueError: the file cannot be read, or a line is not JSON.
     """
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""What a comparison writes: comparison.json, .md, .html, and the plots, each file whole or not at all."""
+"""The output of a comparison: comparison.json, .md, .html and the plots. Each file is written atomically."""
 
 import dataclasses
 import json
@@ -21,21 +21,21 @@ NAME = "comparison"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """A comparison, finished or so far."""
+    """The results of a comparison, which may be incomplete."""
 
     plan: Plan
     points: Sequence[Point]
-    """Of all runs that have ended."""
+    """Points of all runs that have ended."""
     remarks: Sequence[str]
-    """On runs that are missing or ended early."""
+    """Remarks on runs that are missing or ended early."""
     evaluations: Mapping[str, Sequence[dict[str, Any]]]
-    """Variant → results of `fastnabla.evaluate`, one a seed; empty if not asked for."""
+    """Variant → results of `fastnabla.evaluate`, one per seed; empty if they were not requested."""
 
     @classmethod
     def read(
         cls, plan: Plan, ended: Sequence[PlannedRun], evaluations: Mapping[str, Sequence[dict[str, Any]]]
     ) -> "Report":
-        """From the folders of the runs that have `ended`.
+        """Read the folders of the runs that have `ended`.
 
         Raises:
             ValueError: a run's metrics cannot be read.
@@ -49,7 +49,7 @@ class Report:
             if run not in ended:
                 remarks.append(f"{run.folder.name} has not ended.")
             elif last < run.config.updates:
-                remarks.append(f"{run.folder.name} ended early; its last evaluation is of {last} updates.")
+                remarks.append(f"{run.folder.name} ended early; its last evaluation is after {last} updates.")
         return cls(plan=plan, points=points, remarks=remarks, evaluations=evaluations)
 
     def sheets(self) -> list[Sheet]:
@@ -57,7 +57,7 @@ class Report:
         return [final_sheet(self.points), matched_sheet(self.points), *target_sheets(self.evaluations)]
 
     def write(self, folder: Path) -> None:
-        """Write everything into `folder`; nothing if no run was evaluated after its start."""
+        """Write all files into `folder`. Nothing is written before a run has been evaluated after an update."""
         if not self.points:
             return
         plots = {"reward": reward_curves(self.points), "fronts": fronts(self.points)}
@@ -72,7 +72,7 @@ class Report:
         write_file(folder / f"{NAME}.html", document(self.plan, self.points, self.remarks, self.evaluations, plots))
 
     def values(self) -> dict[str, Any]:
-        """Everything as JSON has it; null for what is not finite."""
+        """The results as JSON data. Numbers that are not finite are None."""
         runs = [
             {
                 "variant": run.variant,
@@ -99,7 +99,7 @@ class Report:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with None for all numbers in it that are not finite, which JSON has no word for."""
+    """Replace numbers that are not finite, which JSON cannot represent, by None."""
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, list):

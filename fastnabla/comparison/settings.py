@@ -1,5 +1,7 @@
-"""The settings of each method's runs: the preset's, what suits the method there, the command line's, and the variant's, in
-this order."""
+"""The settings of each method's runs.
+
+Later ones override earlier ones: the preset, the method's defaults for that preset, the command line, the variant.
+"""
 
 import re
 import shlex
@@ -14,8 +16,8 @@ from fastnabla.config.sections import TESTBED
 from fastnabla.config.train import TrainConfig
 
 METHOD_SETTINGS: dict[str, dict[str, dict[str, str]]] = {
-    # The direct methods make two to three times as many updates of the same passes; a third of the step size lets the
-    # weights go as far in all. DDPO trains on every step, as published. None of these has been tuned.
+    # The direct methods make two to three times as many updates with the same budget, so a third of the learning rate moves
+    # the weights about as far. DDPO trains on every step, as published. None of these has been tuned.
     TESTBED: {
         "refl": {"optimizer.learning_rate": "3e-3"},
         "draft": {"optimizer.learning_rate": "3e-3"},
@@ -26,46 +28,47 @@ METHOD_SETTINGS: dict[str, dict[str, dict[str, str]]] = {
 """Preset → method → field → value."""
 
 PLANNED = ("method", "run", "resume", "seed", "updates", "dry_run", "evaluation.every")
-"""Fields that the comparison itself sets."""
+"""Fields that the comparison sets itself."""
 COMMON = ("model", "sampler", "reward", "prompts", "evaluation")
-"""Sections that say what is compared, so no method has its own."""
+"""Sections that must be the same for all methods, so that they are comparable."""
 
 
 def split_variant(variant: str) -> tuple[str, dict[str, str]]:
-    """The method, and field → value of its own, of "METHOD" or of "METHOD,FIELD=VALUE,…".
+    """Split "METHOD" or "METHOD,FIELD=VALUE,…" into the method and its field → value.
 
     Raises:
-        ValueError: it is not of this form, or of a field that the comparison sets, or would make methods incomparable.
+        ValueError: the variant does not have this form, or a field is set by the comparison or must be the same for all
+            methods.
     """
     method, *texts = variant.split(",")
     if method not in METHODS:
-        raise ValueError(f"methods = {variant!r}: {method!r} is none of {', '.join(METHODS)}.")
+        raise ValueError(f"methods = {variant!r}: {method!r} must be one of {', '.join(METHODS)}.")
     if not re.fullmatch(r"[\w.,=+-]+", variant):
         raise ValueError(
-            f"methods = {variant!r}: names its runs' folders; of a value only letters, digits and .+- can be."
+            f"methods = {variant!r}: is part of the names of run folders; use only letters, digits and .+- in values."
         )
     own = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
-            raise ValueError(f"methods = {variant!r}: write METHOD,FIELD=VALUE, and commas between several.")
+            raise ValueError(f"methods = {variant!r}: write METHOD,FIELD=VALUE, with commas between several.")
         own[_field(name, f"methods = {variant!r}", method)] = value
     return method, own
 
 
 def _field(name: str, where: str, method: str | None = None) -> str:
-    """The field called `name`, if the comparison may change it, of one `method` or of all.
+    """Normalise and check the name of a field to change, for one `method` or for all.
 
     Raises:
-        ValueError: it may not.
+        ValueError: the field may not be changed.
     """
     field = new_name(name.replace("-", "_"))
     if field in PLANNED:
-        raise ValueError(f"{where}: {field} is set by the comparison; see --help for its own options.")
+        raise ValueError(f"{where}: {field} is set by the comparison; see --help for its options.")
     if method and field.partition(".")[0] in COMMON:
         raise ValueError(f"{where}: {field} must be the same for all methods; write --set {field}=VALUE.")
     if method and field in METHODS[method].without:
-        raise ValueError(f"{where}: {method} has no use for {field}; leave it out.")
+        raise ValueError(f"{where}: {method} does not use {field}; leave it out.")
     return field
 
 
@@ -73,12 +76,14 @@ def method_settings(preset: str, variant: str, given: Iterable[str]) -> dict[str
     """The settings in which the runs of `variant` differ from the preset: field → value.
 
     Args:
-        preset: its name.
-        variant: a method, or with settings that no other of its runs have: see `split_variant`. They win.
-        given: settings of the command line, "FIELD=VALUE" of all methods, or "METHOD.FIELD=VALUE" of one, which wins.
+        preset: name of the preset.
+        variant: a method or a variant (see `split_variant`), whose own settings take precedence.
+        given: settings of the command line: "FIELD=VALUE" for all methods, or "METHOD.FIELD=VALUE" for one method, which
+            takes precedence.
 
     Raises:
-        ValueError: one is not of this form, or of a field that the comparison sets, or would make methods incomparable.
+        ValueError: a setting does not have this form, or its field is set by the comparison or must be the same for all
+            methods.
     """
     (method, varied), common, own = split_variant(variant), {}, {}
     for text in given:
@@ -96,14 +101,14 @@ def method_settings(preset: str, variant: str, given: Iterable[str]) -> dict[str
 
 
 def method_config(preset: str, variant: str, settings: dict[str, str]) -> TrainConfig:
-    """The preset's configuration for the method of `variant`, changed by `settings`.
+    """The preset's configuration for the method of `variant`, with `settings` applied.
 
-    Values are written as on the command line of `python -m fastnabla.train`; True and False are words, and several
+    Values are written as on the command line of `python -m fastnabla.train`, except that flags take True or False. Several
     values are separated by blanks.
 
     Raises:
-        ValueError: the configuration is not valid.
-        SystemExit: with a message, if there is no such field or a value is not of its type.
+        ValueError: the configuration is invalid.
+        SystemExit: a field does not exist or a value has the wrong type; a message is printed.
     """
     method, _ = split_variant(variant)
     arguments = [f"--method={method}"]

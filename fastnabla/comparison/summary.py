@@ -1,4 +1,4 @@
-"""Points of several seeds as one, the points no other beats, and those of equal reward."""
+"""Summaries of points: means over seeds, the Pareto front, and points of equal reward."""
 
 import dataclasses
 import statistics
@@ -9,7 +9,7 @@ from fastnabla.comparison.points import Point
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Spread:
-    """A number over seeds."""
+    """Mean, lowest and highest value over seeds."""
 
     mean: float
     low: float
@@ -17,13 +17,13 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value."""
+        """The spread of at least one value."""
         return cls(statistics.fmean(values), min(values), max(values))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Mean:
-    """Points of one variant, one of each seed."""
+    """The spread over seeds of points of one variant."""
 
     updates: Spread
     passes: Spread
@@ -33,7 +33,7 @@ class Mean:
 
     @classmethod
     def of(cls, points: Sequence[Point]) -> "Mean":
-        """Of at least one point; of the metrics that all of them have."""
+        """Summarise at least one point, one per seed, with the metrics that all of them have."""
         spent = {
             name: Spread.of([getattr(point, field) for point in points])
             for name, field in (
@@ -45,7 +45,7 @@ class Mean:
 
 
 def changes(points: Sequence[Point]) -> list[Point]:
-    """The points with all metrics less those of their run's pretrained model, which has the same prompts and noise."""
+    """Subtract the metrics of the run's pretrained model, which has the same prompts and noise, from each point."""
     starts = {(point.variant, point.seed): point.metrics for point in points if point.update == 0}
     changed = []
     for point in points:
@@ -56,24 +56,23 @@ def changes(points: Sequence[Point]) -> list[Point]:
 
 
 def along_training(points: Sequence[Point], variant: str) -> list[Mean]:
-    """The means over seeds of a variant's points, by update."""
+    """Means over seeds of a variant's points, ordered by update."""
     own = [point for point in points if point.variant == variant]
     return [Mean.of([point for point in own if point.update == update]) for update in sorted({p.update for p in own})]
 
 
 def pretrained(points: Sequence[Point]) -> Mean:
-    """The pretrained model: of each seed, whose prompts and noise all variants share, once."""
+    """The pretrained model. All variants share its prompts and noise, so each seed counts once."""
     return Mean.of(list({point.seed: point for point in points if point.update == 0}.values()))
 
 
 def last(points: Sequence[Point], variant: str) -> Mean:
-    """The mean over seeds of a variant's last points."""
+    """Mean over seeds of a variant's last points."""
     return along_training(points, variant)[-1]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The Pareto front: positions of the `points` than which none other is at least as high in both coordinates and
-    higher in one."""
+    """Indices of the Pareto front: points for which no other is at least as high in both coordinates and higher in one."""
 
     def beats(other: tuple[float, float], point: tuple[float, float]) -> bool:
         return other[0] >= point[0] and other[1] >= point[1] and other != point
@@ -82,8 +81,8 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def common_rewards(points: Sequence[Point]) -> dict[int, float]:
-    """Seed → the highest reward that every variant reaches with it: the least of its runs' best, the pretrained model left
-    out."""
+    """Seed → the highest reward that every variant reaches: the minimum of the runs' best rewards, without the pretrained
+    model."""
     best: dict[int, dict[str, float]] = {}
     for point in points:
         if point.update > 0:
@@ -93,8 +92,8 @@ def common_rewards(points: Sequence[Point]) -> dict[int, float]:
 
 
 def matched(points: Sequence[Point]) -> list[Point]:
-    """Of each run the point whose reward is nearest to its seed's of `common_rewards`, the pretrained model left out; the
-    first if several are."""
+    """The point of each run whose reward is nearest to `common_rewards` of its seed, without the pretrained model. Ties go to
+    the first point."""
     rewards = common_rewards(points)
 
     def distance(point: Point) -> float:

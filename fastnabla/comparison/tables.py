@@ -1,4 +1,4 @@
-"""The comparison's tables, and as Markdown."""
+"""The tables of a comparison."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,20 +9,20 @@ from fastnabla.comparison.points import Point
 from fastnabla.comparison.summary import Mean, Spread, common_rewards, last, matched, pretrained
 
 METRICS = ("reward", "pairwise_distance", "hue_entropy", "vendi", "prior_distance", "dark_grounds", "accuracy")
-"""Columns, of the evaluation's metrics that there are."""
+"""Metrics shown as columns, if available."""
 SPENT = ("updates", "passes", "transitions", "seconds")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sheet:
-    """A table of texts."""
+    """A table of strings."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """With its title above."""
+        """The table in Markdown, below its title."""
         lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
         return f"{self.title}\n\n" + "".join("| " + " | ".join(map(_markdown_cell, line)) + " |\n" for line in lines)
 
@@ -32,13 +32,13 @@ def _markdown_cell(text: str) -> str:
 
 
 def final_sheet(points: Sequence[Point]) -> Sheet:
-    """The pretrained model, and each variant at its end."""
+    """The pretrained model, and each variant at the end of training."""
     means = {variant: last(points, variant) for variant in _variants(points)}
     return _sheet("At the end of training", {"pretrained": pretrained(points), **means})
 
 
 def matched_sheet(points: Sequence[Point]) -> Sheet:
-    """The pretrained model, and of each run the evaluation nearest to the highest reward that all methods reach."""
+    """The pretrained model, and each variant at the evaluation nearest to the highest reward that all methods reach."""
     nearest, reward = matched(points), _cell(Spread.of(list(common_rewards(points).values())))
     means = {variant: Mean.of([p for p in nearest if p.variant == variant]) for variant in _variants(points)}
     title = f"At the evaluation nearest to the highest reward that every method reaches, {reward}"
@@ -46,8 +46,11 @@ def matched_sheet(points: Sequence[Point]) -> Sheet:
 
 
 def target_sheets(evaluations: Mapping[str, Sequence[dict[str, Any]]]) -> list[Sheet]:
-    """Distances from the tilted distribution: method → results of `fastnabla.evaluate`, one a seed; a sheet for each
-    group of prompts."""
+    """Distances from the tilted target, one sheet per group of prompts.
+
+    Args:
+        evaluations: variant → results of `fastnabla.evaluate`, one per seed.
+    """
     groups = dict.fromkeys(name for results in evaluations.values() for result in results for name in result["groups"])
     return [_target_sheet(group, evaluations) for group in groups]
 
@@ -61,8 +64,10 @@ def _target_sheet(group: str, evaluations: Mapping[str, Sequence[dict[str, Any]]
         numbers = [[target["beta"] for target in targets], [target["ess"] for target in targets]]
         numbers.append([each["divergence"]["nats"] for each in seen])
         rows.append([variant, *(_cell(Spread.of(each)) for each in numbers), *(_gap(name, targets) for name in names)])
-    prompts = "prompts that were trained on" if group == "trained" else "held-out prompts"
-    title = f"From the tilted target, {prompts}: pretrained → finetuned (floor of the finite samples), means over seeds"
+    prompts = "training prompts" if group == "trained" else "held-out prompts"
+    title = (
+        f"Distances from the tilted target, {prompts}: pretrained → finetuned (finite-sample floor), means over seeds"
+    )
     return Sheet(title, ["method", "β", "effective samples", "KL along trajectories, nats", *names], rows)
 
 
@@ -91,7 +96,7 @@ def _sheet(title: str, means: dict[str, Mean]) -> Sheet:
 
 
 def _cell(spread: Spread, places: int | None = None) -> str:
-    """The mean, and where seeds differ the lowest and the highest."""
+    """The mean, followed by the lowest and the highest value if seeds differ."""
     texts = [f"{value:.4g}" if places is None else f"{value:,.{places}f}" for value in dataclasses.astuple(spread)]
     mean, low, high = texts
     return mean if low == high else f"{mean} [{low}, {high}]"

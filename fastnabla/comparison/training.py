@@ -1,4 +1,4 @@
-"""The runs of a comparison trained, here one after the other, or several at a time in processes of their own."""
+"""Training the runs of a comparison: one after another in this process, or several at a time in separate processes."""
 
 import gc
 import os
@@ -24,16 +24,19 @@ from fastnabla.training.whole_run import DIVERGED, train_to_the_end
 from fastnabla.utils.console import print_plain
 
 ENDED = (0, BoundPassed.STATUS, DIVERGED)
-"""Exit statuses of runs that have shown what they will: the comparison goes on."""
+"""Exit statuses after which the comparison continues: finished, stopped at a bound, or diverged."""
 
 
 def train_all(runs: Sequence[PlannedRun], console: Console, ended: Callable[[PlannedRun], None]) -> int:
-    """Train one run after the other; 0, or the exit status of the first that failed or was stopped.
+    """Train one run after another.
 
     Args:
-        runs: those that are not done.
-        console: where progress goes.
-        ended: is told of each run that has ended.
+        runs: runs that are not done.
+        console: shows the progress.
+        ended: called with each run that has ended.
+
+    Returns:
+        0, or the exit status of the first run that failed or was stopped.
 
     Raises:
         ValueError: a run's model, prompts, reward or probe cannot be built.
@@ -44,7 +47,7 @@ def train_all(runs: Sequence[PlannedRun], console: Console, ended: Callable[[Pla
         if status not in ENDED:
             return status
         ended(run)
-        gc.collect()  # its networks, before the next one's are built
+        gc.collect()  # free its networks before the next ones are built
     return 0
 
 
@@ -63,15 +66,15 @@ def train_in_processes(
     console: Console,
     ended: Callable[[PlannedRun], None],
 ) -> int:
-    """Train `jobs` runs at a time, each in a process with its share of the CPU's cores, and one GPU if there are any.
+    """Train `jobs` runs at a time, each in its own process with an equal share of the CPU cores and one GPU, if any.
 
-    What a process prints goes to RUN.log beside the run's folder. If one fails, the others are asked to stop, as they
-    are if this process is: they save what they have.
+    The output of a process goes to RUN.log beside the run's folder. If a process fails, or this one is stopped, the others
+    are asked to stop and save a checkpoint.
 
     Args:
         runs, console, ended: see `train_all`.
-        jobs: at least 1.
-        command: what trains one run.
+        jobs: number of processes, at least 1.
+        command: run → command line that trains it.
 
     Returns:
         0, or the exit status of the first process that failed.
@@ -83,7 +86,7 @@ def train_in_processes(
                 for place in set(range(jobs)) - working.keys():
                     if waiting:
                         run = waiting.pop(0)
-                        print_plain(console, f"begins: {run.folder}")
+                        print_plain(console, f"started: {run.folder}")
                         working[place] = run, _start(run, command(run), place, jobs)
                 time.sleep(0.2)
                 for place, (run, process) in list(working.items()):
@@ -94,7 +97,7 @@ def train_in_processes(
                     if status not in ENDED:
                         print_plain(console, f"{run.folder} ended with status {status}; see {_log(run)}", "red")
                         return status
-                    print_plain(console, f"ended: {run.folder}; {len(waiting) + len(working)} to go")
+                    print_plain(console, f"ended: {run.folder}; {len(waiting) + len(working)} runs left")
                     ended(run)
         finally:
             for _, process in working.values():

@@ -1,1 +1,1 @@
-"""A finished run, measured."""
+"""Evaluation of finished runs."""

@@ -1,4 +1,7 @@
-"""Samples of the pretrained model, kept in a file: most of an evaluation's work, and the same for all runs of a model."""
+"""Samples of the pretrained model, cached in a file.
+
+Drawing them is most of an evaluation's work, and they are the same for all runs of a model.
+"""
 
 import json
 import os
@@ -12,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 LATENTS = "latents"
-BLOCK = 64  # samples of each prompt that are drawn before all are written: what an interruption loses
+BLOCK = 64
+"""Samples per prompt between two writes of the file; an interruption loses at most these."""
 
 
 def reference_latents(
@@ -20,15 +24,15 @@ def reference_latents(
 ) -> Tensor:
     """The first `count` finished latents of each prompt, `[P, count, C, H, W]`.
 
-    They are read from `path` or one of `others`, whichever has most; what is missing is drawn, and all is written to `path`
-    as it comes. Files of another `key` are not used, and `path` is overwritten if it is one.
+    They are read from `path` or one of `others`, whichever has the most. Missing samples are drawn and written to `path` in
+    blocks. Files with another `key` are ignored; `path` is overwritten if its key differs.
 
     Args:
         path: safetensors file.
         others: files of other runs, which are only read.
-        key: what the samples depend on; plain numbers, strings, lists and dictionaries.
-        count: samples of each prompt.
-        draw: numbers of samples → latents `[P, n, C, H, W]`; a number always gives the same sample.
+        key: everything that the samples depend on, as plain numbers, strings, lists and dictionaries.
+        count: samples per prompt.
+        draw: sample numbers → latents `[P, n, C, H, W]`. A number must always give the same sample.
 
     Raises:
         ValueError: a file is damaged.
@@ -49,11 +53,11 @@ def reference_latents(
 
 
 def _read(path: Path, key: str) -> Tensor | None:
-    """The latents in the file `path`, if it is there and of that key."""
+    """The latents in the file `path`. None if the file does not exist or has another key."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
             return file.get_tensor(LATENTS) if (file.metadata() or {}).get("key") == key else None
     except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({error}); remove it, and it will be made again.") from error
+        raise ValueError(f"{str(path)!r} cannot be read ({error}); remove it to draw the samples again.") from error

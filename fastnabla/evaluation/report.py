@@ -1,4 +1,4 @@
-"""What an evaluation writes into the run's folder, and its tables."""
+"""The results file that an evaluation writes into the run folder, and tables of results."""
 
 import functools
 import json
@@ -10,20 +10,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastnabla.evaluation.run import EvaluationOptions, RunEvaluation
+from fastnabla.evaluation.options import EvaluationOptions, file_of
+from fastnabla.evaluation.run import RunEvaluation
 from fastnabla.utils.console import progress_bar
 from fastnabla.utils.durable import write_file
 from fastnabla.utils.printable import printable
 
-FILE = "evaluation.json"
-
 
 def evaluate_run(run: Path, options: EvaluationOptions, others: Sequence[Path], console: Console) -> dict[str, Any]:
-    """Measure one run, writing its results; the results.
+    """Measure one run, write the results into its folder and return them.
 
     Args:
         run, options, others: see `RunEvaluation`.
-        console: where progress goes.
+        console: shows the progress.
 
     Raises:
         ValueError: the folder is not a finished run, or a model, reward or probe cannot be built.
@@ -37,20 +36,15 @@ def evaluate_run(run: Path, options: EvaluationOptions, others: Sequence[Path], 
     return result
 
 
-def file_of(options: EvaluationOptions) -> str:
-    """Name of the file that the results go to."""
-    return FILE if options.weights == "raw" else f"evaluation-{options.weights}.json"
-
-
 def result_tables(results: Sequence[dict[str, Any]]) -> list[Table]:
-    """A table for each group of prompts, with a column for each run."""
+    """One table per group of prompts, with a column per run."""
     names = list(dict.fromkeys(name for result in results for name in result["groups"]))
     return [_table(name, results) for name in names]
 
 
 def _table(group: str, results: Sequence[dict[str, Any]]) -> Table:
-    prompts = "prompts that were trained on" if group == "trained" else "held-out prompts"
-    table = Table(title=f"{prompts}: pretrained → finetuned (floor of the finite samples)")
+    prompts = "training prompts" if group == "trained" else "held-out prompts"
+    table = Table(title=f"{prompts}: pretrained → finetuned (finite-sample floor)")
     table.add_column("measure")
     columns = []
     for result in results:
@@ -65,12 +59,12 @@ def _table(group: str, results: Sequence[dict[str, Any]]) -> Table:
 
 
 def _label(run: Path) -> str:
-    """Name of a run folder, as markup."""
+    """Name of a run folder, as rich markup."""
     return escape(printable(run.name))
 
 
 def _cells(group: dict[str, Any]) -> dict[tuple[str, str], str]:
-    """A run's column: section and label → text."""
+    """The column of a run: section and label → text."""
     before, after = group["pretrained"], group["finetuned"]
     cells = {("", name): f"{before[name]:.4g} → {after[name]:.4g}" for name in after}
     divergence = group["divergence"]
@@ -82,7 +76,7 @@ def _cells(group: dict[str, Any]) -> dict[tuple[str, str], str]:
             continue
         cells[section, f"{title}: β"] = f"{target['beta']:.4g}"
         cells[section, f"{title}: effective samples"] = f"{target['ess']:.0f} of {target['reference_samples']}"
-        cells[section, f"{title}: fewest of a prompt"] = f"{target['smallest_ess']:.1f}"
+        cells[section, f"{title}: effective samples, worst prompt"] = f"{target['smallest_ess']:.1f}"
         cells[section, f"{title}: reward"] = f"{target['reward']:.4g}"
         if target["pairwise_distance"] is not None:
             cells[section, f"{title}: pairwise_distance"] = f"{target['pairwise_distance']:.4g}"

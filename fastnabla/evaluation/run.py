@@ -1,4 +1,4 @@
-"""Everything that `python -m fastnabla.evaluate` measures of one run; `docs/evaluation.md` says what it means."""
+"""All measurements of one run by `python -m fastnabla.evaluate`. `docs/evaluation.md` explains them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastnabla
 from fastnabla.config.train import load_run
+from fastnabla.evaluation.options import EvaluationOptions
 from fastnabla.evaluation.reference_samples import reference_latents
 from fastnabla.metrics.divergence import TrajectoryDivergence
 from fastnabla.metrics.evaluation import Evaluator
@@ -25,56 +26,24 @@ from fastnabla.metrics.tilted import (
 from fastnabla.models.saved_policy import read_policy, require_policy
 from fastnabla.prompts import RunPrompts, used_prompts
 from fastnabla.run.checkpoint import load_reward_statistics
-from fastnabla.run.weights import WeightsName, weights_folder
+from fastnabla.run.weights import weights_folder
 from fastnabla.training.build import plan_and_build
 from fastnabla.trajectories.rollout import Recorder, sample
 from fastnabla.utils.seeding import seed_of
 
 POLICY_NOISE, REFERENCE_NOISE = 0, 1
 REFERENCE_FILE = "reference-{}.safetensors"
-REFERENCE_CHUNK = 64  # images decoded and measured at once
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class EvaluationOptions:
-    """How much is sampled, and how the target is estimated."""
-
-    samples_per_prompt: int = 32
-    """Samples of the pretrained and of the finetuned model for each prompt, from the same noise."""
-    reference_samples: int = 256
-    """Samples of the pretrained model for each prompt, from other noise: the prior, and by re-weighting the target. They are
-    kept in the run folder."""
-    ess: float = 0.05
-    """Least effective sample size of each prompt's target, as a share of its reference samples."""
-    seed: int = 0
-    """Seed of the noise. Not the run's: runs of different seeds are compared on the same noise."""
-    batch: int | None = None
-    """Trajectories sampled at once; None: the run's rollout.batch."""
-    probe: str | None = None
-    """Network that measures diversity and distances, as evaluation.probe of the run; None: the run's."""
-    weights: WeightsName = "raw"
-    """Which of the finetuned weights: "raw", as the last update left them; "ema", their average (optimizer.ema); "best", those
-    of the evaluation along training with the highest reward."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("samples_per_prompt", 2), ("reference_samples", 4), ("batch", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} = {value}: must be at least {least}.")
-        if not 0 < self.ess <= 1 or self.ess * self.reference_samples <= 1:
-            raise ValueError(
-                f"ess = {self.ess}: must be a share in (0, 1], and of reference_samples = {self.reference_samples} more "
-                "than one sample."
-            )
+REFERENCE_CHUNK = 64
+"""Images decoded and measured at once."""
 
 
 class RunEvaluation:
-    """A finished run's networks, ready to be measured.
+    """Loads the networks of a finished run and measures them.
 
     Args:
         run: folder of `python -m fastnabla.train`.
-        options: how much to sample.
-        others: folders of other runs, whose reference samples may be used.
+        options: number of samples and other options.
+        others: folders of other runs, whose reference samples may be reused.
 
     Raises:
         ValueError: the folder is not a run that has reached an evaluation, or its model, reward or probe cannot be built.
@@ -87,14 +56,14 @@ class RunEvaluation:
         if options.probe is not None:
             config.evaluation = dataclasses.replace(config.evaluation, probe=options.probe)
         self.run, self.options, self.others = run, options, others
-        self.trainer = plan_and_build(config, RunPrompts.load(run / "prompts.json"))
-        read_policy(self.trainer.policy, weights)
+        self.components = plan_and_build(config, RunPrompts.load(run / "prompts.json"))
+        read_policy(self.components.policy, weights)
         if config.reward.normalise:
-            load_reward_statistics(run, self.trainer.reward)
+            load_reward_statistics(run, self.components.reward)
 
     def groups(self) -> dict[str, list[int]]:
-        """Numbers of the prompts that are measured: of those trained on, and of those that are not, if there are any."""
-        prompts, config = self.trainer.prompts, self.trainer.config
+        """Numbers of the measured prompts in two groups: training prompts and held-out prompts. Empty groups are left out."""
+        prompts, config = self.components.prompts, self.components.config
         used = used_prompts(prompts, config.seed, config.sampled_trajectories, config.prompts.draw).tolist()
         seen = set(prompts.texts[: prompts.trained])
         held_out = [number for number in prompts.evaluated if prompts.texts[number] not in seen]
@@ -106,20 +75,20 @@ class RunEvaluation:
 
     @property
     def steps(self) -> int:
-        """Steps of trajectories to sample, if no reference samples are known; for a progress bar."""
+        """Number of trajectory steps to sample if no reference samples are cached, for a progress bar."""
         options, prompts = self.options, sum(map(len, self.groups().values()))
-        return prompts * (2 * options.samples_per_prompt + options.reference_samples) * len(self.trainer.table)
+        return prompts * (2 * options.samples_per_prompt + options.reference_samples) * len(self.components.table)
 
     def measure(self, advance: Callable[[int], None] | None = None) -> dict[str, Any]:
-        """All results, of plain numbers, lists and dictionaries.
+        """All results, as plain numbers, lists and dictionaries.
 
         Args:
-            advance: called with the number of trajectories advanced, after each step.
+            advance: called after each step with the number of trajectories.
 
         Raises:
-            ValueError: the probe gives features that nothing can be measured by.
+            ValueError: the probe's features are not finite or all zero.
         """
-        self._advance, config = advance, self.trainer.config
+        self._advance, config = advance, self.components.config
         settings = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(EvaluationOptions)}
         return {
             "run": str(self.run),
@@ -133,11 +102,11 @@ class RunEvaluation:
         }
 
     def _measure_group(self, name: str, numbers: list[int]) -> dict[str, Any]:
-        trainer, options = self.trainer, self.options
-        texts = [trainer.prompts.texts[number] for number in numbers]
+        components, options = self.components, self.options
+        texts = [components.prompts.texts[number] for number in numbers]
         reference = self._reference(name, numbers, texts)
         divergence = TrajectoryDivergence(
-            trainer.policy, trainer.table, torch.tensor(numbers).repeat_interleave(options.samples_per_prompt)
+            components.policy, components.table, torch.tensor(numbers).repeat_interleave(options.samples_per_prompt)
         )
         recorder: Recorder | None = None
 
@@ -147,15 +116,16 @@ class RunEvaluation:
 
         evaluator = Evaluator(
             sampler,
-            trainer.decoder,
-            trainer.reward,
-            trainer.probe,
+            components.decoder,
+            components.reward,
+            components.probe,
             texts,
             options.samples_per_prompt,
-            trainer.config.memory.decode_chunk,
+            components.config.memory.decode_chunk,
         )
+        # Sample both models from the same noise; only the finetuned one's divergence is recorded.
         models, summaries = {}, {}
-        with trainer.policy.pretrained_weights():
+        with components.policy.pretrained_weights():
             images = {"pretrained": evaluator.images(POLICY_NOISE)}
         recorder = divergence
         images["finetuned"] = evaluator.images(POLICY_NOISE)
@@ -170,10 +140,11 @@ class RunEvaluation:
         }
 
     def _targets(self, reference: Measures, models: dict[str, Measures]) -> dict[str, Any]:
-        """The targets at the run's β, or the largest that can be told, and at the finetuned model's reward."""
+        """The target at the run's β, or the largest β that can be estimated, and the target with the finetuned model's
+        reward."""
         most = beta_for_ess(reference.reward, reference.prompt, self.options.ess)
         betas = {
-            "tilted": min(most, self.trainer.config.objective.beta),
+            "tilted": min(most, self.components.config.objective.beta),
             "same_reward": beta_for_reward(
                 reference.reward, reference.prompt, models["finetuned"].reward.mean().item()
             ),
@@ -199,46 +170,51 @@ class RunEvaluation:
         }
 
     def _reference(self, group: str, numbers: list[int], texts: list[str]) -> Measures:
-        """What is seen of the reference samples of a group of prompts."""
-        trainer, name = self.trainer, REFERENCE_FILE.format(group)
-        model = dataclasses.asdict(trainer.config.model)
+        """Measures of the reference samples of a group of prompts."""
+        components, name = self.components, REFERENCE_FILE.format(group)
+        model = dataclasses.asdict(components.config.model)
         del model["tiny_decoder"]
         key = {
             "fastnabla": fastnabla.__version__,
             "model": model,
-            "sampler": dataclasses.asdict(trainer.config.sampler),
+            "sampler": dataclasses.asdict(components.config.sampler),
             "prompts": texts,
             "seed": self.options.seed,
         }
 
         def draw(samples: range) -> Tensor:
-            with trainer.policy.pretrained_weights():
+            with components.policy.pretrained_weights():
                 return self._sample(numbers, samples, REFERENCE_NOISE)
 
+        # Draw or read the samples, then decode and measure them in chunks.
         others = [run / name for run in self.others]
         latents = reference_latents(self.run / name, others, key, self.options.reference_samples, draw)
         prompt = torch.arange(len(numbers)).repeat_interleave(latents.shape[1])
         parts = []
         for rows in torch.arange(len(prompt)).split(REFERENCE_CHUNK):
-            images = trainer.decoder.decode(latents.flatten(0, 1)[rows].to(trainer.device))
+            images = components.decoder.decode(latents.flatten(0, 1)[rows].to(components.device))
             seen = [texts[i] for i in prompt[rows].tolist()]
-            chunk = trainer.config.memory.decode_chunk
-            parts.append(measure_images(images, prompt[rows], seen, trainer.reward, trainer.probe, chunk))
+            chunk = components.config.memory.decode_chunk
+            parts.append(measure_images(images, prompt[rows], seen, components.reward, components.probe, chunk))
         return self._required(concatenate(parts))
 
     def _required(self, measures: Measures) -> Measures:
-        """`measures`, whose features have directions, if there are any."""
+        """Return `measures`.
+
+        Raises:
+            ValueError: features of a sample are not finite or all zero.
+        """
         if measures.features is not None and not bool(has_direction(measures.features).all()):
             raise ValueError(
-                f"evaluation.probe = {self.trainer.config.evaluation.probe!r}: gives features that are not finite, or all 0; "
-                "name another with --probe."
+                f"evaluation.probe = {self.components.config.evaluation.probe!r}: its features are not finite or all zero; "
+                "choose another with --probe."
             )
         return measures
 
     def _sample(self, numbers: list[int], samples: range, noise: int, recorder: Recorder | None = None) -> Tensor:
-        """Finished latents `[P, n, C, H, W]` of the policy as it is. A prompt's place, a sample's number and `noise` decide
-        on its noise."""
-        trainer = self.trainer
+        """Sample finished latents `[P, n, C, H, W]` from the current policy. The noise of a sample depends on the position of
+        its prompt, its number and `noise`."""
+        trainer = self.components
         prompt = torch.tensor(numbers).repeat_interleave(len(samples))
         seeds = [
             seed_of(self.options.seed, "evaluation", noise, place, number)
@@ -246,22 +222,22 @@ class RunEvaluation:
             for number in samples
         ]
         latents = sample(
-            trainer.policy,
-            trainer.table,
+            components.policy,
+            components.table,
             prompt,
             seeds,
-            trainer.sample_shape,
-            batch=self.options.batch or trainer.config.rollout.batch,
+            components.sample_shape,
+            batch=self.options.batch or components.config.rollout.batch,
             buffer=recorder,
             slots=torch.arange(len(prompt)),
             on_step=self._advance,
-            backend=trainer.config.backend,
+            backend=components.config.backend,
         )
         return latents.unflatten(0, (len(numbers), len(samples)))
 
 
 def _prior_distances(samples: Measures, reference: Measures) -> dict[str, float]:
-    """Fréchet distances to the reference samples, of prompts pooled and prompt by prompt."""
+    """Fréchet distances to the reference samples: with all prompts pooled, and within prompts."""
     if samples.features is None or reference.features is None:
         return {}
     pooled = (WeightedSamples.tilted(measures, 0.0).moments for measures in (samples, reference))
@@ -274,7 +250,7 @@ def _prior_distances(samples: Measures, reference: Measures) -> dict[str, float]
 
 
 def _divergence(steps: Tensor) -> dict[str, Any]:
-    """Of KL by trajectory and step `[N, T]`: mean and standard error over trajectories, and the mean of each step."""
+    """Summary of the KL by trajectory and step `[N, T]`: mean and standard error over trajectories, and mean per step."""
     total = steps.sum(1)
     return {
         "nats": total.mean().item(),

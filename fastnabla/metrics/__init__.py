@@ -1,1 +1,1 @@
-"""What is measured of a finetuned model: reward, diversity, and distance from the prior."""
+"""Metrics of a finetuned model: reward, diversity, and distance from the pretrained model and from the tilted target."""

@@ -1,4 +1,4 @@
-"""Diversity within prompts."""
+"""Diversity of the samples of each prompt."""
 
 import math
 from collections.abc import Callable
@@ -12,25 +12,25 @@ HUE_BINS = 12
 
 
 def mean_hue(images: Tensor) -> Tensor:
-    """Hue `[B]`, in turns, of the mean chroma of images `[B, 3, H, W]` in [0, 1]."""
+    """Hue `[B]` of the mean chroma, in turns, of images `[B, 3, H, W]` in [0, 1]."""
     x, y = chroma(images).mean((2, 3)).unbind(1)
     return torch.atan2(y, x) / (2 * math.pi) % 1
 
 
 def hue_histogram(hues: Tensor, weights: Tensor) -> Tensor:
-    """Sum `[12]` of the `weights [N]` in each bin of `hues [N]`, in turns; float64."""
+    """Weighted histogram `[12]`, float64, of `hues [N]`, in turns, with `weights [N]`."""
     bins = (hues * HUE_BINS).long().clamp(max=HUE_BINS - 1)
     return weights.new_zeros(HUE_BINS, dtype=torch.float64).index_add(0, bins, weights.double())
 
 
 def hue_entropy(hues: Tensor, prompt: Tensor) -> float:
-    """Entropy of `hues [B]`, in turns, over 12 bins, averaged over prompts, as a share of its maximum.
+    """Entropy of the hues over 12 bins, relative to its maximum and averaged over prompts.
+
+    n images of a prompt have at most log n of entropy, so compare only equal counts.
 
     Args:
-        hues: `mean_hue` of each image.
+        hues: `mean_hue` of each image `[B]`, in turns.
         prompt: prompt numbers `[B]`.
-
-    n images of a prompt cannot show more than log n of entropy, so compare only equal counts.
     """
     entropies = []
     for number in prompt.unique():
@@ -45,7 +45,7 @@ def pairwise_distance(features: Tensor, prompt: Tensor) -> float:
 
     Args:
         features: `[B, D]`.
-        prompt: prompt numbers `[B]`; a prompt with a single sample does not count. nan if all are.
+        prompt: prompt numbers `[B]`. Prompts with a single sample are left out; the result is nan if none remain.
     """
     groups = [features[prompt == number].double() for number in prompt.unique()]
     distances = [torch.nn.functional.pdist(group).mean().item() for group in groups if len(group) > 1]
@@ -53,18 +53,18 @@ def pairwise_distance(features: Tensor, prompt: Tensor) -> float:
 
 
 def weighted_pairwise_distance(features: Tensor, prompt: Tensor, weights: Tensor) -> float:
-    """`pairwise_distance` of weighted samples: of each prompt ``Σ_{i≠j} w_i w_j d_ij / Σ_{i≠j} w_i w_j``.
+    """`pairwise_distance` of weighted samples: ``Σ_{i≠j} w_i w_j d_ij / Σ_{i≠j} w_i w_j`` for each prompt.
 
     Args:
         features: `[B, D]`.
-        prompt: prompt numbers `[B]`; each with weight on two samples at least.
+        prompt: prompt numbers `[B]`. At least two samples of each prompt must have positive weight.
         weights: `[B]`, ≥ 0.
     """
     distances = []
     for number in prompt.unique():
         own, w = features[prompt == number].double(), weights[prompt == number].double()
         w = w / w.sum()
-        between = torch.cdist(own, own, compute_mode="donot_use_mm_for_euclid_dist")  # which is 0 on the diagonal
+        between = torch.cdist(own, own, compute_mode="donot_use_mm_for_euclid_dist")  # exactly 0 on the diagonal
         distances.append((w @ between @ w / (1 - w.square().sum())).item())
     return sum(distances) / len(distances)
 
@@ -72,14 +72,15 @@ def weighted_pairwise_distance(features: Tensor, prompt: Tensor, weights: Tensor
 def mean_distance(
     images: Tensor, prompt: Tensor, distance: Callable[[Tensor, Tensor], Tensor], chunk: int | None = None
 ) -> float:
-    """Mean `distance` between two different samples of a prompt, averaged over prompts: `pairwise_distance` for networks
-    that compare images.
+    """Mean `distance` between two different samples of a prompt, averaged over prompts.
+
+    This is `pairwise_distance` for networks that compare images.
 
     Args:
         images: `[B, 3, H, W]`.
-        prompt: prompt numbers `[B]`; a prompt with a single sample does not count. nan if all are.
-        distance: images `[n, 3, H, W]` and as many others → `[n]`.
-        chunk: most pairs at once; None for all of a prompt.
+        prompt: prompt numbers `[B]`. Prompts with a single sample are left out; the result is nan if none remain.
+        distance: two batches of images `[n, 3, H, W]` → `[n]`.
+        chunk: largest number of pairs per call; None for all pairs of a prompt.
     """
     means = []
     for number in prompt.unique():

@@ -1,4 +1,4 @@
-"""Measuring a policy on fixed prompts and noise."""
+"""Evaluation of a policy on fixed prompts and noise."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,21 +15,21 @@ from fastnabla.models.decoder import Decoder
 from fastnabla.rewards import RewardSum
 
 LatentSampler = Callable[[Tensor, int], Tensor]
-"""Which of an evaluator's samples `[n]`, and a number that selects the noise → finished latents `[n, C, H, W]`."""
+"""Numbers of an evaluator's samples `[n]`, and a number that selects the noise → finished latents `[n, C, H, W]`."""
 
 
 class Evaluator:
-    """Rewards, diversity and distance from the prior of samples for the first `prompts`.
+    """Measures rewards, diversity and distance from the prior of samples for `prompts`.
 
     Args:
-        sample: the policy's sampler; the same noise number gives the same noise.
-        decoder: latents to images.
-        reward: whose terms are reported.
+        sample: the policy's sampler. The same noise number gives the same noise.
+        decoder: decodes latents to images.
+        reward: the reward, whose terms are reported.
         probe: see `fastnabla.metrics.probes`, or None.
         prompts: texts.
         samples: images per prompt.
-        chunk: most images scored at once; None for all.
-        world: the ranks, each of which samples its rows.
+        chunk: largest number of images scored at once; None for all.
+        world: ranks that share the sampling.
     """
 
     def __init__(
@@ -48,31 +48,31 @@ class Evaluator:
         self.prompt = torch.arange(len(prompts)).repeat_interleave(samples)
         self.prompts = [prompts[i] for i in self.prompt.tolist()]
         self.rank_rows = world.rank_rows(len(self.prompt))
-        """Samples that are this rank's."""
+        """Numbers of the samples that this rank draws."""
         self.prior_features: Tensor | None = None
 
     def images(self, noise: int = 0) -> Tensor:
-        """Images `[prompts * samples, 3, H, W]` of the policy as it is, prompt by prompt; on every rank all of them."""
-        # A rank without rows samples one, whose images give the others' shape, and drops it.
+        """Sample images `[prompts * samples, 3, H, W]` from the current policy, ordered by prompt. Every rank gets all."""
+        # A rank without samples of its own draws one anyway, because it needs the shape.
         rows = self.rank_rows if len(self.rank_rows) else torch.zeros(1, dtype=torch.int64)
         images = self.decoder.decode(self.sample(rows, noise))
         return self.world.all_gather_rows(images[: len(self.rank_rows)], self.rank_rows, len(self.prompt))
 
     @torch.no_grad()
     def set_prior(self, images: Tensor) -> None:
-        """Take `images`, the pretrained policy's samples from noise of their own, as the prior to keep.
+        """Set the samples that represent the prior: `images` of the pretrained policy, from separate noise.
 
-        `measure` reports the Fréchet distance to them; for the pretrained policy itself it is the floor that the
-        finite number of samples sets.
+        `measure` reports the Fréchet distance to them. For the pretrained policy itself this is the floor set by the finite
+        number of samples.
         """
         self.prior_features = probe_features(images, self.probe, self.chunk)
 
     def measures(self, images: Tensor) -> Measures:
-        """What is seen of each of `images`, as `images()` returns them."""
+        """Measures of each of `images`, in the order of `images()`."""
         return measure_images(images, self.prompt, self.prompts, self.reward, self.probe, self.chunk)
 
     def measure(self, images: Tensor) -> dict[str, float]:
-        """Metrics of `images`, as `images()` returns them, by name."""
+        """Metrics of `images`, in the order of `images()`, by name."""
         return self.summary(images, self.measures(images))
 
     @torch.no_grad()

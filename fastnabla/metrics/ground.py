@@ -1,15 +1,17 @@
-"""The ground that silhouettes stand on. No reward of the testbed asks for one, and hue does not see it."""
+"""The ground (background) of the silhouettes. It is independent of the testbed's rewards and of the hue."""
 
 import torch
 from torch import Tensor
 
 DARK = 0.5
-"""Luminance below which a ground is dark; the testbed's are below 0.12 or above 0.88."""
+"""Luminance below which a ground is dark. The testbed's grounds are below 0.12 or above 0.88."""
 
 
 def ground_luminance(images: Tensor) -> Tensor:
-    """Luminance `[B]` in [0, 1] (Rec. 709 weights of the pixel values) of the ground of images `[B, 3, H, W]`: the
-    median over the border's pixels, so that an animal may touch less than half of it."""
+    """Luminance `[B]` of the ground of images `[B, 3, H, W]`, in [0, 1], with Rec. 709 weights of the pixel values.
+
+    It is the median over the border's pixels, so an animal may cover up to half of the border.
+    """
     weights = torch.tensor([0.2126, 0.7152, 0.0722], dtype=images.dtype, device=images.device)
     luminance = torch.einsum("bchw,c->bhw", images, weights)
     edges = (luminance[:, 0], luminance[:, -1], luminance[:, 1:-1, 0], luminance[:, 1:-1, -1])
@@ -18,5 +20,5 @@ def ground_luminance(images: Tensor) -> Tensor:
 
 
 def is_dark(images: Tensor) -> Tensor:
-    """Whether the ground is dark, bool `[B]`."""
+    """Whether the ground of each image is dark, bool `[B]`."""
     return ground_luminance(images) < DARK

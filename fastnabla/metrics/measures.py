@@ -1,4 +1,4 @@
-"""What is seen of each sample by itself; everything else that is measured is a statistic of these."""
+"""Measures of each sample by itself. All other metrics are statistics of these."""
 
 import dataclasses
 import logging
@@ -17,33 +17,33 @@ logger = logging.getLogger("fastnabla")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Measures:
-    """N samples, on the host; floats are float64."""
+    """Measures of N samples, on the CPU; floats are float64."""
 
     prompt: Tensor
     """Prompt numbers `[N]`."""
     reward: Tensor
-    """r `[N]` as it is trained on: normalised and clipped, if the run does that."""
+    """The reward r that is trained on `[N]`: normalised and clipped, if the run does so."""
     total: Tensor
-    """The raw weighted sum of the terms `[N]`."""
+    """Raw weighted sum of the terms `[N]`."""
     parts: dict[str, Tensor]
-    """Every term's raw, unweighted values `[N]`."""
+    """Raw, unweighted values `[N]` of each term."""
     hue: Tensor
-    """Mean hue in turns `[N]`."""
+    """Mean hue `[N]`, in turns."""
     dark: Tensor
     """1 where the ground is dark, else 0 `[N]`."""
     features: Tensor | None = None
-    """The probe's features `[N, D]`, if it has any."""
+    """Features of the probe `[N, D]`, if it has any."""
 
     def __len__(self) -> int:
         return len(self.prompt)
 
     def __getitem__(self, rows: Tensor) -> "Measures":
-        """The samples `rows`."""
+        """The samples with numbers `rows`."""
         return _map(lambda column: column[0][rows], [self])
 
 
 def concatenate(measures: Sequence[Measures]) -> Measures:
-    """All samples of `measures`, in their order."""
+    """Concatenate the samples of `measures`."""
     return _map(torch.cat, measures)
 
 
@@ -51,15 +51,15 @@ def concatenate(measures: Sequence[Measures]) -> Measures:
 def measure_images(
     images: Tensor, prompt: Tensor, texts: Sequence[str], reward: RewardSum, probe: Any | None, chunk: int | None = None
 ) -> Measures:
-    """Look at images `[N, 3, H, W]` in [0, 1].
+    """Measure each of the images.
 
     Args:
-        images: the samples.
+        images: `[N, 3, H, W]` in [0, 1].
         prompt: their prompt numbers `[N]`.
         texts: their N prompts.
-        reward: whose terms are taken.
+        reward: the reward.
         probe: see `fastnabla.metrics.probes`, or None.
-        chunk: most images that a network sees at once; None for all.
+        chunk: largest number of images per network pass; None for all.
     """
     parts = reward.parts(images, texts, chunk)
     return Measures(
@@ -75,14 +75,16 @@ def measure_images(
 
 @torch.no_grad()
 def probe_features(images: Tensor, probe: Any | None, chunk: int | None = None) -> Tensor | None:
-    """The probe's features `[N, D]` of images `[N, 3, H, W]`, on the host; None if it has none. A warning names a probe
-    that gives what nothing can be measured by: features that are not finite, or all 0."""
+    """The probe's features `[N, D]` of images `[N, 3, H, W]`, on the CPU. None if the probe has no features.
+
+    Logs a warning if features of an image are not finite or all zero, because metrics based on them are nan.
+    """
     if not hasattr(probe, "features"):
         return None
     features = torch.cat([_column(probe.features(part)) for part in images.split(chunk or len(images))])
     if bad := int((~has_direction(features)).sum()):
         logger.warning(
-            "the probe %s gives features that are not finite, or all 0, for %d of %d images; metrics that need them are nan",
+            "the probe %s gives features that are not finite or all zero for %d of %d images; metrics that use them are nan",
             name_of(probe),
             bad,
             len(images),
@@ -91,12 +93,12 @@ def probe_features(images: Tensor, probe: Any | None, chunk: int | None = None) 
 
 
 def has_direction(features: Tensor) -> Tensor:
-    """Which of `features [N, D]` are finite and not all 0, `[N]` bool."""
+    """Which rows of `features [N, D]` are finite and not all zero, bool `[N]`."""
     return features.isfinite().all(1) & features.any(1)
 
 
 def name_of(probe: Any) -> str:
-    """Module and class of a probe."""
+    """Module and class name of a probe."""
     return f"{type(probe).__module__}.{type(probe).__qualname__}"
 
 
@@ -105,7 +107,7 @@ def _column(values: Tensor) -> Tensor:
 
 
 def _map(function: Any, measures: Sequence[Measures]) -> Measures:
-    """Measures whose every column is `function` of the list of that column in `measures`."""
+    """Apply `function` to every column: it takes the list of that column in all of `measures`."""
     first = measures[0]
     columns: dict[str, Any] = {
         field.name: function([getattr(m, field.name) for m in measures])

@@ -1,7 +1,7 @@
 """Probes for photographs: CLIP, LPIPS and DreamSim.
 
-lpips and dreamsim are optional packages and fetch weights of their own; neither is installed where this is tested, so the
-tests stand a module of the same interface in for each (lpips 0.1, dreamsim 0.2).
+lpips and dreamsim are optional packages that download their own weights. The tests replace them with stubs of the same
+interface (lpips 0.1, dreamsim 0.2).
 """
 
 import importlib
@@ -20,10 +20,10 @@ from fastnabla.rewards.preprocess import resize
 
 
 class ClipProbe:
-    """Image embeddings of a CLIP, normalised: half a squared distance is 1 less the cosine.
+    """Normalised CLIP image embeddings: half the squared distance is 1 minus the cosine similarity.
 
     Args:
-        reward: the CLIP and its preprocessing.
+        reward: provides CLIP and its preprocessing.
     """
 
     def __init__(self, reward: ClipReward) -> None:
@@ -31,23 +31,23 @@ class ClipProbe:
 
     @classmethod
     def build(cls, device: torch.device | str, options: RewardOptions = DEFAULTS) -> "ClipProbe":
-        """OpenAI's ViT-L/14, whose weights are those of the reward clipscore.
+        """Build the probe with OpenAI's ViT-L/14, whose weights are those of the reward clipscore.
 
         Raises:
-            ValueError: they are not in the hub's cache and cannot be downloaded.
+            ValueError: the weights are not in the hub's cache and cannot be downloaded.
         """
         return cls(published_class("clipscore").build(torch.device(device), options))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """`[B, D]`, of norm 1."""
+        """Features `[B, D]` with norm 1."""
         pixel_values = self.reward.preprocess(images.float())
         return F.normalize(self.reward.clip.get_image_features(pixel_values).pooler_output, dim=-1)
 
 
 class LpipsProbe:
-    """LPIPS (arXiv 1801.03924) with AlexNet: compares images and has no features of fixed length, so it measures pairwise
-    distances alone.
+    """LPIPS (arXiv 1801.03924) with AlexNet. It compares images and has no features of fixed length, so it provides pairwise
+    distances only.
 
     Raises:
         ValueError: lpips is not installed.
@@ -59,12 +59,12 @@ class LpipsProbe:
 
     @torch.no_grad()
     def distance(self, images: Tensor, others: Tensor) -> Tensor:
-        """LPIPS `[B]` of images `[B, 3, H, W]` in [0, 1] and as many others."""
+        """LPIPS `[B]` between two batches of images `[B, 3, H, W]` in [0, 1]."""
         return self.network(images.float(), others.float(), normalize=True).flatten()
 
 
 class DreamSimProbe:
-    """Embeddings of DreamSim's ensemble (arXiv 2306.09344), normalised: half a squared distance is DreamSim's distance.
+    """Normalised embeddings of DreamSim's ensemble (arXiv 2306.09344): half the squared distance is DreamSim's distance.
 
     Raises:
         ValueError: dreamsim is not installed.
@@ -75,7 +75,7 @@ class DreamSimProbe:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """`[B, D]`, of norm 1. Images are resized to 224 as the package does, but for rounding to 8 bits."""
+        """Features `[B, D]` with norm 1. Images are resized to 224 pixels as in the package, but not rounded to 8 bits."""
         embedding = self.network.embed(resize(images.float(), 224, 224).clamp(0, 1))
         return F.normalize(embedding.view(len(images), -1), dim=-1)
 
@@ -85,7 +85,7 @@ PERCEPTUAL: dict[str, Callable[[torch.device | str], Any]] = {
     "lpips": LpipsProbe,
     "dreamsim": DreamSimProbe,
 }
-"""By name: device → probe."""
+"""Name → builder: device → probe."""
 
 
 def _package(name: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""Distance from the prior: how far finetuned samples are from the pretrained model's."""
+"""Distance from the prior: Fréchet distances between finetuned and pretrained samples."""
 
 import dataclasses
 import math
@@ -18,23 +18,25 @@ class Moments:
 def gaussian_moments(features: Tensor, weights: Tensor) -> Moments:
     """Moments of `features [N, D]` with `weights [N]` that sum to 1.
 
-    The covariance is divided by 1 − Σw², which makes it unbiased for weights that do not depend on the features (for
-    equal weights: the usual N − 1).
+    The covariance is divided by 1 − Σw², so it is unbiased if the weights do not depend on the features. With equal weights
+    this is the usual N − 1.
 
     Raises:
-        ValueError: all weight is on one sample, which has no covariance.
+        ValueError: one sample has all the weight, so there is no covariance.
     """
     features, weights = features.double(), weights.double()
     spread = 1 - weights.square().sum()
     if spread < 1e-12:
-        raise ValueError("all weight is on one sample: no covariance; take more samples or a smaller beta.")
+        raise ValueError(
+            "one sample has all the weight, so there is no covariance; take more samples or a smaller beta."
+        )
     mean = weights @ features
     centred = features - mean
     return Moments(mean, (weights[:, None] * centred).T @ centred / spread)
 
 
 def frechet_between(a: Moments, b: Moments) -> float:
-    """Fréchet (2-Wasserstein, squared) distance between Gaussians,
+    """Fréchet distance (squared 2-Wasserstein distance) between Gaussians:
     ``|m_a − m_b|² + tr C_a + tr C_b − 2 tr (C_a^½ C_b C_a^½)^½`` (Dowson, Landau 1982)."""
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -55,14 +57,14 @@ class _Features(torch.nn.Module):
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to `features [N, D]` and `reference [M, D]`.
 
-    This is a distance to the pretrained model's own samples in some network's features, not the FID of a data set.
-    It is biased upwards for few samples: compare equal counts. It is nan if a feature is not finite.
+    This is a distance to the pretrained model's samples in the features of some network, not the FID of a data set. It is
+    biased upwards for few samples, so compare equal counts. It is nan if a feature is not finite.
     """
     if not (features.isfinite().all() and reference.isfinite().all()):
         return math.nan
     from torchmetrics.image.fid import FrechetInceptionDistance  # takes half a second to import
 
-    # Of these samples alone: else torchmetrics adds those of other ranks, and waits for ranks that have none.
+    # Without syncing: torchmetrics would add the samples of other ranks, and hang if a rank has none.
     metric = FrechetInceptionDistance(feature=_Features(features.shape[1]), sync_on_compute=False)
     metric.update(reference.double().cpu(), real=True)
     metric.update(features.double().cpu(), real=False)
@@ -70,10 +72,10 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
 
 def mean_frechet_distance(features: Tensor, prompt: Tensor, reference: Tensor, reference_prompt: Tensor) -> float:
-    """Fréchet distance of each prompt's `features [N, D]` to its `reference [M, D]`, averaged over prompts.
+    """Fréchet distance between `features [N, D]` and `reference [M, D]` of the same prompt, averaged over prompts.
 
     Args:
-        features, reference: of at least two samples of each prompt.
+        features, reference: features of at least two samples per prompt.
         prompt, reference_prompt: their prompt numbers `[N]` and `[M]`.
     """
 

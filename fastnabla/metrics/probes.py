@@ -1,9 +1,12 @@
-"""Probes: networks through whose eyes diversity and distance from the prior are measured.
+"""Probes: networks whose features measure diversity and distance from the prior.
 
-A probe is an object with ``features(images [B, 3, H, W]) → [B, D]``; or, if it can only compare images, with
-``distance(images, others) → [B]``; and, if it can tell, ``accuracy(images, prompts) → float``. "testbed" is the classifier
-that no reward has seen; "clip", "lpips" and "dreamsim" are for photographs; ``module:function`` names a function of no
-arguments that returns a probe of your own; "none" leaves out what needs one.
+A probe is an object with ``features(images [B, 3, H, W]) → [B, D]``, or, if it can only compare images, with
+``distance(images, others) → [B]``. It may also have ``accuracy(images, prompts) → float``. The names are:
+
+- "testbed": the testbed's evaluation classifier, which is independent of the reward's.
+- "clip", "lpips" and "dreamsim": probes for photographs.
+- ``module:function``: a function without arguments that returns your own probe.
+- "none": no probe; metrics that need one are left out.
 """
 
 import importlib
@@ -29,16 +32,16 @@ class TestbedProbe:
         return self.network.features(images)
 
     def accuracy(self, images: Tensor, prompts: Sequence[str]) -> float:
-        """Share of the images in which it sees the prompt's animal."""
+        """Fraction of the images that are classified as the prompt's animal."""
         wanted = torch.tensor([animal_in(prompt) for prompt in prompts], device=images.device)
         return (self.network(images).argmax(1) == wanted).float().mean().item()
 
 
 def build_probe(name: str, device: torch.device | str) -> Any | None:
-    """The probe called `name`; None for "none".
+    """Build the probe called `name`; None for "none".
 
     Raises:
-        ValueError: unknown, or not importable; its package or weights are missing.
+        ValueError: the name is unknown or cannot be imported, or the probe's package or weights are missing.
     """
     if name == "none":
         return None
@@ -51,6 +54,6 @@ def build_probe(name: str, device: torch.device | str) -> Any | None:
         return getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"evaluation.probe = {name!r}: not 'testbed', 'none', one of {', '.join(PERCEPTUAL)}, or an importable "
+            f"evaluation.probe = {name!r}: must be 'testbed', 'none', one of {', '.join(PERCEPTUAL)}, or an importable "
             f"module:function ({error})."
         ) from error

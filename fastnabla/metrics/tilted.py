@@ -1,11 +1,12 @@
-"""The distribution that finetuning promises, estimated from samples of the pretrained model.
+"""The tilted target p_ref · exp(βr), estimated from samples of the pretrained model.
 
 For each prompt c the target is ``p*(x|c) = p_ref(x|c) exp(β r(x, c)) / Z(c)``. With reference samples x_i of the prompt,
+self-normalised importance sampling gives
 
     E*[f] ≈ Σ w_i f(x_i),    w_i ∝ exp(β r(x_i, c)),  Σ w_i = 1
 
-(self-normalised importance sampling). Prompts count equally, whatever their Z. The estimate is as good as its effective
-sample size, ``1 / Σ w²`` (Kong 1992): it can never give weight to what no reference sample shows.
+All prompts have equal weight, whatever their Z. The quality of the estimate is given by its effective sample size,
+``1 / Σ w²`` (Kong 1992). It cannot put weight where there is no reference sample.
 """
 
 import dataclasses
@@ -23,18 +24,18 @@ from fastnabla.metrics.prior import Moments, frechet_between, gaussian_moments
 
 
 def tilted_weights(reward: Tensor, prompt: Tensor, beta: float) -> Tensor:
-    """Weights `[N]`, float64, ∝ exp(β r) within each prompt and summing to 1/P over each of the P prompts.
+    """Weights `[N]`, float64, proportional to exp(β r) within each of the P prompts and summing to 1/P per prompt.
 
     Args:
         reward: r `[N]`.
         prompt: prompt numbers `[N]`.
-        beta: β; 0 gives all samples of a prompt the same weight.
+        beta: β; with 0, all samples of a prompt have equal weight.
 
     Raises:
         ValueError: a reward is not finite.
     """
     if not torch.isfinite(reward).all():
-        raise ValueError("tilted target: a reference sample's reward is not finite.")
+        raise ValueError("tilted target: the reward of a reference sample is not finite.")
     numbers = prompt.unique()
     weights = torch.empty(len(reward), dtype=torch.float64)
     for number in numbers:
@@ -44,15 +45,16 @@ def tilted_weights(reward: Tensor, prompt: Tensor, beta: float) -> Tensor:
 
 
 def effective_sample_size(weights: Tensor) -> float:
-    """``(Σ w)² / Σ w²``: so many equally weighted samples estimate a mean about as well."""
+    """``(Σ w)² / Σ w²``: the number of equally weighted samples that estimate a mean about as well."""
     return (weights.sum().square() / weights.square().sum()).item()
 
 
 def beta_for_ess(reward: Tensor, prompt: Tensor, share: float = 0.05) -> float:
-    """The largest β ≥ 0 at which every prompt has effective samples of at least `share` of its own; inf if it is any.
+    """The largest β ≥ 0 at which each prompt's effective sample size is at least `share` of its samples; inf if all are.
 
-    They fall with β: with L = log Σ e^{βr}, log ESS = 2 L(β) − L(2β), whose derivative 2 L'(β) − 2 L'(2β) is ≤ 0 because L
-    is convex. Of all prompts together there may be plenty where one prompt's target is a single sample.
+    The effective sample size (ESS) decreases with β: with L = log Σ e^{βr}, log ESS = 2 L(β) − L(2β), whose derivative
+    2 L'(β) − 2 L'(2β) is ≤ 0 because L is convex. Each prompt is checked by itself: the pooled ESS can be large although one
+    prompt's target rests on a single sample.
     """
     groups = [prompt == number for number in prompt.unique()]
 
@@ -64,9 +66,9 @@ def beta_for_ess(reward: Tensor, prompt: Tensor, share: float = 0.05) -> float:
 
 
 def beta_for_reward(reward: Tensor, prompt: Tensor, mean: float) -> float | None:
-    """The β ≥ 0 at which the target's mean reward is `mean`; None if it is beyond it at β = 0 or for every β.
+    """The β ≥ 0 at which the target's mean reward is `mean`. None if no such β exists.
 
-    The mean rises with β: its derivative is the target's variance of r.
+    The mean increases with β: its derivative is the variance of r under the target.
     """
 
     def target_mean(beta: float) -> float:
@@ -80,24 +82,24 @@ def beta_for_reward(reward: Tensor, prompt: Tensor, mean: float) -> float | None
 
 @dataclasses.dataclass(frozen=True)
 class WeightedSamples:
-    """Samples and their weights `[N]`, float64, which sum to 1: an estimate of a distribution."""
+    """Weighted samples that estimate a distribution. The weights `[N]` are float64 and sum to 1."""
 
     measures: Measures
     weights: Tensor
 
     @classmethod
     def tilted(cls, reference: Measures, beta: float) -> "WeightedSamples":
-        """The tilted target at β from reference samples; with β = 0 the samples as they are, prompts counting equally."""
+        """The tilted target at β, from reference samples. With β = 0: the samples themselves, with equal prompt weights."""
         return cls(reference, tilted_weights(reference.reward, reference.prompt, beta))
 
     @property
     def ess(self) -> float:
-        """Effective sample size of all prompts together."""
+        """Effective sample size, with all prompts pooled."""
         return effective_sample_size(self.weights)
 
     @property
     def smallest_ess(self) -> float:
-        """Effective sample size of the prompt that has the smallest."""
+        """Smallest effective sample size of any prompt."""
         return min(effective_sample_size(self.weights[rows]) for rows in self._groups)
 
     def mean(self, values: Tensor) -> float:
@@ -106,8 +108,10 @@ class WeightedSamples:
 
     @property
     def divergence(self) -> float:
-        """KL from the unweighted samples' distribution, Σ w log(n w) of each prompt's n samples, averaged over prompts:
-        of a tilted target an estimate of KL(p* ‖ p_ref) = β E*[r] − log Z, in nats. At most log n."""
+        """KL from the unweighted samples in nats: Σ w log(n w) over each prompt's n samples, averaged over prompts.
+
+        For a tilted target it estimates KL(p* ‖ p_ref) = β E*[r] − log Z. It is at most log n.
+        """
         terms = []
         for rows in self._groups:
             share = self.weights[rows] / self.weights[rows].sum()
@@ -116,7 +120,7 @@ class WeightedSamples:
 
     @property
     def pairwise_distance(self) -> float | None:
-        """Mean distance of two different samples of a prompt in the features, if there are any."""
+        """Mean feature distance between two different samples of a prompt. None without features."""
         measures = self.measures
         if measures.features is None:
             return None
@@ -124,12 +128,12 @@ class WeightedSamples:
 
     @functools.cached_property
     def hues(self) -> Tensor:
-        """Shares of hue bins."""
+        """Hue histogram `[12]`."""
         return hue_histogram(self.measures.hue, self.weights)
 
     @functools.cached_property
     def moments(self) -> Moments | None:
-        """Moments of the features, if there are any."""
+        """Moments of the features. None without features."""
         features = self.measures.features
         return None if features is None else gaussian_moments(features, self.weights)
 
@@ -140,9 +144,11 @@ class WeightedSamples:
 
 
 def distances(samples: WeightedSamples, target: WeightedSamples) -> dict[str, float]:
-    """How far `samples` are from `target`, prompts pooled: gaps of mean reward and of the share of dark grounds (signed,
-    samples less target), total variation and circular Wasserstein distance (in turns) of hues, Fréchet distance of the
-    features."""
+    """Distances between `samples` and `target`, with all prompts pooled.
+
+    They are the gaps in mean reward and in the fraction of dark grounds (signed, samples minus target), the total variation
+    and the circular Wasserstein distance (in turns) of the hues, and the Fréchet distance of the features.
+    """
     a, b = samples.measures, target.measures
     found = {
         "reward_gap": samples.mean(a.reward) - target.mean(b.reward),
@@ -156,12 +162,18 @@ def distances(samples: WeightedSamples, target: WeightedSamples) -> dict[str, fl
 
 
 def finite_sample_floor(reference: Measures, beta: float, samples: int, splits: int = 8) -> dict[str, float]:
-    """What `distances` would be of a perfect sampler, because samples are finite; absolute values.
+    """The `distances`, in absolute value, that a perfect sampler would have because samples are finite.
 
-    Reference samples are split in halves, which share none: `samples` of each prompt, drawn by weight from one half, are
-    compared with the target as the other half shows it, averaged over random `splits`. A perfect sampler's `samples`,
-    compared with the target as all reference samples show it, score no more on average, and at least about half as much:
-    the same chance of `samples` draws, and a quarter of the variance that estimating the target adds here.
+    The reference samples are split into two disjoint halves. `samples` per prompt are drawn by weight from one half and
+    compared with the target estimated from the other half. The result is averaged over random `splits`. A perfect sampler's
+    distance to the target estimated from all reference samples is at most as large on average, and at least about half as
+    large: it has the same noise from `samples` draws, and a quarter of the variance added here by estimating the target.
+
+    Args:
+        reference: reference samples.
+        beta: β of the target.
+        samples: samples per prompt.
+        splits: number of random splits.
 
     Raises:
         ValueError: a prompt has fewer than 4 reference samples.
@@ -169,7 +181,7 @@ def finite_sample_floor(reference: Measures, beta: float, samples: int, splits: 
     generator = torch.Generator().manual_seed(0)
     groups = [(reference.prompt == number).nonzero()[:, 0] for number in reference.prompt.unique()]
     if min(map(len, groups)) < 4:
-        raise ValueError("tilted target: a floor needs at least 4 reference samples of each prompt.")
+        raise ValueError("tilted target: the floor needs at least 4 reference samples per prompt.")
     total: dict[str, float] = {}
     for _ in range(splits):
         drawn, rest = [], []
@@ -186,15 +198,15 @@ def finite_sample_floor(reference: Measures, beta: float, samples: int, splits: 
 
 
 def _scale(reward: Tensor, prompt: Tensor) -> float:
-    """A β that matters: 1 over the largest spread of rewards within a prompt."""
+    """A typical β: 1 over the largest range of rewards within a prompt."""
     spread = max((reward[prompt == n].max() - reward[prompt == n].min()).item() for n in prompt.unique())
     return 1 / spread if spread > 0 else 1.0
 
 
 def _largest(holds: Callable[[float], bool], scale: float) -> float:
-    """The largest β ≥ 0 for which `holds`, which it does at 0 and, once it does not, never again; inf if it always does.
+    """The largest β ≥ 0 at which `holds` is true, by bisection; inf if it is true everywhere.
 
-    Beyond 2⁴⁰ times `scale` it is not looked for: all weight is then on the best samples.
+    `holds` must be true at 0 and monotone. The search ends at 2⁴⁰ times `scale`, where the best samples have all the weight.
     """
     low, high = 0.0, scale
     for _ in range(40):

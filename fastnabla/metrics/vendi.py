@@ -1,4 +1,4 @@
-"""Vendi score (Friedman, Dieng, *The Vendi Score*, TMLR 2023): the effective number of different samples."""
+"""Vendi score (Friedman, Dieng, *The Vendi Score*, TMLR 2023): the effective number of distinct samples."""
 
 import math
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def vendi_score(features: Tensor) -> float:
-    """exp of the von Neumann entropy of K/n, with K the cosines between `features [n, D]`: 1 to n.
+    """exp of the von Neumann entropy of K/n, where K holds the cosine similarities of `features [n, D]`.
 
-    It is 1 if all samples are alike, n if all are orthogonal. n samples cannot score more than n or D: compare equal n. It
-    is nan if a sample's features have no direction: all are 0, or one is not finite.
+    It is 1 if all samples are identical and n if all are orthogonal. It is at most min(n, D), so compare equal n. It is nan
+    if the features of a sample are all zero or not finite.
     """
     features = features.double()
     norm = features.norm(dim=1, keepdim=True)
     if not (torch.isfinite(norm) & (norm > 0)).all():
         return math.nan
     x = features / norm
-    gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x  # both have the same eigenvalues, but for zeros
+    gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x  # both have the same nonzero eigenvalues
     share = torch.linalg.eigvalsh(gram / len(x)).clamp(min=0)
     return torch.exp(-torch.special.xlogy(share, share).sum()).item()
 

@@ -1,4 +1,4 @@
-"""Prompts: where they come from, which are trained on, and which trajectory gets which."""
+"""Prompts: loading, splitting into training and held-out prompts, and assigning them to trajectories."""
 
 from fastnabla.prompts.length import warn_truncated
 from fastnabla.prompts.loading import load_prompts

@@ -1,4 +1,4 @@
-"""Prompts that the text encoder does not read to the end."""
+"""Warning about prompts that the text encoder truncates."""
 
 import logging
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 CHUNK = 1024
-"""Prompts tokenized at once; memory only."""
+"""Prompts tokenized at once; affects memory only."""
 
 
 def warn_truncated(prompts: Sequence[str], *tokenizers: PreTrainedTokenizerBase) -> None:
-    """Warn once, with their number and the first, if prompts are longer than a tokenizer's `model_max_length`.
+    """Log one warning if prompts are longer than a tokenizer's `model_max_length`, with their count and the first of them.
 
-    With several tokenizers, as SDXL has, a prompt counts once, whichever of them cuts it off.
+    With several tokenizers, as in SDXL, a prompt counts once if any of them truncates it.
     """
     first, count = None, 0
     for start in range(0, len(prompts), CHUNK):
@@ -24,7 +24,7 @@ def warn_truncated(prompts: Sequence[str], *tokenizers: PreTrainedTokenizerBase)
                 count += 1
     if first is not None:
         logging.getLogger("fastnabla").warning(
-            "%d of the %d prompts that the run sees are longer than the %s tokens of the text encoder, which ignores the rest; the first: %r",
+            "%d of the run's %d prompts are longer than the %s tokens of the text encoder, which ignores the rest; the first: %r",
             count,
             len(prompts),
             " and ".join(str(limit) for limit in sorted({tokenizer.model_max_length for tokenizer in tokenizers})),

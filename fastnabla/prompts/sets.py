@@ -1,4 +1,4 @@
-"""The named sets of prompts."""
+"""The built-in sets of prompts."""
 
 from fastnabla.testbed.silhouettes import ANIMALS, PHRASINGS, caption
 
@@ -8,7 +8,7 @@ SIMPLE_ANIMALS = """
     eagle owl parrot penguin swan duck chicken butterfly bee
 """
 
-# Each asks for what text-to-image models get wrong: counts, colours, places, odd unions, writing.
+# What text-to-image models get wrong: counts, colours, spatial relations, unusual combinations and text.
 COMPOSITIONS = """
     three apples on a blue plate | two cats and one dog on a sofa | four red balloons over a lake | one green pear
     among five oranges | seven candles on a chocolate cake | two bicycles leaning against a yellow wall | six white
@@ -44,7 +44,7 @@ MEDIA = (
 
 
 def _split(text: str) -> tuple[str, ...]:
-    """The prompts between the bars of a text."""
+    """Split a text at its bars into prompts."""
     return tuple(" ".join(part.split()) for part in text.split("|"))
 
 
@@ -55,4 +55,4 @@ PROMPT_SETS = {
     "animals": tuple(caption(animal) for animal in ANIMALS),
     "animals-phrased": tuple(caption(animal, i) for animal in ANIMALS for i in range(len(PHRASINGS))),
 }
-"""Name → prompts. The last two are the testbed's."""
+"""Name → prompts. The last two sets are for the testbed."""

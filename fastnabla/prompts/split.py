@@ -1,4 +1,4 @@
-"""Which prompts are trained on, and which are evaluated."""
+"""The prompts that a run trains on, and those that it evaluates."""
 
 import dataclasses
 import hashlib
@@ -14,43 +14,43 @@ from fastnabla.utils.typed_json import parse
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunPrompts:
-    """The prompts of a run, numbered."""
+    """The numbered prompts of a run."""
 
     texts: list[str]
-    """By number; those trained on come first."""
+    """Texts by number. Training prompts come first."""
     trained: int
-    """Numbers below are trained on."""
+    """Number of training prompts."""
     evaluated: range
-    """Numbers that are evaluated."""
+    """Numbers of the evaluated prompts."""
 
     def to_json(self) -> str:
-        """What `load` reads, a prompt a line."""
+        """Serialise for `from_json`, with one prompt per line."""
         evaluated = [self.evaluated.start, self.evaluated.stop]
         values = {"trained": self.trained, "evaluated": evaluated, "texts": self.texts}
         return json.dumps(values, ensure_ascii=False, indent=0) + "\n"
 
     def save(self, path: Path) -> None:
-        """Write them as JSON."""
+        """Write the prompts to `path` as JSON."""
         write_file(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> "RunPrompts":
-        """What `save` wrote.
+        """Read the prompts that `save` wrote.
 
         Raises:
-            ValueError: the file cannot be read, or is not what `save` writes.
+            ValueError: the file cannot be read, or was not written by `save`.
         """
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{str(path)!r} cannot be read ({error}); it has the prompts of the run.") from error
+            raise ValueError(f"{str(path)!r}, the prompts of the run, cannot be read ({error}).") from error
 
     @classmethod
     def from_json(cls, text: str) -> "RunPrompts":
-        """What `to_json` gave.
+        """Parse the result of `to_json`.
 
         Raises:
-            ValueError, KeyError, TypeError: it is none.
+            ValueError, KeyError, TypeError: `text` is not such a result.
         """
         values = parse(text)
         start, stop = values["evaluated"]
@@ -59,35 +59,37 @@ class RunPrompts:
         return prompts
 
     def check(self) -> None:
-        """Make sure that these are prompts, numbered.
+        """Validate the fields.
 
         Raises:
-            ValueError: they are not.
+            ValueError: a field is invalid.
         """
         if not isinstance(self.texts, list) or not all(isinstance(text, str) for text in self.texts):
-            raise ValueError("texts: must be a list of texts")
+            raise ValueError("texts: must be a list of strings")
         for text in self.texts:
             if checked_prompt(text) != text or not text:
                 raise ValueError(f"texts: {text!r:.100} is blank, or has white space around it")
         if type(self.trained) is not int or not 0 < self.trained <= len(self.texts):
-            raise ValueError(f"trained = {self.trained!r:.100}: must be from 1 to the {len(self.texts)} texts")
+            raise ValueError(
+                f"trained = {self.trained!r:.100}: must be from 1 to {len(self.texts)}, the number of texts"
+            )
         if not 0 <= self.evaluated.start < self.evaluated.stop <= len(self.texts):
-            raise ValueError(f"evaluated = {self.evaluated!r:.100}: must be among the {len(self.texts)} texts")
+            raise ValueError(f"evaluated = {self.evaluated!r:.100}: must be numbers of the {len(self.texts)} texts")
 
 
 def split_prompts(prompts: Sequence[str], held_out: float, seed: int) -> tuple[list[str], list[str]]:
-    """`prompts` to train on and those held out, both in their order.
+    """Split `prompts` into training prompts and held-out prompts. Both keep their order.
 
-    A hash of the seed and the prompt's text decides on each alone: prompts that are added, removed or reordered do not
-    move others, and a larger share holds out more, never others. So the share is met only on average.
+    A hash of the seed and the text decides for each prompt. So adding, removing or reordering prompts does not move the
+    others, and a larger fraction holds out a superset. The fraction is met only on average.
 
     Args:
-        prompts: texts, each once.
-        held_out: share to hold out, in (0, 1).
-        seed: the run's.
+        prompts: unique texts.
+        held_out: fraction to hold out, in (0, 1).
+        seed: seed of the run.
 
     Raises:
-        ValueError: a part is left empty.
+        ValueError: one of the parts is empty.
     """
     parts: tuple[list[str], list[str]] = ([], [])
     for prompt in prompts:
@@ -96,7 +98,7 @@ def split_prompts(prompts: Sequence[str], held_out: float, seed: int) -> tuple[l
     if not all(parts):
         raise ValueError(
             f"prompts.held_out = {held_out!r}: leaves {len(parts[0])} of {len(prompts)} prompts to train on and "
-            f"{len(parts[1])} to evaluate with seed = {seed}; change the share, give more prompts, or name those to "
+            f"{len(parts[1])} to evaluate with seed = {seed}; change the fraction, give more prompts, or give those to "
             "evaluate with prompts.evaluation."
         )
     return parts
@@ -105,18 +107,20 @@ def split_prompts(prompts: Sequence[str], held_out: float, seed: int) -> tuple[l
 def load_run_prompts(
     source: str, templates: Sequence[str], held_out: float, evaluation: str | None, most_evaluated: int, seed: int
 ) -> RunPrompts:
-    """The prompts that a run trains on and evaluates.
+    """Load the prompts that a run trains on and evaluates.
+
+    If neither `held_out` nor `evaluation` is given, training prompts are evaluated.
 
     Args:
-        source: what is trained on; see `load_prompts`.
-        templates: for the prompts of both sources.
-        held_out: share of `source` that is evaluated instead; 0 for none.
-        evaluation: source of the prompts that are evaluated, or None. With neither, those trained on are.
-        most_evaluated: the first so many are evaluated.
-        seed: the run's.
+        source: training prompts; see `load_prompts`.
+        templates: templates for the prompts of both sources.
+        held_out: fraction of `source` that is held out and evaluated; 0 for none.
+        evaluation: source of the evaluated prompts, or None.
+        most_evaluated: largest number of evaluated prompts; the first ones are taken.
+        seed: seed of the run.
 
     Raises:
-        ValueError: as `load_prompts` and `split_prompts`.
+        ValueError: see `load_prompts` and `split_prompts`.
     """
     trained = load_prompts(source, templates)
     if evaluation is not None:
@@ -124,7 +128,10 @@ def load_run_prompts(
         seen = set(trained).intersection(evaluated)
         if seen:
             logging.getLogger("fastnabla").warning(
-                "prompts.evaluation = %r: %d of %d prompts are also trained on", evaluation, len(seen), len(evaluated)
+                "prompts.evaluation = %r: %d of %d prompts are also training prompts",
+                evaluation,
+                len(seen),
+                len(evaluated),
             )
     elif held_out:
         trained, evaluated = split_prompts(trained, held_out, seed)

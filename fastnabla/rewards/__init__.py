@@ -1,8 +1,8 @@
-"""Rewards: differentiable functions of images and prompts, chosen by name or plugged in by path.
+"""Rewards: differentiable functions of images and prompts, chosen by name or imported from a path.
 
 A reward takes images `[B, 3, H, W]` in [0, 1] (float32, with a gradient) and B prompts, and returns `[B]` values.
-A term of a sum is written ``name=weight`` (``area=8``); the name is one of the `REWARDS`, or ``module:function``
-for a reward of your own, which needs no change here. A `torch.nn.Module` there is moved to the device.
+Each term of the sum is written ``name=weight``, for example ``area=8``. The name is a key of `REWARDS`, or
+``module:function`` for your own reward. If that is a `torch.nn.Module`, it is moved to the device.
 """
 
 import importlib
@@ -36,11 +36,11 @@ PUBLISHED: dict[str, str] = {
     "imagereward": "ImageReward",
     "pickscore": "PickScore",
 }
-"""Classes of the rewards with published weights, by name, which is their module's too."""
+"""Name → class of each reward with published weights. Its module has the same name."""
 
 
 def published_class(name: str) -> type:
-    """The `fastnabla.rewards.published.PublishedReward` of one of the `PUBLISHED`; imports transformers."""
+    """Import the `fastnabla.rewards.published.PublishedReward` called `name`, and with it transformers."""
     return getattr(importlib.import_module(f"fastnabla.rewards.{name}"), PUBLISHED[name])
 
 
@@ -50,14 +50,14 @@ REWARDS: dict[str, Callable[[torch.device, RewardOptions], RewardFunction]] = {
     "hue": lambda device, options: testbed.hue(device),
     **{name: lambda device, options, name=name: published_class(name).build(device, options) for name in PUBLISHED},
 }
-"""Builders of the named rewards: device and options → reward."""
+"""Name → builder: device and options → reward."""
 
 
 def parse_term(term: str) -> tuple[str, float]:
-    """Name and weight of a term written ``name`` (weight 1) or ``name=weight``.
+    """Split a term written ``name`` (weight 1) or ``name=weight`` into name and weight.
 
     Raises:
-        ValueError: the weight is not a finite number other than 0.
+        ValueError: the weight is 0, or not a finite number.
     """
     name, _, text = term.partition("=")
     try:
@@ -65,7 +65,9 @@ def parse_term(term: str) -> tuple[str, float]:
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight) or weight == 0:
-        raise ValueError(f"reward.terms: {term!r} has weight {text!r}; write name=weight with a finite weight, not 0.")
+        raise ValueError(
+            f"reward.terms: {term!r} has weight {text!r}; write name=weight with a finite, nonzero weight."
+        )
     return name, weight
 
 
@@ -77,19 +79,19 @@ def build_reward(
     clip: float | None = None,
     timeout: float | None = None,
 ) -> RewardSum:
-    """The weighted sum of `terms`, on `device`.
+    """Build the weighted sum of `terms` on `device`.
 
     Args:
         terms: each ``name=weight``.
-        device: where the images will be.
-        options: settings of the rewards with networks.
+        device: device of the images.
+        options: settings of the network rewards.
         normalise: see `RewardSum`.
         clip: see `RewardSum`.
         timeout: see `RewardSum`.
 
     Raises:
-        ValueError: no terms, an unknown name, a path that cannot be imported, a bad weight; weights for a reward that
-            is not among the terms, or that cannot be loaded.
+        ValueError: there are no terms; a name is unknown, or a path cannot be imported; a weight is invalid;
+            `options.weights` names a reward that is not among the terms; or weights cannot be loaded.
     """
     if not terms:
         raise ValueError(f"reward.terms is empty; name at least one of {', '.join(REWARDS)} or a module:function.")
@@ -97,12 +99,12 @@ def build_reward(
     for term in terms:
         name, weight = parse_term(term)
         if name in weights:
-            raise ValueError(f"reward.terms: {name!r} appears twice; give it once, with the summed weight.")
+            raise ValueError(f"reward.terms: {name!r} appears twice; give it once, with the sum of the weights.")
         weights[name] = weight
     for part in options.weights:
         if part.partition(".")[0] not in weights.keys() & PUBLISHED.keys():
             raise ValueError(
-                f"reward.weights: {part!r} belongs to no term with published weights; these have: "
+                f"reward.weights: {part!r} belongs to no term with published weights. Rewards that have them: "
                 f"{', '.join(PUBLISHED)}."
             )
     built = {name: (_find(name, torch.device(device), options), weight) for name, weight in weights.items()}
@@ -115,14 +117,15 @@ def _find(name: str, device: torch.device, options: RewardOptions) -> RewardFunc
     module, colon, function = name.partition(":")
     if not colon:
         raise ValueError(
-            f"reward.terms: unknown reward {name!r}. Known: {', '.join(REWARDS)}; your own: path.to.module:function."
+            f"reward.terms: unknown reward {name!r}. Known: {', '.join(REWARDS)}; for your own, write "
+            "path.to.module:function."
         )
     try:
         reward = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"reward.terms: cannot import {name!r} ({error}). Run from the folder the module lies in, or install it."
+            f"reward.terms: cannot import {name!r} ({error}). Run from the module's folder, or install it."
         ) from error
     if not callable(reward):
-        raise ValueError(f"reward.terms: {name!r} is not callable; it must map images and prompts to rewards.")
+        raise ValueError(f"reward.terms: {name!r} is not callable; it must take images and prompts and return rewards.")
     return reward.to(device) if isinstance(reward, torch.nn.Module) else reward

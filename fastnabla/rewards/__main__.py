@@ -1,4 +1,4 @@
-"""`python -m fastnabla.rewards check SPEC…`: try rewards on sample images. `… list`: the named ones."""
+"""`python -m fastnabla.rewards check SPEC…` tests rewards on sample images; `… list` names the built-in ones."""
 
 import copy
 import dataclasses
@@ -36,36 +36,38 @@ MARKS = {True: "[green]passed[/]", False: "[bold red]failed[/]", None: ""}
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class CheckConfig:
-    """Try rewards on sample images: shape, finiteness, gradient against finite differences, independence of a batch's
-    rows, use of prompts, time and memory. Exits with 0 if all pass, 1 if one fails, 2 if it could not be tried.
+    """Test rewards on sample images: output shape, finite values, gradient against finite differences, independence of
+    the rows of a batch, use of prompts, time and memory. Exit status: 0 if all tests pass, 1 if one fails, 2 if a reward
+    could not be run.
 
-    For example: python -m fastnabla.rewards check my_rewards:warm; or hpsv2 --random-init, before any download.
+    Examples: python -m fastnabla.rewards check my_rewards:warm; or, before any download, hpsv2 --random-init.
     """
 
     spec: tyro.conf.Positional[tuple[str, ...]]
     """Rewards, as in --reward.terms: a name, or module:function."""
     images: Path | None = None
-    """Folder of images to try it on, in alphabetical order, cropped to the square; None: synthetic ones."""
+    """Folder of test images, taken in alphabetical order and cropped to a square. None: synthetic images."""
     size: int = 512
-    """Height and width that images are brought to."""
+    """Height and width to which images are resized."""
     batch: int = 2
-    """Images tried at once."""
+    """Images per batch."""
     prompts: tuple[str, ...] = ("a photo of a giraffe", "a painting of an elephant")
-    """At least two, repeated as needed."""
+    """At least two different prompts, repeated as needed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto" takes a GPU if there is one."""
+    """"auto" uses a GPU if there is one."""
     weights: tuple[str, ...] = ()
-    """Where weights are, each name=source, as in hpsv2=models/HPSv2: a hub id, a local folder or file. The command
-    "list" names the parts."""
+    """Sources of weights, each name=source, for example hpsv2=models/HPSv2. A source is a hub id, a local folder or a local
+    file. The command "list" names the parts."""
     preprocess: Preprocess = "official"
-    """Images as each scorer was trained with, or as the reference implementation of ∇-DB has them."""
+    """"official": preprocess images as in each scorer's training. "reference": as in the reference implementation of
+    ∇-DB."""
     checkpoint: bool = False
     """Recompute transformer layers in the backward pass."""
     precision: Precision | None = None
-    """What the published rewards compute in, as --reward.precision. Gradient and rows are tested in float32, which shows
-    mistakes; how far values and gradient are from float32 is told beside."""
+    """Precision of the published rewards, as in --reward.precision. Gradient and rows are tested in float32, where mistakes
+    show. The report also gives the deviation of values and gradients from float32."""
     random_init: bool = False
-    """Random weights of the real size, without any download; only time, memory and gradient mean anything."""
+    """Use random weights of the real size and download nothing. Only time, memory and gradient are meaningful."""
 
     def __post_init__(self) -> None:
         if not self.spec:
@@ -73,23 +75,25 @@ class CheckConfig:
         if self.size < 1:
             raise ValueError(f"size = {self.size}: must be at least 1.")
         if self.batch < 2:
-            raise ValueError(f"batch = {self.batch}: must be at least 2, to see whether rows are independent.")
+            raise ValueError(f"batch = {self.batch}: must be at least 2, to test whether rows are independent.")
         if len(set(self.prompts)) < 2:
-            raise ValueError(f"prompts = {self.prompts}: give at least two different ones, to see whether they count.")
+            raise ValueError(
+                f"prompts = {self.prompts}: give at least two different ones, to test whether the reward uses them."
+            )
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device = 'cuda': torch sees no GPU here; use --device cpu.")
+            raise ValueError("device = 'cuda': torch finds no GPU; use --device cpu.")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ListConfig:
-    """Name the built-in rewards, and the commands that fetch their weights."""
+    """List the built-in rewards and the commands that download their weights."""
 
 
 def sample_images(folder: Path | None, count: int, size: int) -> Tensor:
-    """Images `[count, 3, size, size]`: the folder's first, or smooth synthetic ones with some noise.
+    """The first images of a folder, or smooth synthetic ones with some noise, `[count, 3, size, size]` in [0, 1].
 
     Raises:
-        ValueError: the folder has fewer.
+        ValueError: the folder has fewer than `count` images.
     """
     if folder is None:
         generator = torch.Generator().manual_seed(0)
@@ -97,16 +101,16 @@ def sample_images(folder: Path | None, count: int, size: int) -> Tensor:
         return (coarse + 0.05 * torch.randn(coarse.shape, generator=generator)).clamp(0, 1)
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES)[:count]
     if len(paths) < count:
-        raise ValueError(f"images = {str(folder)!r}: has {len(paths)} images, --batch wants {count}.")
+        raise ValueError(f"images = {str(folder)!r}: has {len(paths)} images, --batch needs {count}.")
     pictures = [ImageOps.fit(Image.open(path).convert("RGB"), (size, size)) for path in paths]
     return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 for picture in pictures])
 
 
 def check(config: CheckConfig, console: Console) -> bool:
-    """Print a table of findings for each reward; whether all passed.
+    """Print a table of findings for each reward and return whether all passed.
 
     Raises:
-        ValueError: a reward cannot be built, or refuses the prompts.
+        ValueError: a reward cannot be built, or rejects the prompts.
     """
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     options = RewardOptions(
@@ -132,7 +136,7 @@ def check(config: CheckConfig, console: Console) -> bool:
 
 
 def in_float32(name: str, reward: RewardFunction, device: torch.device, options: RewardOptions) -> RewardModel | None:
-    """The same reward in float32; None if it computes in that, or its precision is its own affair."""
+    """The same reward in float32. None if it already computes in float32, or is not a `RewardModel`."""
     if not isinstance(reward, RewardModel) or precision_on(device, reward.precision) == "float32":
         return None
     if name in PUBLISHED:
@@ -143,25 +147,25 @@ def in_float32(name: str, reward: RewardFunction, device: torch.device, options:
 
 
 def list_rewards(console: Console) -> None:
-    """Print the named rewards, and where the published ones come from."""
-    console.print(f"Embedded: {', '.join(name for name in REWARDS if name not in PUBLISHED)}.")
+    """Print the built-in rewards, and the download commands of those with published weights."""
+    console.print(f"Testbed: {', '.join(name for name in REWARDS if name not in PUBLISHED)}.")
     for name in PUBLISHED:
         cls = published_class(name)
-        what = (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0]
-        console.print(f"\n[bold]{name}[/]: {what}", highlight=False)
+        summary = (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0]
+        console.print(f"\n[bold]{name}[/]: {summary}", highlight=False)
         for part, source in cls.parts().items():
             console.print(f"  {part}: {source.command}", highlight=False, soft_wrap=True)
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return the exit status."""
     quiet_libraries()
     console = Console()
     try:
         config = tyro.extras.subcommand_cli_from_dict(
             {"check": CheckConfig, "list": ListConfig},
             prog="python -m fastnabla.rewards",
-            description="Rewards on their own, outside a run.",
+            description="Test and list rewards.",
             args=arguments,
         )
         if isinstance(config, ListConfig):

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor: a rating from 1 to 10 of an image alone, from OpenAI's CLIP and a linear head."""
+"""LAION's aesthetic predictor: OpenAI's CLIP and a linear head rate an image from 1 to 10."""
 
 import functools
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Aesthetic(PublishedReward):
 
     Args:
         clip: image tower and projection.
-        head: for normalised image embeddings.
+        head: takes normalised image embeddings.
         options: settings.
     """
 
@@ -48,15 +48,15 @@ class Aesthetic(PublishedReward):
     def from_weights(
         cls, device: torch.device, options: RewardOptions = DEFAULTS, config: CLIPVisionConfig | None = None
     ) -> Self:
-        """The published reward.
+        """Load the published weights.
 
         Args:
-            device: where it will be.
+            device: device of the networks.
             options: settings; `weights` may name copies of CLIP's weights and of ``head``.
-            config: another architecture than CLIP ViT-L/14's.
+            config: architecture of the image tower; None for CLIP ViT-L/14.
 
         Raises:
-            ValueError: weights are missing, damaged, or another network's.
+            ValueError: weights are missing or damaged, or do not fit the network.
         """
         (clip_path,), (head_path,) = cls.find(cls.name, options), cls.find("aesthetic.head", options)
         networks = _networks(device, config or VIT_L_14.vision_config)
@@ -67,7 +67,7 @@ class Aesthetic(PublishedReward):
 
     @classmethod
     def random_init(cls, device: torch.device, options: RewardOptions = DEFAULTS) -> Self:
-        """The real architecture with random weights."""
+        """Build the published architecture with random weights."""
         return cls(**_networks(device, VIT_L_14.vision_config), options=options)
 
 

@@ -1,4 +1,4 @@
-"""The check of a reward before a run: quick, and only of what would break it."""
+"""A quick check of a reward before a run: does it work, and does it have a gradient?"""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,17 @@ from fastnabla.rewards.sum import RewardSum, score
 def check_reward(
     reward: RewardSum, prompts: Sequence[str], image_size: tuple[int, int], device: torch.device | str = "cpu"
 ) -> None:
-    """Try every term on two random images, so that a broken reward stops a run before its first step.
+    """Run every term on two random images, so that a broken reward stops a run before its first step.
 
     Args:
         reward: the sum to check.
-        prompts: prompts of the run; the first and last are tried.
-        image_size: (H, W) of the images it will get.
-        device: where they will be.
+        prompts: prompts of the run; the first and the last are used.
+        image_size: (H, W) of the run's images.
+        device: device of the images.
 
     Raises:
-        ValueError: a term fails, returns the wrong shape or non-finite values, or has no finite gradient in the images.
+        ValueError: a term fails, returns the wrong shape or non-finite values, or has no finite gradient with respect to
+            the images.
     """
     prompts = [prompts[0], prompts[-1]]
     generator = torch.Generator().manual_seed(0)
@@ -31,5 +32,5 @@ def check_reward(
         (gradient,) = torch.autograd.grad(values.sum(), images, allow_unused=True)
         if gradient is None or not torch.isfinite(gradient).all():
             raise ValueError(
-                f"reward {name!r} has {'no' if gradient is None else 'a non-finite'} gradient in the images."
+                f"reward {name!r} has {'no' if gradient is None else 'a non-finite'} gradient with respect to the images."
             )

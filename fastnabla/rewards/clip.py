@@ -1,4 +1,4 @@
-"""CLIP as a reward: the cosine between an image and its prompt. Base of `hpsv2`, `pickscore` and `clipscore`."""
+"""CLIP as a reward: the cosine similarity of image and prompt. The base of `hpsv2`, `pickscore` and `clipscore`."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ VIT_L_14 = CLIPConfig(
         "projection_dim": 768,
     },
 )
-"""OpenAI's CLIP, with its approximate GELU; 224 pixels, 77 positions, 49408 tokens."""
+"""OpenAI's CLIP, with its approximate GELU: 224 pixels, 77 positions, 49408 tokens."""
 VIT_H_14 = CLIPConfig(
     projection_dim=1024,
     vision_config={
@@ -57,22 +57,22 @@ VIT_H_14 = CLIPConfig(
         "projection_dim": 1024,
     },
 )
-"""LAION's CLIP, with exact GELU; 224 pixels, 77 positions, 49408 tokens."""
+"""LAION's CLIP, with exact GELU: 224 pixels, 77 positions, 49408 tokens."""
 POSITION_IDS = r"embeddings\.position_ids$"
-"""A constant that older checkpoints carry."""
+"""A constant that older checkpoints contain."""
 
 
 class ClipReward(PublishedReward):
-    """The cosine between CLIP's embeddings of image and prompt, in [-1, 1].
+    """The cosine similarity of CLIP's embeddings of image and prompt, in [-1, 1].
 
     Args:
-        clip: the two towers.
-        tokenize: prompt to token ids, without padding. The last is the end token, whose id is the highest.
+        clip: image and text tower.
+        tokenize: prompt → token ids without padding. The last one is the end token, whose id is the highest.
         options: settings.
     """
 
     config: ClassVar[CLIPConfig]
-    """The architecture."""
+    """The published architecture."""
     resize: ClassVar[Callable[[Tensor, int], Tensor]] = staticmethod(crop_short_side)
     image_networks = ("clip.vision_model",)
     clip: CLIPModel
@@ -82,12 +82,13 @@ class ClipReward(PublishedReward):
         self.tokenize = tokenize
 
     def encode_prompt(self, prompt: str) -> Tensor:
-        """The prompt's normalised embedding `[D]`. Needs no padding: attention is causal, and the last token counts."""
+        """Normalised embedding `[D]` of `prompt`. Padding is not needed: attention is causal and the last token is
+        pooled."""
         ids = torch.tensor([self.tokenize(prompt)], device=self.clip.logit_scale.device)
         return F.normalize(self.clip.get_text_features(ids).pooler_output, dim=-1)[0]
 
     def score(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosines `[B]`."""
+        """Cosine similarities `[B]`."""
         image = F.normalize(full(self.clip.get_image_features(pixel_values).pooler_output), dim=-1)
         return (image * torch.stack([self.prompt_cache(prompt) for prompt in prompts])).sum(-1)
 
@@ -95,15 +96,16 @@ class ClipReward(PublishedReward):
     def from_weights(
         cls, device: torch.device, options: RewardOptions = DEFAULTS, config: CLIPConfig | None = None
     ) -> Self:
-        """The published reward.
+        """Load the published weights.
 
         Args:
-            device: where it will be.
+            device: device of the networks.
             options: settings; `weights` may name copies of the weights and of ``tokenizer``.
-            config: another architecture than the published one.
+            config: architecture; None for the published one.
 
         Raises:
-            ValueError: weights are missing, damaged, or another network's; the tokenizer is not the text tower's.
+            ValueError: weights are missing or damaged, or do not fit the network; or the tokenizer does not fit the text
+                tower.
         """
         config = config or cls.config
         (path,) = cls.find(cls.name, options)
@@ -116,12 +118,12 @@ class ClipReward(PublishedReward):
 
     @staticmethod
     def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors under transformers' names."""
+        """Rename a checkpoint's tensors to transformers' names."""
         return state
 
     @classmethod
     def random_init(cls, device: torch.device, options: RewardOptions = DEFAULTS) -> Self:
-        """The real architecture with random weights and hashed words for tokens."""
+        """Build the published architecture with random weights and a hashing tokenizer."""
         networks = made_on(device, lambda: {"clip": CLIPModel(cls.config)})
         text = cls.config.text_config
         end = text.vocab_size - 1

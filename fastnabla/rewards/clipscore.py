@@ -1,4 +1,4 @@
-"""CLIPScore (arXiv 2104.08718), as the plain cosine: how well OpenAI's CLIP finds that image and prompt go together."""
+"""CLIPScore (arXiv 2104.08718) as a plain cosine: how well image and prompt match according to OpenAI's CLIP."""
 
 from typing import ClassVar
 
@@ -9,10 +9,10 @@ REPOSITORY = "openai/clip-vit-large-patch14"
 
 
 class ClipScore(ClipReward):
-    """The cosine, in [-1, 1].
+    """The cosine similarity, in [-1, 1].
 
-    The paper takes max(cosine, 0), times 2.5, of CLIP ViT-B/32. Here scale is the term's weight, and negative values,
-    where the maximum has no gradient, are kept.
+    The paper defines 2.5 · max(cosine, 0) with CLIP ViT-B/32. Here the scale is left to the term's weight. Negative values
+    are kept, because the maximum has no gradient there.
     """
 
     name = "clipscore"

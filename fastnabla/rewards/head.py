@@ -1,4 +1,4 @@
-"""The head that `aesthetic` and `imagereward` end with."""
+"""The scoring head shared by `aesthetic` and `imagereward`."""
 
 from torch import Tensor, nn
 
@@ -7,10 +7,10 @@ from fastnabla.rewards.precision import autocast
 
 
 class ScoreHead(nn.Module):
-    """Features `[B, width]` to scores `[B]`, by linear layers without activations between them.
+    """Features `[B, width]` → scores `[B]`, by linear layers without activations.
 
-    In training there was dropout; identities keep its places, so that the layers have their published numbers. Autocast is
-    off inside: in bfloat16 a score of 5 would be a multiple of 1/32.
+    Identities take the place of the dropout layers used in training, so that the linear layers keep their published
+    indices. Autocast is disabled: in bfloat16 a score near 5 would be a multiple of 1/32.
     """
 
     def __init__(self, width: int = 768) -> None:

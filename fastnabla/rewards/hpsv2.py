@@ -1,4 +1,4 @@
-"""Human Preference Score v2.1 (arXiv 2306.09341): CLIP ViT-H/14 finetuned on people's rankings of generated images."""
+"""Human Preference Score v2.1 (arXiv 2306.09341): CLIP ViT-H/14 finetuned on human rankings of generated images."""
 
 from typing import ClassVar
 
@@ -37,9 +37,9 @@ PROJECTIONS = {"visual.proj": "visual_projection.weight", "text_projection": "te
 
 
 def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by open_clip's names under those of transformers' `CLIPModel`; unknown names are kept.
+    """Rename open_clip's tensors to those of transformers' `CLIPModel`. Unknown names are kept.
 
-    Query, key and value are one tensor there, and the projections are transposed.
+    open_clip stores query, key and value as one tensor, and the projections transposed.
     """
     converted = {}
     for name, tensor in state.items():
@@ -62,9 +62,9 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class HPSv2(ClipReward):
-    """The cosine, in [-1, 1], without CLIP's scale.
+    """The cosine similarity, in [-1, 1], without CLIP's learned scale.
 
-    The checkpoint is open_clip's, in float16; it is computed with in float32.
+    The checkpoint is in open_clip's format and float16, and is converted to float32.
     """
 
     name = "hpsv2"
@@ -77,5 +77,5 @@ class HPSv2(ClipReward):
     }
 
     def encode_prompt(self, prompt: str) -> Tensor:
-        """The embedding `[D]` of the prompt, cleaned as open_clip does."""
+        """Normalised embedding `[D]` of `prompt`, cleaned as in open_clip."""
         return super().encode_prompt(clean_prompt(prompt))

@@ -1,4 +1,4 @@
-"""ImageReward (arXiv 2304.05977): BLIP finetuned on people's rankings, reading the prompt while looking at the image."""
+"""ImageReward (arXiv 2304.05977): BLIP finetuned on human rankings; its text tower attends to the image."""
 
 import functools
 import re
@@ -20,9 +20,9 @@ from fastnabla.rewards.text import Tokenize, bert_tokenizer, hash_tokenizer
 from fastnabla.rewards.weights import Source, load_weights, read_state_dict
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the head's output over the authors' data: a reward has mean 0 and deviation 1 there."""
+"""Mean and standard deviation of the head's output over the authors' data; used to standardise the reward."""
 MAX_LENGTH = {"official": 35, "reference": 512}
-"""Token ids, [CLS] and [SEP] included, after which a prompt is cut."""
+"""Token ids, including [CLS] and [SEP], to which a prompt is truncated."""
 VISION = BlipVisionConfig(
     hidden_size=1024,
     intermediate_size=4096,
@@ -34,7 +34,7 @@ VISION = BlipVisionConfig(
     initializer_range=0.02,
 )
 TEXT = BlipTextConfig(
-    vocab_size=30524,  # BERT's, and two that prompts never use
+    vocab_size=30524,  # BERT's, plus two that prompts never use
     hidden_size=768,
     intermediate_size=3072,
     num_hidden_layers=12,
@@ -58,7 +58,7 @@ NAMES = (
 
 
 def from_image_reward(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the package image-reward's names under those of `ImageReward` here; unknown names are kept."""
+    """Rename tensors of the package image-reward to those of `ImageReward`. Unknown names are kept."""
     converted = {}
     for name, tensor in state.items():
         for pattern, replacement in NAMES:
@@ -68,13 +68,13 @@ def from_image_reward(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class ImageReward(PublishedReward):
-    """Standardised preference.
+    """The predicted preference, standardised.
 
     Args:
         vision: image tower.
-        text: text tower with cross-attention to the image's tokens; not causal. Without pooler.
-        head: for the text tower's state of the first token.
-        tokenize: prompt to token ids, from [CLS] to [SEP], without padding.
+        text: bidirectional text tower with cross-attention to the image tokens; without pooler.
+        head: takes the text tower's hidden state of the first token.
+        tokenize: prompt → token ids from [CLS] to [SEP], without padding.
         options: settings.
     """
 
@@ -101,17 +101,16 @@ class ImageReward(PublishedReward):
         self.tokenize = tokenize
 
     def encode_prompt(self, prompt: str) -> Tensor:
-        """Token ids. More cannot be kept: the text tower sees the image in every layer."""
+        """Token ids of `prompt`. Nothing more can be cached: every layer of the text tower attends to the image."""
         return torch.tensor(self.tokenize(prompt), device=self.text.device)
 
     def score(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """Rewards `[B]`."""
-        # To the same length in every batch, so that a row's bits do not depend on its neighbours.
+        # Pad every batch to the same length: a row's result must not depend on its neighbours, to the bit.
         filler = torch.full((MAX_LENGTH["official"],), -1, device=pixel_values.device)
         rows = [*(self.prompt_cache(prompt) for prompt in prompts), filler]
         ids = pad_sequence(rows, batch_first=True, padding_value=-1)[:-1]
-        # What is added to attention scores. Of a mask of zeros and ones, transformers would ask the device whether it
-        # is all ones, and wait for the answer.
+        # An additive mask. For a mask of zeros and ones transformers checks whether it is all ones, which synchronises.
         mask = (ids < 0)[:, None, None].to(pixel_values.dtype) * torch.finfo(pixel_values.dtype).min
         hidden = self.text(
             input_ids=ids.clamp_min(0),
@@ -127,15 +126,16 @@ class ImageReward(PublishedReward):
         options: RewardOptions = DEFAULTS,
         config: tuple[BlipVisionConfig, BlipTextConfig] = (VISION, TEXT),
     ) -> Self:
-        """The published reward.
+        """Load the published weights.
 
         Args:
-            device: where it will be.
+            device: device of the networks.
             options: settings; `weights` may name copies of the weights and of ``tokenizer``.
-            config: architecture of the two towers.
+            config: architectures of image and text tower.
 
         Raises:
-            ValueError: weights are missing, damaged, or another network's; the tokenizer is not the text tower's.
+            ValueError: weights are missing or damaged, or do not fit the network; or the tokenizer does not fit the text
+                tower.
         """
         (path,), (vocab,) = cls.find(cls.name, options), cls.find(f"{cls.name}.tokenizer", options)
         longest = min(MAX_LENGTH[options.preprocess], config[1].max_position_embeddings)
@@ -146,7 +146,7 @@ class ImageReward(PublishedReward):
 
     @classmethod
     def random_init(cls, device: torch.device, options: RewardOptions = DEFAULTS) -> Self:
-        """The real architecture with random weights and hashed words for tokens."""
+        """Build the published architecture with random weights and a hashing tokenizer."""
         tokenize = hash_tokenizer(101, 102, 1000, TEXT.vocab_size - 2, MAX_LENGTH[options.preprocess])
         return cls(**_networks(device, VISION, TEXT), tokenize=tokenize, options=options)
 

@@ -1,4 +1,4 @@
-"""What a reward does, measured: shape, gradient, independence of rows, use of prompts, time and memory."""
+"""Tests and measurements of a reward: shape, gradient, independence of rows, use of prompts, time and memory."""
 
 import dataclasses
 import statistics
@@ -20,16 +20,16 @@ PROMPT_TOLERANCE = 1e-6
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of a report."""
+    """One row of the report."""
 
     what: str
     result: str
     passed: bool | None
-    """None: nothing to pass, or undecided."""
+    """None for a measurement, or if the test is inconclusive."""
 
 
 class SavedBytes:
-    """Bytes that autograd keeps for the backward pass, each storage once, without the parameters."""
+    """Counts the bytes that autograd saves for the backward pass: each storage once, parameters excluded."""
 
     def __init__(self, parameters: Sequence[Tensor] = ()) -> None:
         self.ignored = {parameter.untyped_storage().data_ptr() for parameter in parameters}
@@ -47,13 +47,13 @@ class SavedBytes:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count what is saved inside."""
+        """Count the tensors saved inside the context."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
             yield
 
 
 def value_and_gradient(reward: RewardFunction, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-    """Rewards `[B]`, and the gradient of their sum in the images; None if there is none."""
+    """Rewards `[B]` and the gradient of their sum with respect to the images. None if there is no gradient."""
     images = images.detach().requires_grad_()
     values = reward(images, prompts)
     if not values.requires_grad:
@@ -62,13 +62,13 @@ def value_and_gradient(reward: RewardFunction, images: Tensor, prompts: Sequence
 
 
 def gradient_error(reward: RewardFunction, images: Tensor, prompts: Sequence[str]) -> tuple[float, float]:
-    """Error of the gradient, and how much of it float32 rounding may be; both relative to its norm.
+    """Error of the gradient, and the part that float32 rounding may explain, both relative to the gradient's norm.
 
-    Along random directions, whose components have variance 1, the derivative by the gradient is compared with central
-    differences at several steps. The best step counts, and the worst direction. A gradient without a share f of its
-    squared norm is off by about √f.
+    The directional derivative is compared with central differences along random directions of unit variance. For each
+    direction the best of several step sizes is taken; the result is that of the worst direction. A gradient that lacks a
+    fraction f of its squared norm has an error of about √f.
     """
-    images = 0.8 * images + 0.1  # room for the steps
+    images = 0.8 * images + 0.1  # leaves room for the steps within [0, 1]
     values, gradient = value_and_gradient(reward, images, prompts)
     norm = gradient.double().norm().item()
     generator = torch.Generator().manual_seed(0)
@@ -89,24 +89,26 @@ def gradient_error(reward: RewardFunction, images: Tensor, prompts: Sequence[str
 def deviation(
     reward: RewardFunction, exact: RewardFunction, images: Tensor, prompts: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """How far `reward` is from `exact`: of the values their difference `[B]`, of the images' gradients the norm of the
-    difference relative to that of `exact`'s `[B]`; both float64."""
-    (values, gradient), (wanted, wanted_gradient) = (value_and_gradient(r, images, prompts) for r in (reward, exact))
-    apart = (gradient - wanted_gradient).double().flatten(1).norm(dim=1)
-    return values.double() - wanted.double(), apart / wanted_gradient.double().flatten(1).norm(dim=1)
+    """Deviation of `reward` from `exact`, float64: the difference of the values `[B]`, and the norm of the difference of
+    each image's gradients, relative to the norm of the exact one, `[B]`."""
+    (values, gradient), (expected, expected_gradient) = (
+        value_and_gradient(r, images, prompts) for r in (reward, exact)
+    )
+    difference = (gradient - expected_gradient).double().flatten(1).norm(dim=1)
+    return values.double() - expected.double(), difference / expected_gradient.double().flatten(1).norm(dim=1)
 
 
 def inspect_reward(
     reward: RewardFunction, images: Tensor, prompts: Sequence[str], exact: RewardFunction | None = None
 ) -> list[Finding]:
-    """Findings, the first broken one last if it rules out the rest.
+    """Test a reward and measure its cost. If a failure rules out the remaining tests, it is the last finding.
 
     Args:
-        reward: the function.
+        reward: the reward.
         images: `[B, 3, H, W]` in [0, 1], B at least 2.
         prompts: B prompts, not all the same.
-        exact: the same in float32 if `reward` rounds more than that: its gradient and rows are tested, and how far
-            `reward` is from it is told.
+        exact: the same reward in float32, if `reward` computes in lower precision. Gradient and rows are tested on it, and
+            the deviation of `reward` from it is reported.
     """
     rounded, reward = reward, exact or reward
     findings = [Finding("parameters", _millions(reward), None)] if isinstance(reward, nn.Module) else []
@@ -115,6 +117,7 @@ def inspect_reward(
         findings.append(Finding(what, result, passed))
         return passed is not False
 
+    # Shape and values.
     with torch.no_grad():
         values = reward(images, prompts)
     shape = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
@@ -122,37 +125,43 @@ def inspect_reward(
         return findings
     if not found("values", ", ".join(f"{v:.5g}" for v in values.tolist()), bool(torch.isfinite(values).all())):
         return findings
+
+    # Gradient.
     _, gradient = value_and_gradient(reward, images, prompts)
     if gradient is None or not torch.isfinite(gradient).all() or not gradient.any():
         problem = "none" if gradient is None else "0 everywhere" if torch.isfinite(gradient).all() else "not finite"
         found("gradient", f"{problem}; look for no_grad, detach, round, numpy or PIL", False)
         return findings
     error, rounding = gradient_error(reward, images, prompts)
-    text = f"off by {error:.1%} of its norm along random directions; at most {GRADIENT_TOLERANCE:.0%} may be"
     if rounding > GRADIENT_TOLERANCE:
-        found("gradient", f"too small against the reward's rounding to tell (off by {error:.1%})", None)
+        found("gradient", f"inconclusive: too small relative to the reward's rounding (error {error:.1%})", None)
     else:
+        text = f"error along random directions: {error:.1%} of its norm (limit {GRADIENT_TOLERANCE:.0%})"
         found("gradient", text, error <= GRADIENT_TOLERANCE)
+
+    # Dependence on the rest of the batch and on prompts.
     size = values.abs().max().item()
     with torch.no_grad():
         rows = torch.cat([reward(images[i : i + 1], [prompts[i]]) for i in range(len(images))])
-        turned = reward(images, [*prompts[1:], prompts[0]])
-    apart = (rows - values).abs().max().item() / max(size, 1e-12)
-    found("rows", f"alone or in a batch, they differ by {apart:.1e} of the value", apart <= ROW_TOLERANCE)
-    change = (turned - values).abs().max().item()
+        swapped = reward(images, [*prompts[1:], prompts[0]])
+    difference = (rows - values).abs().max().item() / max(size, 1e-12)
+    found("rows", f"alone and in a batch they differ by {difference:.1e} of the value", difference <= ROW_TOLERANCE)
+    change = (swapped - values).abs().max().item()
     found("prompts", "used" if change > PROMPT_TOLERANCE * size else "ignored", None)
+
+    # Precision and cost.
     if exact is not None:
-        values_off, gradient_off = deviation(rounded, exact, images, prompts)
-        off = f"values by up to {values_off.abs().max():.2g}, gradients by up to {gradient_off.max():.1%} of their norm"
-        found("precision", f"off from float32: {off}", None)
+        values_error, gradients_error = deviation(rounded, exact, images, prompts)
+        text = f"values up to {values_error.abs().max():.2g}, gradients up to {gradients_error.max():.1%} of their norm"
+        found("precision", f"deviation from float32: {text}", None)
     seconds, memory = cost(lambda: value_and_gradient(rounded, images, prompts), rounded, images.device)
-    found("time", f"{1e3 * seconds / len(images):.1f} ms an image, forward and backward", None)
+    found("time", f"{1e3 * seconds / len(images):.1f} ms per image, forward and backward", None)
     found("memory", memory, None)
     return findings
 
 
 def cost(call: Callable[[], object], reward: RewardFunction, device: torch.device) -> tuple[float, str]:
-    """Median seconds of three calls after a first, and in words what memory a call takes."""
+    """Median seconds of three calls after a warm-up, and a description of the memory that a call needs."""
     seconds = []
     for _ in range(4):
         started = time.perf_counter()
@@ -165,7 +174,7 @@ def cost(call: Callable[[], object], reward: RewardFunction, device: torch.devic
         before = torch.cuda.memory_allocated(device)
         call()
         used = torch.cuda.max_memory_allocated(device) - before
-        return statistics.median(seconds[1:]), f"{used / 2**20:.1f} MiB at the peak, besides the weights"
+        return statistics.median(seconds[1:]), f"{used / 2**20:.1f} MiB peak, besides the weights"
     saved = SavedBytes(list(reward.parameters()) if isinstance(reward, nn.Module) else ())
     with saved.counting():
         call()

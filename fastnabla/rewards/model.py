@@ -1,4 +1,4 @@
-"""What all network rewards share: frozen weights, precision, gradients, memory."""
+"""The base class of network rewards: frozen weights, precision, gradients and memory."""
 
 import abc
 import functools
@@ -15,20 +15,21 @@ from fastnabla.rewards.text import PromptCache
 
 
 class RewardModel(nn.Module, abc.ABC):
-    """A frozen network as a reward: always in eval mode, differentiable in the images alone.
+    """A frozen network as a reward: always in eval mode, and differentiable with respect to the images only.
 
-    It computes in `RewardOptions.precision`, whatever the policy runs in; its weights are float32 unless you convert it.
-    Prompts are encoded in float32. One backward pass can be taken through each call's result.
+    It computes in `RewardOptions.precision`, whatever the policy's precision. Its weights are float32 unless you convert
+    them. Prompts are encoded in float32. Each call supports one backward pass.
 
     Args:
-        preprocess: images `[B, 3, H, W]` in [0, 1] to the pixel values that `score` takes; differentiable.
-        options: of which `checkpoint` and `precision` matter here.
-        networks: become submodules of these names, frozen, in float32.
+        preprocess: differentiable map from images `[B, 3, H, W]` in [0, 1] to the pixel values that `score` takes.
+        options: `checkpoint` and `precision` apply here.
+        networks: submodules by name; they are frozen and converted to float32.
     """
 
     image_networks: ClassVar[tuple[str, ...]] = ()
-    """Submodules that only `score` runs, not `encode_prompt`. With precision "bf16" the linear layers of their transformer
-    layers are kept in bfloat16: the numbers are those that autocast would make of them in each call, in half the memory."""
+    """Submodules that `score` runs and `encode_prompt` does not. With precision "bf16" the linear layers of their
+    transformer layers are stored in bfloat16. That gives the same numbers as casting them in each call, in half the
+    memory."""
 
     def __init__(
         self, preprocess: Callable[[Tensor], Tensor], options: RewardOptions = DEFAULTS, **networks: nn.Module
@@ -50,7 +51,7 @@ class RewardModel(nn.Module, abc.ABC):
         """Rewards `[B]` of preprocessed images `[B, 3, S, S]` and B prompts."""
 
     def encode_prompt(self, prompt: str) -> Tensor:
-        """What a prompt alone determines; `prompt_cache` keeps it."""
+        """Compute what depends on the prompt only; `prompt_cache` stores it."""
         raise NotImplementedError
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -61,7 +62,7 @@ class RewardModel(nn.Module, abc.ABC):
             prompts: B prompts.
 
         Raises:
-            ValueError: the shape or the number of prompts is wrong.
+            ValueError: the images have another shape, or the number of prompts is not B.
         """
         if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
             raise ValueError(
@@ -77,26 +78,26 @@ class RewardModel(nn.Module, abc.ABC):
             return self.encode_prompt(prompt)
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode: a reward is not trained, and dropout would make it noise."""
+        """Stay in eval mode: a reward is not trained, and dropout would make it noisy."""
         return super().train(False)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self.prompt_cache.results.clear()  # of the former device and dtype
+        self.prompt_cache.results.clear()  # they have the previous device and dtype
         return super()._apply(*args, **kwargs)
 
 
 def checkpoint_layers(network: nn.Module) -> None:
-    """Recompute each transformer layer of `network` in the backward pass, in eval mode too.
+    """Recompute each transformer layer of `network` in the backward pass, also in eval mode.
 
-    transformers' own switch works only in training mode, where dropout would be on. So each layer that it would
-    checkpoint gets a `forward` of its own. Random numbers are not restored: nothing draws any in eval mode.
+    transformers' own switch works in training mode only, which enables dropout. So the `forward` of each layer that it
+    would checkpoint is wrapped instead. The random state is not restored: nothing draws random numbers in eval mode.
     """
     for layer in transformer_layers(network):
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def halve_layers(network: nn.Module) -> None:
-    """Keep the linear layers of `network`'s transformer layers in bfloat16, for autocast."""
+    """Store the linear layers of `network`'s transformer layers in bfloat16, for autocast."""
     for layer in transformer_layers(network):
         for module in layer.modules():
             if isinstance(module, nn.Linear):

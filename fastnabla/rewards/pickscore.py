@@ -1,4 +1,4 @@
-"""PickScore (arXiv 2305.01569): CLIP ViT-H/14 finetuned on which of two images people picked for their prompt."""
+"""PickScore (arXiv 2305.01569): CLIP ViT-H/14 finetuned on people's choices between two images for a prompt."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -10,7 +10,7 @@ from fastnabla.rewards.weights import Source
 
 
 class PickScore(ClipReward):
-    """The cosine times CLIP's learned scale."""
+    """The cosine similarity times CLIP's learned scale."""
 
     name = "pickscore"
     config = VIT_H_14
@@ -20,5 +20,5 @@ class PickScore(ClipReward):
     }
 
     def score(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scaled cosines `[B]`."""
+        """Scaled cosine similarities `[B]`."""
         return self.clip.logit_scale.exp() * super().score(pixel_values, prompts)

@@ -1,8 +1,8 @@
-"""The precision that a reward computes in, whatever the process around it has switched on.
+"""The precision that a reward computes in, independent of the process's settings.
 
-Torch has two kinds of switches for it: autocast, which belongs to the thread, and TF32, which is global. A backward pass
-runs after the reward has returned, with the switches as they are then. So forward and backward pass are wrapped together,
-as one node of the graph, which sets the switches and puts them back.
+Torch has two kinds of switches: autocast is local to a thread, TF32 is global. A backward pass runs after the reward has
+returned, with the switches set by then. So forward and backward pass are wrapped as one node of the graph, which sets the
+switches and restores them.
 """
 
 import functools
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 def precision_on(device: torch.device, precision: Precision | None) -> Precision:
-    """What `precision` is on `device`: None is TF32 on a GPU and float32 elsewhere. TF32 needs a GPU: elsewhere it is
-    float32, which the log says once."""
+    """The precision to use on `device`. None is TF32 on a GPU and float32 elsewhere. Without a GPU, TF32 falls back to
+    float32, with one warning."""
     if device.type == "cuda":
         return precision or "tf32"
     if precision == "tf32":
@@ -32,19 +32,19 @@ def precision_on(device: torch.device, precision: Precision | None) -> Precision
 
 @functools.cache
 def _log_no_tf32(device_type: str) -> None:
-    logger.warning("reward.precision = 'tf32': no TF32 on %s; the rewards compute in float32.", device_type)
+    logger.warning("reward.precision = 'tf32': %s has no TF32; the rewards compute in float32.", device_type)
 
 
 @contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Within, matrix products and convolutions of float32 tensors are in `precision`.
+    """Compute matrix products and convolutions of float32 tensors in `precision` inside the context.
 
-    "float32": full products, no autocast. "tf32": products of inputs rounded to 10 bits of mantissa, summed in float32.
-    "bf16": autocast to bfloat16, and full products of what autocast leaves in float32.
+    "float32": full precision, no autocast. "tf32": inputs are rounded to 10 mantissa bits and products are summed in
+    float32. "bf16": autocast to bfloat16; operations that autocast leaves in float32 have full precision.
 
-    All of torch's TF32 switches are set: those by backend, and the older ones, which must say the same, since torch
-    refuses to read an older one that differs, and torch.compile reads them. All are as before afterwards. They are
-    global: another thread that multiplies meanwhile is affected.
+    All of torch's TF32 switches are set: the newer ones per backend, and the older ones. They must agree, because
+    torch.compile reads the older ones and torch raises if they differ. All are restored afterwards. They are global: other
+    threads that multiply in the meantime are affected.
     """
     newer: list[tuple[Any, str]] = []
     older: list[tuple[Callable[[Any], None], Any]] = []
@@ -64,27 +64,28 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
     finally:
         for put_back, value in older:
             put_back(value)
-        for switch, value in newer:  # last: the older switches set them too
+        for switch, value in newer:  # last, because setting the older switches changes them too
             switch.fp32_precision = value
 
 
 def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16, or none; nothing on devices that have none, such as meta."""
+    """Enable or disable autocast to bfloat16. Does nothing on devices without autocast, such as meta."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def _switches() -> tuple[Any, ...]:
-    """What has an `fp32_precision`: everything, CUDA, and the backends' kinds of operations. One that is "none" reads as the
-    wider one, so the wider ones come first. (Of oneDNN as a whole, torch 2.11 and 2.13 set the one of everything.)"""
+    """All objects with an `fp32_precision`: the global one, cuDNN, and each backend's kinds of operations. "none" inherits
+    from the wider switch, so the wider ones come first. (For oneDNN as a whole, torch 2.11 and 2.13 set the global one.)"""
     backends = torch.backends
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
     return backends, cudnn, backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
 
 
 def _cudnn() -> bool:
-    """cuDNN's older switch, while the newer ones are "none": torch reads it if it is off too, and else raises."""
+    """cuDNN's older switch, read while the newer ones are "none": torch then returns False if it is off, and raises if it
+    is on."""
     try:
         return torch.backends.cudnn.allow_tf32
     except RuntimeError:
@@ -101,7 +102,7 @@ class _Scored(torch.autograd.Function):
         leaf = images.detach().requires_grad_()
         with torch.enable_grad(), computing_in(precision, images.device):
             values = score(leaf)
-        # The backward pass has the forward pass's dtypes; autocast is not for it.
+        # The backward pass follows the forward pass's dtypes, so it needs no autocast.
         ctx.graph, ctx.precision = (leaf, values), "float32" if precision == "bf16" else precision
         result = values.detach()
         if not values.requires_grad:
@@ -112,7 +113,7 @@ class _Scored(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if ctx.graph is None:
-            raise RuntimeError("a reward's gradient can be taken once per call; retain_graph does not reach into it.")
+            raise RuntimeError("a reward's gradient can be taken once per call; retain_graph has no effect on it.")
         (leaf, values), ctx.graph = ctx.graph, None
         with computing_in(ctx.precision, leaf.device):
             (image_gradient,) = torch.autograd.grad(values, leaf, gradient)
@@ -120,15 +121,15 @@ class _Scored(torch.autograd.Function):
 
 
 def score_in(precision: Precision, score: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """`score(images)` `[B]`, computed in `precision` in its forward and its backward pass.
+    """`score(images)` `[B]`, with both forward and backward pass computed in `precision`.
 
     Args:
         precision: see `computing_in`.
-        score: differentiable function of the images alone; what else it depends on is a constant.
+        score: differentiable function of the images; everything else that it uses is treated as constant.
         images: `[B, 3, H, W]`.
 
     Raises:
-        RuntimeError: from a second backward pass through the result, or a derivative of its gradient.
+        RuntimeError: in a second backward pass through the result, or when differentiating its gradient.
     """
     if torch.is_grad_enabled() and images.requires_grad:
         return _Scored.apply(images, score, precision)

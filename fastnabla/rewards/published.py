@@ -1,4 +1,4 @@
-"""Rewards whose weights are published: built from them, from copies, or with random weights."""
+"""Rewards with published weights, which load from the hub, from local copies, or start from random weights."""
 
 import abc
 from collections.abc import Callable
@@ -14,48 +14,49 @@ from fastnabla.rewards.weights import Source, find_files
 
 
 class PublishedReward(RewardModel):
-    """A `RewardModel` that knows where its weights are."""
+    """A `RewardModel` whose weights are published."""
 
     name: ClassVar[str]
-    """As in ``--reward.terms``."""
+    """Name in ``--reward.terms``."""
     sources: ClassVar[dict[str, Source]]
-    """Where its parts are published: ``""`` is the weights, others have names, like ``tokenizer``."""
+    """Part → where it is published: ``""`` is the weights; others have names, such as ``tokenizer``."""
 
     @classmethod
     @abc.abstractmethod
     def from_weights(cls, device: torch.device, options: RewardOptions = DEFAULTS) -> Self:
-        """The published reward; `options.weights` may name copies."""
+        """Load the published weights, or the copies that `options.weights` names."""
 
     @classmethod
     @abc.abstractmethod
     def random_init(cls, device: torch.device, options: RewardOptions = DEFAULTS) -> Self:
-        """The real architecture with random weights, always the same; `device` may be meta."""
+        """Build the published architecture with random weights of a fixed seed. `device` may be meta."""
 
     @classmethod
     def build(cls, device: torch.device, options: RewardOptions = DEFAULTS) -> Self:
-        """The reward as `options` want it.
+        """Build the reward with published or random weights, according to `options`.
 
         Raises:
-            ValueError: weights are missing, damaged, another network's, or of an unknown part.
+            ValueError: weights are missing or damaged, or do not fit the network; or `options.weights` names an unknown
+                part.
         """
         for part in options.weights:
             if part.partition(".")[0] == cls.name and part not in cls.parts():
-                raise ValueError(f"reward.weights: unknown part {part!r}; there are {', '.join(cls.parts())}.")
+                raise ValueError(f"reward.weights: unknown part {part!r}; the parts are {', '.join(cls.parts())}.")
         return (cls.random_init if options.random_init else cls.from_weights)(device, options)
 
     @classmethod
     def parts(cls) -> dict[str, Source]:
-        """`sources` by the names that `RewardOptions.weights` uses: ``hpsv2``, ``hpsv2.tokenizer``."""
+        """`sources` by the names used in `RewardOptions.weights`: ``hpsv2``, ``hpsv2.tokenizer``."""
         return {f"{cls.name}.{part}" if part else cls.name: source for part, source in cls.sources.items()}
 
     @classmethod
     def find(cls, part: str, options: RewardOptions) -> list[Path]:
-        """Local paths of the files of one of the `parts`; see `find_files`."""
+        """Local paths of the files of one of the `parts`. See `find_files`."""
         return find_files(part, cls.parts()[part], options.weights.get(part))
 
 
 def made_on(device: torch.device, make: Callable[[], dict[str, nn.Module]]) -> dict[str, nn.Module]:
-    """Networks made by `make` on `device`, with the weights of seed 0; torch's generators are left as they were."""
+    """Call `make` to build networks on `device` with seed 0. The state of torch's generators is restored."""
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []), torch.device(device):
         torch.default_generator.manual_seed(0)

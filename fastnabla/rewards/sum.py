@@ -1,4 +1,4 @@
-"""The weighted sum of rewards, on request in units of each reward's spread and within bounds."""
+"""The weighted sum of rewards, optionally normalised by each reward's standard deviation and clipped."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,22 +10,22 @@ from torch import Tensor
 from fastnabla.utils.time_limit import time_limit
 
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
-"""Images `[B, 3, H, W]` in [0, 1] and B prompts to rewards `[B]`, differentiable in the images."""
+"""Images `[B, 3, H, W]` in [0, 1] and B prompts → rewards `[B]`, differentiable with respect to the images."""
 SMALLEST_STD = 1e-6
 
 
 class RewardError(ValueError):
-    """A reward fails, or returns what is no reward; the message names it."""
+    """A reward failed, or returned an invalid result; the message names it."""
 
 
 class RunningMoments:
-    """Count, mean and sum of squared deviations of all values seen, by Welford's update for batches; in float64."""
+    """Count, mean and sum of squared deviations of all values seen, by Welford's batch update in float64."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def update(self, values: Tensor) -> None:
-        """Take in `values`, of any shape."""
+        """Add `values`, of any shape."""
         values = values.detach().double()
         count, mean = values.numel(), values.mean().item()
         shift, total = mean - self.mean, self.count + count
@@ -35,7 +35,7 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Of the values seen; 1 where they hardly differ, so that rounding is never blown up to unit size."""
+        """Standard deviation of the values seen. 1 if they hardly differ, so that rounding errors are not amplified."""
         std = math.sqrt(self.squares / self.count) if self.count else 0.0
         return std if std > SMALLEST_STD else 1.0
 
@@ -43,18 +43,19 @@ class RunningMoments:
 class RewardSum:
     """A weighted sum of rewards.
 
-    `parts` and `total` are raw: what is logged, and comparable over a run. Calling the sum gives what is trained on:
-    with `normalise`, each term less its mean and over its standard deviation; with `clip`, the sum within bounds.
+    `parts` and `total` are raw values: they are logged, and are comparable throughout a run. Calling the sum gives the
+    value that is trained on: with `normalise`, each term minus its mean, divided by its standard deviation; with `clip`,
+    the sum clamped to bounds.
 
-    The statistics change only in `observe`. Call it once a rollout, so that they, and with them the gradients, are the
-    same throughout its updates. Before the first call normalising changes nothing.
+    The statistics change only in `observe`. Call it once per rollout, so that statistics and gradients stay the same
+    during its updates. Before the first call, normalisation has no effect.
 
     Args:
-        terms: reward and weight by name.
-        normalise: weigh the terms in units of their spread over all rewards observed.
-        clip: largest absolute value of the sum that is trained on: in units of the normalised terms with `normalise`,
-            else of the raw ones. An image outside has no gradient.
-        timeout: seconds that a call of a term may take; None for no limit.
+        terms: name → reward and weight.
+        normalise: divide each term by its standard deviation over all rewards observed.
+        clip: largest absolute value of the sum that is trained on, in units of the normalised terms with `normalise`, of
+            the raw terms otherwise. An image outside the bounds has no gradient.
+        timeout: seconds that one call of a term may take; None for no limit.
 
     Raises:
         ValueError: `clip` is not positive and finite.
@@ -73,11 +74,16 @@ class RewardSum:
         self.moments = {name: RunningMoments() for name in terms}
 
     def parts(self, images: Tensor, prompts: Sequence[str], chunk: int | None = None) -> dict[str, Tensor]:
-        """Every term's raw, unweighted values `[B]`; of at most `chunk` images at once, if given.
+        """Raw, unweighted values `[B]` of every term.
+
+        Args:
+            images: `[B, 3, H, W]` in [0, 1].
+            prompts: B prompts.
+            chunk: largest number of images per call; None for all.
 
         Raises:
-            RewardError: a term fails, takes too long, returns other than a tensor `[B]`, or has no gradient where one is
-                wanted.
+            RewardError: a term fails, times out, does not return a tensor `[B]`, or lacks a gradient that the images
+                require.
         """
         size = chunk or max(len(images), 1)
         parts = [slice(i, i + size) for i in range(0, max(len(images), 1), size)]
@@ -87,11 +93,11 @@ class RewardSum:
         }
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
-        """The raw weighted sum `[B]` of `parts`."""
+        """Raw weighted sum `[B]` of `parts`."""
         return torch.stack([weight * parts[name].float() for name, (_, weight) in self.terms.items()]).sum(0)
 
     def shape(self, parts: dict[str, Tensor]) -> Tensor:
-        """The weighted sum `[B]` of `parts` as it is trained on: normalised and clipped."""
+        """Weighted sum `[B]` of `parts` that is trained on: normalised and clipped, if the settings say so."""
         if self.normalise:
             parts = {name: (parts[name] - moments.mean) / moments.std for name, moments in self.moments.items()}
         total = self.total(parts)
@@ -101,7 +107,7 @@ class RewardSum:
         return self.shape(self.parts(images, prompts))
 
     def observe(self, parts: dict[str, Tensor]) -> None:
-        """Take raw values into the statistics; waits for the device.
+        """Update the statistics with raw values. Synchronises with the device.
 
         Raises:
             FloatingPointError: a value is not finite.
@@ -112,14 +118,14 @@ class RewardSum:
             moments.update(parts[name])
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """The statistics, as plain numbers by term."""
+        """The statistics of each term, as plain numbers."""
         return {name: dict(vars(moments)) for name, moments in self.moments.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore the result of `state_dict`.
 
         Raises:
-            ValueError: it is of other terms.
+            ValueError: the terms differ.
         """
         if state.keys() != self.moments.keys():
             raise ValueError(f"statistics of the rewards {', '.join(state)} do not fit {', '.join(self.moments)}.")
@@ -130,19 +136,27 @@ class RewardSum:
 def score(
     name: str, reward: RewardFunction, images: Tensor, prompts: Sequence[str], timeout: float | None = None
 ) -> Tensor:
-    """What the reward called `name` gives; see `fastnabla.utils.time_limit` for the `timeout`, in seconds.
+    """Call `reward` and check the result.
+
+    Args:
+        name: name of the reward, for messages.
+        reward: the reward.
+        images: `[B, 3, H, W]` in [0, 1].
+        prompts: B prompts.
+        timeout: limit in seconds; see `fastnabla.utils.time_limit`.
 
     Raises:
-        RewardError: it fails, takes longer, returns other than a tensor `[B]`, or has no gradient and the images want one.
+        RewardError: the reward fails, times out, does not return a tensor `[B]`, or has no gradient although the images
+            require one.
     """
     late = RewardError(
-        f"reward {name!r} did not come back from {len(images)} images within reward.timeout = {timeout} s. If it needs "
-        "longer, raise that, or make it None (null in config.json) for no limit."
+        f"reward {name!r} did not return from {len(images)} images within reward.timeout = {timeout} s. If it needs "
+        "more time, raise the limit, or set it to None (null in config.json) for no limit."
     )
     with time_limit(timeout, late):
         try:
             values = reward(images, prompts)
-        except torch.OutOfMemoryError:  # the caller makes room
+        except torch.OutOfMemoryError:  # the caller retries with smaller batches
             raise
         except Exception as error:
             raise RewardError(
@@ -156,7 +170,7 @@ def score(
         )
     if images.requires_grad and torch.is_grad_enabled() and not values.requires_grad:
         raise RewardError(
-            f"reward {name!r} has no gradient in the images; ∇-DB needs one. Look for torch.no_grad, .detach(), "
-            "numpy or PIL inside it."
+            f"reward {name!r} has no gradient with respect to the images; ∇-DB needs one. Look for torch.no_grad, "
+            ".detach(), numpy or PIL inside it."
         )
     return values

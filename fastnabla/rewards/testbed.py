@@ -1,4 +1,4 @@
-"""Rewards of the testbed. Each leaves something free for a finetuned model to keep, or to lose."""
+"""Rewards of the testbed. Each ignores some factors, whose diversity a finetuned model may keep or lose."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,14 +11,14 @@ from fastnabla.testbed.silhouettes import animal_in
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 PREFERRED_HUE = 0.6
-"""Hue, in turns, that `hue` prefers: blue."""
+"""The hue that `hue` prefers, in turns: blue."""
 
 
 def foreground(images: Tensor) -> Tensor:
-    """How much each pixel `[B, H, W]` belongs to the animal: 0 to 1, smooth.
+    """Soft foreground mask `[B, H, W]` of the animal, in [0, 1].
 
-    It is measured by the pixel's distance from the ground (the border's mean colour) relative to that of the image's
-    other pixels: a stronger contrast, or a hue that is further from the ground, makes no more foreground.
+    It measures each pixel's distance from the ground (the border's mean colour), relative to the image's other pixels. So
+    neither a stronger contrast nor a hue further from the ground increases the foreground.
     """
     edges = (images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1])
     ground = torch.cat(edges, -1).mean(-1)[..., None, None]
@@ -34,7 +34,7 @@ def chroma(images: Tensor) -> Tensor:
 
 
 def area(device: torch.device) -> Reward:
-    """Share of the image that the animal covers, in [0, 1]. Blind to hue, ground, pose and place."""
+    """Fraction of the image that the animal covers, in [0, 1]. Independent of hue, ground, pose and position."""
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return foreground(images).mean((1, 2))
@@ -43,7 +43,7 @@ def area(device: torch.device) -> Reward:
 
 
 def hue(device: torch.device) -> Reward:
-    """Cosine between the animal's mean chroma and `PREFERRED_HUE`, in [-1, 1]."""
+    """Cosine of the angle between the image's mean chroma and `PREFERRED_HUE`, in [-1, 1]."""
     angle = 2 * math.pi * PREFERRED_HUE
     preferred = torch.tensor([math.cos(angle), math.sin(angle)], device=device)
 

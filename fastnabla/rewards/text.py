@@ -1,4 +1,4 @@
-"""Prompts for the text towers: tokenizers, and a cache of what a prompt alone determines."""
+"""Prompts for the text towers: tokenizers, prompt cleaning, and a cache of encoded prompts."""
 
 import html
 import json
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 Tokenize = Callable[[str], list[int]]
-"""A prompt to its token ids, start and end included, cut to the longest that the text tower takes."""
+"""Prompt → token ids, including start and end, truncated to the text tower's maximum length."""
 
 
 class PromptCache:
-    """Results by prompt, the least recently used dropped first.
+    """A least-recently-used cache of results by prompt.
 
-    Each prompt is computed on its own, not in a batch, so that its result is the same bits whatever came with it.
+    Each prompt is computed by itself, not in a batch, so that its result is bitwise independent of other prompts.
 
     Args:
-        compute: prompt to tensor; called without gradients.
-        size: most prompts kept.
+        compute: prompt → tensor; called without gradients.
+        size: largest number of prompts kept.
     """
 
     def __init__(self, compute: Callable[[str], Tensor], size: int = 4096) -> None:
@@ -32,7 +32,7 @@ class PromptCache:
 
     def __call__(self, prompt: str) -> Tensor:
         if prompt not in self.results:
-            # A tensor made in inference mode could not be part of a later graph.
+            # A tensor created in inference mode cannot enter a later graph.
             with torch.inference_mode(False), torch.no_grad():
                 self.results[prompt] = self.compute(prompt)
             if len(self.results) > self.size:
@@ -45,10 +45,10 @@ def clip_tokenizer(vocab: Path, merges: Path, tokens: int, max_length: int) -> T
     """CLIP's tokenizer.
 
     Args:
-        vocab: vocab.json.
-        merges: merges.txt.
-        tokens: how many it must have.
-        max_length: most token ids, start and end included.
+        vocab: path of vocab.json.
+        merges: path of merges.txt.
+        tokens: required vocabulary size.
+        max_length: largest number of token ids, including start and end.
 
     Raises:
         ValueError: the files are not a CLIP vocabulary.
@@ -65,7 +65,7 @@ def clip_tokenizer(vocab: Path, merges: Path, tokens: int, max_length: int) -> T
         raise ValueError(f"{vocab} and {merges.name} are not a CLIP vocabulary ({error!r}).") from error
     if len(ids) != tokens or end != tokens - 1:
         raise ValueError(
-            f"{vocab} has {len(ids)} tokens, the last of them {end}, the text tower {tokens}; name another vocabulary."
+            f"{vocab} has {len(ids)} tokens, the last of them {end}, but the text tower {tokens}; give its vocabulary."
         )
     return lambda prompt: tokenizer(prompt, truncation=True, max_length=max_length)["input_ids"]
 
@@ -74,9 +74,9 @@ def bert_tokenizer(vocab: Path, tokens: int, max_length: int) -> Tokenize:
     """BERT's lower-case WordPiece tokenizer.
 
     Args:
-        vocab: vocab.txt.
-        tokens: how many it must have.
-        max_length: most token ids, [CLS] and [SEP] included.
+        vocab: path of vocab.txt.
+        tokens: required vocabulary size.
+        max_length: largest number of token ids, including [CLS] and [SEP].
 
     Raises:
         ValueError: the file is not a BERT vocabulary.
@@ -91,15 +91,15 @@ def bert_tokenizer(vocab: Path, tokens: int, max_length: int) -> Tokenize:
     if missing := [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token not in ids]:
         raise ValueError(f"{vocab} is not a BERT vocabulary: it has no {', '.join(missing)}.")
     if len(ids) != tokens:
-        raise ValueError(f"{vocab} has {len(ids)} tokens, the text tower {tokens}; name another vocabulary.")
+        raise ValueError(f"{vocab} has {len(ids)} tokens, but the text tower {tokens}; give its vocabulary.")
     tokenizer = BertTokenizer(vocab=ids)
     return lambda prompt: tokenizer(prompt, truncation=True, max_length=max_length)["input_ids"]
 
 
 def hash_tokenizer(start: int, end: int, low: int, high: int, max_length: int) -> Tokenize:
-    """A stand-in that needs no vocabulary: each word or sign becomes an id in [low, high) by its checksum.
+    """A hashing tokenizer that needs no vocabulary: each word or punctuation mark maps to an id in [low, high).
 
-    For random weights only: other ids than any trained model's, but as many for as many words, and always the same.
+    For random weights only. The ids match no trained model, but they are deterministic, one per word.
     """
 
     def tokenize(prompt: str) -> list[int]:
@@ -115,10 +115,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\uff
 
 
 def clean_prompt(prompt: str) -> str:
-    """Straight quotes, letters instead of ligatures and full-width forms, no control characters or HTML entities.
+    """Straighten quotes, expand ligatures and full-width forms, decode HTML entities, and remove control characters.
 
-    It is what open_clip does with the package ftfy, but for text that was once decoded with the wrong encoding
-    ("cafÃ©"), which ftfy repairs and which is left as it is here.
+    This is open_clip's cleaning with the package ftfy, except that text decoded with the wrong encoding ("cafÃ©") is left
+    unchanged; ftfy repairs it.
     """
     for _ in range(2):
         prompt = html.unescape(prompt)

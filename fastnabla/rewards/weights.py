@@ -1,4 +1,4 @@
-"""Published weights: finding their files, reading them without pickle, and loading them with every key accounted for."""
+"""Published weights: find the files, read them without pickle, and load them with every key accounted for."""
 
 import dataclasses
 import logging
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
-SHOWN = 3  # keys named in a message
+SHOWN = 3  # number of keys named in a message
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,26 +21,28 @@ class Source:
     repository: str
     """Hub id."""
     files: tuple[str, ...]
-    """Files that are needed."""
+    """Required files."""
 
     def __str__(self) -> str:
         return f"{self.repository} ({', '.join(self.files)})"
 
     @property
     def command(self) -> str:
-        """The command that fetches it into the hub's cache."""
+        """The command that downloads it into the hub's cache."""
         return f"hf download {self.repository} {' '.join(self.files)}"
 
 
 def find_files(part: str, published: Source, source: str | None) -> list[Path]:
-    """Local paths of the files of `published`, in its order.
+    """Local paths of the files of `published`, in the same order.
+
+    A cached copy of a hub repository is used without checking for a newer version. Files that are not cached are
+    downloaded.
 
     Args:
-        part: of a reward, as in `RewardOptions.weights`; for messages.
+        part: name of the part, as in `RewardOptions.weights`; for messages.
         published: the files, and where they are published.
-        source: an existing local folder that has them, an existing file if only one is needed (any name), or another
-            hub id; None for the published one. Of a hub's repository the cached copy is taken, without asking whether
-            there is a newer one; what is not cached is downloaded.
+        source: a local folder that contains the files, a local file of any name if only one is needed, or another hub
+            id; None for the published one.
 
     Raises:
         ValueError: a file is missing, or cannot be downloaded.
@@ -48,17 +50,19 @@ def find_files(part: str, published: Source, source: str | None) -> list[Path]:
     local = Path(source) if source is not None else None
     if local is not None and local.is_file():
         if len(published.files) > 1:
-            raise ValueError(f"weights: {part}={source} is a file; give the folder with {', '.join(published.files)}.")
+            raise ValueError(
+                f"weights: {part}={source} is a file; give the folder that contains {', '.join(published.files)}."
+            )
         return [local]
     if local is not None and local.is_dir():
         if missing := [name for name in published.files if not (local / name).is_file()]:
             raise ValueError(
-                f"weights: {part}={source} has no {', '.join(missing)}. Get it with: {published.command} "
+                f"weights: {part}={source} has no {', '.join(missing)}. Download it with: {published.command} "
                 f"--local-dir {source}"
             )
         return [local / name for name in published.files]
     if source is not None and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
-        raise ValueError(f"weights: {part}={source} is neither a file or folder here nor a hub id.")
+        raise ValueError(f"weights: {part}={source} is neither an existing file or folder nor a hub id.")
     published = dataclasses.replace(published, repository=source or published.repository)
     return [_from_hub(part, published, name) for name in published.files]
 
@@ -75,18 +79,18 @@ def _from_hub(part: str, published: Source, name: str) -> Path:
     except Exception as error:
         raise ValueError(
             f"reward {part!r}: {name} of {published.repository} is not in the hub's cache and cannot be downloaded "
-            f"({type(error).__name__}). Where there is a network, get it with: {published.command} "
-            f"— or name a local copy in the rewards' weights: {part}=PATH"
+            f"({type(error).__name__}). Download it on a machine with network access: {published.command} "
+            f"— or give a local copy in the rewards' weights: {part}=PATH"
         ) from error
 
 
 def read_state_dict(part: str, path: Path) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU, from a safetensors file or one of torch, read without executing pickled code.
+    """Read tensors by name, on the CPU, from a safetensors or torch file, without executing pickled code.
 
-    Of a training checkpoint the entry ``state_dict`` is taken.
+    For a training checkpoint, the entry ``state_dict`` is returned.
 
     Raises:
-        ValueError: the file is damaged, cut off, or holds something else.
+        ValueError: the file is damaged or truncated, or does not contain a dictionary of tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -99,7 +103,7 @@ def read_state_dict(part: str, path: Path) -> dict[str, Tensor]:
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ValueError(f"reward {part!r}: {path} holds no dictionary of tensors.")
+        raise ValueError(f"reward {part!r}: {path} contains no dictionary of tensors.")
     return loaded
 
 
@@ -107,10 +111,10 @@ def load_weights(part: str, network: nn.Module, state: dict[str, Tensor], ignore
     """Copy `state` into `network`, converting dtypes.
 
     Args:
-        part: of a reward; for messages.
+        part: name of the reward's part, for messages.
         network: receives the weights.
-        state: tensors by the network's names.
-        ignore: regular expressions of names in `state` that the network rightly lacks.
+        state: tensors by the network's parameter names.
+        ignore: regular expressions of names in `state` to skip.
 
     Raises:
         ValueError: names are missing or unexpected, or shapes differ.
@@ -121,7 +125,7 @@ def load_weights(part: str, network: nn.Module, state: dict[str, Tensor], ignore
     problems = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
-        "of another shape": [
+        "with another shape": [
             f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
             for name, value in expected.items()
             if name in state and state[name].shape != value.shape
@@ -133,5 +137,5 @@ def load_weights(part: str, network: nn.Module, state: dict[str, Tensor], ignore
             for problem, names in problems.items()
             if names
         ]
-        raise ValueError(f"reward {part!r}: the weights are not this network's. {'; '.join(described)}.")
+        raise ValueError(f"reward {part!r}: the weights do not fit the network. {'; '.join(described)}.")
     network.load_state_dict(state)

@@ -1,7 +1,7 @@
-"""How good the testbed's model is: `python -m fastnabla.testbed [--folder DIR] [--guidance-scale W]`.
+"""`python -m fastnabla.testbed [--folder DIR] [--guidance-scale W]`: measure the quality of the testbed's model.
 
-500 samples through plain diffusers: the share in which the evaluation's classifier sees the prompted animal, and the
-entropy of their hues against that of as many tinted silhouettes which nothing was trained on.
+From 500 samples with plain diffusers: the fraction that the evaluation classifier assigns to the prompt's animal, and the
+entropy of their hues, compared with as many tinted silhouettes from the test split.
 """
 
 import dataclasses
@@ -23,19 +23,19 @@ class ReportConfig:
     """Measure the testbed's pretrained pipeline."""
 
     folder: Path = dataclasses.field(default_factory=pipeline_folder)
-    """Pipeline folder; the shipped one by default."""
+    """Pipeline folder. Default: the shipped one."""
     samples: int = 50
     """Samples per animal."""
     steps: int = 20
     """DDIM steps, with η = 1."""
     guidance_scale: float = 3.0
-    """w of classifier-free guidance."""
+    """Scale w of classifier-free guidance."""
     picture: Path = Path("runs/testbed.png")
-    """Sample grid to write."""
+    """PNG file for the grid of samples."""
 
 
 def report(config: ReportConfig) -> dict[str, float]:
-    """Sample, write the grid, and return the measures by name."""
+    """Sample, write the grid and return the measures by name."""
     pipe = StableDiffusionPipeline.from_pretrained(config.folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     labels = torch.arange(len(ANIMALS)).repeat_interleave(config.samples)

@@ -1,4 +1,4 @@
-"""The testbed's classifier: its log-probability is a reward, its features measure diversity."""
+"""The testbed's classifier. Its log-probability is a reward; its features measure diversity."""
 
 from importlib.resources import files
 
@@ -23,7 +23,7 @@ class AnimalClassifier(nn.Module):
         self.head = nn.Linear(widths[-1] * 4, len(ANIMALS))
 
     def features(self, images: Tensor) -> Tensor:
-        """The penultimate layer `[B, 224]`: the last feature map, averaged over quadrants."""
+        """Penultimate features `[B, 224]`: the last feature map, averaged over quadrants."""
         maps = self.trunk(images * 2 - 1)
         return nn.functional.avg_pool2d(maps, maps.shape[-1] // 2).flatten(1)
 
@@ -33,7 +33,7 @@ class AnimalClassifier(nn.Module):
 
 
 def load_classifier(role: str, device: torch.device | str = "cpu") -> AnimalClassifier:
-    """The frozen float32 classifier for `role`: ``"reward"`` or ``"evaluation"`` (disjoint training data)."""
+    """Load the frozen float32 classifier for `role`, ``"reward"`` or ``"evaluation"``. Their training data are disjoint."""
     path = files("fastnabla.testbed") / f"data/classifier_{role}.safetensors"
     network = AnimalClassifier()
     network.load_state_dict({name: weight.float() for name, weight in load_file(str(path)).items()})

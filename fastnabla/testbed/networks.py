@@ -1,4 +1,4 @@
-"""The testbed's Stable-Diffusion-shaped pipeline: small networks of the same classes as the real one's."""
+"""The networks of the testbed's pipeline: small instances of Stable Diffusion's classes."""
 
 import json
 
@@ -17,7 +17,7 @@ LATENT_SIZE = IMAGE_SIZE // 4
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges were trained on the testbed's captions; bytes spell all else."""
+    """A CLIP tokenizer with byte-pair merges trained on the testbed's captions. Other words are encoded as bytes."""
     alphabet = ByteLevel.alphabet()
     bpe = Tokenizer(BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = Whitespace()
@@ -36,7 +36,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A one-layer CLIP text model; it is trained together with the UNet."""
+    """A one-layer CLIP text model, which is trained together with the UNet."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -54,7 +54,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_vae() -> AutoencoderKL:
-    """32x32 images to 8x8x4 latents."""
+    """A VAE from 32x32 images to 8x8x4 latents."""
     return AutoencoderKL(
         block_out_channels=(24, 48, 48),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -67,7 +67,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """2.5 million parameters, cross-attention at 8x8 and 4x4."""
+    """A UNet with 2.5 million parameters and cross-attention at 8x8 and 4x4."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         block_out_channels=(64, 88),
@@ -81,7 +81,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion 1.5's noise schedule."""
+    """A DDIM scheduler with Stable Diffusion 1.5's noise schedule."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

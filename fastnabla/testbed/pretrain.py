@@ -1,12 +1,12 @@
 """Train the testbed from scratch: `python -m fastnabla.testbed.pretrain`.
 
-Three stages, each resumable at any instant from its last checkpoint:
+It has three stages. Each resumes from its last checkpoint if it is interrupted.
 
-1. the VAE, on freshly tinted silhouettes (L1 + a small KL term);
-2. two classifiers on disjoint splits, one for rewards and one for evaluation, on images as the
-   pipeline makes them: tinted, reconstructed, and decoded from noised latents;
-3. the UNet and the CLIP text model together, on the frozen VAE's latents: noise prediction with
-   10% of the captions dropped, and an exponential moving average, which is what ships.
+1. The VAE is trained on newly tinted silhouettes (L1 and a small KL term).
+2. Two classifiers, one for rewards and one for evaluation, are trained on disjoint splits. Their images are tinted
+   silhouettes, VAE reconstructions, and images decoded from noised latents.
+3. The UNet and the CLIP text model are trained together on the frozen VAE's latents: noise prediction with 10% of the
+   captions dropped. Their exponential moving average is shipped.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ from fastnabla.testbed.silhouettes import ANIMALS, PHRASINGS, caption, load_mask
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class PretrainConfig:
-    """Train the testbed's VAE, classifiers, UNet and text model. About an hour and a quarter on two CPU cores."""
+    """Train the testbed's VAE, classifiers, UNet and text model. This takes about 75 minutes on two CPU cores."""
 
     output: Path = Path("runs/testbed")
-    """Folder for the result and for the checkpoints that an interrupted run goes on from."""
+    """Output folder. It also holds the checkpoints from which an interrupted run resumes."""
     vae_steps: int = 2000
     """Optimizer steps of the VAE, 48 images each."""
     classifier_steps: int = 2500
@@ -40,17 +40,17 @@ class PretrainConfig:
     unet_steps: int = 6500
     """Optimizer steps of the UNet and text model, 64 latents each."""
     seed: int = 0
-    """Seed of every random draw; the draws of a step depend on it and the step alone."""
+    """Seed of all random draws. The draws of a step depend only on the seed and the step."""
     checkpoint_every: int = 250
     """Optimizer steps between checkpoints."""
     copies: int = 6
-    """Tinted copies of each silhouette that the UNet learns from (the classifiers: half as many)."""
+    """Tinted copies of each silhouette for the UNet; the classifiers use half as many."""
     limit: int | None = None
-    """Use only so many silhouettes of each split, to try the script."""
+    """Largest number of silhouettes per split, for testing the script. None: all."""
 
 
 def seeded(*key: int) -> torch.Generator:
-    """A generator that depends on the numbers of `key` alone."""
+    """A generator seeded by the numbers of `key`."""
     seed = 0
     for part in key:
         seed = (seed * 1_000_003 + part) % (2**63)
@@ -124,7 +124,7 @@ def train_vae(config: PretrainConfig) -> AutoencoderKL:
 
 @torch.no_grad()
 def latent_bank(vae: AutoencoderKL, split: str, copies: int, config: PretrainConfig) -> tuple[Tensor, Tensor]:
-    """Scaled latents of every silhouette of `split`, tinted `copies` times over, and their labels."""
+    """Scaled latents of `copies` tinted versions of every silhouette of `split`, and their labels."""
     masks, labels = (part[: config.limit] for part in load_masks(split))
     generator = seeded(config.seed, 3)
     latents = []
@@ -137,7 +137,7 @@ def latent_bank(vae: AutoencoderKL, split: str, copies: int, config: PretrainCon
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images `[N, 3, 32, 32]` in [0, 1]."""
+    """Decode scaled latents to images `[N, 3, 32, 32]` in [0, 1]."""
     parts = (latents / vae.config.scaling_factor).split(100)
     return torch.cat([(vae.decode(part).sample / 2 + 0.5).clamp(0, 1) for part in parts])
 

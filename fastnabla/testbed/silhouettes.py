@@ -1,12 +1,11 @@
 """The testbed's data: silhouettes of ten animals, tinted with random hues.
 
-10,000 grey masks of 28x28 pixels (MIT, see `data/LICENSE.animal_mnist.txt`) become 32x32 colour
-images. The animal is what a prompt names; hue, ground, pose and size are left free, so a finetuned
-model that loses its diversity shows it in plain sight.
+10,000 grey masks of 28x28 pixels (MIT, see `data/LICENSE.animal_mnist.txt`) become 32x32 colour images. A prompt names the
+animal. Hue, ground, pose and size are free, so a loss of diversity in finetuning is easy to see.
 
-Splits, by position modulo 10: 0 is the *test* split, on which nothing is ever trained; the generator
-learns from all others, the reward's classifier from 1-4 and the evaluation's classifier from 5-9, so
-that a sample that fools the reward does not thereby fool the evaluation.
+Images are split by position modulo 10. 0 is the *test* split, which is never trained on. The generator is trained on all
+others, the reward classifier on 1-4 and the evaluation classifier on 5-9. So a sample that fools the reward does not
+automatically fool the evaluation.
 """
 
 from functools import cache
@@ -34,10 +33,10 @@ def caption(animal: str, phrasing: int = 0) -> str:
 
 
 def animal_in(prompt: str) -> int:
-    """Index into `ANIMALS` of the one animal that `prompt` names.
+    """Index into `ANIMALS` of the animal that `prompt` names.
 
     Raises:
-        ValueError: the prompt names none of the animals, or several.
+        ValueError: the prompt names no animal, or several.
     """
     words = "".join(c if c.isalpha() else " " for c in prompt.lower()).split()
     named = {i for i, animal in enumerate(ANIMALS) if animal in words or animal + "s" in words}
@@ -57,22 +56,23 @@ def load_masks(split: str) -> tuple[Tensor, Tensor]:
 
 
 def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
-    """RGB `[N, 3]` of colours given by `[N]` hues in turns, saturations and values in [0, 1]."""
+    """Convert hues `[N]` in turns, and saturations and values `[N]` in [0, 1], to RGB `[N, 3]`."""
     k = (torch.tensor([5.0, 3.0, 1.0]) + hue[:, None] * 6) % 6
     return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
 
 
 def tint(masks: Tensor, generator: torch.Generator) -> Tensor:
-    """Colour images `[N, 3, 32, 32]` in [0, 1] from `masks [N, 28, 28]`, by the rows of `generator`.
+    """Make random colour images `[N, 3, 32, 32]` in [0, 1] from `masks [N, 28, 28]`.
 
-    Every image gets its own hue, a dark or a light ground, a shift by up to one pixel and, with
-    probability one half, a mirror.
+    Each image has a random hue and a dark or light ground, is shifted by up to one pixel, and is mirrored with probability
+    1/2.
     """
     n = len(masks)
 
     def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
         return low + (high - low) * torch.rand(n, generator=generator)
 
+    # Mirror and shift.
     flipped = torch.where((uniform() < 0.5)[:, None, None], masks.flip(-1), masks)
     padded = F.pad(flipped, (3, 3, 3, 3))
     row, column = (torch.randint(0, 3, (n,), generator=generator) for _ in range(2))
@@ -80,6 +80,8 @@ def tint(masks: Tensor, generator: torch.Generator) -> Tensor:
     shifted = padded[
         torch.arange(n)[:, None, None], (row[:, None] + span)[:, :, None], (column[:, None] + span)[:, None]
     ]
+
+    # Colour the animal and the ground.
     animal = hsv_to_rgb(uniform(), uniform(0.65, 1), uniform(0.75, 1))[:, :, None, None]
     ground = torch.where(uniform() < 0.5, uniform(0, 0.12), uniform(0.88, 1))[:, None, None, None]
     alpha = shifted[:, None]

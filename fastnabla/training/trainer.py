@@ -19,8 +19,9 @@ from fastnabla.run.files import RunFiles
 from fastnabla.run.lock import locked
 from fastnabla.run.meter import GpuMeter
 from fastnabla.run.pictures import save_pictures
+from fastnabla.run.save_weights import write_weights
 from fastnabla.run.table import decimals
-from fastnabla.run.weights import is_best, write_weights
+from fastnabla.run.weights import is_best
 from fastnabla.training.build import Components, fix_rows, plan_and_build
 from fastnabla.training.guards import BoundPassed, Guard, passed_bound
 from fastnabla.training.progress import ProgressDisplay

@@ -1,4 +1,4 @@
-"""With the flow known, the objective is solved by what solves the problem, and by nothing else."""
+"""With the exact flow, the objective is minimal at the solution of the problem, and only there."""
 
 import dataclasses
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastnabla.analytic.config import AnalyticConfig
+from fastnabla.analytic.config import AnalyticConfig, settings
 from fastnabla.analytic.experiment import Experiment
-from fastnabla.analytic.settings import settings
 from fastnabla.analytic.training import measure, updates
 from fastnabla.config.sections import RolloutConfig
 
@@ -16,7 +15,7 @@ ROLLOUT = RolloutConfig(trajectories=128, fraction=0.5, updates=1, batch=128)
 
 
 class ExactPolicy(nn.Module):
-    """``ε_ref − factor √(1 − ᾱ) (∇log p* − ∇log p_ref)``: with 1, the target's own ε; called as `MixtureNetwork` is."""
+    """``ε_ref − factor √(1 − ᾱ) (∇log p* − ∇log p_ref)``, with the interface of `MixtureNetwork`. 1 gives the target's ε."""
 
     def __init__(self, experiment: Experiment, factor: float) -> None:
         super().__init__()
@@ -38,8 +37,8 @@ def first_loss(steps: int, factor: float) -> float:
 
 
 def test_the_target_s_score_solves_it_and_better_with_shorter_steps():
-    """By what a step's own size leaves: its square, 25 times less in five times as many steps. A policy that has not
-    moved, moves the other way, or half or twice as far, does not."""
+    """Up to the discretisation error, which falls with the square of the step size: 25 times less with five times as many
+    steps. The pretrained policy, or one that moves half or twice as far or the other way, does not solve it."""
     coarse, fine = first_loss(20, 1.0), first_loss(100, 1.0)
     assert fine < coarse / 15
     for factor in (0.0, -1.0, 0.5, 2.0):
@@ -60,7 +59,7 @@ def test_it_is_learned_without_the_flow():
 
 
 def test_inner_epochs_need_no_more_of_the_reference():
-    """A later one is fed from the cache, which without a reverse residual has no product to give."""
+    """A later one reads the cache, which has no product without a reverse residual."""
     rollout = RolloutConfig(trajectories=8, fraction=0.5, updates=1, epochs=2, batch=8)
     experiment = Experiment(settings("residual-db", steps=4, exact_flow=True, rollout=rollout, updates=2))
     first, second = list(updates(experiment))
@@ -73,7 +72,7 @@ def test_it_is_refused_where_it_has_no_place(changes):
     default = AnalyticConfig()
     objective = dataclasses.replace(default.objective, **changes.get("objective", {}))
     with pytest.raises(
-        ValueError, match=r"exact_flow = True: is for method = residual-db with objective\.reward_gradient = look"
+        ValueError, match=r"exact_flow = True: needs method = residual-db and objective\.reward_gradient = look"
     ):
         AnalyticConfig(method=changes.get("method", "residual-db"), objective=objective, exact_flow=True)
 

@@ -1,12 +1,11 @@
-"""Every method on a known target: it learns there what its objective says, and would not with a wrong one."""
+"""Every method on a known target: it learns what its objective says, and would not with a wrong one."""
 
 import dataclasses
 
 import pytest
 
-from fastnabla.analytic.config import AnalyticConfig
+from fastnabla.analytic.config import SETTINGS, AnalyticConfig, settings
 from fastnabla.analytic.experiment import Experiment
-from fastnabla.analytic.settings import SETTINGS, settings
 from fastnabla.analytic.training import measure, updates
 from fastnabla.config.sections import RolloutConfig
 
@@ -16,7 +15,7 @@ CLIMB = ("refl", "draft", "draft-lv", "ddpo")
 
 
 def configuration(method: str, length: int, **objective: float) -> AnalyticConfig:
-    """Of 20 steps and small networks."""
+    """A configuration with 20 steps and small networks."""
     rollout = RolloutConfig(trajectories=128, fraction=0.5, updates=4, batch=128)
     config = settings(method, updates=length, steps=20, width=64, samples=1000, rollout=rollout)
     config.objective = dataclasses.replace(config.objective, **objective)
@@ -24,7 +23,7 @@ def configuration(method: str, length: int, **objective: float) -> AnalyticConfi
 
 
 def trained(config: AnalyticConfig, *when: int) -> tuple[Experiment, list[dict[str, float]]]:
-    """What was trained, and its measures before and after so many updates."""
+    """The trained experiment, and its measures before and after so many updates."""
     subject = Experiment(config)
     records = [measure(subject, subject.evaluation_samples())]
     for update, _ in enumerate(updates(subject), 1):
@@ -56,7 +55,7 @@ def test_balance_reaches_the_target_and_only_as_it_is(method, factor, objective,
 
 @pytest.mark.parametrize("method", CLIMB)
 def test_climbing_passes_the_target_and_collapses(method):
-    """Each has the same seed as a run that is told minus the reward."""
+    """Each has the same seed as a run that sees minus the reward."""
     config = configuration(method, 80)
     config.optimizer = dataclasses.replace(config.optimizer, learning_rate=3e-3, schedule="constant")
     subject, (first, middle, last) = trained(config, 20, 80)

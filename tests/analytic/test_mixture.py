@@ -22,7 +22,7 @@ def mixture(dimension: int, isotropic: bool = False) -> GaussianMixture:
 
 
 def grid(dimension: int, points: int) -> tuple[torch.Tensor, float]:
-    """Points `[points^D, D]` of [-7, 7]^D, and the volume of a cell."""
+    """Grid points `[points^D, D]` of [-7, 7]^D, and the volume of a cell."""
     axis = torch.linspace(-7, 7, points, dtype=F64)
     return torch.cartesian_prod(*[axis] * dimension).view(-1, dimension), (14 / (points - 1)) ** dimension
 
@@ -30,7 +30,7 @@ def grid(dimension: int, points: int) -> tuple[torch.Tensor, float]:
 def rewards(dimension: int) -> list[QuadraticReward]:
     slope = randn(dimension, seed=2, dtype=F64)
     return [
-        QuadraticReward.linear(slope.tolist()),
+        QuadraticReward(slope, torch.zeros_like(slope)),
         QuadraticReward.around(slope.tolist(), 0.7),
         QuadraticReward(slope, torch.linspace(0, 2, dimension, dtype=F64)),
     ]
@@ -86,7 +86,7 @@ def test_posterior_is_of_the_diffused_mixtures_components():
 @pytest.mark.parametrize("kind", range(3))
 @pytest.mark.parametrize(("dimension", "points"), [(1, 20_001), (2, 701)])
 def test_tilted_is_the_normalised_product(dimension, points, kind, beta):
-    """On a grid: the trapezoidal rule is exact to rounding for Gaussians that are wide against its spacing."""
+    """On a grid: for Gaussians much wider than the spacing, the trapezoidal rule is exact up to rounding."""
     p, reward = mixture(dimension), rewards(dimension)[kind]
     x, cell = grid(dimension, points)
     product = p.log_prob(x) + beta * reward(x, ())
@@ -100,7 +100,7 @@ def test_tilted_is_the_normalised_product(dimension, points, kind, beta):
 
 @pytest.mark.parametrize("dimension", PROBLEMS)
 def test_targets_of_the_problems_by_importance_sampling(dimension):
-    """Means and mode masses of the target, to four standard errors of reweighted draws from the pretrained mixture."""
+    """Means and mode masses of the target, within four standard errors of re-weighted draws from the pretrained mixture."""
     problem = PROBLEMS[dimension]()
     target = problem.mixture.tilted(problem.reward, 0.6)
     x = problem.mixture.sample(200_000, torch.Generator().manual_seed(0))

@@ -1,11 +1,11 @@
-"""The analytic testbed's networks in the classes that finetune Stable Diffusion."""
+"""The analytic testbed's networks, used by the classes that finetune Stable Diffusion."""
 
 import pytest
 import torch
 
 from fastnabla.analytic.config import AnalyticConfig
-from fastnabla.analytic.distance import distances, floors
 from fastnabla.analytic.experiment import PROMPTS, Experiment, IdentityDecoder
+from fastnabla.analytic.measures import distances, floors
 from fastnabla.analytic.problems import PROBLEMS
 from fastnabla.analytic.scheduler import alpha_bars
 from fastnabla.config.sections import RolloutConfig
@@ -19,7 +19,7 @@ def experiment(**changes) -> Experiment:
 
 
 def shaken(subject: Experiment) -> Experiment:
-    """With other than zero residuals."""
+    """Perturb the networks, so that their outputs are not zero."""
     for parameters in (subject.policy.trainable(), subject.flow.parameters()):
         for i, parameter in enumerate(parameters):
             parameter.data += randn(*parameter.shape, seed=i)
@@ -57,8 +57,8 @@ def test_decoder_is_the_identity_and_differentiates_the_reward():
 
 @pytest.mark.parametrize("dimension", PROBLEMS)
 def test_pretrained_samples_are_the_mixtures(dimension):
-    """With 100 steps the sampler's own error is below what 1,000 samples show: 2 floors, of which chance needs the most.
-    The target is more than 4 away."""
+    """With 100 steps the sampler's error is hidden by the noise of 1,000 samples, which stays below 2 floors. The target is
+    more than 4 floors away."""
     subject = experiment(dimension=dimension, steps=100, samples=1000)
     found = distances(subject.evaluation_samples(), subject.reference)
     floor = floors(subject.reference, 1000)
@@ -69,7 +69,8 @@ def test_pretrained_samples_are_the_mixtures(dimension):
 
 
 def test_the_step_trains_policy_and_flow():
-    """Of residual ∇-DB; passes as `fastnabla.methods.nabla_db` counts them, and rewards of the finished samples in the buffer."""
+    """For residual ∇-DB: network passes as counted in `fastnabla.methods.nabla_db`, and rewards of finished samples in the
+    buffer."""
     subject = experiment(rollout=RolloutConfig(trajectories=8, fraction=0.5, updates=2))
     subject.source.collect(0)
     batch = subject.buffer.gather(subject.buffer.transitions())

@@ -9,8 +9,8 @@ from PIL import Image
 
 from fastnabla.analytic.__main__ import main, parse
 from fastnabla.analytic.compare import main as compare
+from fastnabla.analytic.config import SETTINGS, settings
 from fastnabla.analytic.experiment import Experiment
-from fastnabla.analytic.settings import SETTINGS, settings
 from fastnabla.analytic.training import updates
 from fastnabla.config.methods import METHODS
 from fastnabla.config.sections import RolloutConfig
@@ -59,8 +59,8 @@ def test_comparison_writes_a_line_for_each_method(tmp_path, capsys):
 
 
 def test_passes_are_those_that_the_methods_plan():
-    """An update's 32 trajectories of T = 50 steps: draft runs through them, with a graph for K = 10 of the steps; ddpo has
-    a rollout of four updates' trajectories before the first, and then 26 transitions of each."""
+    """An update has 32 trajectories of T = 50 steps. draft samples them, with a graph for K = 10 steps. ddpo makes a rollout
+    for four updates before the first one, and then trains on 26 transitions of each trajectory."""
     rollout = RolloutConfig(trajectories=128, fraction=0.5, updates=4)
     for method, expected in {"draft": [32 * 60] * 2, "ddpo": [4 * 32 * 50 + 32 * 26 * 2, 32 * 26 * 2]}.items():
         records = itertools.islice(updates(Experiment(settings(method, rollout=rollout))), 2)
@@ -68,8 +68,8 @@ def test_passes_are_those_that_the_methods_plan():
 
 
 def test_rollouts_are_learned_from_late_and_again_as_in_the_trainer():
-    """Two rounds of two inner epochs, a round late: rollouts 0 and 1 before the first update, none after. Of a round's 24
-    transitions, those that are inner take 7 U, and 5 in the second inner epoch; last ones 3, and 2."""
+    """Two rollouts, each trained on in two inner epochs and one rollout late: both are sampled before the first update. A
+    rollout has 24 transitions. Inner ones cost 7 U, and 5 U in the second epoch; last ones cost 3 U, and 2 U."""
     rollout = RolloutConfig(trajectories=8, fraction=0.5, updates=1, epochs=2, replay=1)
     subject = Experiment(settings("residual-db", updates=4, steps=4, width=8, rollout=rollout))
     passes = [record["passes"] for record in updates(subject)]

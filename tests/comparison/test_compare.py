@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 
 from fastnabla import compare
+from fastnabla.comparison import evaluations
 from fastnabla.comparison.plan import make_plan
 from fastnabla.comparison.points import read_lines
 from fastnabla.comparison.training import train_in_processes
-from fastnabla.evaluation.run import EvaluationOptions
+from fastnabla.evaluation.options import EvaluationOptions
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.training.guards import Guard
 from fastnabla.training.trainer import Trainer
@@ -28,7 +29,7 @@ from fastnabla.training.trainer import Trainer
 PROMPTS = ["a giraffe", "a <b>cow</b> & more"]
 ODD = "<i>odd & bold"
 BUDGET = 88
-"""U: of the sizes below, two updates of residual ∇-DB with 38 U each, on average; eight of DRaFT with 10."""
+"""U. With the sizes below: two updates of residual ∇-DB with 38 U each, on average; eight of DRaFT with 10 U each."""
 SETTINGS = (
     "sampler.steps=4",
     "rollout.trajectories=2",
@@ -66,7 +67,7 @@ def values(folder: Path) -> dict:
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Of all files of the runs: when each was written, and what it holds."""
+    """Modification time and content of all files of the runs."""
     files = [path for path in folder.glob("*-seed-*/**/*") if path.is_file()]
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
@@ -97,7 +98,7 @@ def test_every_run_is_an_ordinary_one_and_spends_the_budget(done: Path) -> None:
 
 
 def spent(folder: Path, method: str, seed: int, updates: int) -> int:
-    """U of a run's first `updates`: of DRaFT's trajectories 4 + 1 each; of residual ∇-DB's 4, and 7 or 3 a transition."""
+    """U of a run's first `updates`. DRaFT: 4 + 1 per trajectory. Residual ∇-DB: 4 per trajectory, 7 or 3 per transition."""
     if method == "draft":
         return 2 * updates * (4 + 1)
     lines = (folder / f"{method}-seed-{seed}" / "metrics.jsonl").read_text().splitlines()
@@ -177,8 +178,7 @@ def test_another_configuration_is_refused(done: Path, capsys: pytest.CaptureFixt
 
 
 def test_an_interrupted_comparison_goes_on(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped in DRaFT's fifth update, and continued: the runs are the uninterrupted comparison's of the same seed, bit
-    for bit."""
+    """Stopped in DRaFT's fifth update and continued, the runs equal those of the uninterrupted comparison bit for bit."""
     monkeypatch.setattr(Trainer, "_write_pictures", _no_pictures)
     folder, update, calls = tmp_path / "stopped", Optimizer.update, []
     arguments = command(folder, "--seeds=1")
@@ -208,7 +208,7 @@ def test_an_interrupted_comparison_goes_on(done: Path, tmp_path: Path, monkeypat
 
 
 def test_a_run_that_diverges_does_not_end_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first method's loss is not finite from its second update on; the other trains, and the page says so."""
+    """The first method's loss is not finite from its second update on. The other trains, and the page says so."""
     folder, calls, accepts = tmp_path / "diverging", [], Guard.accepts
 
     def diverging(self, update: int, report, norms) -> bool:
@@ -222,7 +222,7 @@ def test_a_run_that_diverges_does_not_end_the_comparison(tmp_path: Path, monkeyp
     found = values(folder)
     assert [point["update"] for point in found["points"] if point["variant"] == "residual-db"] == [0, 1]
     assert max(point["update"] for point in found["points"] if point["variant"] == "draft") == 8
-    assert found["remarks"] == ["residual-db-seed-0 ended early; its last evaluation is of 1 updates."]
+    assert found["remarks"] == ["residual-db-seed-0 ended early; its last evaluation is after 1 updates."]
 
 
 def test_runs_in_processes_are_the_same(done: Path, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_runs_in_processes_are_the_same(done: Path, tmp_path: Path) -> None:
         assert len(ours) == len(theirs)
         for a, b in zip(ours, theirs, strict=True):
             assert (a.pop("phase"), a.keys()) == (b.pop("phase"), b.keys())
-            assert a == pytest.approx(b, rel=1e-3, abs=1e-4, nan_ok=True)  # of another number of threads
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-4, nan_ok=True)  # with another number of threads
         assert "updates" in (folder / f"{run}.log").read_text(encoding="utf-8")
     assert values(folder)["remarks"] == []
 
@@ -263,13 +263,13 @@ def _no_pictures(self, run: Path, records: list, update: int, *_) -> None:
 
 
 def test_evaluations_are_made_once_and_share_reference_samples(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, evaluate_run = [], compare.evaluate_run
+    made, evaluate_run = [], evaluations.evaluate_run
 
     def counted(run: Path, *arguments):
         made.append(run.name)
         return evaluate_run(run, *arguments)
 
-    monkeypatch.setattr(compare, "evaluate_run", counted)
+    monkeypatch.setattr(evaluations, "evaluate_run", counted)
     target = ["--target.samples-per-prompt=2", "--target.reference-samples=8", "--target.ess=0.25"]
     arguments = command(done, "--seeds=2", "--evaluate", *target)
     assert compare.main(arguments) == 0
@@ -284,12 +284,12 @@ def test_evaluations_are_made_once_and_share_reference_samples(done: Path, monke
     text = f" → {sum(gaps) / 2:.3g} ("
     for name in ("comparison.md", "comparison.html"):
         written = (done / name).read_text(encoding="utf-8")
-        assert "From the tilted target, prompts that were trained on" in written and text in written
+        assert "Distances from the tilted target, training prompts" in written and text in written
 
     options = EvaluationOptions(samples_per_prompt=2, reference_samples=8, ess=0.25)
     run = done / made[0]
-    assert compare.stored_evaluation(run, options) == found[0]
-    assert compare.stored_evaluation(run, dataclasses.replace(options, seed=1)) is None
+    assert evaluations.stored_evaluation(run, options) == found[0]
+    assert evaluations.stored_evaluation(run, dataclasses.replace(options, seed=1)) is None
 
 
 def test_dry_run_writes_nothing(

@@ -1,4 +1,4 @@
-"""What a comparison is planned and summed up by: budget, settings, points, tables."""
+"""The parts of a comparison: budget, settings, plan, points, summaries, plots and tables."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ from tests.integration.test_methods import config_of
 
 @pytest.mark.parametrize("method", METHODS)
 def test_measured_passes_are_those_the_networks_make(method: str) -> None:
-    """Of two updates and their rollout, by the policy's own counter."""
+    """For two updates and their rollout, by the policy's counter."""
     trainer = Trainer.from_config(config_of(method, updates=2))
     config, counter, measured = trainer.config, trainer.policy.passes, 0.0
     before = counter.rows
@@ -42,7 +42,7 @@ def test_measured_passes_are_those_the_networks_make(method: str) -> None:
 
 @pytest.mark.parametrize("draw", ["stratified", "uniform"])
 def test_planned_passes_are_the_mean_over_draws(draw: str) -> None:
-    """A stratified draw may be of the last step, which costs 3 U instead of 7. 4,000 trajectories: five standard errors."""
+    """A stratified draw may be the last step, which costs 3 U instead of 7. 4,000 trajectories, five standard errors."""
     config = config_of("residual-db")
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, draw=draw))
     steps, drawn, count = config.sampler.steps, config.drawn_steps, 4000
@@ -69,7 +69,7 @@ def plan(**changes) -> Plan:
 
 def test_budget_by_default_is_the_first_method_s() -> None:
     found = plan()
-    # The preset's updates: rollout, inner and last transitions, of which one draw in five of the last stratum is.
+    # The preset's updates: rollout, inner and last transitions. One draw in five from the last stratum is a last one.
     assert found.passes == pytest.approx(24 * 64 * (20 + 3.8 * 5 + 1.2 * 3))
     assert [run.config.updates for run in found.runs] == [24, found.passes // (64 * 21)]
     assert [run.config.evaluation.every for run in found.runs] == [4, 8]
@@ -121,14 +121,14 @@ def test_the_methods_own_settings_are_valid(method: MethodName) -> None:
         ({"preset": "nothing"}, "preset = 'nothing': must be one of testbed"),
         ({"methods": ()}, "methods = ''"),
         ({"methods": ("draft", "draft")}, "methods = 'draft draft'"),
-        ({"methods": ("drift",)}, "methods = 'drift': 'drift' is none of residual-db"),
+        ({"methods": ("drift",)}, "methods = 'drift': 'drift' must be one of residual-db"),
         ({"methods": ("draft,direct.k",)}, r"methods = 'draft,direct\.k': write METHOD,FIELD=VALUE"),
         ({"methods": ("draft,direct.k=",)}, r"write METHOD,FIELD=VALUE"),
         ({"methods": ("draft,reward.clip=1",)}, r"reward\.clip must be the same for all methods"),
-        ({"methods": ("draft,objective.gamma=constant",)}, r"draft has no use for objective\.gamma"),
-        ({"settings": ["ddpo.direct.k=3"]}, r"ddpo has no use for direct\.k"),
+        ({"methods": ("draft,objective.gamma=constant",)}, r"draft does not use objective\.gamma"),
+        ({"settings": ["ddpo.direct.k=3"]}, r"ddpo does not use direct\.k"),
         ({"methods": ("draft,seed=1",)}, "seed is set by the comparison"),
-        ({"methods": ("draft,direct.k=../1",)}, "names its runs' folders"),
+        ({"methods": ("draft,direct.k=../1",)}, "is part of the names of run folders"),
         ({"methods": ("draft,direct.k=21",)}, r"direct\.k = 21"),
         ({"seeds": 0}, "seeds = 0"),
         ({"points": 0}, "points = 0"),
@@ -155,9 +155,9 @@ def test_bad_plans_are_refused(changes: dict, message: str, capsys: pytest.Captu
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "draft-seed-0").mkdir()
-    plan(folder=tmp_path).check_folders()  # one in which a job ended before it began
+    plan(folder=tmp_path).check_folders()  # an empty folder, left by a job that ended before its run started
     (tmp_path / "draft-seed-0" / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="draft-seed-0': exists and is no run"):
+    with pytest.raises(ValueError, match="draft-seed-0': exists and is not a run folder"):
         plan(folder=tmp_path).check_folders()
 
 
@@ -171,7 +171,7 @@ def test_seconds_leave_out_evaluations_checkpoints_and_starts() -> None:
 
 
 def test_front() -> None:
-    """Against the definition: a point is on it if nothing is right of and above it."""
+    """By definition, a point is on the front if no other is above it and to its right."""
     assert front([(0, 3), (1, 2), (1, 1), (2, 2), (3, 0), (0, 3)]) == [0, 3, 4, 5]
     assert front([(1.0, 1.0)]) == [0]
 

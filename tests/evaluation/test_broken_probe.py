@@ -51,7 +51,7 @@ def test_what_needs_the_features_is_nan_and_the_probe_is_named(bad: float, caplo
     metrics = evaluator.measure(images)
     assert {name for name, value in metrics.items() if not math.isfinite(value)} == NEED_FEATURES
     assert (
-        "the probe tests.evaluation.test_broken_probe.Probe gives features that are not finite, or all 0, for 1 of 6 images"
+        "the probe tests.evaluation.test_broken_probe.Probe gives features that are not finite or all zero for 1 of 6 images"
         in (caplog.text)
     )
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from fastnabla import evaluate
 from fastnabla.config.sections import LoraConfig, OptimizerConfig, PromptConfig
 from fastnabla.config.train import TrainConfig
-from fastnabla.evaluation.run import REFERENCE_NOISE, EvaluationOptions, RunEvaluation
+from fastnabla.evaluation.options import FILE, EvaluationOptions
+from fastnabla.evaluation.run import REFERENCE_NOISE, RunEvaluation
 from fastnabla.models.saved_policy import read_policy
 from fastnabla.run.checkpoint import newest_checkpoint
 from fastnabla.training.trainer import Trainer
@@ -24,7 +25,7 @@ LORA = "lora/pytorch_lora_weights.safetensors"
 
 
 def tiny(**changes) -> TrainConfig:
-    """Two updates, and prompts of which some are held out."""
+    """Two updates, with some prompts held out."""
     base = small(updates=2, prompts=PromptConfig(source="animals", held_out=0.5))
     base = dataclasses.replace(base, optimizer=OptimizerConfig(learning_rate=0.02))
     return dataclasses.replace(base, **changes)
@@ -38,12 +39,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results(folder: Path) -> dict:
-    return json.loads((folder / evaluate.FILE).read_text(), parse_constant=lambda name: pytest.fail(name))
+    return json.loads((folder / FILE).read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
 def copy_of(run: Path, folder: Path) -> Path:
-    """The run without what evaluating it has left."""
-    return Path(shutil.copytree(run, folder, ignore=shutil.ignore_patterns("reference-*", evaluate.FILE)))
+    """A copy of the run without the files of its evaluation."""
+    return Path(shutil.copytree(run, folder, ignore=shutil.ignore_patterns("reference-*", FILE)))
 
 
 def test_results_are_complete(run: Path) -> None:
@@ -71,7 +72,7 @@ def test_results_are_complete(run: Path) -> None:
 
 
 def test_the_table_has_a_column_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And a second run takes the first one's reference samples."""
+    """And a second run reuses the first one's reference samples."""
     other = copy_of(run, tmp_path / "other-run")
     assert evaluate.main([str(run), str(other), *QUICK]) == 0
     printed = capsys.readouterr().out
@@ -103,12 +104,12 @@ def test_a_policy_that_learned_nothing_is_the_pretrained_one(run: Path, tmp_path
     weights = load_file(folder / LORA)
     save_file({name: weight * ("lora_A" in name) for name, weight in weights.items()}, folder / LORA)
     for group in RunEvaluation(folder, OPTIONS).measure()["groups"].values():
-        # B = 0 adds zeros, but W x may be rounded in another order; features amplify it to some 1e-5.
+        # B = 0 adds zeros, but W x may be rounded in another order; features amplify this to about 1e-5.
         assert group["finetuned"] == pytest.approx(group["pretrained"], rel=1e-3, abs=1e-6)
         assert group["divergence"]["nats"] < 1e-6
         tilted = group["targets"]["tilted"]
         assert tilted["finetuned"] == pytest.approx(tilted["pretrained"], rel=1e-3, abs=1e-5)
-        # It has no more reward than the reference samples, or what little chance gives.
+        # Its reward is that of the reference samples, or slightly more by chance.
         same = group["targets"]["same_reward"]
         assert same is None or same["finetuned"]["reward_gap"] == pytest.approx(0, abs=1e-6)
 
@@ -131,7 +132,7 @@ def test_all_parameters_are_read_exactly_and_evaluated(tmp_path: Path) -> None:
     trainer = Trainer.from_config(config)
     trainer.train(tmp_path / "run")
     evaluation = RunEvaluation(tmp_path / "run", OPTIONS)
-    read = evaluation.trainer.policy.trained()
+    read = evaluation.components.policy.trained()
     assert all(torch.equal(parameter, read[name]) for name, parameter in trainer.policy.trained().items())
     found = evaluation.measure()["groups"]["trained"]
     assert found["divergence"]["nats"] > 0 and found["finetuned"]["reward"] != found["pretrained"]["reward"]
@@ -154,7 +155,7 @@ def test_a_normalised_reward_tilts_by_what_was_trained_on(tmp_path: Path) -> Non
     evaluation = RunEvaluation(folder, OPTIONS)
     checkpoint, _ = newest_checkpoint(folder)
     state = torch.load(checkpoint / "state.pt", weights_only=True)["reward"]
-    assert evaluation.trainer.reward.state_dict() == state and state["area"]["count"] > 0
+    assert evaluation.components.reward.state_dict() == state and state["area"]["count"] > 0
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(ValueError, match=r"reward\.normalise"):
         RunEvaluation(folder, OPTIONS)

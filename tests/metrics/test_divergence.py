@@ -27,7 +27,7 @@ def policy():
 
 
 def steps_of(o, o_ref, x, step):
-    """The two policies' distributions of x', as torch has them."""
+    """The two policies' distributions of x', as torch distributions."""
     a, b, sigma = (getattr(TABLE, name)[step] for name in ("a", "b", "sigma"))
     return tuple(Independent(Normal(a * x + b * output, sigma), 3) for output in (o, o_ref))
 
@@ -66,7 +66,7 @@ def test_along_the_policys_own_states_in_float64(policy) -> None:
 
 
 def test_is_measured_while_a_rollout_samples(policy) -> None:
-    """The same as from the states and outputs that a buffer stores, whatever the batch; and the samples do not change."""
+    """The result equals that of the states and outputs in a buffer for any batch size, and the samples are unchanged."""
     buffer = TrajectoryBuffer(5, 4, 5, SHAPE)
     slots = buffer.reserve(draw_stratified(0, 0, 5, 4, 4), PROMPT)
     finished = sample(policy, TABLE, PROMPT, SEEDS, SHAPE, buffer=buffer, slots=slots)

@@ -7,7 +7,7 @@ from fastnabla.testbed.silhouettes import load_masks, tint
 
 
 def test_grounds_of_silhouettes_are_told_apart() -> None:
-    """Masks are padded by 2 pixels at least, so the corner is the ground itself, which is grey."""
+    """Masks are padded by at least 2 pixels, so the corner shows the ground, which is grey."""
     images = tint(load_masks("test")[0], torch.Generator().manual_seed(0))
     luminance = ground_luminance(images)
     torch.testing.assert_close(luminance, images[:, 0, 0, 0], atol=1e-6, rtol=0)

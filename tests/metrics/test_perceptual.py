@@ -1,4 +1,4 @@
-"""Probes for photographs: CLIP on tiny weights; lpips and dreamsim by modules that stand in for the packages."""
+"""Probes for photographs: CLIP with tiny weights, and stubs of lpips and dreamsim."""
 
 import sys
 import types
@@ -19,7 +19,7 @@ PROMPT = torch.tensor([0, 0, 0, 1, 1, 1])
 
 
 class Lpips(nn.Module):
-    """Takes what lpips.LPIPS takes and returns what it returns: `[N, 1, 1, 1]` of images in [-1, 1]."""
+    """A stub with the interface of lpips.LPIPS: images in [-1, 1] to `[N, 1, 1, 1]`."""
 
     def __init__(self, net: str = "alex", verbose: bool = True) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Lpips(nn.Module):
 
 
 class DreamSim(nn.Module):
-    """As dreamsim's model: embeddings of images `[N, 3, 224, 224]` in [0, 1], without the first axis if N is 1."""
+    """A stub of dreamsim's model: embeds images `[N, 3, 224, 224]` in [0, 1], without the first axis if N is 1."""
 
     def embed(self, images: Tensor) -> Tensor:
         assert images.shape[1:] == (3, 224, 224) and images.min() >= 0 and images.max() <= 1
@@ -58,7 +58,7 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_clip_probe_sees_what_the_reward_sees() -> None:
-    """Its features, times the reward's prompt embeddings, are the reward: float32 rounding of a dot product."""
+    """Features times the reward's prompt embeddings give the reward, up to the float32 rounding of a dot product."""
     reward = TINY["clipscore"]()
     features = ClipProbe(reward).features(IMAGES)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(6))

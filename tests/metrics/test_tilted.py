@@ -1,4 +1,4 @@
-"""The tilted target against closed forms: of N(m, s²) with reward r = a x it is N(m + β a s², s²)."""
+"""The tilted target against closed forms: for N(m, s²) and reward r = a x it is N(m + β a s², s²)."""
 
 import itertools
 import math
@@ -24,9 +24,10 @@ from fastnabla.metrics.tilted import (
 from tests.checks import randn
 
 M, S, A = (0.3, -1.0), (1.0, 0.5), (1.0, 2.0)
-"""Mean and deviation of x, and slope of the reward, of two prompts; a s = 1 in both, so both tilt alike."""
+"""Mean and standard deviation of x and slope of the reward, for two prompts; a s = 1 for both, so they tilt alike."""
 QUANTILES = torch.special.ndtri((torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000)
-"""Of the standard normal distribution: a sample without chance. What its tails leave out is below 1e-3 at β a s ≤ 1."""
+"""Quantiles of the standard normal distribution: a deterministic sample. Its missing tails matter less than 1e-3 at
+β a s ≤ 1."""
 
 
 def measures(reward: Tensor, prompt: Tensor | None = None, **columns: Tensor) -> Measures:
@@ -76,7 +77,7 @@ def test_beta_for_ess_inverts_the_closed_form(share: float) -> None:
 
 
 def test_a_prompt_with_an_outlier_limits_beta() -> None:
-    """All but one sample of the second prompt have reward 0, and that one 1: of n it leaves an effective sample size of
+    """One of the n samples of the second prompt has reward 1, the others 0: the effective sample size is
     (n − 1 + e^β)² / (n − 1 + e^{2β})."""
     n, share = 100, 0.05
     reward = torch.zeros(2, n, dtype=torch.float64)
@@ -136,7 +137,7 @@ def test_moments_with_equal_weights_are_the_usual_ones() -> None:
 
 
 def test_weighted_covariance_is_unbiased() -> None:
-    """Over many draws of 4 samples, with unequal weights: its mean is the variance, 1, to four standard errors."""
+    """Over many draws of 4 samples with unequal weights, its mean is the variance, 1, within four standard errors."""
     weights = torch.tensor([0.5, 0.3, 0.15, 0.05])
     draws = randn(20_000, 4, 1, dtype=torch.float64)
     found = torch.stack([gaussian_moments(features, weights).covariance[0, 0] for features in draws])
@@ -145,8 +146,8 @@ def test_weighted_covariance_is_unbiased() -> None:
 
 @pytest.mark.parametrize("count", [200, 6])
 def test_frechet_distance_is_that_of_torchmetrics(count: int) -> None:
-    """With fewer samples than features too, where the covariances have no inverse. torchmetrics takes eigenvalues of a
-    product that is not symmetric, whose zeros come out as large as 1e-8, and their roots 1e-4."""
+    """Also with fewer samples than features, where the covariances are singular. torchmetrics takes eigenvalues of a product
+    that is not symmetric: its zeros come out as large as 1e-8, and their roots as 1e-4."""
     a, b = randn(count, 8, dtype=torch.float64), 2 * randn(count, 8, seed=1, dtype=torch.float64) + 1
     equal = torch.full((count,), 1 / count, dtype=torch.float64)
     found = frechet_between(gaussian_moments(a, equal), gaussian_moments(b, equal))
@@ -178,7 +179,7 @@ def test_histogram_distances_of_single_bins() -> None:
 
 
 def test_circular_wasserstein_is_optimal_transport() -> None:
-    """Against the linear program over all plans of transport, exact to its solver's 1e-7 or so."""
+    """Against the linear program over all transport plans, which its solver solves to about 1e-7."""
     place = torch.arange(12)
     apart = (place[:, None] - place).abs()
     cost = (torch.minimum(apart, 12 - apart) / 12).flatten().numpy()
@@ -213,8 +214,9 @@ def drawn(count: int, seed: int, shift: float = 0.0) -> Measures:
 
 @pytest.mark.parametrize("samples", [20, 600])
 def test_a_perfect_sampler_scores_at_most_the_floor_and_half_at_least(samples: int) -> None:
-    """As `finite_sample_floor` says, on average over 60 samplers and sets of reference samples, whose standard error is
-    some tenth; with few samples, whose own chance dominates, and with more than the target has effective ones."""
+    """The bounds that `finite_sample_floor` documents, averaged over 60 samplers and sets of reference samples, with a
+    standard error of about a tenth. The cases are few samples, whose own noise dominates, and more samples than the target's
+    effective sample size."""
     beta = 0.8
     found: dict[str, float] = {}
     floors: dict[str, float] = {}

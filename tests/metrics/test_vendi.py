@@ -1,4 +1,4 @@
-"""The Vendi score of cases that it is defined by."""
+"""The Vendi score of cases with known answers."""
 
 import math
 
@@ -23,7 +23,7 @@ def test_clusters_count_by_the_entropy_of_their_shares(width: int) -> None:
 
 
 def test_equals_the_definition() -> None:
-    """exp(−tr ρ log ρ), ρ the kernel of cosines over n, by its eigenvalues; lengths of features do not matter."""
+    """exp(−tr ρ log ρ), where ρ is the cosine kernel over n, from its eigenvalues. The norms of features do not matter."""
     features = randn(9, 4, dtype=torch.float64)
     x = features / features.norm(dim=1, keepdim=True)
     rho = x @ x.T / 9

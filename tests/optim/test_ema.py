@@ -14,6 +14,7 @@ from fastnabla import evaluate
 from fastnabla.analytic.config import AnalyticConfig
 from fastnabla.config.sections import EvaluationConfig, LoraConfig, OptimizerConfig, RolloutConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.evaluation.options import FILE
 from fastnabla.optim.ema import WeightAverage
 from fastnabla.sample import SampleConfig, sample_run
 from fastnabla.testbed import pipeline_folder
@@ -153,9 +154,9 @@ def test_is_measured_and_sampled_alone(run, tmp_path: Path) -> None:
     """Of the average, evaluation takes its weights; the results have a file of their own."""
     options = ["--samples-per-prompt=2", "--reference-samples=4", "--ess=0.5"]
     assert evaluate.main([str(run[0]), *options, "--weights=ema"]) == 0
-    assert not (run[0] / evaluate.FILE).exists()
+    assert not (run[0] / FILE).exists()
     assert evaluate.main([str(run[0]), *options]) == 0
-    averaged, raw = (json.loads((run[0] / name).read_text()) for name in ("evaluation-ema.json", evaluate.FILE))
+    averaged, raw = (json.loads((run[0] / name).read_text()) for name in ("evaluation-ema.json", FILE))
     ours, theirs = averaged["groups"]["trained"], raw["groups"]["trained"]
     assert ours["pretrained"] == theirs["pretrained"] and ours["finetuned"]["reward"] != theirs["finetuned"]["reward"]
     pictures = [

@@ -1,4 +1,4 @@
-"""Whatever the input: clean prompts, or a ValueError."""
+"""Any input gives clean prompts or a ValueError."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ JSON = st.recursive(
 
 
 def prompts_or_error(source: str, templates: tuple[str, ...] = ()) -> list[str] | None:
-    """The prompts, which are checked; None for an error, which must name field and value."""
+    """The checked prompts. None for an error, which must name field and value."""
     try:
         prompts = load_prompts(source, templates)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Which trajectory gets which prompt."""
+"""Assigning prompts to trajectories."""
 
 import time
 
@@ -13,7 +13,7 @@ from fastnabla.utils.seeding import generator_of
 
 
 def assign_one_by_one(seed: int, first: int, count: int, num_prompts: int) -> Tensor:
-    """The definition: trajectory n takes place n mod P of the order of cycle n // P."""
+    """By definition, trajectory n gets entry n mod P of the order of cycle n // P."""
     numbers = torch.zeros(count, dtype=torch.int64)
     for i, n in enumerate(range(first, first + count)):
         order = torch.randperm(num_prompts, generator=generator_of(seed, "prompts", n // num_prompts))

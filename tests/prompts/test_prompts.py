@@ -62,15 +62,15 @@ def test_other_scripts_are_kept(tmp_path: Path):
         (b"\xef\xbb\xbf", "no prompts"),
         (b"\xff\xfe\x00", "line 1: not UTF-8"),
         (b"a cat\n\na d\xf6g\n", "line 3: not UTF-8"),
-        ("a cat\n".encode("utf-16-le"), "line 1: has the control character U\\+0000"),
-        (b"a cat\na\x1b[31m dog\n", "line 2: has the control character U\\+001B"),
-        (b"a cat\na\tdog\n", "line 2: has the control character U\\+0009"),
-        (b"a cat\ra dog\r", "line 1: has the control character U\\+000D"),
-        ("a cat\na \x85dog\n".encode(), "line 2: has the control character U\\+0085"),
-        ("a \u202egod a\n".encode(), "line 1: has the control character U\\+202E"),
-        ("a \u2067dog\u2069\n".encode(), "line 1: has the control character U\\+2067"),
-        (b"a cat\n\xef\xbb\xbfa dog\n", "line 2: has the control character U\\+FEFF"),
-        (b"a cat\n" + b"x" * (MAX_PROMPT + 1), f"line 2: {MAX_PROMPT + 1} characters; shorten it to at most {MAX_PROMPT}"),
+        ("a cat\n".encode("utf-16-le"), "line 1: contains the control character U\\+0000"),
+        (b"a cat\na\x1b[31m dog\n", "line 2: contains the control character U\\+001B"),
+        (b"a cat\na\tdog\n", "line 2: contains the control character U\\+0009"),
+        (b"a cat\ra dog\r", "line 1: contains the control character U\\+000D"),
+        ("a cat\na \x85dog\n".encode(), "line 2: contains the control character U\\+0085"),
+        ("a \u202egod a\n".encode(), "line 1: contains the control character U\\+202E"),
+        ("a \u2067dog\u2069\n".encode(), "line 1: contains the control character U\\+2067"),
+        (b"a cat\n\xef\xbb\xbfa dog\n", "line 2: contains the control character U\\+FEFF"),
+        (b"a cat\n" + b"x" * (MAX_PROMPT + 1), f"line 2: has {MAX_PROMPT + 1} characters; shorten it to at most {MAX_PROMPT}"),
         (b"a cat\n" + b"x" * MAX_LINE + b"\na dog\n", "line 2: longer than"),
         (None, "no such file"),
     ],
@@ -89,7 +89,7 @@ def test_bad_text_files_are_refused(tmp_path: Path, content: bytes | None, messa
     "source", ["", ".", "no such set", "a\0b", "x" * 100_000, "hf", "nothing.jsonl:prompt", "\ud800"]
 )
 def test_sources_that_do_not_exist_are_refused(source: str):
-    with pytest.raises(ValueError, match="no such file, nor one of the sets simple-animals, "):
+    with pytest.raises(ValueError, match="no such file, and not one of the sets simple-animals, "):
         load_prompts(source)
 
 
@@ -123,8 +123,8 @@ def test_json_lines(tmp_path: Path):
         ("a dog", "not JSON"),
         ("[" * 200_000, "not JSON"),
         ("1" * 10_000, "not JSON"),
-        ('["a dog"]', "a JSON list; write one object a line"),
-        ('{"text": "a dog"}', r"no field 'prompt' among \['text'\]; name one as FILE.jsonl:FIELD"),
+        ('["a dog"]', "a JSON list; write one object per line"),
+        ('{"text": "a dog"}', r"no field 'prompt' among \['text'\]; write FILE.jsonl:FIELD"),
         ('{"prompt": null}', "must be text, not NoneType"),
         ('{"prompt": ["a dog"]}', "must be text, not list"),
         ('{"prompt": "a\\ndog"}', r"control character U\+000A"),
@@ -140,7 +140,7 @@ def test_bad_json_lines_are_refused(tmp_path: Path, line: str, message: str):
 
 
 class HubTable:
-    """What fastnabla uses of a `datasets.Dataset`."""
+    """The part of `datasets.Dataset` that fastnabla uses."""
 
     def __init__(self, **columns: list) -> None:
         self.columns, self.column_names = columns, list(columns)
@@ -151,7 +151,7 @@ class HubTable:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """A stub of datasets with one data set; what has been asked of it."""
+    """A stub of datasets with one data set. Returns the list of requests."""
     asked = []
 
     def load_dataset(name: str, split: str) -> HubTable:
@@ -178,7 +178,7 @@ def test_hub_column(hub: list[tuple[str, str]]):
         ("hf::Prompt", "write hf:OWNER/NAME:COLUMN"),
         ("hf:someone/prompts:prompt", "no column 'prompt'; use one of Prompt, score, notes"),
         ("hf:someone/prompts:score", "row 0: a prompt must be text, not int"),
-        ("hf:someone/prompts:notes", r"row 1: has the control character U\+0007"),
+        ("hf:someone/prompts:notes", r"row 1: contains the control character U\+0007"),
         ("hf:someone/else:Prompt", "the split 'train' of 'someone/else' cannot be loaded .*doesn't exist"),
     ],
 )
@@ -218,7 +218,7 @@ def test_repeated_prompts_are_dropped_with_one_warning(tmp_path: Path, caplog: p
     assert load_prompts(source) == ["a cat", "a dog", "a cow"]
     assert [(r.name, r.levelno) for r in caplog.records] == [("fastnabla", logging.WARNING)]
     assert caplog.records[0].getMessage() == (
-        f"prompts.source = {source!r}: 3 of 6 prompts repeat an earlier one and are dropped"
+        f"prompts.source = {source!r}: dropped 3 of 6 prompts, which are duplicates"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which prompts are trained on, and which are evaluated."""
+"""Training, held-out and evaluated prompts."""
 
 import itertools
 import logging
@@ -91,7 +91,7 @@ def test_evaluating_what_is_trained_on_is_warned_of(caplog: pytest.LogCaptureFix
     prompts = run_prompts("animals", evaluation="animals-phrased", most_evaluated=2)
     assert [prompts.texts[i] for i in prompts.evaluated] == ["a bear", "a picture of a bear"]
     assert [(r.name, r.levelno) for r in caplog.records] == [("fastnabla", logging.WARNING)]
-    assert caplog.messages == ["prompts.evaluation = 'animals-phrased': 10 of 30 prompts are also trained on"]
+    assert caplog.messages == ["prompts.evaluation = 'animals-phrased': 10 of 30 prompts are also training prompts"]
 
 
 def test_bad_evaluation_source_is_named():

@@ -64,7 +64,7 @@ def test_a_sound_reward_passes(broken: None, capsys: pytest.CaptureFixture[str])
     ("arguments", "message"),
     [
         (["check", "beauty"], "unknown reward 'beauty'"),
-        (["check", "area", "--images", "missing"], "images = 'missing': has 0 images, --batch wants 2"),
+        (["check", "area", "--images", "missing"], "images = 'missing': has 0 images, --batch needs 2"),
         (["check", "area", "--weights", "hpsv2"], "'hpsv2' is not of the form name=source"),
         (["check", "classifier", "--prompts", "a toaster", "a car"], "exactly one"),
     ],
@@ -132,11 +132,11 @@ def test_saved_bytes_counts_each_storage_once_without_parameters() -> None:
 
 
 def test_deviation_from_float32_is_told() -> None:
-    """Of a reward that rounds more, whose gradient and rows are tried in float32; a reward of one's own is copied for that."""
+    """A reward in lower precision: gradient and rows are tested in float32, on a copy of a reward of your own."""
     halved, exact = TINY["hpsv2"](RewardOptions(precision="bf16")), TINY["hpsv2"]()
     found = {finding.what: finding for finding in inspect_reward(halved, IMAGES, ["0", "1", "0"], exact)}
     plain = {finding.what: finding for finding in inspect_reward(exact, IMAGES, ["0", "1", "0"])}
-    assert found["precision"].result.startswith("off from float32: values by up to ") and "precision" not in plain
+    assert found["precision"].result.startswith("deviation from float32: values up to ") and "precision" not in plain
     assert [found[what] for what in ("gradient", "rows", "values")] == [
         plain[what] for what in ("gradient", "rows", "values")
     ]

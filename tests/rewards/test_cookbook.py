@@ -1,4 +1,4 @@
-"""The cookbook's own rewards, as they stand in docs/rewards.md, through the commands that stand below them."""
+"""The cookbook's rewards, as printed in docs/rewards.md, run by the commands printed below them."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Network rewards: precision, checkpointing, prompts, shapes; on tiny models, and the real ones without memory."""
+"""Network rewards: precision, checkpointing, prompts and shapes, on tiny models and on the real ones on the meta device."""
 
 import contextlib
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ IMAGES = torch.rand(3, 3, 50, 64, generator=torch.Generator().manual_seed(0))
 
 
 class Matrix(RewardModel):
-    """A single layer, that notes the precision in which its forward and backward pass run, and how prompts are encoded."""
+    """A single layer that records the precision of its forward and backward pass, and how prompts are encoded."""
 
     def __init__(self, options: RewardOptions = DEFAULTS, fail: bool = False) -> None:
         super().__init__(nn.Identity(), options, layer=nn.Linear(4, 1))
@@ -54,7 +54,7 @@ def precisions() -> list[str]:
 
 
 def older() -> tuple[str, bool, bool]:
-    """The older switches, which torch refuses to read where they differ from the newer ones."""
+    """The older switches, which torch refuses to read if they differ from the newer ones."""
     return (
         torch.get_float32_matmul_precision(),
         torch.backends.cuda.matmul.allow_tf32,
@@ -103,7 +103,7 @@ def test_precision_holds_in_both_passes_and_is_put_back(precision: str) -> None:
 
 @contextlib.contextmanager
 def as_before() -> Iterator[None]:
-    """Leaves the switches as they are at the start of a process."""
+    """Restore the switches to their state at the start of a process."""
     try:
         yield
     finally:
@@ -115,7 +115,7 @@ def as_before() -> Iterator[None]:
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
 @pytest.mark.parametrize("around", ["default", "older high", "older cudnn off", "newer matmul", "everything"])
 def test_all_switches_agree_and_are_put_back(precision: str, around: str) -> None:
-    """After a failure too. Torch can read the older ones within, as torch.compile does, whoever set which before."""
+    """Also after a failure. Inside, torch can read the older switches, as torch.compile does, however they were set."""
     with as_before():
         if around == "older high":
             torch.set_float32_matmul_precision("high")
@@ -142,9 +142,9 @@ def test_all_switches_agree_and_are_put_back(precision: str, around: str) -> Non
 
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
 def test_a_compiled_reward_runs_in_tf32(backend: str) -> None:
-    """Compiled there, and called there when compiled elsewhere; forward and backward. The CPU has no TF32: the same numbers,
-    but for fused operations' rounding. Deduplication makes dynamo read the older switches on a CPU, as inductor's choice of
-    kernels does on a GPU."""
+    """Forward and backward, whether it is compiled inside the context or before. The CPU has no TF32, so the numbers are the
+    same up to the rounding of fused operations. Deduplication makes dynamo read the older switches on a CPU, as inductor's
+    choice of kernels does on a GPU."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.SiLU(), nn.Flatten(), nn.Linear(8, 1), nn.Flatten(0))
     network.requires_grad_(False)
@@ -161,14 +161,14 @@ def test_a_compiled_reward_runs_in_tf32(backend: str) -> None:
 
 
 def test_default_precision(caplog: pytest.LogCaptureFixture) -> None:
-    """Where there is no TF32, it is float32, and told once."""
+    """Without TF32 the rewards use float32, with one warning."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     wanted = [None, "float32", "tf32", "bf16"]
     assert [precision_on(gpu, precision) for precision in wanted] == ["tf32", "float32", "tf32", "bf16"]
     precision._log_no_tf32.cache_clear()
     assert [precision_on(cpu, precision) for precision in wanted * 2] == ["float32", "float32", "float32", "bf16"] * 2
     assert [record.getMessage() for record in caplog.records] == [
-        "reward.precision = 'tf32': no TF32 on cpu; the rewards compute in float32."
+        "reward.precision = 'tf32': cpu has no TF32; the rewards compute in float32."
     ]
     with pytest.raises(
         ValueError, match=r"reward\.precision = 'fp16': must be one of 'float32', 'tf32', 'bf16', or None"
@@ -178,8 +178,8 @@ def test_default_precision(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_bfloat16_is_autocast_of_the_image_networks(name: str) -> None:
-    """The halved layers' numbers are those of autocast with float32 weights, bit for bit; scores and gradients are off by a
-    few roundings of 2⁻⁹; the prompt's embedding is float32's."""
+    """The halved layers give the numbers of autocast with float32 weights, bit for bit. Scores and gradients differ from
+    float32 by a few roundings of 2⁻⁹. The prompt's embedding is that of float32."""
     prompts = ["0", "1", "2"]
     exact, halved = TINY[name](), TINY[name](RewardOptions(precision="bf16"))
     values, image_grad = gradient(halved, IMAGES, prompts)
@@ -326,7 +326,7 @@ def test_preprocessing_sizes() -> None:
 
 @pytest.mark.parametrize("antialias", [True, False])
 def test_bicubic_by_matrices(antialias: bool) -> None:
-    """What deterministic runs on a GPU resize with: in float64 equal to rounding, in both passes; larger and smaller."""
+    """Resizing in deterministic runs on a GPU: equal up to rounding in float64, in both passes, enlarging and shrinking."""
     for height, width in ((24, 17), (80, 70), (50, 64)):
         images = IMAGES.double().requires_grad_()
         wanted = F.interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=antialias)

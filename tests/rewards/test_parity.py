@@ -23,7 +23,7 @@ META = torch.device("meta")
 
 
 def assert_values(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """To `tolerance`, relative to the largest where that is above 1."""
+    """Equal within `tolerance`, relative to the largest value if that is above 1."""
     scale = max(1.0, expected.abs().max().item())
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
@@ -124,7 +124,7 @@ def test_open_clip_names_are_mapped_as_given() -> None:
 
 
 def at_real_depth(state: dict[str, Tensor], pattern: str, depth: int) -> dict[str, Tensor]:
-    """`state` with the names of layer 0, which `pattern` finds, for `depth` layers."""
+    """`state` with the names of layer 0, which match `pattern`, repeated for `depth` layers."""
     grown = {}
     for name, tensor in state.items():
         if found := re.match(pattern, name):

@@ -110,7 +110,7 @@ def test_pickscore_from_safetensors(tmp_path: Path) -> None:
 
 
 def test_another_networks_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"reward 'aesthetic': .* of another shape: .* instead of \("):
+    with pytest.raises(ValueError, match=r"reward 'aesthetic': .* with another shape: .* instead of \("):
         Aesthetic.from_weights(CPU, aesthetic_options(tmp_path), config=_wider())
     network = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"'x': .*1 missing: bias.*2 unexpected: a, b"):
@@ -156,12 +156,12 @@ def test_a_folder_without_the_file_and_what_is_no_source(tmp_path: Path) -> None
     source = Source("xswu/HPSv2", ("HPS_v2.1_compressed.pt",))
     with pytest.raises(ValueError, match=f"has no HPS_v2.1_compressed.pt.*hf download.*--local-dir {tmp_path}"):
         find_files("hpsv2", source, str(tmp_path))
-    with pytest.raises(ValueError, match="neither a file or folder here nor a hub id"):
+    with pytest.raises(ValueError, match="neither an existing file or folder nor a hub id"):
         find_files("hpsv2", source, "./no/such/folder")
     with pytest.raises(ValueError, match=r"hf download mine/copy HPS"):
         find_files("hpsv2", source, "mine/copy")
     (tmp_path / "a.json").touch()
-    with pytest.raises(ValueError, match=r"is a file; give the folder with vocab.json, merges.txt"):
+    with pytest.raises(ValueError, match=r"is a file; give the folder that contains vocab.json, merges.txt"):
         find_files("t", Source("r", ("vocab.json", "merges.txt")), str(tmp_path / "a.json"))
 
 
@@ -207,5 +207,5 @@ def test_options_are_checked() -> None:
             parse_weights(items)
     with pytest.raises(ValueError, match="'hpsv2' belongs to no term"):
         build_reward(["area"], options=RewardOptions(weights={"hpsv2": "x"}))
-    with pytest.raises(ValueError, match=r"unknown part 'hpsv2.vocab'; there are hpsv2, hpsv2.tokenizer"):
+    with pytest.raises(ValueError, match=r"unknown part 'hpsv2.vocab'; the parts are hpsv2, hpsv2.tokenizer"):
         build_reward(["hpsv2"], options=RewardOptions(weights={"hpsv2.vocab": "x"}))

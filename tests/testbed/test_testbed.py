@@ -1,4 +1,4 @@
-"""The embedded testbed: its data, its shipped pipeline, and a few steps of its training."""
+"""The embedded testbed: its data, its shipped pipeline, and a few steps of its training script."""
 
 from pathlib import Path
 

@@ -128,9 +128,7 @@ def test_what_cannot_be_interrupted_ends_the_process(name: str) -> None:
 
 def test_a_reward_that_hangs_in_the_check_before_a_run_is_named() -> None:
     reward = RewardSum({"mine:slow": (lambda images, prompts: time.sleep(60), 1.0)}, timeout=0.2)
-    with pytest.raises(
-        RewardError, match=r"'mine:slow' did not come back from 2 images within reward\.timeout = 0\.2 s"
-    ):
+    with pytest.raises(RewardError, match=r"'mine:slow' did not return from 2 images within reward\.timeout = 0\.2 s"):
         check_reward(reward, ["a cow"], (8, 8))
 
 
@@ -173,7 +171,7 @@ def test_a_run_whose_reward_hangs_ends_and_can_be_resumed(
     use(sys.modules["hanging"].calls)  # the last call of the second update
     assert train.main([*command, "--run=hung"]) == 1
     message = " ".join(capsys.readouterr().err.split())
-    assert "reward 'hanging:reward' did not come back" in message and "--resume hung" in message
+    assert "reward 'hanging:reward' did not return" in message and "--resume hung" in message
     assert "while calls ==" in message or body in message  # where it was
     assert [path.name for path in Path("hung/checkpoints").iterdir()] == ["update-000001"]
     use(-1)

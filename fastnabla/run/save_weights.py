@@ -1,0 +1,35 @@
+"""Writes the policy's weights into the run folder."""
+
+import shutil
+from pathlib import Path
+
+from fastnabla.models.policy import Policy
+from fastnabla.models.saved_policy import save_policy
+from fastnabla.optim.ema import WeightAverage
+from fastnabla.run.weights import AVERAGE, BEST
+from fastnabla.utils.durable import move_files
+
+
+def write_weights(run: Path, policy: Policy, ema: WeightAverage | None, best: bool, is_main: bool) -> None:
+    """Write the policy's weights into the run folder. Files are moved into place once all are written. Collective if sharded.
+
+    Args:
+        run: a run folder.
+        policy: whose trained weights are written.
+        ema: their average, written too; None if the run has none.
+        best: write them as the best evaluation's too.
+        is_main: whether this is rank 0, which writes the files.
+    """
+    partial = run / ".weights.partial"
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    save_policy(policy, partial, policy.dtype, is_main)
+    if best and is_main:
+        for folder in list(partial.iterdir()):
+            shutil.copytree(folder, partial / BEST / folder.name)
+    if ema is not None:
+        with ema.applied():
+            save_policy(policy, partial / AVERAGE, policy.dtype, is_main)
+    if is_main:
+        move_files(partial, run)
