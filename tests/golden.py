@@ -1,6 +1,7 @@
 """Numbers of the reference implementation, and the tiny networks they were computed with.
 
-The sets lie in `tests/golden`, or in the folder that FASTNABLA_GOLDEN names.
+The repository has the whole-step set `step_strength` (λ = ½, γ = √ᾱ, with a flow). `FASTNABLA_GOLDEN` names a folder that
+has the others too.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from peft import set_peft_model_state_dict
@@ -27,6 +29,17 @@ from fastnabla.transition import TransitionTable
 GOLDEN = Path(os.environ.get("FASTNABLA_GOLDEN") or Path(__file__).parent / "golden")
 TRANSITION_SETS = sorted(GOLDEN.glob("transitions*/transitions.json"))
 STEP_SETS = sorted(path.parent for path in GOLDEN.glob("step_*/meta.json"))
+ALL_STEP_SETS = [
+    pytest.param(
+        GOLDEN / name,
+        id=name,
+        marks=pytest.mark.skipif(
+            GOLDEN / name not in STEP_SETS, reason=f"no {name} in {GOLDEN}; FASTNABLA_GOLDEN names a folder that has it"
+        ),
+    )
+    for name in ("step_no_flow", "step_residual_db", "step_strength")
+]
+"""For tests against the reference's numbers. Sets that are missing are skipped."""
 
 
 class Reward(nn.Module):

@@ -1,6 +1,8 @@
-"""The tiny reward models of `tests/golden/rewards`, built from the original implementations' weights and numbers.
+"""Tiny reward models with the weights and numbers of the original implementations.
 
-FASTNABLA_GOLDEN, if set, names another folder that has `rewards/`.
+The repository has the sets `hpsv2` and `imagereward`. A CLIP is a CLIP: where the sets `pickscore` and `aesthetic` are
+missing, they are derived from `hpsv2`'s numbers. `FASTNABLA_GOLDEN` names a folder that has all four in `rewards/`.
+`tests/golden/README.md` describes the files.
 """
 
 import dataclasses
@@ -33,7 +35,7 @@ GOLDEN = Path(os.environ.get("FASTNABLA_GOLDEN") or Path(__file__).parent / "gol
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GoldenReward:
-    """A set's numbers; its prompts are row numbers, to which `tokenize` gives the row's token ids."""
+    """The numbers of one set. Its prompts are row numbers; `tokenize` returns the token ids of a row."""
 
     config: dict[str, Any]
     state: dict[str, Tensor]
@@ -42,7 +44,7 @@ class GoldenReward:
     preprocess: dict[str, Tensor]
 
     def tokenize(self, prompt: str) -> list[int]:
-        """Of row `prompt` of the inputs, or of the preprocessing case of that name; without padding."""
+        """Token ids of row `prompt` of the inputs, or of the preprocessing case of that name, without padding."""
         case = f"{prompt}.input_ids"
         ids = self.preprocess[case][0] if case in self.preprocess else self.inputs["input_ids"][int(prompt)]
         if "eot_token_id" in self.config:
@@ -51,18 +53,73 @@ class GoldenReward:
 
     @property
     def prompts(self) -> list[str]:
-        return [str(row) for row in range(len(self.expected["rewards"]))]
+        return [str(row) for row in range(len(self.expected["rewards_f64"]))]
+
+
+def has_full_set(name: str) -> bool:
+    """Whether the set is there with its weights."""
+    return (GOLDEN / name / "state_dict.safetensors").exists()
 
 
 @functools.cache
 def golden(name: str) -> GoldenReward:
-    folder = GOLDEN / name
-    preprocess = folder / "preprocess.safetensors"
+    """A set of `GOLDEN`, or one derived from `hpsv2`."""
+    folder, preprocess = GOLDEN / name, GOLDEN / name / "preprocess.safetensors"
+    cases = load_file(preprocess) if preprocess.exists() else {}
+    if not has_full_set(name):
+        return dataclasses.replace(DERIVED[name](), preprocess=cases)
+    parts = [load_file(folder / f"{part}.safetensors") for part in ("state_dict", "inputs", "expected")]
+    numbers = GoldenReward(json.loads((folder / "config.json").read_text()), *parts, cases)
+    if "mlp.product.weight" in numbers.state:
+        product, bias = (numbers.state.pop(f"mlp.product.{kind}") for kind in ("weight", "bias"))
+        numbers.state.update({f"mlp.{name}": value for name, value in head_of(product, bias).items()})
+    return numbers
+
+
+def head_of(product: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """Weights of a `ScoreHead`, in float32, whose layers' product is `product [1, D]`, and whose bias is `bias [1]`, in float64.
+
+    Each number is the sum of two float32 numbers, so the head agrees with float64 to 1e-14.
+    """
+    state = {name: torch.zeros_like(value) for name, value in ScoreHead(product.shape[1]).state_dict().items()}
+    high, bias_high = product[0].float(), bias.float()
+    state["layers.0.weight"][0], state["layers.0.weight"][1] = high, (product[0] - high).float()
+    state["layers.2.weight"][0, :2] = 1
+    for layer in (4, 6, 7):
+        state[f"layers.{layer}.weight"][0, 0] = 1
+    state["layers.6.bias"][0], state["layers.7.bias"][0] = (bias - bias_high).float()[0], bias_high[0]
+    return state
+
+
+def _derived_pickscore() -> GoldenReward:
+    """Scores are those of `hpsv2`, the cosines, times CLIP's scale."""
+    numbers = golden("hpsv2")
+    scale = numbers.state["logit_scale"].double().exp()
     return GoldenReward(
-        json.loads((folder / "config.json").read_text()),
-        *(load_file(folder / f"{part}.safetensors") for part in ("state_dict", "inputs", "expected")),
-        load_file(preprocess) if preprocess.exists() else {},
+        {"clip_config": clip_config(numbers.config).to_dict(), "eot_token_id": numbers.config["eot_token_id"]},
+        {name: tensor.contiguous() for name, tensor in from_open_clip(numbers.state).items()},
+        numbers.inputs,
+        {"cosine": numbers.expected["rewards_f64"]}
+        | {name: scale * numbers.expected[name] for name in ("rewards_f64", "image_grad_f64")},
+        {},
     )
+
+
+def _derived_aesthetic() -> GoldenReward:
+    """With a text's embedding for the head, the score of an image is their cosine. `hpsv2` has that of its first row."""
+    numbers = golden("hpsv2")
+    head = head_of(numbers.expected["text_features"][:1].double(), torch.zeros(1, dtype=torch.float64))
+    return GoldenReward(
+        {"clip_config": clip_config(numbers.config).to_dict(), "mlp_dims": [numbers.config["embed_dim"]]},
+        {f"clip.{name}": tensor.contiguous() for name, tensor in from_open_clip(numbers.state).items()}
+        | {f"mlp.{name}": tensor for name, tensor in head.items()},
+        {"pixel_values": numbers.inputs["pixel_values"][:1]},
+        {name: numbers.expected[name][:1] for name in ("rewards_f64", "image_grad_f64")},
+        {},
+    )
+
+
+DERIVED = {"aesthetic": _derived_aesthetic, "pickscore": _derived_pickscore}
 
 
 def clip_config(config: dict[str, Any]) -> CLIPConfig:

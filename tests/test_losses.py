@@ -15,7 +15,7 @@ from fastnabla import transition
 from fastnabla.losses import STATISTICS, residual_db_loss, reverse_scores
 from fastnabla.transition import TransitionTable, table_of
 from tests.checks import BACKENDS, assert_gradients, ddim, ddim_table, randn
-from tests.golden import STEP_SETS, GoldenStep, load_step
+from tests.golden import ALL_STEP_SETS, GoldenStep, load_step
 
 SHAPE = (4, 2, 3, 5)
 STEPS = torch.tensor([9, 0, 5, 9])  # the first and the last row are last transitions of 10
@@ -254,7 +254,7 @@ def raw_rewards(golden: GoldenStep, name: str, alpha_bar: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("folder", STEP_SETS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", ALL_STEP_SETS)
 def test_agrees_with_the_reference(folder, backend):
     """A user's loop around the golden networks: losses to 1e-4 (see test_step.py), gradients of all parameters."""
     golden = load_once(folder)

@@ -214,7 +214,7 @@ class RunEvaluation:
     def _sample(self, numbers: list[int], samples: range, noise: int, recorder: Recorder | None = None) -> Tensor:
         """Sample finished latents `[P, n, C, H, W]` from the current policy. The noise of a sample depends on the position of
         its prompt, its number and `noise`."""
-        trainer = self.components
+        components = self.components
         prompt = torch.tensor(numbers).repeat_interleave(len(samples))
         seeds = [
             seed_of(self.options.seed, "evaluation", noise, place, number)

@@ -49,7 +49,7 @@ def expected_gradients(golden: GoldenStep, objective: Objective) -> dict[str, Te
 @pytest.mark.parametrize("with_flow", [True, False])
 def test_gradients(with_flow, backend):
     golden = load_once(WITH_FLOW) if with_flow else load_once(WITH_FLOW).without_flow()
-    step = golden.step(4, backend, noising=True)
+    step = golden.step(4, backend, noising=True, prior_weight=1.0, gamma="alpha_bar")
     for parameter in step.parameters:
         parameter.grad = None
     report = step(golden.transitions)

@@ -12,7 +12,7 @@ from fastnabla.methods.nabla_db import BalanceStep, StepReport
 from fastnabla.objective.gaussian import guide
 from fastnabla.objective.settings import Objective
 from tests.checks import BACKENDS, assert_gradients
-from tests.golden import STEP_SETS, GoldenStep, load_step
+from tests.golden import ALL_STEP_SETS, STEP_SETS, GoldenStep, load_step
 
 # The reference's coefficients are float32 (σ² of the last step is off by 1.3e-5), and it subtracts two scores of
 # size 1/σ where fastnabla cancels by hand.
@@ -38,7 +38,7 @@ def slots(golden: GoldenStep, name: str) -> Tensor:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("micro_batch", [1, 4, 100])
-@pytest.mark.parametrize("folder", STEP_SETS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", ALL_STEP_SETS)
 def test_agrees_with_the_reference(folder, micro_batch, backend):
     golden = load_once(folder)
     report, gradients = run(golden, golden.step(micro_batch, backend))
@@ -140,12 +140,21 @@ def published_gradients(golden: GoldenStep, objective: Objective) -> dict[str, T
 
 
 @pytest.mark.parametrize("reward_gradient", GUIDANCE)
+@pytest.mark.parametrize("changes", [{}, {"prior_weight": 1.0, "gamma": "alpha_bar"}], ids=str)
 @pytest.mark.parametrize("folder", STEP_SETS, ids=lambda folder: folder.name)
-def test_agrees_with_the_published_algorithm(folder, reward_gradient):
+def test_agrees_with_the_published_algorithm(folder, changes, reward_gradient):
     golden = load_once(folder)
-    step = golden.step(4, reward_gradient=reward_gradient)
+    step = golden.step(4, reward_gradient=reward_gradient, **changes)
     _, gradients = run(golden, step)
     assert_gradients(gradients, published_gradients(golden, step.objective))
+
+
+def test_agrees_with_the_published_algorithm_without_a_flow():
+    golden = load_once(STEP_SETS[-1]).without_flow()
+    step = golden.step(4, prior_weight=1.0, gamma="alpha_bar", reverse_weight=0.0)
+    report, gradients = run(golden, step)
+    assert_gradients(gradients, published_gradients(golden, step.objective))
+    assert report.passes == {"inner": 5, "last": 3}
 
 
 @pytest.mark.parametrize("reverse", [1.0, 0.0])

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fastnabla.run.weights import is_best, weights_folder, write_weights
+from fastnabla.run.save_weights import write_weights
+from fastnabla.run.weights import is_best, weights_folder
 from fastnabla.training import trainer as trainer_module
 from fastnabla.training.trainer import Trainer
 from tests.training.test_trainer import small
