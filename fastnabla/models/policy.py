@@ -7,7 +7,7 @@ the reference is a second, frozen network.
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -15,14 +15,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from fastnabla.config.sections import LORA_TARGETS, Attention
+from fastnabla.distributed.sharding import ShardedNetwork
+from fastnabla.distributed.world import World
 from fastnabla.models.compiling import Compile, compile_blocks, compiled, pad_rows
 from fastnabla.models.conditions import Conditions
 from fastnabla.models.lora import Lora, add_lora
 from fastnabla.models.pass_counter import PassCounter
-
-if TYPE_CHECKING:
-    from fastnabla.distributed.sharding import ShardedNetwork
-    from fastnabla.distributed.world import World
 
 
 class Policy(nn.Module):
