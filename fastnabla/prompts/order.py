@@ -11,9 +11,9 @@ from fastnabla.utils.seeding import generator_of
 def assign_prompts(seed: int, first: int, count: int, num_prompts: int, draw: PromptDraw = "cycles") -> Tensor:
     """Prompt numbers `[count]`, int64, of the trajectories `first`, `first` + 1, … (counted over the whole run).
 
-    With "cycles", every `num_prompts` consecutive trajectories, from a multiple of it on, see each prompt once, in an
-    order of their own; with "independent", any trajectory any prompt. A trajectory's prompt depends on the seed and its number alone: a resumed run goes on with the same prompts,
-    and ranks that take parts of a range get what one that takes it all would.
+    "cycles": each block of `num_prompts` trajectories has every prompt once, in a random order. "independent": each
+    trajectory has a random prompt. The prompt depends only on the seed and the trajectory's number, so a resumed run
+    continues with the same prompts, and ranks get the same prompts as a single process.
     """
     if draw == "independent":
         generators = [generator_of(seed, "prompts", number) for number in range(first, first + count)]
@@ -25,8 +25,8 @@ def assign_prompts(seed: int, first: int, count: int, num_prompts: int, draw: Pr
 
 
 def used_prompts(prompts: RunPrompts, seed: int, trajectories: int, draw: PromptDraw = "cycles") -> Tensor:
-    """Numbers, in order, of the prompts that a run of so many trajectories trains on or evaluates."""
+    """Sorted numbers of the prompts that a run of this many trajectories trains on or evaluates."""
     if draw == "cycles":
-        trajectories = min(trajectories, prompts.trained)  # a cycle has them all
+        trajectories = min(trajectories, prompts.trained)  # the first cycle has all of them
     trained = assign_prompts(seed, 0, trajectories, prompts.trained, draw)
     return torch.cat([trained, torch.tensor(prompts.evaluated)]).unique()
