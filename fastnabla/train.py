@@ -28,8 +28,8 @@ DESCRIPTION = (
 def parse(arguments: list[str]) -> TrainConfig:
     """The configuration that a command line asks for; the preset is the testbed's if it names none.
 
-    A leading ``--`` is dropped: torchrun needs one before our --run, which it would take for an option of its own, and some
-    versions of Python pass it on.
+    A leading ``--`` is dropped: torchrun needs one before our --run, which it would take for an option of its own, and
+    some versions of Python pass it on.
 
     Raises:
         ValueError: a setting has no effect on the method, or was renamed and has other values now.

@@ -1,7 +1,7 @@
 """The sections of the configuration that belong to single methods.
 
-The losses they parametrise are in `fastnabla.methods.direct` and `fastnabla.objective.policy_gradient`. Every field's text
-is its `--help`.
+The losses they parametrise are in `fastnabla.methods.direct` and `fastnabla.objective.policy_gradient`. The docstring of
+a field is its `--help` text.
 """
 
 import dataclasses
@@ -15,10 +15,11 @@ class Direct:
     """Settings of ReFL, DRaFT-K and DRaFT-LV, which differentiate the reward through the sampler."""
 
     k: int = 1
-    """draft: K, the number of final sampler steps that the gradient passes through. Each keeps a UNet graph in memory."""
+    """draft: K, the number of final sampler steps that the gradient passes through. Each keeps a UNet graph in
+    memory."""
     redraws: int = 2
-    """draft-lv: n. The finished sample is noised n times to the state before the last step, and the gradient is the mean
-    over the n. Each takes a UNet graph and a decode. More lowers the variance."""
+    """draft-lv: n. The finished sample is noised n times to the state before the last step, and the gradient is the
+    mean over the n. Each takes a UNet graph and a decode. More lowers the variance."""
     late: float = 0.25
     """refl: the share of final steps from which one is drawn at random to predict the clean sample. In (0, 1]."""
 

@@ -56,7 +56,7 @@ def _objective_but(*names: str) -> tuple[str, ...]:
 
 
 def _differentiates_sampler(setting: str) -> Method:
-    """A method that samples in its step and differentiates the reward through it; `setting` is its field of `direct`."""
+    """A method that differentiates the reward through the sampling in its step; `setting` is its field of `direct`."""
     once = "samples in its step and stores no trajectories to reuse; leave it at {}."
     return Method(
         stores=False,

@@ -1,8 +1,8 @@
-"""Configurations to start from.
+"""Presets: configurations to start from.
 
-Those for Stable Diffusion have the settings that the method was published with: 50 steps of DDPM, guidance 5, a LoRA of
-rank 8, K = 5 + 1 transitions of each of 64 trajectories an update, and β and κ by reward, from the authors'
-implementation (github.com/lzzcd001/nabla-gfn, config/ and README). Memory and time are in docs/stable-diffusion.md.
+Those for Stable Diffusion have the published settings: 50 DDPM steps, guidance scale 5, a LoRA of rank 8, K = 5 + 1
+transitions from each of 64 trajectories per update, and β and κ for each reward from the authors' implementation
+(github.com/lzzcd001/nabla-gfn, config/ and README). docs/stable-diffusion.md gives memory and time.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _TESTBED = TrainConfig(
     memory=MemoryConfig(micro_batch=64, decode_chunk=64),
     evaluation=EvaluationConfig(every=6, samples=16, probe=TESTBED),
 )
-# The authors' run of 100 epochs makes two updates of each epoch's samples.
+# The authors' run has 100 epochs with two updates each.
 _PUBLISHED = TrainConfig(updates=200, rollout=RolloutConfig(trajectories=128, updates=2))
 _AESTHETIC = dataclasses.replace(
     _PUBLISHED,
@@ -45,14 +45,14 @@ _AESTHETIC = dataclasses.replace(
 )
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
-    TESTBED: ("The embedded testbed: larger animals, of any hue. Minutes on a laptop's CPU.", _TESTBED),
+    TESTBED: ("The embedded testbed: larger animals, of any hue. Takes minutes on a laptop's CPU.", _TESTBED),
     "sd15-aesthetic": (
         "Stable Diffusion 1.5 towards LAION's aesthetic score, on prompts of animals; as published.",
         _AESTHETIC,
     ),
     "sd15-hpsv2": (
-        "Stable Diffusion 1.5 towards HPSv2.1; as published but for the prompts, which are HPDv2's there and "
-        "photos-and-paintings here.",
+        "Stable Diffusion 1.5 towards HPSv2.1; as published, except for the prompts: photos-and-paintings instead of "
+        "HPDv2's.",
         dataclasses.replace(
             _PUBLISHED,
             reward=RewardConfig(terms=("hpsv2=1",)),
@@ -61,8 +61,8 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "sd15-imagereward": (
-        "Stable Diffusion 1.5 towards ImageReward; as published but for the prompts, which are DrawBench's there and "
-        "compositions here.",
+        "Stable Diffusion 1.5 towards ImageReward; as published, except for the prompts: compositions instead of "
+        "DrawBench's.",
         dataclasses.replace(
             _PUBLISHED,
             reward=RewardConfig(terms=("imagereward=1",)),
@@ -71,15 +71,15 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "sd15-24gb": (
-        "sd15-aesthetic on one consumer GPU: planned for 24 GB, with 16 trajectories an update and twice the updates, as "
-        "the authors advise for few GPUs.",
+        "sd15-aesthetic on one consumer GPU: planned for 24 GB, with 16 trajectories per update and twice the updates, "
+        "as the authors advise for few GPUs.",
         dataclasses.replace(
             _AESTHETIC, vram=24.0, updates=400, rollout=RolloutConfig(trajectories=32, updates=2, batch=8)
         ),
     ),
     "sdxl-pickscore": (
-        "Stable Diffusion XL, 1024², towards PickScore. Nobody has published settings for it: these are those for "
-        "ImageReward, whose score spreads as much, at a smaller step size; expect to tune them.",
+        "Stable Diffusion XL, 1024², towards PickScore. No settings are published: these are ImageReward's, whose score "
+        "has a similar spread, with a lower learning rate. Expect to tune them.",
         dataclasses.replace(
             _PUBLISHED,
             model=ModelConfig(name="stabilityai/stable-diffusion-xl-base-1.0"),
@@ -91,7 +91,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "stable-diffusion": (
-        "Any Stable Diffusion and reward, with the published settings; give it --prompts.source and --reward.terms.",
+        "Any Stable Diffusion model and reward, with the published settings. Needs --prompts.source and --reward.terms.",
         TrainConfig(),
     ),
 }

@@ -1,8 +1,8 @@
 """`--reference-compat`: the recipe of the authors' implementation (github.com/lzzcd001/nabla-gfn).
 
-Settings that have a name in its configuration have a counterpart here. What its code does beyond them, on purpose or by
-mistake, is `DEPARTURES`: settings of fastnabla that are off by default. docs/stable-diffusion.md explains each of them, and
-lists the mistakes that are not reproduced.
+Settings that have a name in its configuration have a counterpart here. What its code does beyond them, on purpose or
+by mistake, is `DEPARTURES`: settings of fastnabla that are off by default. docs/stable-diffusion.md explains each of
+them, and lists the mistakes that are not reproduced.
 """
 
 from collections.abc import Mapping
@@ -78,7 +78,7 @@ def reference_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     if refused:
         named = ", ".join(f"{n} = {values[n]!r} (it has {' or '.join(map(str, refused[n]))})" for n in refused)
         raise ValueError(
-            f"reference_compat = True: the reference implementation does not have {named}. Change these settings, or leave "
-            "reference_compat out."
+            f"reference_compat = True: the reference implementation does not have {named}. Change these settings, or "
+            "leave reference_compat out."
         )
     return DEPARTURES

@@ -1,6 +1,7 @@
 """Renamed fields: old command lines and the folders of old runs are read with the new names.
 
-The next release drops the old names of command lines. The others stay for as long as runs that have them can be resumed.
+The next release drops the old names on the command line. Those in run folders stay readable, so that old runs can be
+resumed.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""The sections of a run's configuration, one for each part of the run; `fastnabla.config.train` puts them together.
+"""The sections of a run's configuration, one for each part of a run. `fastnabla.config.train` puts them together.
 
-Every field's text is its `--help`.
+The docstring of a field is its `--help` text.
 """
 
 import dataclasses
@@ -26,46 +26,50 @@ def _require_positive(prefix: str, config: Any, *names: str) -> None:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The pretrained pipeline."""
+    """The pretrained model."""
 
     name: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """Folder or hub id of a diffusers pipeline of Stable Diffusion 1, 2 or XL, or "testbed" for the embedded one."""
+    """Folder or Hub id of a diffusers pipeline of Stable Diffusion 1, 2 or XL, or "testbed" for the embedded model."""
     revision: str | None = None
-    """Hub revision; none for the default branch."""
+    """Branch, tag or commit on the Hub. None: the default branch."""
     variant: str | None = None
     """Variant of the weight files, such as fp16."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of the frozen networks' weights and arithmetic. The LoRA, the flow network and the loss stay float32."""
+    """Dtype of the frozen networks. The LoRA, the flow network and the loss are float32 in any case."""
     vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the VAE's. None: as dtype; for Stable Diffusion XL in float16, where its VAE overflows, float32."""
+    """Dtype of the VAE. None: the same as dtype, except float32 for Stable Diffusion XL in float16, whose VAE
+    overflows."""
     tiny_decoder: str | None = None
-    """Folder or hub id of an AutoencoderTiny (as madebyollin/taesd) that decodes, in place of the VAE, for the gradients of
-    the training step: an approximation at a seventeenth of the arithmetic. Rewards that are reported stay the VAE's."""
+    """Folder or Hub id of an AutoencoderTiny, such as madebyollin/taesd. It replaces the VAE where the training step
+    needs gradients of the decoder. This takes a seventeenth of the arithmetic, but the gradients are approximate.
+    Reported rewards still use the VAE."""
     random_init: bool = False
-    """Random weights in the architecture that `name` stands for, and in the published rewards, without a download: for
-    dry runs, smoke tests and benchmarks; images and rewards mean nothing. Known are Stable Diffusion 1.5, 2.1 and XL by their hub ids, and sd15-midsize and sd15-small, 1.5 with a fifth and a tenth of its channels."""
+    """Use random weights in the architecture of `name`, and in the published rewards, without any download. For dry
+    runs, smoke tests and benchmarks: images and rewards are meaningless. Supported names: the Hub ids of Stable
+    Diffusion 1.5, 2.1 and XL, and sd15-midsize and sd15-small, which are 1.5 with a fifth and a tenth of the
+    channels."""
 
     def __post_init__(self) -> None:
         _require(
             not (self.random_init and self.name == TESTBED),
             "model.random_init",
             self.random_init,
-            "the testbed has its weights in the package; use the preset stable-diffusion.",
+            "the testbed's weights are part of the package; use the preset stable-diffusion.",
         )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class SamplerConfig:
-    """How trajectories are sampled, in training and evaluation."""
+    """How trajectories are sampled, in training and in evaluation."""
 
     scheduler: Literal["ddim", "sde-dpmsolver++"] = "ddim"
-    """"ddim" with noise (η = 1 is DDPM), or first-order "sde-dpmsolver++"."""
+    """"ddim": DDIM with noise, which is DDPM for η = 1. "sde-dpmsolver++": first-order SDE-DPM-Solver++."""
     steps: int = 50
-    """T, network evaluations per trajectory."""
+    """T, the number of network evaluations per trajectory. Fewer steps train faster but give worse images."""
     eta: float = 1.0
-    """η, scale of DDIM's noise, > 0; 1 is DDPM."""
+    """η, the scale of DDIM's noise. > 0; 1 is DDPM."""
     guidance_scale: float = 5.0
-    """w of classifier-free guidance; 1 is none, and halves the cost."""
+    """w of classifier-free guidance. 1 turns guidance off and halves the cost."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 2, "sampler.steps", self.steps, "must be at least 2.")
@@ -77,26 +81,27 @@ class RolloutConfig:
     """Which trajectories and transitions an update learns from."""
 
     trajectories: int = 64
-    """Trajectories sampled per rollout."""
+    """Trajectories sampled per rollout. More give less noisy gradients at proportional cost."""
     fraction: float = 0.1
-    """Share of a trajectory's steps that is trained on, besides the last: K = steps * fraction + 1."""
+    """Fraction of a trajectory's steps to train on, in addition to the last step: K = steps * fraction + 1."""
     draw: Literal["stratified", "uniform", "runs"] = "stratified"
-    """"stratified": one step from each of steps * fraction equal parts (low variance). "uniform": any. "runs": adjacent
-    steps from a random one on, the last but one followed by the first; neighbours share network passes and decodes, so
-    that a transition costs less, and tells less."""
+    """How steps are drawn. "stratified": one from each of steps * fraction equal parts, which has low variance.
+    "uniform": any. "runs": adjacent steps from a random first one, wrapping around before the last step. Neighbours
+    share network passes and decodes, so a transition costs less, but its gradients are correlated."""
     updates: int = 2
-    """Optimizer updates per rollout and inner epoch, each on its own share of the trajectories; divides their number."""
+    """Optimizer updates per rollout and inner epoch, each on its own part of the trajectories. Must divide their
+    number."""
     batch: int = 16
-    """Trajectories sampled at once; memory only, the samples do not depend on it. A compiled network has at most as many
-    in a pass as the training step has transitions."""
+    """Trajectories sampled at once. Samples do not depend on it; lower it if sampling runs out of memory. A compiled
+    network uses at most as many rows as the training step's micro-batch."""
     epochs: int = 1
-    """Inner epochs: how often a rollout's trajectories are gone over, each time for `updates` updates, split among them
-    anew from the second on. The drawn steps stay, and with them what the reference network gives, which is computed
-    once: a transition of a later inner epoch costs 2 passes less, of 7."""
+    """Inner epochs: passes over the same trajectories, each of `updates` updates. From the second pass on the
+    trajectories are split anew. The drawn steps stay the same, so the reference network's outputs are cached: a
+    transition of a later epoch saves 2 of 7 passes. More epochs reuse samples, but these are increasingly
+    off-policy."""
     replay: int = 0
-    """Age, in rounds, of the trajectories that are learned from. 0: those of the round's own rollout (on-policy). 1, as the
-    reference implementation without saying so: those of the rollout of the round before. The buffer is as many rollouts
-    larger."""
+    """Train on the rollout from this many rounds ago. 0: the newest (on-policy). 1: the previous one, which the
+    reference implementation does without saying so. Each round of age needs memory for another rollout."""
 
     def __post_init__(self) -> None:
         for name in ("trajectories", "updates", "batch", "epochs"):
@@ -112,23 +117,26 @@ class RolloutConfig:
 
     @property
     def updates_per_round(self) -> int:
-        """Updates from one rollout to the next."""
+        """Number of updates between two rollouts."""
         return self.updates * self.epochs
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class LoraConfig:
-    """The adapter that is trained."""
+    """The trained adapter."""
 
     rank: int = 8
-    """Rank, and alpha: the adapter's scale is 1. 0 trains all of the UNet's parameters instead, with float32 master
-    weights beside a frozen copy of the pretrained ones; several processes share them (memory.shard)."""
+    """Rank and alpha of the LoRA, so its scale is 1. 0 trains all parameters of the UNet instead, with float32 master
+    weights next to a frozen copy of the pretrained ones. Several processes then shard them (memory.shard)."""
     targets: tuple[str, ...] = LORA_TARGETS
-    """Names of the UNet's layers that get one; all-linear stands for every linear layer, feed-forward and embeddings
-    included."""
+    """Names of the UNet layers that get an adapter. all-linear stands for every linear layer, including feed-forward
+    layers and embeddings. The default is the attention projections, as in the reference
+    implementation."""
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 0, "lora.rank", self.rank, "must be at least 1, or 0 to train all parameters.")
+        _require(
+            self.rank >= 0, "lora.rank", self.rank, "must be at least 1, or 0 to train all parameters of the UNet."
+        )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -136,53 +144,61 @@ class FlowConfig:
     """g_φ, the learned part of the flow score."""
 
     kind: Literal["unet", "conv", "none"] = "unet"
-    """Of methods that learn a flow. "unet": text-conditioned UNet (the reference's). "conv": four convolutions. "none": g ≡ 0, no reverse residual."""
+    """For methods that learn a flow. "unet": a text-conditioned UNet, as in the reference implementation. "conv": four
+    convolutions, for small models. "none": g ≡ 0, without a reverse residual."""
     start: Literal["zero", "random"] = "zero"
-    """The last layer's weights at the start. "zero": g ≡ 0, so that training starts from the reward alone. "random": PyTorch's,
-    with a bias of zero, as the reference implementation has it."""
+    """Initial weights of the last layer. "zero": g ≡ 0, so training starts from the reward gradient alone. "random":
+    PyTorch's initialisation with zero bias, as in the reference implementation."""
     learning_rate: float = 1e-3
-    """Step size for φ."""
+    """Learning rate of φ."""
     weight_decay: float = 1e-2
     """Decoupled weight decay of φ."""
 
     def __post_init__(self) -> None:
         _require_positive("flow", self, "learning_rate")
-        _require(0 <= self.weight_decay < math.inf, "flow.weight_decay", self.weight_decay, "must be finite, ≥ 0.")
+        _require(
+            0 <= self.weight_decay < math.inf,
+            "flow.weight_decay",
+            self.weight_decay,
+            "must be finite and not negative.",
+        )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """How the LoRA is updated; the flow network shares all but its two own settings."""
+    """How the LoRA is updated. The flow network shares these settings, except learning rate and weight decay."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit"] = "adamw"
-    """"adamw": fused, 8 bytes of state a parameter; right for a LoRA, whose few million parameters cost megabytes.
-    Full finetuning has gigabytes to save; these are of bitsandbytes. "adamw8bit": moments of a byte and a scale for
-    each 256 elements, 2.03 bytes a parameter. "paged_adamw8bit": the same, and a GPU that runs full moves it to host
-    memory rather than fail, at the host link's speed. "lion8bit": one moment, 1.02 bytes, and steps of equal size; it
-    wants a learning rate 3 to 10 times smaller, the flow network's too, a weight decay larger by as much, and a beta2
-    of 0.99. All three keep tensors of fewer than 4096 elements, which many of a LoRA are, in float32; none can
+    """"adamw": fused AdamW, with 8 bytes of state per parameter. Right for a LoRA, whose state is a few MB. The others,
+    from bitsandbytes, save gigabytes when all parameters are trained. "adamw8bit": 2.03 bytes per parameter (8-bit
+    moments, and a scale per 256 elements). "paged_adamw8bit": the same, and moves to host memory when the GPU is full,
+    at the speed of the host link. "lion8bit": one moment, 1.02 bytes per parameter, and sign updates. Lion needs
+    learning rates 3 to 10 times smaller, for the flow network too, weight decay larger by the same factor, and a beta2
+    of 0.99. All three keep tensors below 4096 elements in float32, which includes many LoRA matrices. None of them can
     be sharded."""
     learning_rate: float = 1e-3
-    """Step size for the LoRA."""
+    """Learning rate of the LoRA."""
     beta1: float = 0.9
-    """Decay of the first moment, per update."""
+    """Decay of the first moment per update."""
     beta2: float = 0.999
-    """Decay of the second moment, per update; short runs want it well below 0.999."""
+    """Decay of the second moment per update. Short runs need a value well below 0.999."""
     weight_decay: float = 1e-4
     """Decoupled weight decay of the LoRA."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the step sizes do after the warm-up: stay, or fall to 0 at the end of the run."""
+    """Learning rate after the warm-up: constant, or decaying to 0 at the end of the run. Only a run with a constant
+    learning rate can be extended later."""
     warmup: int = 0
-    """Updates over which the step sizes rise linearly. AdamW's first updates move every weight by the full step size,
-    whatever its gradient's worth; a warm-up spares the model that random push."""
+    """Updates over which the learning rates rise linearly. AdamW's first updates change every weight by the full
+    learning rate, however small its gradient; a warm-up avoids this."""
     max_grad_norm: float = 1.0
-    """Gradients of LoRA and of flow network are each scaled down to this norm."""
+    """The gradients of the LoRA and of the flow network are each clipped to this norm."""
     applications: int = 1
-    """How often the gradients of an update are applied, by the algorithm in full. The reference implementation has 2, by
-    mistake."""
+    """How often an update's gradients are applied, each time by a full optimizer step. The reference implementation
+    applies them twice, by mistake."""
     ema: float | None = None
-    """Decay of an exponential moving average of the trained weights, such as 0.99, over about 1 / (1 − ema) updates. It is
-    evaluated beside the weights themselves, and saved as ema/lora or ema/unet. None: no average."""
+    """Decay of an exponential moving average of the trained weights, such as 0.99. It averages over about 1 / (1 − ema)
+    updates. It is evaluated in addition to the weights themselves and saved as ema/lora or ema/unet. None: no
+    average."""
 
     def __post_init__(self) -> None:
         _require_positive("optimizer", self, "learning_rate", "max_grad_norm")
@@ -191,35 +207,41 @@ class OptimizerConfig:
         _require(self.ema is None or 0 < self.ema < 1, "optimizer.ema", self.ema, "must be in (0, 1), or None.")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1).")
-        _require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "must be finite, ≥ 0.")
+        _require(
+            0 <= self.weight_decay < math.inf,
+            "optimizer.weight_decay",
+            self.weight_decay,
+            "must be finite and not negative.",
+        )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class MemoryConfig:
-    """Speed against memory; results do not depend on these beyond rounding, but for `output_block`. What is None is
-    planned: as fast as fits into `vram`, or into the memory that is free."""
+    """Memory against speed. Results do not depend on these settings beyond rounding, except on `output_block`.
+
+    Fields that are None are planned: the fastest settings that fit into `vram`, or into the free memory."""
 
     micro_batch: int | None = None
-    """Most transitions in one network pass of the training step. Halved, with a warning, if memory runs out."""
+    """Maximum number of transitions per network pass of the training step. It is halved, with a warning, if memory runs
+    out."""
     decode_chunk: int | None = None
-    """Most images decoded, with gradients, at once."""
+    """Maximum number of images decoded at once with gradients."""
     checkpoint_decoder: bool | None = None
-    """Recompute the decoder's blocks in the backward pass instead of keeping their activations: a quarter less at the
-    peak, a fifth more arithmetic. A smaller `decode_chunk` saves more for nothing, until it is 1."""
+    """Recompute the decoder's blocks in the backward pass instead of storing their activations. Lowers the peak by a
+    quarter for a fifth more arithmetic. A smaller `decode_chunk` saves more at no cost, so lower that to 1 first."""
     checkpoint_unet: bool | None = None
-    """Recompute the UNet's blocks in the backward passes instead of keeping their activations: each backward pass costs
-    a forward pass more."""
+    """Recompute the UNet's blocks in the backward passes instead of storing their activations. Each backward pass then
+    costs an additional forward pass."""
     buffer: Literal["device", "pinned"] = "device"
-    """Where sampled trajectories are kept: on the "device", or "pinned", in page-locked host memory that the GPU reads
-    over the host link; the plan says how much of it. On a CPU the two are the same."""
+    """Where trajectories are stored. "device": in device memory. "pinned": in page-locked host memory, which the GPU
+    reads over the host link; the memory plan says how much is needed. On a CPU the two are the same."""
     output_block: int | None = None
-    """Keep the sampling policy's outputs, which only the trust region needs, in 8 bits, with a scale for each block of
-    64, 128 or 256 elements: off by at most 1/254 of the block's largest. None: in float32."""
-
+    """Store the outputs of the sampling policy in 8 bits, with one scale per block of 64, 128 or 256 elements. The
+    error is at most 1/254 of a block's largest element. Only the trust region uses these outputs. None: float32."""
     shard: bool | None = None
-    """Of a run of several processes that trains all parameters (lora.rank 0): split weights, gradients and AdamW's moments
-    over them (FSDP2), so that each keeps its share, and the whole weights only in the dtype that is computed in. None:
-    where it can be. False: every process keeps everything, as for a LoRA."""
+    """For runs of several processes that train all parameters (lora.rank 0): split weights, gradients and AdamW's
+    moments over the processes (FSDP2), which gather whole weights only in the compute dtype. None: shard where
+    possible. False: every process keeps everything."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "decode_chunk"):
@@ -235,42 +257,48 @@ class MemoryConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ComputeConfig:
-    """How the networks compute; results do not depend on these beyond rounding."""
+    """How the networks compute. Results do not depend on these settings beyond rounding."""
 
     compile: Literal["auto", "none", "blocks", "whole"] = "auto"
-    """torch.compile. "whole": UNet, decoder and flow network, a graph each; minutes to start. "blocks": the UNet's blocks
-    alone, which starts sooner. "auto": "whole" on a GPU, "none" on a CPU."""
+    """torch.compile. "whole": UNet, decoder and flow network as one graph each, which takes minutes to start. "blocks":
+    only the UNet's blocks, which starts sooner. "auto": "whole" on a GPU, "none" on a CPU."""
     attention: Attention = "sdpa"
-    """"sdpa": torch's. "xformers": memory-efficient attention of that package (a GPU and the package are needed)."""
+    """"sdpa": torch's scaled dot-product attention. "xformers": xformers' memory-efficient attention, which needs a GPU
+    and the package."""
     channels_last: bool | None = None
-    """NHWC weights and activations of UNet and decoder, as convolutions on a GPU prefer. None: on a GPU."""
+    """Store weights and activations of UNet and decoder in NHWC order, which convolutions on a GPU prefer. None: on a
+    GPU only."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class RewardConfig:
-    """What is finetuned towards."""
+    """The reward to finetune towards."""
 
     terms: tuple[str, ...] = ()
-    """Terms of the reward r, each name=weight: aesthetic, clipscore, hpsv2, imagereward or pickscore; area, classifier
-    or hue (testbed); or module:function=weight. See `python -m fastnabla.rewards list`."""
+    """Terms of the reward r, each as name=weight: aesthetic, clipscore, hpsv2, imagereward, pickscore; area, classifier
+    or hue for the testbed; or module:function=weight for your own. `python -m fastnabla.rewards list` describes
+    them."""
     weights: tuple[str, ...] = ()
-    """Where weights are, each name=source, as in hpsv2=models/HPSv2: a hub id, a local folder or file."""
+    """Where to find weights, each as name=source, for example hpsv2=models/HPSv2. A source is a Hub id, a folder or a
+    file."""
     preprocess: Preprocess = "official"
-    """Images as each scorer was trained with, or as the "reference" implementation of ∇-DB has them."""
+    """How images are preprocessed. "official": as in each scorer's training. "reference": as in the reference
+    implementation of ∇-DB."""
     checkpoint: bool = False
-    """Recompute the reward networks' transformer layers in the backward pass."""
+    """Recompute the reward networks' transformer layers in the backward pass. Saves memory, costs time."""
     precision: Precision | None = None
-    """What the published rewards compute in; docs/rewards.md has how far scores and gradients move. "float32". "tf32": products
-    of inputs rounded to 10 bits of mantissa, on a GPU; float32 elsewhere. "bf16": bfloat16 products and half the memory. None:
-    "tf32" on a GPU, "float32" elsewhere."""
+    """Precision of the published rewards; docs/rewards.md says how much scores and gradients change. "float32". "tf32":
+    products of inputs rounded to 10 bits of mantissa, on a GPU; float32 elsewhere. "bf16": bfloat16 products, and half
+    the memory. None: "tf32" on a GPU, "float32" elsewhere."""
     normalise: bool = False
-    """Weigh terms in units of their spread over the rollouts so far."""
+    """Normalise each term by its mean and standard deviation over the rollouts so far, so that weights compare terms of
+    different scales."""
     clip: float | None = None
-    """Largest absolute value of the reward that is trained on; beyond it there is no gradient."""
+    """Clip the training reward to this absolute value. Beyond it the gradient is zero."""
     timeout: float | None = 1800.0
-    """Seconds that one call of a reward may take, before the run ends with an error that names it; None for no limit. A
-    call on at most memory.decode_chunk images takes seconds; half an hour is for one that compiles or downloads something
-    first."""
+    """Seconds that one call of a reward may take before the run ends with an error that names the reward. None: no
+    limit. A call on memory.decode_chunk images takes seconds; the default leaves time for a reward that first compiles
+    or downloads something."""
 
     def __post_init__(self) -> None:
         _require(
@@ -284,22 +312,22 @@ class RewardConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class PromptConfig:
-    """What is sampled."""
+    """The prompts."""
 
     source: str = ""
-    """A set: simple-animals, compositions, photos-and-paintings, or the testbed's animals and animals-phrased; a UTF-8 text file, one prompt a line; a field
-    of JSON lines, FILE.jsonl:FIELD; or a column of a data set on the Hugging Face hub, hf:OWNER/NAME:COLUMN or
-    hf:OWNER/NAME:COLUMN:SPLIT."""
+    """A set: simple-animals, compositions or photos-and-paintings, or the testbed's animals and animals-phrased. A
+    UTF-8 text file with one prompt per line. A field of JSON lines, FILE.jsonl:FIELD. A column of a data set on the
+    Hugging Face Hub, hf:OWNER/NAME:COLUMN or hf:OWNER/NAME:COLUMN:SPLIT."""
     template: tuple[str, ...] = ()
-    """Texts with one {} each, such as "a photo of {}"; every prompt is put into every one."""
+    """Texts with one {} each, such as "a photo of {}". Every prompt is inserted into every template."""
     held_out: float = 0.0
-    """Share of the prompts that is evaluated and not trained on, chosen by seed and text. With 0, and no
-    prompts.evaluation, prompts that are trained on are evaluated."""
+    """Fraction of prompts that are evaluated but not trained on, chosen by the seed and each prompt's text. With 0 and
+    without prompts.evaluation, the training prompts are evaluated."""
     draw: PromptDraw = "cycles"
-    """Which prompts trajectories get. "cycles": each prompt once, in a random order, then all again in another. "independent":
-    any, whatever the others have."""
+    """How prompts are assigned to trajectories. "cycles": each prompt once, in random order, then all again in another
+    order. "independent": each trajectory gets a random prompt."""
     evaluation: str | None = None
-    """Source of the prompts that are evaluated, as prompts.source; it takes the same templates."""
+    """Source of separate prompts to evaluate, in the format of prompts.source. The templates apply to them too."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.held_out < 1, "prompts.held_out", self.held_out, "must be in [0, 1).")
@@ -307,33 +335,34 @@ class PromptConfig:
             self.evaluation is None or self.held_out == 0,
             "prompts.held_out",
             self.held_out,
-            "leave it at 0 with prompts.evaluation, which names the prompts to evaluate.",
+            "leave it at 0 if prompts.evaluation is given, which names the prompts to evaluate.",
         )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
-    """Measurements on fixed prompts and noise, the same for pretrained and finetuned model."""
+    """Measurements on fixed prompts and noise, which are the same for the pretrained and the finetuned model."""
 
     every: int = 10
-    """Updates between evaluations; 0 evaluates only before and after."""
+    """Updates between evaluations. 0 evaluates only before and after training."""
     samples: int = 4
-    """Images per prompt; at least 2."""
+    """Images per prompt. At least 2, to measure diversity."""
     prompts: int = 10
-    """Prompts evaluated: the first so many of those held out, of prompts.evaluation or, without either, of the source."""
+    """Number of prompts to evaluate: the first ones that are held out, or of prompts.evaluation, or else of the
+    source."""
     probe: str = "none"
-    """Network that measures diversity and distance from the prior: testbed; clip, lpips or dreamsim; module:function; or
-    none."""
+    """Network whose features measure diversity and distance from the prior: testbed, clip, lpips, dreamsim,
+    module:function, or none."""
     stop_below_diversity: float | None = None
-    """End the run when an evaluation finds pairwise_distance below this share of the pretrained model's, as when all
-    samples of a prompt become alike. In (0, 1); needs a probe."""
+    """Stop when an evaluation's pairwise_distance is below this fraction of the pretrained model's, for example because
+    all samples of a prompt look alike. In (0, 1); needs a probe."""
     stop_above_prior: float | None = None
-    """End the run when an evaluation finds prior_distance above this multiple of the pretrained model's, which is the floor
-    that the number of samples sets. Above 1; needs a probe with features."""
+    """Stop when an evaluation's prior_distance is above this multiple of the pretrained model's, which is its floor for
+    this number of samples. Above 1; needs a probe with features."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "evaluation.every", self.every, "must not be negative.")
-        _require(self.samples >= 2, "evaluation.samples", self.samples, "must be at least 2, to see diversity.")
+        _require(self.samples >= 2, "evaluation.samples", self.samples, "must be at least 2, to measure diversity.")
         _require(self.prompts >= 1, "evaluation.prompts", self.prompts, "must be at least 1.")
         least, most = self.stop_below_diversity, self.stop_above_prior
         _require(
@@ -351,5 +380,5 @@ class EvaluationConfig:
                 value is None or self.probe != "none",
                 f"evaluation.{name}",
                 value,
-                "needs a network to measure it by; name one with evaluation.probe.",
+                "needs a network to measure it; choose one with evaluation.probe.",
             )

@@ -1,7 +1,7 @@
 """The typed configuration of a run.
 
-Every field's text is its `--help`. A configuration that is constructed is valid in itself; what can only be
-checked against a model, a reward or the disk is checked before any work is done, by the part that knows.
+The docstring of a field is its `--help` text. Constructing a configuration validates it. What depends on a model, a
+reward or the disk is checked later by the code that uses it, before training starts.
 """
 
 import dataclasses
@@ -34,60 +34,63 @@ from fastnabla.utils.require import require as _require
 from fastnabla.utils.typed_json import dataclass_of, parse
 
 LARGEST = 2**31 - 1
-"""Of all whole numbers but the seed."""
+"""The largest value of any integer field except the seed."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """Finetune a diffusion model against a differentiable reward, with residual ∇-DB (arXiv 2412.07775) or another method."""
+    """Finetune a diffusion model against a differentiable reward with residual ∇-DB (arXiv 2412.07775) or another
+    method."""
 
     method: MethodName = "residual-db"
-    """What is trained; docs/objectives.md compares them. "residual-db": residual ∇-DB. "db": ∇-DB, without the pretrained
-    model. "refl", "draft", "draft-lv": the reward's gradient through the sampler (section direct). "ddpo": policy gradients
-    (section policy_gradient). "dag": detailed balance of scalar flows, DAG-DB (β, γ and κ of section objective)."""
+    """The training method; docs/objectives.md compares them. "residual-db": residual ∇-DB. "db": ∇-DB, without the
+    pretrained model. "refl", "draft", "draft-lv": the reward's gradient through the sampler (section direct). "ddpo":
+    policy gradients (section policy_gradient). "dag": DAG-DB, detailed balance of scalar flows (β, γ and κ of section
+    objective)."""
     run: Path | None = None
-    """Folder for everything the run writes; must not exist. None: the next free runs/NAME-001, -002, …"""
+    """Folder to write everything into. It must not exist. None: the next free one of runs/NAME-001, -002, …"""
     resume: Path | None = None
-    """Continue the interrupted run in this folder, with its own configuration; all other fields are ignored. "auto", for
-    jobs that are requeued: continue the run in the folder `run`, or start it if it is not there. Fields that differ from the
-    run's own are refused if results depend on them, and named and ignored otherwise."""
+    """Continue the interrupted run in this folder with its own configuration, ignoring all other fields. "auto", for
+    jobs that are requeued: continue the run in the folder `run`, or start it if there is none. Fields that differ from
+    that run's are refused if results depend on them; otherwise they are ignored with a note."""
     seed: int = 0
     """Seed of all randomness."""
     deterministic: bool = False
-    """Equal runs write equal files on a GPU too, at a cost in speed: deterministic algorithms alone
-    (torch.use_deterministic_algorithms), for attention, convolutions and resizing above all. An operation that has none stops the
-    run with its name. On a CPU equal runs are equal without it."""
+    """Make equal runs write equal files on a GPU too, by torch.use_deterministic_algorithms. Slower, mainly in
+    attention, convolutions and resizing. An operation without a deterministic algorithm stops the run and is named. On
+    a CPU equal runs are equal without this."""
     reference_compat: bool = False
-    """The authors' implementation to the letter, to reproduce its runs and measure what differs: sets rollout.replay = 1,
+    """Follow the authors' implementation exactly, to reproduce its runs. Sets rollout.replay = 1,
     optimizer.applications = 2, prompts.draw = independent, flow.start = random, reward.preprocess = reference and
-    reward.precision = tf32, and refuses what it does not have. Of residual-db and db. docs/stable-diffusion.md explains each."""
+    reward.precision = tf32, and refuses settings that it does not have. For residual-db and db.
+    docs/stable-diffusion.md explains each."""
     updates: int = 200
-    """Optimizer updates in all; a multiple of rollout.updates · rollout.epochs. With optimizer.schedule = constant a run can
-    be extended: give more with --resume auto, or in its config.json."""
+    """Optimizer updates in total, a multiple of rollout.updates · rollout.epochs. A run with optimizer.schedule =
+    constant can be extended later: give more updates with --resume auto, or in its config.json."""
     checkpoint_every: int = 5
-    """Updates between checkpoints, at most; a killed run goes on from the last one."""
+    """Maximum number of updates between checkpoints. A killed run continues from the last checkpoint."""
     checkpoint_keep: int = 2
-    """Checkpoints kept; if the newest is found damaged, the one before it is used."""
+    """Number of checkpoints to keep. If the newest is damaged, the previous one is used."""
     max_skipped: int = 5
-    """Updates in a row that may be skipped because their loss or gradients are not finite; then the run ends."""
+    """End the run when this many updates in a row have been skipped because the loss or the gradients are not finite."""
     spike_factor: float | None = 10.0
-    """Warn where the loss or a gradient's norm is so many times the median of the last 50 updates, and count it as `spikes`;
-    None for never. Nothing else follows from it."""
+    """Log a warning when the loss or a gradient norm exceeds this multiple of its median over the last 50 updates, and
+    count it in the metric `spikes`. Training is unchanged. None: never."""
     dump_anomalies: bool = False
-    """Write the first 3 updates that are skipped so into RUN/anomalies, for `python -m fastnabla.reproduce`: transitions,
-    trained weights before, configuration and prompts; at most 2 GiB each."""
+    """Save the first 3 skipped updates to RUN/anomalies, for `python -m fastnabla.reproduce`: transitions, trained
+    weights before the update, configuration and prompts; at most 2 GiB each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto" takes a GPU if there is one."""
+    """"auto" uses a GPU if there is one."""
     backend: Backend = "auto"
-    """What computes the objective and the sampler's steps between network passes: "triton", the kernels; "torch",
-    plain torch; "auto", the kernels on a GPU."""
+    """What computes the objective and the sampler's steps between network passes. "triton": the Triton kernels.
+    "torch": plain torch. "auto": the kernels on a GPU, plain torch elsewhere."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go in addition to metrics.jsonl."""
     vram: float | None = None
-    """Memory, in GB (10⁹ bytes), that a plan for micro-batch, chunks and checkpointing may use; the plan is printed before
-    anything is loaded. None: what is free on the device."""
+    """Memory budget in GB (10⁹ bytes) for planning micro-batch, chunks and checkpointing. The plan is printed before
+    anything is loaded. None: the memory that is free on the device."""
     dry_run: bool = False
-    """Check everything, print the configuration and what an update costs, and stop."""
+    """Check everything, print the configuration and the cost of an update, and stop."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
@@ -121,28 +124,28 @@ class TrainConfig:
             not (self.memory.shard and self.lora.rank),
             "memory.shard",
             self.memory.shard,
-            f"a LoRA is trained (lora.rank = {self.lora.rank}): its few MB are not worth splitting, and the network itself has "
-            "no gradients or moments. Leave it None, or train all parameters with --lora.rank 0.",
+            f"only a LoRA is trained (lora.rank = {self.lora.rank}), whose few MB are not worth sharding. Leave it None, "
+            "or train all parameters with --lora.rank 0.",
         )
         _require(
             not (self.deterministic and self.compute.attention == "xformers"),
             "compute.attention",
             self.compute.attention,
-            "its backward pass is not known to be deterministic; use sdpa with deterministic = True.",
+            "its backward pass may not be deterministic; use sdpa with deterministic = True.",
         )
         for name, value in values.items():
             if type(value) is int and name != "seed":
                 _require(abs(value) <= LARGEST, name, value, f"must be at most {LARGEST}.")
-        _require(0 <= self.seed < 2**64, "seed", self.seed, "must be at least 0, and below 2**64.")
-        _require(self.vram is None or 0 < self.vram < 1e9, "vram", self.vram, "must be positive, and below 1e9.")
+        _require(0 <= self.seed < 2**64, "seed", self.seed, "must be at least 0 and below 2**64.")
+        _require(self.vram is None or 0 < self.vram < 1e9, "vram", self.vram, "must be positive and below 1e9.")
         for name in ("run", "resume"):
             value = getattr(self, name)
-            _require(value is None or _is_path(value), name, f"{value!s:.100}", "is not a path that can exist.")
+            _require(value is None or _is_path(value), name, f"{value!s:.100}", "is not a valid path.")
         _require(
             str(self.resume) != "auto" or self.run is not None,
             "resume",
             "auto",
-            "needs the folder that is continued or started: --run FOLDER.",
+            "needs the folder to continue or start: --run FOLDER.",
         )
         for name in ("updates", "checkpoint_every", "checkpoint_keep", "max_skipped"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1.")
@@ -163,47 +166,50 @@ class TrainConfig:
             drawn >= 1,
             "rollout.fraction",
             self.rollout.fraction,
-            f"of sampler.steps = {steps} leaves no transition; use at least {1 / steps:g}.",
+            f"leaves no transition of sampler.steps = {steps}; use at least {1 / steps:g}.",
         )
         if self.rollout.draw == "stratified":
             _require(
                 steps % drawn == 0,
                 "rollout.fraction",
                 self.rollout.fraction,
-                f"gives {drawn} strata, which do not divide sampler.steps = {steps}; change either, or rollout.draw.",
+                f"gives {drawn} strata, which do not divide sampler.steps = {steps}; change one of them, or rollout.draw.",
             )
         else:
             _require(
-                drawn < steps, "rollout.fraction", self.rollout.fraction, "must leave out a step to draw uniformly."
+                drawn < steps,
+                "rollout.fraction",
+                self.rollout.fraction,
+                "must leave out at least one step, to draw the others from.",
             )
 
     def is_sharded(self, processes: int) -> bool:
-        """Whether weights, gradients and moments are split over so many processes."""
+        """Whether a run of this many processes shards weights, gradients and moments."""
         return self.lora.rank == 0 and self.memory.shard is not False and processes > 1
 
     @property
     def drawn_steps(self) -> int:
-        """Steps drawn from each trajectory besides the last: K − 1."""
+        """K − 1, the number of steps drawn from each trajectory in addition to the last."""
         return int(self.sampler.steps * self.rollout.fraction + 1e-9)
 
     @property
     def rounds(self) -> int:
-        """Rollouts of the whole run, each with its updates."""
+        """Number of rollouts in the whole run."""
         return self.updates // self.rollout.updates_per_round
 
     @property
     def sampled_trajectories(self) -> int:
-        """Trajectories that the whole run samples to train on."""
+        """Number of training trajectories in the whole run."""
         return self.rounds * self.rollout.trajectories
 
     @property
     def has_flow(self) -> bool:
-        """Whether a flow network is trained: the method has one, and `flow` does not leave it out."""
+        """Whether a flow network is trained: the method has one, and flow.kind is not "none"."""
         return METHODS[self.method].has_flow and self.flow.kind != "none"
 
 
 def _is_path(path: Path) -> bool:
-    """Whether a file system can have it: no null character, and names within Linux's limits."""
+    """Whether `path` is valid on Linux: no null character, and no name or path that is too long."""
     try:
         name = os.fsencode(path)
     except UnicodeEncodeError:
@@ -217,10 +223,10 @@ def to_json(config: TrainConfig) -> str:
 
 
 def from_json(text: str) -> TrainConfig:
-    """The configuration that `to_json` wrote.
+    """The configuration that `to_json` wrote, perhaps in an older version.
 
     Raises:
-        ValueError: an unknown field, a missing section, or a value that is of another type or invalid.
+        ValueError: a field is unknown, a section is missing, or a value is invalid or of the wrong type.
     """
     try:
         return dataclass_of(TrainConfig, with_new_names(parse(text)))
@@ -232,7 +238,7 @@ def load_run(run: Path) -> TrainConfig:
     """The configuration of the run folder `run`.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not a run folder, or its configuration is invalid.
     """
     path = run / "config.json"
     try:

@@ -1,4 +1,4 @@
-"""The cost of an update, known before the first one: network passes, arithmetic, memory, and time at a measured rate."""
+"""The cost of an update, known before the first: network passes, arithmetic, memory, and time at a measured rate."""
 
 import dataclasses
 import statistics

@@ -1,7 +1,7 @@
 """The training step of each method: how it is built, and what it costs.
 
-All methods share sampler, buffer, kernels, policy, optimizer and trainer; `docs/objectives.md` compares them. A new method is
-a step (`fastnabla.methods.accumulation`), an entry here and one in `fastnabla.config.methods`.
+All methods share sampler, buffer, kernels, policy, optimizer and trainer; `docs/objectives.md` compares them. A new
+method is a step (`fastnabla.methods.accumulation`), an entry here and one in `fastnabla.config.methods`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _balance(noising: bool) -> MethodStep:
         )
 
     def graphs(config: TrainConfig) -> int:
-        """Second derivatives keep the backward graph too: 2.3 times the memory on the testbed with attention's matrices."""
+        """Second derivatives keep the backward graph too, with attention's matrices: 2.3 times the memory (testbed)."""
         return 3 if config.objective.reverse_second_order else 1
 
     return MethodStep(build=build, cost=cost, graphs=graphs)

@@ -1,4 +1,4 @@
-"""A run as the command line `python -m fastnabla.train` asks for it: started, resumed, or only costed (`--dry-run`)."""
+"""What `python -m fastnabla.train` does once its command line is parsed: start or resume a run, or print its cost."""
 
 import contextlib
 import dataclasses
@@ -55,9 +55,9 @@ def run_command(config: TrainConfig, info: RankInfo) -> int:
 
 
 def _is_deterministic(config: TrainConfig) -> bool:
-    """Whether the run that the command line starts, or goes on with, is deterministic."""
+    """Whether the run that the command line starts or resumes is deterministic."""
     folder = config.run if config.resume == AUTO else config.resume
-    with contextlib.suppress(ValueError):  # of a run that is not begun, or damaged, which `_start` says
+    with contextlib.suppress(ValueError):  # there is no run, or it is damaged: `_start` reports it
         return config.deterministic if folder is None else load_run(folder).deterministic
     return config.deterministic
 
@@ -87,27 +87,29 @@ def _run(config: TrainConfig, world: World) -> int:
 
 
 def _start(config: TrainConfig, world: World, console: Console) -> dict[str, Any]:
-    """What depends on folders, and on what memory is free, as JSON data: rank 0 finds it out for all.
+    """What depends on folders and free memory, as JSON data: rank 0 determines it for all ranks.
 
     Args:
-        config: of the command line.
+        config: the command line's.
         world: the run's processes.
-        console: where notes and the memory plan go.
+        console: where to print notes and the memory plan.
 
     Raises:
-        ValueError: the run cannot be begun, or gone on with.
+        ValueError: the run cannot be started or resumed.
     """
     run, resume = config.run, run_to_resume(config)
     if resume is not None:
         run, notes = resume
         own = load_run(run)
         config = dataclasses.replace(own, dry_run=config.dry_run, updates=updates_of(config, own))
-        with locked(run):  # refused now, rather than when all is loaded
+        with locked(run):  # refused now instead of after everything is loaded
             pass
         for note in notes:
             print_plain(console, note, "yellow")
     elif run is not None and run.exists() and not (config.resume == AUTO and is_unbegun(run)):
-        raise ValueError(f"run = {str(run)!r}: exists already, and is never overwritten; name another or remove it.")
+        raise ValueError(
+            f"run = {str(run)!r}: exists already and is never overwritten; choose another folder or remove it."
+        )
     config, plan = planned(config, device_of(config), world.local_size, world.size)
     if plan is not None:
         console.print(plan.table())
@@ -123,16 +125,16 @@ def _built(config: TrainConfig, prompts: RunPrompts | None, world: World) -> Tra
     """The trainer.
 
     Raises:
-        ValueError: something in the configuration is wrong, or asks for more memory than there is.
+        ValueError: the configuration is invalid, or needs more memory than there is.
     """
     try:
         return Trainer(build_components(config, prompts, world))
     except (MemoryError, RuntimeError) as error:
-        # On a CPU, torch's is a RuntimeError as any other.
+        # On a CPU torch raises a plain RuntimeError.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise ValueError(
-            f"memory ran out before the run could begin ({str(error).splitlines()[0]:.200}). Lower what asks for it: "
+            f"memory ran out before the run could start ({str(error).splitlines()[0]:.200}). Lower one of these: "
             f"rollout.trajectories = {config.rollout.trajectories}, evaluation.samples = {config.evaluation.samples}, "
             f"lora.rank = {config.lora.rank}; or use a smaller model."
         ) from error
@@ -146,7 +148,7 @@ def _folder(config: TrainConfig, run: str | None) -> Path:
 
 
 def _extend(run: Path, updates: int) -> None:
-    """Let the run in the folder `run`, if one was begun there, have so many updates."""
+    """Extend the run in the folder `run`, if there is one, to `updates` updates."""
     if is_unbegun(run):
         return
     own = load_run(run)
