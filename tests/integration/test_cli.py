@@ -221,7 +221,7 @@ def test_a_plan_is_printed_before_anything_is_loaded(
     def load(*arguments: object) -> None:
         raise ValueError("loading starts here")
 
-    monkeypatch.setattr("fastnabla.training.trainer.pipeline_of", load)
+    monkeypatch.setattr("fastnabla.training.build.pipeline_of", load)
     assert train.main(["testbed", "--vram", "4", "--memory.micro-batch", "8"]) == 2
     printed = capsys.readouterr()
     assert "memory plan for 4.0 GB" in printed.out
