@@ -1,6 +1,6 @@
 """A lock that lets only one process write into a run folder.
 
-The package filelock uses `flock` too, but it does not name the holder, and on a file system without locks it raises.
+The package filelock uses `flock` too, but it does not name the holder, and it has no warning for file systems without locks.
 """
 
 import contextlib

@@ -68,7 +68,7 @@ def check_length(done: int, updates: int) -> None:
     """
     if done > updates:
         raise RunFolderError(
-            f"updates = {updates}: the run has already done {done}; set at least that in its config.json."
+            f"updates = {updates}: the run has done {done}; set at least that in its config.json."
         )
 
 

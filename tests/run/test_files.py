@@ -52,5 +52,5 @@ def test_a_run_that_has_done_more_updates_is_refused(tmp_path: Path) -> None:
     begun = RunFiles(tmp_path, constant, PROMPTS, state, ALONE, resume=False)
     begun.save(Progress(4), wait=True)
     begun.close()
-    with pytest.raises(RunFolderError, match=r"updates = 2: the run has already done 4"):
+    with pytest.raises(RunFolderError, match=r"updates = 2: the run has done 4"):
         RunFiles(tmp_path, dataclasses.replace(constant, updates=2), PROMPTS, state, ALONE, resume=True)

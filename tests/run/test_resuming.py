@@ -132,6 +132,6 @@ def test_auto_refuses_another_configuration_field_by_field(tmp_path: Path) -> No
     begun(tmp_path / "run", BASE)
     config = dataclasses.replace(BASE, resume=AUTO, run=tmp_path / "run", seed=7, updates=2 * BASE.updates)
     with pytest.raises(
-        ValueError, match=rf"seed = 0, not 7, updates = {BASE.updates}, not {2 * BASE.updates}\. Give.*'linear'"
+        ValueError, match=rf"seed = 0, not 7, updates = {BASE.updates}, not {2 * BASE.updates}\. Use.*'linear'"
     ):
         run_to_resume(config)
