@@ -25,7 +25,7 @@ def assign_prompts(seed: int, first: int, count: int, num_prompts: int, draw: Pr
 
 
 def used_prompts(prompts: RunPrompts, seed: int, trajectories: int, draw: PromptDraw = "cycles") -> Tensor:
-    """Sorted numbers of the prompts that a run of so many trajectories trains on or evaluates."""
+    """Sorted numbers of the prompts that a run of `trajectories` trajectories trains on or evaluates."""
     if draw == "cycles":
         trajectories = min(trajectories, prompts.trained)  # one cycle contains all prompts
     trained = assign_prompts(seed, 0, trajectories, prompts.trained, draw)

@@ -1,4 +1,4 @@
-"""A probe whose features are not finite costs the metrics that need them, and no more."""
+"""A probe whose features are not finite affects only the metrics that use them."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The file of reference samples: drawn once, extended, shared, and safe from interruptions."""
+"""The file of reference samples: drawn once, extended, shared between runs, and safe from interruptions."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ KEY = {"model": {"name": "a"}, "prompts": ["x", "y"]}
 
 
 def draw(samples: range) -> Tensor:
-    """Two prompts' latents, which say their prompt and number."""
+    """Latents of two prompts, whose values encode prompt and number."""
     number = torch.tensor(samples, dtype=torch.float32)
     return torch.stack([number, number + 1000])[:, :, None, None, None].expand(2, -1, 1, 2, 2)
 
