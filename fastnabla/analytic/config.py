@@ -21,7 +21,7 @@ class AnalyticConfig:
     Diffusion. What the result samples is compared with the target by the masses of the modes and by the sliced
     Wasserstein distance, each beside its Monte-Carlo floor: what as many exact draws would show.
 
-    docs/analytic.md tells what each setting does here. Try --objective.reverse_weight 1, --flow-learning-rate 0, or
+    docs/results/analytic.md has the effect of each setting. Try --objective.reverse_weight 1, --flow-learning-rate 0, or
     --objective.reward_gradient terminal.
     """
 
