@@ -26,8 +26,8 @@ class AnalyticConfig:
     The finetuned samples are compared with the target by mode masses and sliced Wasserstein distance. Both are reported with
     their Monte-Carlo floor, the distance of as many exact draws.
 
-    docs/analytic.md explains the effect of each setting. Try --objective.reverse_weight 1, --flow-learning-rate 0, or
-    --objective.reward_gradient terminal.
+    docs/results/analytic.md has the effect of each setting. Try --objective.reverse-weight 1, --flow-learning-rate 0, or
+    --objective.reward-gradient terminal.
     """
 
     method: MethodName = "residual-db"
