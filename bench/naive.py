@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastnabla.models.policy import Policy
 from fastnabla.objective.balance import reward_weight
 from fastnabla.objective.gaussian import guide, step_score
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 from fastnabla.trajectories.transitions import Transitions
 from fastnabla.transition import TransitionRows, TransitionTable
 

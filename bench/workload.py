@@ -28,7 +28,7 @@ from fastnabla.models.policy import Policy
 from fastnabla.models.random_init import default_dtype
 from fastnabla.objective.gaussian import full
 from fastnabla.objective.ops import PLAIN
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 from fastnabla.rewards.aesthetic import Aesthetic
 from fastnabla.rewards.head import ScoreHead
 from fastnabla.rewards.options import RewardOptions

@@ -18,10 +18,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from fastnabla.objective.backend import Backend, select
-from fastnabla.objective.balance import Gamma, Weighting, Weights
+from fastnabla.objective.backend import select
+from fastnabla.objective.balance import Weights
 from fastnabla.objective.gaussian import full
 from fastnabla.objective.ops import PLAIN, ObjectiveOps
+from fastnabla.objective.settings import Backend, Gamma, Weighting
 from fastnabla.scheduler_tables import table_of
 from fastnabla.transition import TransitionRows, TransitionTable
 

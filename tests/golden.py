@@ -20,8 +20,7 @@ from fastnabla.models.conditions import Conditions
 from fastnabla.models.decoder import Decoder
 from fastnabla.models.lora import ADAPTER
 from fastnabla.models.policy import Policy
-from fastnabla.objective.backend import Backend
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Backend, Objective
 from fastnabla.trajectories.transitions import Transitions
 from fastnabla.transition import TransitionTable
 

@@ -14,7 +14,7 @@ from fastnabla.models.decoder import Decoder
 from fastnabla.models.flow import build_flow
 from fastnabla.models.policy import Policy
 from fastnabla.models.random_init import random_pipeline
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.trajectories.transitions import Transitions
 from tests.checks import ddim_table, randn

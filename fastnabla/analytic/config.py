@@ -9,7 +9,7 @@ from fastnabla.config.sections import FlowConfig, MemoryConfig, OptimizerConfig,
 from fastnabla.config.train import MethodName, TrainConfig
 from fastnabla.objective.direct import Direct
 from fastnabla.objective.policy_gradient import PolicyGradient
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

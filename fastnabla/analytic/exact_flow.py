@@ -7,7 +7,7 @@ from fastnabla.analytic.mixture import GaussianMixture
 from fastnabla.analytic.networks import MixtureNetwork
 from fastnabla.models.decoder import RewardFunction
 from fastnabla.objective.balance import reward_weight
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 
 
 class ExactFlow(nn.Module):

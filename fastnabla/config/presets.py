@@ -20,7 +20,7 @@ from fastnabla.config.sections import (
     SamplerConfig,
 )
 from fastnabla.config.train import TrainConfig
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 
 _TESTBED = TrainConfig(
     updates=24,

@@ -27,10 +27,9 @@ from fastnabla.config.sections import (
     SamplerConfig,
 )
 from fastnabla.methods.registry import METHODS
-from fastnabla.objective.backend import Backend
 from fastnabla.objective.direct import Direct
 from fastnabla.objective.policy_gradient import PolicyGradient
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Backend, Objective
 from fastnabla.utils.require import require as _require
 from fastnabla.utils.typed_json import dataclass_of, parse
 

@@ -15,7 +15,8 @@ from fastnabla.methods.whole_batch import whole_counts, whole_rows
 from fastnabla.methods.zero_gradients import require_connected
 from fastnabla.models.compiling import pad_rows
 from fastnabla.models.policy import Policy, add_gradients
-from fastnabla.objective.backend import Backend, select
+from fastnabla.objective.backend import select
+from fastnabla.objective.settings import Backend
 
 logger = logging.getLogger("fastnabla.process")
 T = TypeVar("T")

@@ -21,12 +21,11 @@ from fastnabla.methods.micro_batches import MicroBatch, cut
 from fastnabla.methods.zero_gradients import DRIVE, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy
-from fastnabla.objective.backend import Backend
 from fastnabla.objective.balance import Weights, mean_square
 from fastnabla.objective.detailed_balance import balance_residual, log_flow
 from fastnabla.objective.gaussian import full, guide
 from fastnabla.objective.noising import check_is_ddpm, noising_log_prob
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Backend, Objective
 from fastnabla.trajectories.transitions import Selection, Transitions
 from fastnabla.transition import TransitionTable
 

@@ -15,8 +15,8 @@ from fastnabla.methods.micro_batches import MicroBatch, cut
 from fastnabla.methods.prompt_statistics import PromptStatistics
 from fastnabla.methods.zero_gradients import DRIVE, largest
 from fastnabla.models.policy import Policy
-from fastnabla.objective.backend import Backend
 from fastnabla.objective.policy_gradient import PolicyGradient, clipped_surrogate
+from fastnabla.objective.settings import Backend
 from fastnabla.trajectories.transitions import Selection, Transitions
 from fastnabla.transition import TransitionTable
 

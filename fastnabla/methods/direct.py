@@ -28,10 +28,10 @@ from fastnabla.methods.accumulation import Accumulation, Share, StepReport
 from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy
-from fastnabla.objective.backend import Backend
 from fastnabla.objective.gaussian import guide
 from fastnabla.objective.noising import renoise
 from fastnabla.objective.ops import PLAIN, ObjectiveOps
+from fastnabla.objective.settings import Backend
 from fastnabla.trajectories.rollout import advance
 from fastnabla.trajectories.sources import Trajectories
 from fastnabla.transition import TransitionTable

@@ -42,9 +42,8 @@ from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy
 from fastnabla.objective import second_order
-from fastnabla.objective.backend import Backend
 from fastnabla.objective.balance import Weights
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Backend, Objective
 from fastnabla.trajectories.transitions import Selection, Transitions
 from fastnabla.transition import TransitionRows, TransitionTable
 

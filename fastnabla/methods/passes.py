@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

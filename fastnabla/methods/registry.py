@@ -20,7 +20,7 @@ from fastnabla.methods.passes import StepCost, planned_decodes, planned_passes
 from fastnabla.models.decoder import RewardFunction
 from fastnabla.objective.direct import Direct
 from fastnabla.objective.policy_gradient import PolicyGradient
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 from fastnabla.trajectories.draws import expected_draws
 from fastnabla.utils.require import require
 

@@ -8,13 +8,12 @@ import functools
 import importlib.util
 import logging
 import os
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from fastnabla.objective.ops import PLAIN, ObjectiveOps
-
-Backend = Literal["auto", "triton", "torch"]
+from fastnabla.objective.settings import Backend
 
 
 def select(backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32) -> ObjectiveOps:

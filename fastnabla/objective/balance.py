@@ -14,16 +14,13 @@ by row. The derivation is in `objective/README.md`; shapes are those of `objecti
 """
 
 import dataclasses
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastnabla.objective.gaussian import full, guide, step_score, unguide
+from fastnabla.objective.settings import Gamma, Weighting
 from fastnabla.transition import TransitionRows
-
-Weighting = Literal["score", "sigma"]
-Gamma = Literal["alpha_bar", "sqrt_alpha_bar", "constant"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastnabla.models.policy import Policy
-from fastnabla.objective.backend import Backend, select
+from fastnabla.objective.backend import select
 from fastnabla.objective.ops import ObjectiveOps
+from fastnabla.objective.settings import Backend
 from fastnabla.transition import TransitionTable
 from fastnabla.utils.seeding import TrajectoryNoise
 

@@ -7,7 +7,7 @@ import pytest
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.sections import MemoryConfig, RolloutConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig, from_json, to_json
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 
 
 @pytest.mark.parametrize("preset", PRESETS)

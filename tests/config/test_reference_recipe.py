@@ -20,7 +20,7 @@ from fastnabla.config.sections import (
 from fastnabla.config.train import TrainConfig, from_json, to_json
 from fastnabla.methods.registry import METHODS
 from fastnabla.models.flow import build_flow
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.prompts import assign_prompts, used_prompts
 from fastnabla.prompts.split import RunPrompts

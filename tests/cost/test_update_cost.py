@@ -4,7 +4,7 @@ import pytest
 
 from fastnabla.cost.update_cost import duration
 from fastnabla.methods.passes import planned_decodes, planned_passes
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.methods.direct import late_step
 from fastnabla.methods.registry import METHODS
 from fastnabla.objective.direct import Direct
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 from fastnabla.train import parse
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.seeding import seed_of

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnabla.methods.dag import DetailedBalanceStep
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionTable
 from tests.checks import BACKENDS, assert_gradients, ddim_table, randn
 from tests.exact import Exact

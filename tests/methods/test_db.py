@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastnabla.methods.passes import planned_passes
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 from tests.checks import BACKENDS, assert_gradients
 from tests.exact import Exact, grad
 from tests.golden import STEP_SETS, GoldenStep, load_step

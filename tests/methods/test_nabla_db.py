@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastnabla.methods.nabla_db import BalanceStep, StepReport
 from fastnabla.objective.gaussian import guide
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 from tests.checks import BACKENDS, assert_gradients
 from tests.golden import STEP_SETS, GoldenStep, load_step
 

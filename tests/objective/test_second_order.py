@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastnabla.methods.passes import planned_passes
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 from tests.checks import BACKENDS, assert_gradients
 from tests.exact import Exact, grad
 from tests.golden import STEP_SETS, GoldenStep, load_step

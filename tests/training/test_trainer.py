@@ -13,7 +13,7 @@ from fastnabla.config.presets import PRESETS
 from fastnabla.config.sections import EvaluationConfig, ModelConfig, OptimizerConfig, RolloutConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.methods.passes import planned_passes
-from fastnabla.objective.residual_db import Objective
+from fastnabla.objective.settings import Objective
 from fastnabla.testbed import pipeline_folder
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.seeding import seed_of

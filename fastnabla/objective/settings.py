@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Literal
 
-from fastnabla.objective.balance import Gamma, Weighting
-
+Backend = Literal["auto", "triton", "torch"]
+Gamma = Literal["alpha_bar", "sqrt_alpha_bar", "constant"]
+Weighting = Literal["score", "sigma"]
 RewardGradient = Literal["lookahead", "lookahead_detached", "terminal"]
 
 
