@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from fastnabla.objective.backend import select
-from fastnabla.objective.balance import Weights
 from fastnabla.objective.gaussian import full
 from fastnabla.objective.ops import PLAIN, ObjectiveOps
-from fastnabla.objective.settings import Backend, Gamma, Weighting
+from fastnabla.objective.settings import Backend, Gamma, Objective, Weighting
 from fastnabla.scheduler_tables import table_of
 from fastnabla.transition import TransitionRows, TransitionTable
 
@@ -130,13 +129,13 @@ def residual_db_loss(
 
     with x'/σ² cancelled by hand in ``s − λ s_ref``: a difference of two float32 scores loses digits at small σ.
     """
-    settings = {
+    weights = {
         "beta": beta,
         "prior_weight": prior_weight,
         "reverse_weight": reverse_weight,
         "trust_region_weight": trust_region_weight,
     }
-    for name, value in settings.items():
+    for name, value in weights.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} = {value}: expected a finite number, not negative")
     for name, value, kind in (("gamma", gamma, Gamma), ("weighting", weighting, Weighting)):
@@ -160,31 +159,14 @@ def residual_db_loss(
     if 0 < len(missing) < len(backward):
         raise ValueError(f"{', '.join(missing)} = None: the reverse term needs all of {', '.join(backward)}, or none")
 
-    kernels, rows = _select(backend, table, x_t, timesteps)
-    weights = Weights(
-        guidance_scale=guidance_scale,
-        beta=beta,
-        gamma=gamma,
-        prior_weight=prior_weight,
-        weighting=weighting,
-        trust_region_weight=trust_region_weight,
-    )
-    forward = kernels.forward_balance(
-        noise_pred,
-        noise_pred_ref,
-        x_t,
-        x_next,
-        rows,
-        reward_score_next,
-        flow_score_next,
-        noise_pred_old,
-        weights=weights,
+    ops, rows = _select(backend, table, x_t, timesteps)
+    settings = {"objective": Objective(gamma=gamma, weighting=weighting, **weights), "guidance_scale": guidance_scale}
+    forward = ops.forward_balance(
+        noise_pred, noise_pred_ref, x_t, x_next, rows, reward_score_next, flow_score_next, noise_pred_old, **settings
     )
     loss, reverse_loss = forward.loss, torch.zeros_like(forward.forward)
     if not missing:
-        reverse_loss = kernels.reverse_balance(
-            score_reverse, score_ref_reverse, rows, flow_score, reward_score, weights=weights
-        )
+        reverse_loss = ops.reverse_balance(score_reverse, score_ref_reverse, rows, flow_score, reward_score, **settings)
         loss = loss + reverse_weight * reverse_loss
     return ResidualDBLoss(
         loss=loss.mean(),
@@ -234,9 +216,9 @@ def reverse_scores(
     untracked = "noise_pred has no graph to x_t: call x_t.requires_grad_() and then the network, with gradients enabled"
     if not (x_t.requires_grad and noise_pred.requires_grad):
         raise ValueError(untracked)
-    kernels, rows = _select(backend, table, x_t, timesteps)
+    ops, rows = _select(backend, table, x_t, timesteps)
     output, state = noise_pred.detach().requires_grad_(), full(x_t).detach().requires_grad_()
-    log_prob = kernels.gaussian_log_prob(output, state, x_next.detach(), rows, guidance_scale=guidance_scale)
+    log_prob = ops.gaussian_log_prob(output, state, x_next.detach(), rows, guidance_scale=guidance_scale)
     direct, cotangent = torch.autograd.grad(log_prob.sum(), (state, output))
     (vjp,) = torch.autograd.grad(noise_pred, x_t, cotangent, retain_graph=retain_graph, allow_unused=True)
     if vjp is None:
@@ -247,9 +229,9 @@ def reverse_scores(
 def _select(
     backend: Backend, table: TransitionTable, x_t: Tensor, timesteps: Tensor
 ) -> tuple[ObjectiveOps, TransitionRows]:
-    kernels = select(backend, x_t.device, x_t.dtype)
-    check = kernels is PLAIN or timesteps.device.type == "cpu"
-    return kernels, table.rows(table.step_index(timesteps, check), x_t)
+    ops = select(backend, x_t.device, x_t.dtype)
+    check = ops is PLAIN or timesteps.device.type == "cpu"
+    return ops, table.rows(table.step_index(timesteps, check), x_t)
 
 
 def _table(scheduler: Any, eta: float | None) -> TransitionTable:

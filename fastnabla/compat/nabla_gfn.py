@@ -90,16 +90,16 @@ def inference_step(
         if not torch.equal(given, step):
             raise ValueError(f"step_index = {given.tolist()}: expected {step.tolist()}, the steps of timestep")
 
-    kernels = select("auto", sample.device, sample.dtype)
+    ops = select("auto", sample.device, sample.dtype)
     if prev_sample is None:
         like = model_output
         noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
         tracked = torch.is_grad_enabled() and (model_output.requires_grad or sample.requires_grad)
-        step = PLAIN.guided_step if tracked else kernels.guided_step  # the kernel's x' has no gradient
+        step = PLAIN.guided_step if tracked else ops.guided_step  # the kernel's x' has no gradient
         prev_sample, _ = step(model_output, sample, noise, rows, guidance_scale=None)
     fixed = full(prev_sample.detach())
     if reverse_grad:
-        log_prob = PLAIN.gaussian_log_prob if allow_2nd else kernels.gaussian_log_prob
+        log_prob = PLAIN.gaussian_log_prob if allow_2nd else ops.gaussian_log_prob
         density = log_prob(model_output, sample, fixed, rows, guidance_scale=None).sum()
         (score,) = torch.autograd.grad(density, sample, retain_graph=retain_graph or allow_2nd, create_graph=allow_2nd)
         score = full(score)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastnabla.models.policy import Policy
-from fastnabla.objective.balance import Weights
 from fastnabla.objective.gaussian import guide
 from fastnabla.objective.noising import check_is_ddpm, noising_output, noising_reverse
 from fastnabla.objective.ops import ObjectiveOps
+from fastnabla.objective.settings import Objective
 from fastnabla.trajectories.reference_cache import CachedRows
 from fastnabla.trajectories.transitions import Transitions
 from fastnabla.transition import TransitionRows, TransitionTable
@@ -45,13 +45,14 @@ class PretrainedReversal:
     Args:
         policy: with its reference policy.
         kernels: what computes the cotangent.
-        weights: of the objective.
+        objective: its λ.
     """
 
     passes = 1
 
-    def __init__(self, policy: Policy, kernels: ObjectiveOps, weights: Weights) -> None:
-        self.policy, self.ops, self.weights = policy, kernels, weights
+    def __init__(self, policy: Policy, kernels: ObjectiveOps, objective: Objective) -> None:
+        self.policy, self.ops = policy, kernels
+        self.settings = {"objective": objective, "guidance_scale": policy.guidance_scale}
 
     def __call__(
         self, x: Tensor, batch: Transitions, row: TransitionRows, with_reverse: bool, cached: CachedRows | None = None
@@ -61,10 +62,10 @@ class PretrainedReversal:
         known = None if cached is None else cached.read()
         if known is not None:
             o, vjp = known
-            return o if self.weights.guidance_scale is None else torch.cat([o, o]), vjp if with_reverse else None
+            return o if self.policy.guidance_scale is None else torch.cat([o, o]), vjp if with_reverse else None
         output, vjp = self._computed(x, batch, row, with_reverse)
         if cached is not None:
-            cached.write(guide(output, self.weights.guidance_scale), vjp)
+            cached.write(guide(output, self.policy.guidance_scale), vjp)
         return output, vjp
 
     def _computed(
@@ -77,7 +78,7 @@ class PretrainedReversal:
             if not with_reverse:
                 return output, None
             states = (batch.x, batch.x_next, row)
-            cotangent = self.ops.reverse_cotangent(output.detach(), *states, weights=self.weights)
+            cotangent = self.ops.reverse_cotangent(output.detach(), *states, **self.settings)
             (vjp,) = torch.autograd.grad(output, x, cotangent)
             return output.detach(), vjp
 

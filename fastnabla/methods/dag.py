@@ -21,7 +21,7 @@ from fastnabla.methods.micro_batches import MicroBatch, cut
 from fastnabla.methods.zero_gradients import DRIVE, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy
-from fastnabla.objective.balance import Weights, mean_square
+from fastnabla.objective.balance import mean_square
 from fastnabla.objective.detailed_balance import balance_residual, log_flow
 from fastnabla.objective.gaussian import full, guide
 from fastnabla.objective.noising import check_is_ddpm, noising_log_prob
@@ -61,7 +61,6 @@ class DetailedBalanceStep(Accumulation):
         check_is_ddpm(table, "dag")
         self.decoder, self.reward, self.prompts, self.table = decoder, reward, prompts, table
         self.objective = objective
-        self.weights = Weights(guidance_scale=policy.guidance_scale, beta=objective.beta, gamma=objective.gamma)
 
     def __call__(self, transitions: Transitions | Selection, total: int | None = None) -> StepReport:
         """Add the gradients of the mean loss over `transitions` to the parameters' `.grad`.
@@ -82,7 +81,7 @@ class DetailedBalanceStep(Accumulation):
         )
 
     def _share(self, selection: Selection, micro: MicroBatch, total: int) -> Share:
-        batch, w, weights = selection.gather(micro.rows), self.policy.guidance_scale, self.weights
+        batch, w, objective = selection.gather(micro.rows), self.policy.guidance_scale, self.objective
         texts = [self.prompts[i] for i in selection.prompt[micro.rows].tolist()]
         row, elements = self.table.rows(batch.step_index, batch.x), batch.x[0].numel()
         reward_next = batch.reward if micro.last else self._reward_after(batch, texts)
@@ -92,9 +91,9 @@ class DetailedBalanceStep(Accumulation):
         reward = self.decoder.rewards(row.c * batch.x + row.d * o.detach(), texts, self.reward)
         flow, flow_next = self._flows(batch, micro.last)
         residual = balance_residual(
-            log_flow(reward, flow, row.alpha_bar, elements, weights=weights),
+            log_flow(reward, flow, row.alpha_bar, elements, objective=objective),
             self.ops.gaussian_log_prob(output, batch.x, batch.x_next, row, guidance_scale=w),
-            log_flow(reward_next, flow_next, row.alpha_bar_next, elements, weights=weights),
+            log_flow(reward_next, flow_next, row.alpha_bar_next, elements, objective=objective),
             noising_log_prob(batch.x, batch.x_next, row),
             elements,
         )

@@ -42,7 +42,6 @@ from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy
 from fastnabla.objective import second_order
-from fastnabla.objective.balance import Weights
 from fastnabla.objective.settings import Backend, Objective
 from fastnabla.trajectories.transitions import Selection, Transitions
 from fastnabla.transition import TransitionRows, TransitionTable
@@ -95,14 +94,7 @@ class BalanceStep(Accumulation):
         super().__init__(policy, flow, micro_batch, backend)
         self.decoder, self.reward = decoder, reward
         self.prompts, self.table, self.objective = prompts, table, objective
-        self.weights = Weights(
-            guidance_scale=policy.guidance_scale,
-            beta=objective.beta,
-            gamma=objective.gamma,
-            prior_weight=objective.prior_weight,
-            weighting=objective.weighting,
-            trust_region_weight=objective.trust_region_weight,
-        )
+        self.settings = {"objective": objective, "guidance_scale": policy.guidance_scale}
         if share and not table.is_chain():
             raise ValueError("passes are to be shared, but a step of the sampler does not end where the next begins.")
         if objective.reverse_second_order and not policy.twice_differentiable:
@@ -114,7 +106,7 @@ class BalanceStep(Accumulation):
         self.backward_policy: BackwardPolicy = (
             NoisingKernel(table, policy.guidance_scale is not None)
             if noising
-            else PretrainedReversal(policy, self.ops, self.weights)
+            else PretrainedReversal(policy, self.ops, objective)
         )
 
     def __call__(self, transitions: Transitions | Selection, total: int | None = None) -> StepReport:
@@ -194,7 +186,7 @@ class BalanceStep(Accumulation):
             reward = ahead.scores(x, output)
         flow, flow_next = self._flow_scores(micro, batch, row, with_reverse)
         forward = kernels.forward_balance(
-            output, output_ref, *states, reward.after, flow_next, batch.model_output, weights=self.weights
+            output, output_ref, *states, reward.after, flow_next, batch.model_output, **self.settings
         )
         loss, nothing = forward.loss, torch.zeros_like(forward.forward)
         parts = {
@@ -209,7 +201,7 @@ class BalanceStep(Accumulation):
             vjp = self._vjp(x, output, states, through_unet)
             scores = (reward.before, reward.clean, (output, output_ref))
             reverse = objective.reverse_weight * operations.reverse_balance(
-                vjp, vjp_ref, row, flow, *scores, weights=self.weights
+                vjp, vjp_ref, row, flow, *scores, **self.settings
             )
             loss = loss + reverse
             parts["reverse"] = reverse.detach()
@@ -225,16 +217,16 @@ class BalanceStep(Accumulation):
         """Vector-Jacobian product of the policy: ``λ s̄_θ + ∇R(x)`` but for the direct parts, without ∇R if there is no
         `pixel_score`. The graph of `output` stays."""
         if not self.objective.reverse_second_order:
-            cotangent = self.ops.reverse_cotangent(output.detach(), *states, pixel_score, weights=self.weights)
+            cotangent = self.ops.reverse_cotangent(output.detach(), *states, pixel_score, **self.settings)
             (vjp,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
             return vjp
-        cotangent = second_order.score_cotangent(output, *states, weights=self.weights)
+        cotangent = second_order.score_cotangent(output, *states, **self.settings)
         (vjp,) = torch.autograd.grad(output, x, cotangent, create_graph=True)
         vjp = self.policy.passes.watch_backward(vjp, 2 * len(x))
         if pixel_score is None:
             return vjp
-        reward_alone = dataclasses.replace(self.weights, prior_weight=0.0)
-        cotangent = self.ops.reverse_cotangent(output.detach(), *states, pixel_score, weights=reward_alone)
+        reward_alone = self.settings | {"objective": dataclasses.replace(self.objective, prior_weight=0.0)}
+        cotangent = self.ops.reverse_cotangent(output.detach(), *states, pixel_score, **reward_alone)
         return vjp + torch.autograd.grad(output, x, cotangent, retain_graph=True)[0]
 
     def _flow_scores(

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from fastnabla.methods.passes import planned_passes
+from fastnabla.objective.balance import forward_balance
+from fastnabla.objective.noising import noising_output
 from fastnabla.objective.settings import Objective
 from tests.checks import BACKENDS, assert_gradients
 from tests.exact import Exact, grad
@@ -72,13 +74,10 @@ def test_passes(reward_gradient, with_reverse, without):
 def test_a_network_that_knows_the_clean_sample_has_no_forward_residual():
     """What ∇-DB asks for without a reward: a step towards x̂0 = x'/√ᾱ' is P_B's exact reversal."""
     golden = load_once(WITH_FLOW)
-    from fastnabla.objective.balance import Weights, forward_balance
-    from fastnabla.objective.noising import noising_output
-
     rows = golden.transitions
     row = golden.table.rows(rows.step_index, rows.x)
     o, zero = noising_output(rows.x, rows.x_next, row), torch.zeros_like(rows.x)
-    weights = Weights(guidance_scale=None, beta=0.0)
+    settings = {"objective": Objective(beta=0.0), "guidance_scale": None}
     clean = row.c * rows.x + row.d * o
     torch.testing.assert_close(clean, rows.x_next / row.alpha_bar_next.sqrt(), rtol=1e-4, atol=1e-4)
-    assert not forward_balance(o, o, rows.x, rows.x_next, row, zero, weights=weights).forward.any()
+    assert not forward_balance(o, o, rows.x, rows.x_next, row, zero, **settings).forward.any()
