@@ -73,7 +73,7 @@ class GoldenStep:
         micro_batch: int,
         backend: Backend = "auto",
         *,
-        share: bool = False,
+        reuse_passes: bool = False,
         noising: bool = False,
         **changes: Any,
     ) -> BalanceStep:
@@ -81,7 +81,7 @@ class GoldenStep:
         prompts = [str(i) for i in range(self.meta["batch_size"])]
         objective = dataclasses.replace(self.objective, **changes)
         networks = (self.policy, self.flow, self.decoder, self.reward)
-        return BalanceStep(*networks, prompts, self.table, objective, micro_batch, backend, share, noising)
+        return BalanceStep(*networks, prompts, self.table, objective, micro_batch, backend, reuse_passes, noising)
 
     def without_flow(self) -> "GoldenStep":
         """With g ≡ 0, of which the golden numbers say nothing."""

@@ -85,7 +85,7 @@ def _balance(noising: bool) -> Method:
             config.objective,
             config.memory.micro_batch,
             config.backend,
-            share=config.rollout.draw == "runs",
+            reuse_passes=config.rollout.draw == "runs",
             noising=noising,
         )
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastnabla.methods.passes import planned_passes
 from fastnabla.objective.balance import forward_balance
 from fastnabla.objective.noising import noising_output
 from fastnabla.objective.settings import Objective
@@ -57,18 +56,6 @@ def test_gradients(with_flow, backend):
     report = step(golden.transitions)
     assert_gradients(golden.gradients(), expected_gradients(golden, step.objective))
     assert report.passes == ({"inner": 5, "last": 2} if golden.flow else {"inner": 4, "last": 2})
-
-
-@pytest.mark.parametrize(
-    ("reward_gradient", "with_reverse", "without"),
-    [("lookahead", 5, 4), ("lookahead_detached", 4, 3), ("terminal", 3, 2)],
-)
-def test_passes(reward_gradient, with_reverse, without):
-    golden = load_once(WITH_FLOW)
-    for reverse, passes in ((1.0, with_reverse), (0.0, without)):
-        step = golden.step(4, noising=True, reward_gradient=reward_gradient, reverse_weight=reverse)
-        assert step(golden.transitions).passes == {"inner": passes, "last": 2}
-        assert planned_passes(step.objective, with_flow=True, noising=True) == (passes, 2)
 
 
 def test_a_network_that_knows_the_clean_sample_has_no_forward_residual():

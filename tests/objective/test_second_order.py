@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastnabla.methods.passes import planned_passes
 from fastnabla.objective.settings import Objective
 from tests.checks import BACKENDS, assert_gradients
 from tests.exact import Exact, grad
@@ -70,14 +69,6 @@ def test_gradients(folder, backend):
         for values in ({name: first[name] - second[name] for name in lora}, second)
     )
     assert distance > 0.5 * size
-
-
-@pytest.mark.parametrize(("reward_gradient", "passes"), [("lookahead", 10), ("lookahead_detached", 8), ("terminal", 7)])
-def test_passes(reward_gradient, passes):
-    golden = load_once(GOLDEN[0])
-    step = golden.step(4, reward_gradient=reward_gradient, reverse_second_order=True)
-    assert step(golden.transitions).passes == {"inner": passes, "last": 3}
-    assert planned_passes(step.objective, with_flow=True) == (passes, 3)
 
 
 @pytest.mark.parametrize("settings", [{"compile": "whole"}, {"checkpoint": True}])
