@@ -1,4 +1,4 @@
-"""Settings of the methods that differentiate the reward through the sampler; the step is `fastnabla.methods.direct`."""
+"""Settings of the methods that differentiate the reward through the sampler. `fastnabla.methods.direct` is their step."""
 
 import dataclasses
 
@@ -8,12 +8,12 @@ class Direct:
     """ReFL, DRaFT-K and DRaFT-LV."""
 
     k: int = 1
-    """K of draft: the last so many steps of the sampler that the gradient passes through, each with a graph of its own."""
+    """K of draft: the gradient passes through the last K steps of the sampler. Each has its own UNet graph."""
     redraws: int = 2
-    """n of draft-lv: states before the last step, drawn anew from the finished sample, of which the gradient is the
-    mean; each has a graph and a decode of its own."""
+    """n of draft-lv: the state before the last step is redrawn n times from the finished sample, and the gradient is the
+    mean over them. Each has its own UNet graph and decode."""
     late: float = 0.25
-    """refl: share of the steps, the last ones, of which one is drawn to predict the clean sample from."""
+    """refl: fraction of the steps, counted from the last. The step that predicts the clean sample is drawn from them."""
 
     def __post_init__(self) -> None:
         for name in ("k", "redraws"):
@@ -23,5 +23,5 @@ class Direct:
             raise ValueError(f"direct.late = {self.late}: must be in (0, 1].")
 
     def first_late(self, num_steps: int) -> int:
-        """First of the late steps of a sampler of `num_steps`; there is always one."""
+        """The first late step of a sampler with `num_steps` steps. At least one step is late."""
         return num_steps - max(1, int(num_steps * self.late + 1e-9))

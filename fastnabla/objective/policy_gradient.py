@@ -1,13 +1,13 @@
-"""DDPO's surrogate (Black et al., arXiv 2305.13301, equation 4, with PPO's clipping), by row, and its settings.
+"""DDPO's surrogate by row (Black et al., arXiv 2305.13301, equation 4, with PPO's clipping), and its settings.
 
-A step of the sampler is an action, the reward of the finished sample what it is worth. With A the advantage of the
-trajectory, and D the number of elements of a state:
+A step of the sampler is an action; its return is the reward of the finished sample. With A the advantage of the trajectory
+and D the number of elements of a state:
 
     −min(A w, A clip(w, 1 − ε, 1 + ε)),   w = (P_θ(x'|x) / P_old(x'|x))^{1/D}
 
-The D-th root is not in the paper's equation, but in its authors' code, whose log-densities are means over elements; ε is
-in its units. At the policy that sampled (w = 1) the gradient is that of the equation over D; away from it w is
-tempered, and the estimate biased. The full ratio is a product over all D elements, and would hardly stay near 1.
+The D-th root is not in the paper's equation. It is in the authors' code, whose log-densities are means over elements, and ε
+is in its units. At the policy that sampled (w = 1) the gradient is the equation's divided by D. Away from it w is tempered,
+and the estimate is biased. Without the root, w is a product over all D elements and hardly stays near 1.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ class PolicyGradient:
     """DDPO."""
 
     clip: float = 1e-4
-    """ε: the ratio of new to old density, per element, is cut off at 1 ± ε. It acts from the second update of a rollout
-    on."""
+    """ε: the ratio of new to old density, per element, is clipped to 1 ± ε. It has an effect from the second update of a
+    rollout on."""
     advantage_clip: float = 5.0
     """Largest absolute advantage, in standard deviations of the prompt's rewards."""
     window: int = 32
-    """Rewards of each prompt, the latest, that its advantages are normalised by."""
+    """Number of each prompt's latest rewards that normalise its advantages."""
     min_count: int = 16
-    """Fewer rewards of a prompt than this, and its advantages are normalised by the update's rewards of all prompts."""
+    """A prompt with fewer rewards than this is normalised by the update's rewards of all prompts."""
 
     def __post_init__(self) -> None:
         for name in ("clip", "advantage_clip"):

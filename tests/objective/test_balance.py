@@ -16,6 +16,7 @@ from fastnabla.objective.gaussian import gaussian_log_prob, guide, guided_step, 
 from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionRows
 from tests.checks import ddim_table, randn, relative_error
+from tests.exact import guided
 
 SHAPE = (3, 2, 4, 5)
 STEPS = torch.tensor([1, 6, 9])
@@ -27,13 +28,6 @@ def network(x: Tensor, guidance: float | None, seed: int) -> Tensor:
     copies = 1 if guidance is None else 2
     weights = 0.3 * randn(copies, x[0].numel(), x[0].numel(), seed=seed, dtype=x.dtype)
     return torch.cat([(x.flatten(1) @ weight).sin().view_as(x) for weight in weights])
-
-
-def guided(pair: Tensor, guidance: float | None) -> Tensor:
-    if guidance is None:
-        return pair
-    unconditional, conditional = pair[: len(pair) // 2], pair[len(pair) // 2 :]
-    return (1 - guidance) * unconditional + guidance * conditional
 
 
 def log_prob(o: Tensor, x: Tensor, x_next: Tensor, rows: TransitionRows) -> Tensor:
