@@ -1,16 +1,16 @@
 """The forward residual of residual ∇-DB, terminal term and trust region: losses, statistics and gradients in one pass.
 
-By element, with ``o = u + w (c − u)``, R = βγ'∇r(x'), and g(x') counted as `g` in inner and as `t` in last rows:
+Per element, with ``o = u + w (c − u)``, R = βγ'∇r(x'), and g(x') written `g` in inner and `t` in last rows:
 
     residual = v · ((b/σ²) (o_θ − λ o_ref) + (1 − λ)(a x − x')/σ² − g − R)          v = σ or 1
     loss     = mean residual² + mean (v t)² + κ mean (o_θ − o_old)²
 
-The common x'/σ² of the two scores is gone, and the outputs are subtracted before guidance adds the halves of a pair.
-Gradients of the loss are stored with the forward pass, in float32, for o and for g; the backward pass scales them by
-row and spreads the one of o over the pair.
+The term x'/σ² that both scores share is cancelled, and the outputs are subtracted before guidance combines the halves of a
+pair. The forward pass stores the gradients for o and for g in float32. The backward pass scales them by row and maps the
+gradient of o to the pair.
 
-Bytes by element of a row, with bf16 outputs and flow, float32 states and scores: reads 8 (two pairs) + 8 (x, x') + 4 (∇r)
-+ 4 (o_old) + 2 (g), writes 8; 34 in all. Backward: reads 8, writes 6. One pass each, and a reduction of 36 bytes a tile.
+Bytes per element of a row, with bf16 outputs and flow, float32 states and scores: reads 8 (two pairs) + 8 (x, x') + 4 (∇r)
++ 4 (o_old) + 2 (g), writes 8; 34 in all. Backward: reads 8, writes 6. Each is one pass, plus a reduction of 36 bytes per tile.
 """
 
 import torch
@@ -114,7 +114,7 @@ def _forward_balance_kernel(
         b_target += tl.where(is_last, 0.0, b_flow)
         b_terminal = tl.where(is_last, unit * b_flow, 0.0)
         terminal2 = total(b_terminal * b_terminal)
-    # Outside the row every tensor reads 0, and so do all these.
+    # Outside the row every tensor reads 0, so all of these are 0 there.
     b_residual = unit * (b_difference - b_target)
 
     b_gradient = 2 * inverse_size * unit * b * precision * b_residual
@@ -157,7 +157,7 @@ def _layout(output, output_ref, x, x_next, reward_score_next, flow_next, output_
 
 
 def _results(made, output, flow_next, with_gradients):
-    """Uninitialised gradients of the guided output and of the flow; empty if they are not wanted."""
+    """Uninitialised gradients of the guided output and of the flow; empty unless `with_gradients`."""
     nothing = output.new_empty(0, dtype=torch.float32)
     if not with_gradients:
         return nothing, nothing.clone()
@@ -285,7 +285,7 @@ def forward_balance(
     Tensors are bfloat16, float16 or float32 in any mixture, contiguous or channels-last, on one device.
 
     Raises:
-        ValueError: a tensor has a device, shape, dtype or layout that it should not.
+        ValueError: a tensor has the wrong device, shape, dtype or layout.
 
     Equivalent: `fastnabla.objective.balance.forward_balance`.
     """
