@@ -134,7 +134,7 @@ def grad(scalar: Tensor, x: Tensor, **options: bool) -> Tensor:
 
 
 class Smooth(nn.Module):
-    """A nonlinear policy without weights worth the name, `[N, D]` to `[N, D]`, for float64 checks of formulas."""
+    """A small nonlinear policy, `[N, D]` to `[N, D]`, for float64 checks of formulas."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Numbers of the reference implementation, and the tiny networks they were computed with.
+"""Numbers of the reference implementation, and the tiny networks that they were computed with.
 
-The sets lie in `tests/golden`, or in the folder that FASTNABLA_GOLDEN names.
+The sets are in `tests/golden`, or in the folder named by FASTNABLA_GOLDEN.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Reward(nn.Module):
 
 
 class Flow(nn.Module):
-    """The reference's g_φ: a UNet, called as `fastnabla.models.flow`'s networks are."""
+    """The reference's g_φ: a UNet with the signature of `fastnabla.models.flow`'s networks."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -77,18 +77,18 @@ class GoldenStep:
         noising: bool = False,
         **changes: Any,
     ) -> BalanceStep:
-        """The step with these networks; `changes` to the objective."""
+        """The training step with these networks, and `changes` to the objective."""
         prompts = [str(i) for i in range(self.meta["batch_size"])]
         objective = dataclasses.replace(self.objective, **changes)
         networks = (self.policy, self.flow, self.decoder, self.reward)
         return BalanceStep(*networks, prompts, self.table, objective, micro_batch, backend, reuse_passes, noising)
 
     def without_flow(self) -> "GoldenStep":
-        """With g ≡ 0, of which the golden numbers say nothing."""
+        """With g ≡ 0. There are no golden numbers for it."""
         return dataclasses.replace(self, flow=None)
 
     def to(self, device: str) -> "GoldenStep":
-        """With networks and table on `device`; the transitions stay."""
+        """With networks and table on `device`. The transitions are not moved."""
         for network in (self.policy, self.flow, self.decoder, self.reward):
             if network is not None:
                 network.to(device)
@@ -103,7 +103,7 @@ class GoldenStep:
 
 
 def load_step(folder: Path) -> GoldenStep:
-    """One golden step; its K slots of B transitions flattened to B * K."""
+    """One golden step, with its K slots of B transitions flattened to B * K rows."""
     meta = json.loads((folder / "meta.json").read_text())
     inputs = load_file(folder / "inputs.safetensors")
     expected = load_file(folder / "expected.safetensors")
