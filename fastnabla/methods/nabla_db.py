@@ -108,7 +108,7 @@ class BalanceStep(Accumulation):
         cut_rows = functools.partial(cut, selection, len(self.table), reuse_passes=self.reuse_passes)
         parts = Parts(self, len(selection), cut_rows)
         with self._networks():
-            for part in parts:
+            for part in parts:  # smaller ones once memory has run out, of which _attempt returns None
                 parts.add(self._attempt(len(part.rows), self.gradients, part, total, terminal))
         return parts.report()
 
@@ -127,7 +127,7 @@ class BalanceStep(Accumulation):
         with_reverse = not part.last and self.flow is not None and objective.reverse_weight > 0
         through_unet = objective.reward_gradient == "lookahead"
 
-        # Reward scores ∇r(x'): before the other passes, so that no graph of theirs is alive, and only the scores are kept.
+        # Reward scores ∇r(x'). They come first, while no other graph is alive; only the scores are kept.
         look_ahead = terminal is None and not part.last
         if look_ahead:  # the rest of them comes from the policy's pass at x
             unshared = unshared_scores(policy, self._pixel_gradient, part, batch, self.table, through_unet)
