@@ -8,14 +8,16 @@ from torch import Tensor
 
 from bench.measure import Run
 from bench.published import ddim_table
-from fastnabla.objective.balance import ForwardBalance, Weights
+from fastnabla.objective.balance import ForwardBalance
 from fastnabla.objective.ops import PLAIN, ObjectiveOps
+from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionRows
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
-WEIGHTS = Weights(guidance_scale=5.0, beta=100.0, trust_region_weight=1.0)
+GUIDANCE_SCALE = 5.0
+SETTINGS = {"objective": Objective(beta=100.0, trust_region_weight=1.0), "guidance_scale": GUIDANCE_SCALE}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-3}
 """Tolerance by dtype: norm of a result's error relative to its norm. The published algorithm loses digits by subtracting whole
 scores. A bfloat16 gradient has a rounding error of up to 4e-3 in each element."""
@@ -67,7 +69,7 @@ def tensors(shape: tuple[int, ...], batch: int) -> dict[str, Any]:
         getattr(rows, name)  # gathered here, so that no provider is timed with it
     output_ref = normal(2, DTYPE)
     output = (output_ref + 0.1 * normal(2)).to(DTYPE)
-    x_next, output_old = PLAIN.guided_step(output, x, normal(), rows, guidance_scale=WEIGHTS.guidance_scale)
+    x_next, output_old = PLAIN.guided_step(output, x, normal(), rows, guidance_scale=GUIDANCE_SCALE)
     return {
         "output": output.requires_grad_(),
         "output_ref": output_ref,
@@ -86,17 +88,16 @@ def call(operations: ObjectiveOps, operation: str, t: dict[str, Any]) -> tuple[t
     """The results of an operation, and the tensors with respect to which the first result is differentiated."""
     run, states = getattr(operations, operation), (t["x"], t["x_next"], t["rows"])
     if operation == "guided_step":
-        w = WEIGHTS.guidance_scale
-        return run(t["output"].detach(), t["x"], t["noise"], t["rows"], guidance_scale=w), []
+        return run(t["output"].detach(), t["x"], t["noise"], t["rows"], guidance_scale=GUIDANCE_SCALE), []
     if operation == "gaussian_log_prob":
-        return (run(t["output"], *states, guidance_scale=WEIGHTS.guidance_scale),), [t["output"]]
+        return (run(t["output"], *states, guidance_scale=GUIDANCE_SCALE),), [t["output"]]
     if operation == "reverse_cotangent":
-        return (run(t["output"].detach(), *states, t["reward"], weights=WEIGHTS),), []
+        return (run(t["output"].detach(), *states, t["reward"], **SETTINGS),), []
     if operation == "reverse_balance":
         outputs = (t["output"].detach(), t["output_ref"])
-        loss = run(*t["products"], t["rows"], t["flow"], None, t["reward"], outputs, weights=WEIGHTS)
+        loss = run(*t["products"], t["rows"], t["flow"], None, t["reward"], outputs, **SETTINGS)
         return (loss,), [t["flow"]]
-    results = run(t["output"], t["output_ref"], *states, t["reward"], t["flow"], t["output_old"], weights=WEIGHTS)
+    results = run(t["output"], t["output_ref"], *states, t["reward"], t["flow"], t["output_old"], **SETTINGS)
     return tuple(getattr(results, name) for name in ForwardBalance.__dataclass_fields__), [t["output"], t["flow"]]
 
 

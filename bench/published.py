@@ -15,9 +15,10 @@ import math
 import torch
 from torch import Tensor
 
-from fastnabla.objective.balance import ForwardBalance, Weights, mean_square, norm, residual_weight, reward_weight
+from fastnabla.objective.balance import ForwardBalance, mean_square, norm, residual_weight, reward_weight
 from fastnabla.objective.gaussian import full, guide, step_score, unguide
 from fastnabla.objective.ops import PLAIN, ObjectiveOps
+from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionRows, TransitionTable
 
 
@@ -72,30 +73,31 @@ def forward_balance(
     x: Tensor,
     x_next: Tensor,
     rows: TransitionRows,
-    reward_score: Tensor,
-    flow: Tensor | None = None,
+    reward_score_next: Tensor,
+    flow_next: Tensor | None = None,
     output_old: Tensor | None = None,
     *,
-    weights: Weights,
+    objective: Objective,
+    guidance_scale: float | None,
 ) -> ForwardBalance:
     """As `balance.forward_balance`: two whole scores, their difference from the target, and three losses."""
-    unit, last = residual_weight(rows, weights.weighting), rows.last.float()
-    o = guide(output, weights.guidance_scale)
+    unit, last = residual_weight(rows, objective.weighting), rows.last.float()
+    o = guide(output, guidance_scale)
     score = step_score(o, x, x_next, rows)
     with torch.no_grad():
-        score_ref = weights.prior_weight * step_score(guide(output_ref, weights.guidance_scale), x, x_next, rows)
-        reward = weights.beta * reward_weight(rows.alpha_bar_next, weights.gamma) * full(reward_score)
+        score_ref = objective.prior_weight * step_score(guide(output_ref, guidance_scale), x, x_next, rows)
+        reward = objective.beta * reward_weight(rows.alpha_bar_next, objective.gamma) * full(reward_score_next)
     target = score_ref + reward
     nothing = torch.zeros(len(x), device=x.device)
     terminal = trust = nothing
-    if flow is not None:
-        target = target + (1 - last) * full(flow)
-        terminal = mean_square(unit * last * full(flow))
+    if flow_next is not None:
+        target = target + (1 - last) * full(flow_next)
+        terminal = mean_square(unit * last * full(flow_next))
     if output_old is not None:
         trust = mean_square(o - full(output_old))
     residual = unit * (score - target)
     forward = mean_square(residual)
-    loss = forward + terminal + weights.trust_region_weight * trust
+    loss = forward + terminal + objective.trust_region_weight * trust
     with torch.no_grad():
         return ForwardBalance(
             loss=loss,
@@ -118,15 +120,16 @@ def reverse_cotangent(
     rows: TransitionRows,
     pixel_score: Tensor | None = None,
     *,
-    weights: Weights,
+    objective: Objective,
+    guidance_scale: float | None,
 ) -> Tensor:
     """As `balance.reverse_cotangent`, computed as autograd would: the whole score, propagated back to the output through the
     mean and the guidance."""
-    w = weights.guidance_scale
-    cotangent = -weights.prior_weight * rows.b * step_score(guide(output, w), x, x_next, rows)
+    cotangent = -objective.prior_weight * rows.b * step_score(guide(output, guidance_scale), x, x_next, rows)
     if pixel_score is not None:
-        cotangent = cotangent + weights.beta * reward_weight(rows.alpha_bar, weights.gamma) * rows.d * full(pixel_score)
-    return unguide(cotangent, w).to(output.dtype)
+        scale = objective.beta * reward_weight(rows.alpha_bar, objective.gamma)
+        cotangent = cotangent + scale * rows.d * full(pixel_score)
+    return unguide(cotangent, guidance_scale).to(output.dtype)
 
 
 def reverse_balance(
@@ -138,7 +141,8 @@ def reverse_balance(
     pixel_score: Tensor | None = None,
     outputs: tuple[Tensor, Tensor] | None = None,
     *,
-    weights: Weights,
+    objective: Objective,
+    guidance_scale: float | None,
 ) -> Tensor:
     """As `balance.reverse_balance`: both policies' scores are computed whole before they are subtracted.
 
@@ -147,15 +151,15 @@ def reverse_balance(
     """
     with torch.no_grad():
         if outputs is None:
-            whole, whole_ref = weights.prior_weight * full(score), weights.prior_weight * full(score_ref)
+            whole, whole_ref = objective.prior_weight * full(score), objective.prior_weight * full(score_ref)
         else:
-            direct = weights.prior_weight * rows.a * rows.b / rows.sigma**2
-            whole = full(score) - direct * guide(outputs[0], weights.guidance_scale)
-            whole_ref = full(score_ref) - direct * guide(outputs[1], weights.guidance_scale)
+            direct = objective.prior_weight * rows.a * rows.b / rows.sigma**2
+            whole = full(score) - direct * guide(outputs[0], guidance_scale)
+            whole_ref = full(score_ref) - direct * guide(outputs[1], guidance_scale)
         reward = rows.c * full(pixel_score) if reward_score is None else full(reward_score)
-        reward = weights.beta * reward_weight(rows.alpha_bar, weights.gamma) * reward
+        reward = objective.beta * reward_weight(rows.alpha_bar, objective.gamma) * reward
     residual = whole - whole_ref + full(flow) + reward
-    return mean_square((1 - rows.last.float()) * residual_weight(rows, weights.weighting) * residual)
+    return mean_square((1 - rows.last.float()) * residual_weight(rows, objective.weighting) * residual)
 
 
 PUBLISHED: ObjectiveOps = PLAIN._replace(

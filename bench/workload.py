@@ -240,8 +240,8 @@ class Workload:
         )
         parameters = [*policy.trainable(), *self.flow.parameters()]
         if variant.ours:
-            backend, share = "triton" if variant.kernels else "torch", variant.draw == "runs"
-            step = BalanceStep(policy, self.flow, decoder, *settings, size, backend, share)
+            backend, reuse = "triton" if variant.kernels else "torch", variant.draw == "runs"
+            step = BalanceStep(policy, self.flow, decoder, *settings, size, backend, reuse)
             run = lambda: step(batch)  # noqa: E731
         else:
             column = count // DRAWN

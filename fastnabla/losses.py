@@ -1,15 +1,15 @@
-"""Residual ∇-DB (arXiv 2412.07775) for a training loop of your own.
+"""Residual ∇-DB (arXiv 2412.07775) for your own training loop.
 
-`residual_db_loss` takes what such a loop holds: network outputs, states, timesteps and reward gradients. It needs
-torch alone, and a diffusers scheduler only if one is handed in.
+`residual_db_loss` takes network outputs, states, timesteps and reward gradients. It needs torch alone, and diffusers only if
+you pass one of its schedulers.
 
     s̄_ref = reverse_scores(noise_pred_ref, x_t, …, retain_graph=False)      # optional: the reverse term
     s̄ = reverse_scores(noise_pred, x_t, …)
     result = residual_db_loss(noise_pred, noise_pred_ref, x_t, x_next, timesteps, table, reward_score_next, …)
     result.loss.backward()
 
-Shapes: N transitions of any steps in one batch, `[N, …]` states and scores; network outputs come as classifier-free
-guidance *pairs* `[2N, …]`, all unconditional rows first, or `[N, …]` when there is no guidance.
+Shapes: N transitions of any steps in one batch. States and scores are `[N, …]`. Network outputs are classifier-free guidance
+*pairs* `[2N, …]` with all unconditional rows first, or `[N, …]` without guidance.
 """
 
 import dataclasses
@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from fastnabla.objective.backend import select
-from fastnabla.objective.balance import Weights
 from fastnabla.objective.gaussian import full
 from fastnabla.objective.ops import PLAIN, ObjectiveOps
-from fastnabla.objective.settings import Backend, Gamma, Weighting
+from fastnabla.objective.settings import Backend, Gamma, Objective, Weighting
 from fastnabla.transition import TransitionRows, TransitionTable, table_of
 
 STATISTICS = ("norm_ref", "norm_residual", "norm_reward", "norm_target", "max_residual")
@@ -32,7 +31,7 @@ STATISTICS = ("norm_ref", "norm_residual", "norm_reward", "norm_target", "max_re
 class ResidualDBLoss:
     """The loss of N transitions, ``mean(forward + ρ reverse + terminal + κ trust_region)``, and its parts.
 
-    The parts are unweighted, by row `[N]`, without gradients, and zero in the rows that do not have them.
+    The parts are unweighted, by row `[N]` and without gradients. They are zero in rows that do not have them.
     """
 
     loss: Tensor
@@ -76,45 +75,46 @@ def residual_db_loss(
 ) -> ResidualDBLoss:
     """Residual ∇-DB loss of N transitions x → x' of a sampler.
 
-    Rows of different steps may be mixed. A *last* row, whose x' is the finished sample, has no g in its forward
-    residual and no reverse residual; the terminal term is there instead. Tensors are floating point of any
-    precision on one device; the arithmetic is float32 (float64 if `x_t` is).
+    Rows of different steps may be mixed. A *last* row, whose x' is the finished sample, has no g in its forward residual
+    and no reverse residual, but the terminal term. Tensors are on one device and floating point of any precision; the
+    arithmetic is float32 (float64 if `x_t` is).
 
     Args:
-        noise_pred: the policy's output at x (the prediction itself: ε, v or the clean sample), pair `[2N, …]`
-            or `[N, …]`; gradients flow to it.
-        noise_pred_ref: the pretrained policy's, alike; no gradient flows.
+        noise_pred: the policy's output at x (its prediction of ε, v or the clean sample), pair `[2N, …]` or `[N, …]`;
+            gradients flow to it.
+        noise_pred_ref: the pretrained policy's output, with the same shape; no gradient flows.
         x_t, x_next: the transition's states x and x', `[N, …]`.
         timesteps: timesteps of x, `[N]` int64; those of x' follow from the sampler.
-        scheduler: diffusers scheduler after `set_timesteps`, or a `TransitionTable`. One is made of a scheduler in its first
-            call (0.43 ms on a CPU, 50 steps; 5 µs afterwards), and again when its timesteps, its configuration or η change.
+        scheduler: diffusers scheduler after `set_timesteps`, or a `TransitionTable`. The table of a scheduler is computed in
+            its first call (0.43 ms on a CPU for 50 steps; 5 µs afterwards), and again when its timesteps, its configuration
+            or η change.
         reward_score_next: ∇_{x'} r(x̂0(x')), `[N, …]`, the raw gradient in reward per unit of latent; β and γ are
-            applied here. In last rows ∇_{x'} r(x').
+            applied here. In last rows it is ∇_{x'} r(x').
         flow_score_next: g(x') `[N, …]`, last rows included; None for g ≡ 0.
         noise_pred_old: output of the policy that sampled the transition, after guidance, `[N, …]`; None for no
             trust region.
         guidance_scale: w of classifier-free guidance; None for outputs without guidance, `[N, …]`.
         beta: β ≥ 0, the reward scale: the target distribution is p_ref · exp(β r).
-        eta: η > 0, noise of DDIM steps, 1 if None; None with a `TransitionTable`, which has its own.
+        eta: η > 0, noise of DDIM steps; 1 if None. A `TransitionTable` has its own η and needs None.
         gamma: γ by signal share ᾱ: "alpha_bar" (the paper), "sqrt_alpha_bar" or "constant".
         prior_weight: λ ≥ 0, the weight of the pretrained policy's score.
-        weighting: units of the residuals: "score", 1/σ (the paper), or "sigma", each multiplied by its step's σ.
-        reverse_weight: ρ ≥ 0, weight of the reverse term, which is there if the last four arguments are.
+        weighting: units of the residuals: "score", 1/σ (the paper), or "sigma", multiplied by the step's σ.
+        reverse_weight: ρ ≥ 0, weight of the reverse term. The term needs the next four arguments.
         trust_region_weight: κ ≥ 0, weight of the trust region.
         score_reverse, score_ref_reverse: s̄_θ and s̄_ref, `[N, …]`, from `reverse_scores`; no gradient flows.
-        reward_score: ∇_x r(x̂0(x)), `[N, …]`, raw, as `reward_score_next`; no gradient flows.
+        reward_score: ∇_x r(x̂0(x)), `[N, …]`, raw like `reward_score_next`; no gradient flows.
         flow_score: g(x), `[N, …]`.
-        backend: what computes. "triton": one Triton kernel for the forward residual, trust region, statistics and
-            their gradients, and one for the reverse residual. "torch": plain torch. "auto": the kernels for
-            bfloat16, float16 or float32 tensors on CUDA. Which it is, the logger "fastnabla" says once (INFO).
+        backend: "triton": one Triton kernel for the forward residual, trust region, statistics and their gradients, and one
+            for the reverse residual. "torch": plain torch. "auto": the kernels for bfloat16, float16 or float32 tensors on
+            CUDA. The logger "fastnabla" reports the choice once (INFO).
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, a setting is out of range, a timestep is not
             one of the sampler's, only some of the reverse term's four arguments are given, the scheduler has no
-            Gaussian step (see `TransitionTable.from_scheduler`), or the kernels are asked for and cannot run.
+            Gaussian step (see `TransitionTable.from_scheduler`), or backend="triton" and the kernels cannot run.
 
-    The kernels never wait for the device; so there, the row of a timestep that is not one of the sampler's has a NaN
-    loss instead. They read tensors that are contiguous or channels-last.
+    The kernels never wait for the device. So on a GPU a timestep that is not one of the sampler's gives its row a NaN loss
+    instead of raising. The kernels read tensors that are contiguous or channels-last.
 
     Equivalent with weighting="score", for the sampler's a, b, σ and γ of each row, `last` = (x' is finished) and
     `mean` over all but the first axis::
@@ -129,13 +129,13 @@ def residual_db_loss(
 
     with x'/σ² cancelled by hand in ``s − λ s_ref``: a difference of two float32 scores loses digits at small σ.
     """
-    settings = {
+    weights = {
         "beta": beta,
         "prior_weight": prior_weight,
         "reverse_weight": reverse_weight,
         "trust_region_weight": trust_region_weight,
     }
-    for name, value in settings.items():
+    for name, value in weights.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} = {value}: expected a finite number, not negative")
     for name, value, kind in (("gamma", gamma, Gamma), ("weighting", weighting, Weighting)):
@@ -159,31 +159,14 @@ def residual_db_loss(
     if 0 < len(missing) < len(backward):
         raise ValueError(f"{', '.join(missing)} = None: the reverse term needs all of {', '.join(backward)}, or none")
 
-    kernels, rows = _select(backend, table, x_t, timesteps)
-    weights = Weights(
-        guidance_scale=guidance_scale,
-        beta=beta,
-        gamma=gamma,
-        prior_weight=prior_weight,
-        weighting=weighting,
-        trust_region_weight=trust_region_weight,
-    )
-    forward = kernels.forward_balance(
-        noise_pred,
-        noise_pred_ref,
-        x_t,
-        x_next,
-        rows,
-        reward_score_next,
-        flow_score_next,
-        noise_pred_old,
-        weights=weights,
+    ops, rows = _select(backend, table, x_t, timesteps)
+    settings = {"objective": Objective(gamma=gamma, weighting=weighting, **weights), "guidance_scale": guidance_scale}
+    forward = ops.forward_balance(
+        noise_pred, noise_pred_ref, x_t, x_next, rows, reward_score_next, flow_score_next, noise_pred_old, **settings
     )
     loss, reverse_loss = forward.loss, torch.zeros_like(forward.forward)
     if not missing:
-        reverse_loss = kernels.reverse_balance(
-            score_reverse, score_ref_reverse, rows, flow_score, reward_score, weights=weights
-        )
+        reverse_loss = ops.reverse_balance(score_reverse, score_ref_reverse, rows, flow_score, reward_score, **settings)
         loss = loss + reverse_weight * reverse_loss
     return ResidualDBLoss(
         loss=loss.mean(),
@@ -211,16 +194,16 @@ def reverse_scores(
 
     Args:
         noise_pred: a policy's output at x, pair `[2N, …]` or `[N, …]`, with its graph to `x_t`.
-        x_t: x, `[N, …]`, the tensor with `requires_grad` that the network was called with (doubled for guidance).
+        x_t: x, `[N, …]`, the tensor with `requires_grad` that was passed to the network (doubled for guidance).
         x_next, timesteps, scheduler, guidance_scale, eta: as in `residual_db_loss`.
-        retain_graph: keep `noise_pred`'s graph, as a loss that is still to be differentiated needs; False frees it.
+        retain_graph: keep the graph of `noise_pred` for the loss's backward pass; False frees it.
         backend: as in `residual_db_loss`.
 
     Returns:
         s̄ without gradient, float32 (float64 if `x_t` is), in units of 1/σ.
 
     Raises:
-        ValueError: as `residual_db_loss`; or `noise_pred` was not computed from `x_t`.
+        ValueError: as `residual_db_loss`, or `noise_pred` was not computed from `x_t`.
 
     Equivalent, for the sampler's a, b and σ of each row::
 
@@ -233,9 +216,9 @@ def reverse_scores(
     untracked = "noise_pred has no graph to x_t: call x_t.requires_grad_() and then the network, with gradients enabled"
     if not (x_t.requires_grad and noise_pred.requires_grad):
         raise ValueError(untracked)
-    kernels, rows = _select(backend, table, x_t, timesteps)
+    ops, rows = _select(backend, table, x_t, timesteps)
     output, state = noise_pred.detach().requires_grad_(), full(x_t).detach().requires_grad_()
-    log_prob = kernels.gaussian_log_prob(output, state, x_next.detach(), rows, guidance_scale=guidance_scale)
+    log_prob = ops.gaussian_log_prob(output, state, x_next.detach(), rows, guidance_scale=guidance_scale)
     direct, cotangent = torch.autograd.grad(log_prob.sum(), (state, output))
     (vjp,) = torch.autograd.grad(noise_pred, x_t, cotangent, retain_graph=retain_graph, allow_unused=True)
     if vjp is None:
@@ -246,9 +229,9 @@ def reverse_scores(
 def _select(
     backend: Backend, table: TransitionTable, x_t: Tensor, timesteps: Tensor
 ) -> tuple[ObjectiveOps, TransitionRows]:
-    kernels = select(backend, x_t.device, x_t.dtype)
-    check = kernels is PLAIN or timesteps.device.type == "cpu"
-    return kernels, table.rows(table.step_index(timesteps, check), x_t)
+    ops = select(backend, x_t.device, x_t.dtype)
+    check = ops is PLAIN or timesteps.device.type == "cpu"
+    return ops, table.rows(table.step_index(timesteps, check), x_t)
 
 
 def _table(scheduler: Any, eta: float | None) -> TransitionTable:

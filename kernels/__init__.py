@@ -1,13 +1,13 @@
-"""The objective's Triton kernels, installed as `fastnabla.kernels`; `README.md` beside this file is their guide.
+"""The objective's Triton kernels, installed as `fastnabla.kernels`. See `README.md` in this folder.
 
-One file an operation, to be read from top to bottom: the formula and the bytes it moves, the `@triton.jit` kernels, the
-launcher, the `autograd.Function`, the public function. Importing this package does not import Triton; its modules do.
+Each operation has one file, which reads from top to bottom: the formula and the bytes it moves, the `@triton.jit` kernels,
+the launcher, the `autograd.Function`, the public function. Importing this package does not import Triton; its modules do.
 """
 
 if __name__ == "kernels":
-    # Somebody with the repository's root on sys.path looks for Hugging Face's package of this name: search on behind
-    # the root. If it is not installed, be empty and of version 0. Raising would stop transformers, which imports
-    # whatever lies here to see its version; 0 is below any version that it accepts.
+    # The repository's root is on sys.path, and the caller wants Hugging Face's package of this name: continue the search
+    # behind the root. If that package is not installed, become an empty package of version 0. Raising would break
+    # transformers, which imports whatever it finds here to read its version; it accepts no version as low as 0.
     import importlib.util
     import sys
     from importlib.machinery import PathFinder

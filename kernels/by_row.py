@@ -1,4 +1,4 @@
-"""The second halves of losses by row: sums over a row's tiles, and the backward pass."""
+"""The second launch of losses by row: sums over a row's tiles, and the backward pass."""
 
 import torch
 import triton
@@ -69,9 +69,10 @@ def _scale_kernel(
 
 
 def sum_tiles(partial: Tensor, sums: int, norms: int = 0) -> Tensor:
-    """Of partial results `[rows, tiles, columns]`: sums, square roots of sums, and maxima, `[columns, rows]`.
+    """Reduce partial results `[rows, tiles, columns]` over tiles to `[columns, rows]`.
 
-    The second stage of a reduction by row: no atomics, hence the same bits in every run.
+    The first `sums` columns are added up, the next `norms` are square roots of sums, and the rest are maxima. There are no
+    atomics, so results have the same bits in every run.
     """
     rows, tiles, columns = partial.shape
     out = partial.new_empty(columns, rows)
@@ -116,10 +117,10 @@ def scale_gradients(
     flow_dtype: torch.dtype,
     guidance_scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The backward pass of a loss by row: stored gradients of the guided output and of the flow, times the upstream
-    gradient of their row, in the inputs' dtypes; the former spread over the pair.
+    """The backward pass of a loss by row: the stored gradients of the guided output and of the flow, times the upstream
+    gradient of their row, in the inputs' dtypes. The gradient of the guided output is mapped to the pair.
 
-    One launch. By element it reads 4 bytes of each stored gradient, and writes what it returns.
+    It is one launch. Per element it reads 4 bytes of each stored gradient and writes what it returns.
     """
     stored = gradient_flow if gradient_output is None else gradient_output
     made = layout(stored, stored=stored)

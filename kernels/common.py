@@ -1,9 +1,9 @@
-"""What the kernels share on the device: tiles of a row, coefficients of a step, guidance, sums of a tile.
+"""Device functions that the kernels share: tiles of a row, coefficients of a step, guidance, sums of a tile.
 
-A *row* is one transition's state, of `channels * positions` elements. A program computes a tile of one row, whatever
-the batch: sums by row have the same order, and so the same bits, in any batch.
+A *row* is the state of one transition, with `channels * positions` elements. A program computes one tile of one row. Tiles
+do not depend on the batch, so sums by row have the same order and the same bits in any batch.
 
-Locals of kernels: `i_` index of a row, tile or step, `o_` offsets, `b_` values of a tile.
+Names in kernels: `i_` index of a row, tile or step; `o_` offsets; `b_` values of a tile.
 """
 
 import triton
@@ -18,7 +18,7 @@ NUM_COLUMNS = tl.constexpr(8)
 
 @triton.jit
 def coefficient(table, i_step, num_steps, COLUMN: tl.constexpr):
-    """Entry of the table in row `i_step`; NaN if there is no such row, so that a wrong index is not read past."""
+    """Entry of the table in row `i_step`. NaN if there is no such row, so that a wrong index reads nothing outside."""
     known = (i_step >= 0) & (i_step < num_steps)
     return tl.load(table + i_step * NUM_COLUMNS + COLUMN, mask=known, other=float("nan"))
 
@@ -36,7 +36,7 @@ def reward_weight(alpha_bar, GAMMA: tl.constexpr):
 
 @triton.jit
 def tile(i_tile, positions, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Channels and positions `[BLOCK_C, 1]`, `[1, BLOCK_P]` of a tile, and where they are inside the row."""
+    """Channels `[BLOCK_C, 1]` and positions `[1, BLOCK_P]` of a tile, and the mask of those inside the row."""
     o_c = tl.arange(0, BLOCK_C)[:, None]
     o_p = i_tile * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     return o_c, o_p, (o_c < C) & (o_p < positions)
@@ -44,9 +44,9 @@ def tile(i_tile, positions, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.
 
 @triton.jit
 def offsets(i_row, o_c, o_p, positions, C: tl.constexpr, LAST: tl.constexpr, TENSOR: tl.constexpr):
-    """Offsets of the tile in a tensor of rows. Bit `TENSOR` of `LAST` says that it is channels-last.
+    """Offsets of the tile in a tensor of rows. Bit `TENSOR` of `LAST` is set if the tensor is channels-last.
 
-    Rows are counted in int64: a batch may have more than 2³¹ elements, a row may not.
+    Row offsets are int64: a batch may have more than 2³¹ elements, a row may not.
     """
     start = i_row.to(tl.int64) * (positions * C)
     if (LAST >> TENSOR) & 1:
@@ -74,7 +74,7 @@ def write(pointer, o, value, mask):
 
 @triton.jit
 def read_pair(pointer, o, o_conditional, mask, GUIDED: tl.constexpr):
-    """Both halves of a guided pair; without guidance the one output twice."""
+    """Both halves of a guided pair. Without guidance, the same output twice."""
     b_u = read(pointer, o, mask)
     b_c = b_u
     if GUIDED:
@@ -93,7 +93,7 @@ def guide(b_u, b_c, w, GUIDED: tl.constexpr):
 
 @triton.jit
 def write_pair(pointer, o, o_conditional, b_cotangent, w, mask, GUIDED: tl.constexpr):
-    """A cotangent of the guided output, spread over the pair: ``(1 − w, w)``."""
+    """Write a cotangent of the guided output to both halves of the pair, times ``1 − w`` and ``w``."""
     if GUIDED:
         write(pointer, o, (1 - w) * b_cotangent, mask)
         write(pointer, o_conditional, w * b_cotangent, mask)
@@ -103,12 +103,13 @@ def write_pair(pointer, o, o_conditional, b_cotangent, w, mask, GUIDED: tl.const
 
 @triton.jit
 def total(b_values):
-    """Sum of a tile, in an order that its shape fixes."""
+    """Sum of a tile, in an order that depends on its shape alone."""
     return tl.sum(tl.sum(b_values, 1), 0)
 
 
 @triton.jit
 def largest(b_values):
-    """Largest absolute value of a tile, NaN if it has one: bits of such floats are ordered as the floats, NaN last."""
+    """Largest absolute value of a tile, or NaN if it contains one: the bits of non-negative floats sort like the floats, with
+    NaN last."""
     b_bits = tl.abs(b_values).to(tl.int32, bitcast=True)
     return tl.max(tl.max(b_bits, 1), 0).to(tl.float32, bitcast=True)

@@ -1,16 +1,16 @@
 """The forward residual of residual ∇-DB, terminal term and trust region: losses, statistics and gradients in one pass.
 
-By element, with ``o = u + w (c − u)``, R = βγ'∇r(x'), and g(x') counted as `g` in inner and as `t` in last rows:
+Per element, with ``o = u + w (c − u)``, R = βγ'∇r(x'), and g(x') written `g` in inner and `t` in last rows:
 
     residual = v · ((b/σ²) (o_θ − λ o_ref) + (1 − λ)(a x − x')/σ² − g − R)          v = σ or 1
     loss     = mean residual² + mean (v t)² + κ mean (o_θ − o_old)²
 
-The common x'/σ² of the two scores is gone, and the outputs are subtracted before guidance adds the halves of a pair.
-Gradients of the loss are stored with the forward pass, in float32, for o and for g; the backward pass scales them by
-row and spreads the one of o over the pair.
+The term x'/σ² that both scores share is cancelled, and the outputs are subtracted before guidance combines the halves of a
+pair. The forward pass stores the gradients for o and for g in float32. The backward pass scales them by row and maps the
+gradient of o to the pair.
 
-Bytes by element of a row, with bf16 outputs and flow, float32 states and scores: reads 8 (two pairs) + 8 (x, x') + 4 (∇r)
-+ 4 (o_old) + 2 (g), writes 8; 34 in all. Backward: reads 8, writes 6. One pass each, and a reduction of 36 bytes a tile.
+Bytes per element of a row, with bf16 outputs and flow, float32 states and scores: reads 8 (two pairs) + 8 (x, x') + 4 (∇r)
++ 4 (o_old) + 2 (g), writes 8; 34 in all. Backward: reads 8, writes 6. Each is one pass, plus a reduction of 36 bytes per tile.
 """
 
 import torch
@@ -55,8 +55,8 @@ def _forward_balance_kernel(
     output_ref,
     x,
     x_next,
-    reward_score,
-    flow,
+    reward_score_next,
+    flow_next,
     output_old,
     table,
     step_index,
@@ -100,21 +100,21 @@ def _forward_balance_kernel(
     b_u_ref, b_c_ref = read_pair(output_ref, o_ref, o_ref_c, mask, GUIDED)
     b_x = read(x, offsets(i_row, o_c, o_p, positions, C, LAST, 2), mask)
     b_x_next = read(x_next, offsets(i_row, o_c, o_p, positions, C, LAST, 3), mask)
-    b_target = reward_scale * read(reward_score, offsets(i_row, o_c, o_p, positions, C, LAST, 4), mask)
+    b_target = reward_scale * read(reward_score_next, offsets(i_row, o_c, o_p, positions, C, LAST, 4), mask)
 
     b_change = guide(b_u - prior_weight * b_u_ref, b_c - prior_weight * b_c_ref, w, GUIDED)
     b_difference = precision * (b * b_change + (1 - prior_weight) * (a * b_x - b_x_next))
     b_score_ref = -prior_weight * precision * (b_x_next - a * b_x - b * guide(b_u_ref, b_c_ref, w, GUIDED))
     reward2 = total(b_target * b_target)
     terminal2 = 0.0
-    if flow is not None:
+    if flow_next is not None:
         o_flow = offsets(i_row, o_c, o_p, positions, C, LAST, 5)
-        b_flow = read(flow, o_flow, mask)
+        b_flow = read(flow_next, o_flow, mask)
         is_last = i_step == num_steps - 1
         b_target += tl.where(is_last, 0.0, b_flow)
         b_terminal = tl.where(is_last, unit * b_flow, 0.0)
         terminal2 = total(b_terminal * b_terminal)
-    # Outside the row every tensor reads 0, and so do all these.
+    # Outside the row every tensor reads 0, so all of these are 0 there.
     b_residual = unit * (b_difference - b_target)
 
     b_gradient = 2 * inverse_size * unit * b * precision * b_residual
@@ -142,7 +142,7 @@ def _forward_balance_kernel(
     tl.store(to_part + 8, largest(b_residual))
 
 
-def _layout(output, output_ref, x, x_next, reward_score, flow, output_old, guidance_scale):
+def _layout(output, output_ref, x, x_next, reward_score_next, flow_next, output_old, guidance_scale):
     return layout(
         x,
         pairs=() if guidance_scale is None else ("output", "output_ref"),
@@ -150,24 +150,36 @@ def _layout(output, output_ref, x, x_next, reward_score, flow, output_old, guida
         output_ref=output_ref,
         x=x,
         x_next=x_next,
-        reward_score=reward_score,
-        flow=flow,
+        reward_score_next=reward_score_next,
+        flow_next=flow_next,
         output_old=output_old,
     )
 
 
-def _results(made, output, flow, with_gradients):
-    """Uninitialised gradients of the guided output and of the flow; empty if they are not wanted."""
+def _results(made, output, flow_next, with_gradients):
+    """Uninitialised gradients of the guided output and of the flow; empty unless `with_gradients`."""
     nothing = output.new_empty(0, dtype=torch.float32)
     if not with_gradients:
         return nothing, nothing.clone()
-    return made.empty("output", output), nothing if flow is None else made.empty("flow", flow)
+    return made.empty("output", output), nothing if flow_next is None else made.empty("flow_next", flow_next)
 
 
-def _fake(output, output_ref, x, x_next, table, step_index, reward_score, flow, output_old, guidance_scale, *settings):
-    made = _layout(output, output_ref, x, x_next, reward_score, flow, output_old, guidance_scale)
+def _fake(
+    output,
+    output_ref,
+    x,
+    x_next,
+    table,
+    step_index,
+    reward_score_next,
+    flow_next,
+    output_old,
+    guidance_scale,
+    *settings,
+):
+    made = _layout(output, output_ref, x, x_next, reward_score_next, flow_next, output_old, guidance_scale)
     parts = x.new_empty(len(COLUMNS), len(x), dtype=torch.float32)
-    return parts, *_results(made, output, flow, settings[-1])
+    return parts, *_results(made, output, flow_next, settings[-1])
 
 
 @operation(_fake)
@@ -178,8 +190,8 @@ def forward_balance_op(
     x_next: Tensor,
     table: Tensor,
     step_index: Tensor,
-    reward_score: Tensor,
-    flow: Tensor | None,
+    reward_score_next: Tensor,
+    flow_next: Tensor | None,
     output_old: Tensor | None,
     guidance_scale: float | None,
     beta: float,
@@ -189,9 +201,9 @@ def forward_balance_op(
     trust_region_weight: float,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made = _layout(output, output_ref, x, x_next, reward_score, flow, output_old, guidance_scale)
+    made = _layout(output, output_ref, x, x_next, reward_score_next, flow_next, output_old, guidance_scale)
     check_steps(table, step_index, x)
-    gradient_output, gradient_flow = _results(made, output, flow, with_gradients)
+    gradient_output, gradient_flow = _results(made, output, flow_next, with_gradients)
     partial = x.new_empty(made.rows, made.tiles, len(COLUMNS), dtype=torch.float32)
     launch(
         _forward_balance_kernel,
@@ -202,11 +214,11 @@ def forward_balance_op(
         output_ref=output_ref,
         x=x,
         x_next=x_next,
-        reward_score=reward_score,
-        flow=flow,
+        reward_score_next=reward_score_next,
+        flow_next=flow_next,
         output_old=output_old,
         gradient_output=gradient_output if with_gradients else None,
-        gradient_flow=gradient_flow if with_gradients and flow is not None else None,
+        gradient_flow=gradient_flow if with_gradients and flow_next is not None else None,
         partial=partial,
         inverse_size=1 / made.size,
         beta=beta,
@@ -220,13 +232,15 @@ def forward_balance_op(
 
 class _ForwardBalance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, output, flow, output_ref, x, x_next, table, step_index, reward_score, output_old, *settings):
+    def forward(
+        ctx, output, flow_next, output_ref, x, x_next, table, step_index, reward_score_next, output_old, *settings
+    ):
         parts, gradient_output, gradient_flow = forward_balance_op(
-            output, output_ref, x, x_next, table, step_index, reward_score, flow, output_old, *settings
+            output, output_ref, x, x_next, table, step_index, reward_score_next, flow_next, output_old, *settings
         )
         ctx.save_for_backward(gradient_output, gradient_flow)
-        ctx.guidance_scale, ctx.has_flow = settings[0], flow is not None
-        ctx.dtypes = output.dtype, output.dtype if flow is None else flow.dtype
+        ctx.guidance_scale, ctx.has_flow = settings[0], flow_next is not None
+        ctx.dtypes = output.dtype, output.dtype if flow_next is None else flow_next.dtype
         statistics = parts[1:]
         ctx.mark_non_differentiable(statistics)
         return parts[0], statistics
@@ -235,10 +249,10 @@ class _ForwardBalance(torch.autograd.Function):
     def backward(ctx, upstream, _):
         forbid_second_derivatives()
         gradient_output, gradient_flow = ctx.saved_tensors
-        output, flow = scale_gradients(
+        output, flow_next = scale_gradients(
             upstream, gradient_output, gradient_flow if ctx.has_flow else None, *ctx.dtypes, ctx.guidance_scale
         )
-        return output, flow if ctx.has_flow else None, *(None,) * 14
+        return output, flow_next if ctx.has_flow else None, *(None,) * 14
 
 
 def forward_balance(
@@ -248,8 +262,8 @@ def forward_balance(
     x_next: Tensor,
     table: Tensor,
     step_index: Tensor,
-    reward_score: Tensor,
-    flow: Tensor | None = None,
+    reward_score_next: Tensor,
+    flow_next: Tensor | None = None,
     output_old: Tensor | None = None,
     *,
     guidance_scale: float | None,
@@ -259,11 +273,11 @@ def forward_balance(
     by_sigma: bool,
     trust_region_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """The loss by row `[N]`, with gradients to `output` and `flow`, and its `COLUMNS[1:]`, `[8, N]` float32.
+    """The loss by row `[N]`, with gradients to `output` and `flow_next`, and its `COLUMNS[1:]`, `[8, N]` float32.
 
     Args:
         output, output_ref: pairs `[2N, …]`, or `[N, …]` without guidance.
-        x, x_next, reward_score, flow, output_old: `[N, …]`.
+        x, x_next, reward_score_next, flow_next, output_old: `[N, …]`.
         table: coefficients `[T, 8]` float32, as `fastnabla.transition.TransitionTable.packed`.
         step_index: rows of the table, `[N]` int64.
         guidance_scale, beta, gamma, prior_weight, by_sigma, trust_region_weight: w, β, γ, λ, weighting by σ and κ.
@@ -271,20 +285,22 @@ def forward_balance(
     Tensors are bfloat16, float16 or float32 in any mixture, contiguous or channels-last, on one device.
 
     Raises:
-        ValueError: a tensor has a device, shape, dtype or layout that it should not.
+        ValueError: a tensor has the wrong device, shape, dtype or layout.
 
     Equivalent: `fastnabla.objective.balance.forward_balance`.
     """
-    with_gradients = torch.is_grad_enabled() and (output.requires_grad or (flow is not None and flow.requires_grad))
+    with_gradients = torch.is_grad_enabled() and (
+        output.requires_grad or (flow_next is not None and flow_next.requires_grad)
+    )
     return _ForwardBalance.apply(
         output,
-        flow,
+        flow_next,
         output_ref.detach(),
         x.detach(),
         x_next.detach(),
         table,
         step_index,
-        reward_score.detach(),
+        reward_score_next.detach(),
         None if output_old is None else output_old.detach(),
         guidance_scale,
         beta,

@@ -1,13 +1,13 @@
 """The log-density of a step, ``log N(x'; a x + b o, σ² I)``, by row, for policy gradients and scores.
 
-By element, with ``o = u + w (c − u)`` and ``e = (x' − a x − b o)/σ²``; summed over the row:
+Per element, with ``o = u + w (c − u)`` and ``e = (x' − a x − b o)/σ²``; summed over the row:
 
     log_prob = −½ σ² e² − log σ − ½ log 2π
 
-The forward pass stores e in float32; the gradients are ``b e`` (spread over the pair), ``a e`` and ``−e``.
+The forward pass stores e in float32. The gradients are ``b e`` (mapped to the pair), ``a e`` and ``−e``.
 
-Bytes by element of a row, with bf16 outputs and float32 states: reads 4 (pair) + 8 (x, x'), writes 4. Backward: reads 4,
-writes 4 (pair) and 4 for each state that needs a gradient. One pass each, and a reduction of 4 bytes a tile.
+Bytes per element of a row, with bf16 outputs and float32 states: reads 4 (pair) + 8 (x, x'), writes 4. Backward: reads 4,
+writes 4 (pair) and 4 for each state that needs a gradient. Each is one pass, plus a reduction of 4 bytes per tile.
 """
 
 import torch
@@ -225,7 +225,7 @@ def gaussian_log_prob(
         guidance_scale: w.
 
     Raises:
-        ValueError: a tensor has a device, shape, dtype or layout that it should not.
+        ValueError: a tensor has the wrong device, shape, dtype or layout.
 
     Equivalent: `fastnabla.objective.gaussian.gaussian_log_prob`.
     """

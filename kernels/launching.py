@@ -1,7 +1,7 @@
-"""Launching the kernels: layouts, checks of arguments, and registration as torch operations.
+"""How kernels are launched: layouts, argument checks, and registration as torch operations.
 
-Tensors are contiguous or channels-last. If a call's tensors are all of one kind, a row is one run of memory
-(`C = 1`); else a tile spans all channels, and each tensor is read along its own order.
+Tensors are contiguous or channels-last. If all tensors of a call have the same layout, a row is one run of memory (`C = 1`).
+Otherwise a tile spans all channels, and each tensor is read in its own memory order.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from torch import Tensor
 from fastnabla.kernels.common import NUM_COLUMNS
 
 TILE = 1024
-"""Elements of a program's tile: 8 for each thread of four warps, one 16-byte access to bf16 and two to float32."""
+"""Elements per tile: 8 for each thread of four warps, which is one 16-byte access for bf16 and two for float32."""
 NUM_WARPS = 4
 _TABLE = (NUM_COLUMNS.value,)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,10 +24,10 @@ _LIBRARY = torch.library.Library("fastnabla", "FRAGMENT")
 
 
 def operation(fake: Callable) -> Callable[[Callable], Callable]:
-    """Registers a launcher as the torch operation `fastnabla::<its name>`, which compiled code does not trace into.
+    """Register a launcher as the torch operation `fastnabla::<its name>`, which torch.compile does not trace into.
 
     Args:
-        fake: the same signature; returns tensors of the right shapes, dtypes and strides without computing.
+        fake: has the same signature, and returns tensors of the right shapes, dtypes and strides without computing.
     """
 
     def register(launcher: Callable) -> Callable:
@@ -41,25 +41,25 @@ def operation(fake: Callable) -> Callable[[Callable], Callable]:
 
 
 class Layout(NamedTuple):
-    """How a call's tensors are laid out, and cut into tiles."""
+    """Memory layout of a call's tensors, and their cut into tiles."""
 
     rows: int
     size: int
     positions: int
     tiles: int
-    """Tiles a row."""
+    """Tiles per row."""
     constants: dict[str, int]
-    """C, BLOCK_C, BLOCK_P and LAST, the kernels' constants."""
+    """The kernels' constants C, BLOCK_C, BLOCK_P and LAST."""
     last: dict[str, bool]
-    """By name of a tensor: it is channels-last, and not contiguous."""
+    """By tensor name: whether it is channels-last and not contiguous."""
 
     @property
     def grid(self) -> tuple[int]:
-        """One program a tile."""
+        """One program per tile."""
         return (self.rows * self.tiles,)
 
     def arguments(self, table: Tensor, step_index: Tensor, guidance_scale: float | None) -> dict[str, Any]:
-        """What all kernels by tile take."""
+        """Arguments that all kernels by tile have."""
         return {
             "table": table,
             "step_index": step_index,
@@ -73,7 +73,7 @@ class Layout(NamedTuple):
         }
 
     def empty(self, name: str, like: Tensor) -> Tensor:
-        """An uninitialised float32 tensor of one row a transition, shaped as `like`, in the layout of the tensor `name`."""
+        """An uninitialised float32 tensor with one row per transition, row shape of `like`, and the layout of tensor `name`."""
         return empty_rows((self.rows, *like.shape[1:]), torch.float32, like.device, self.last[name])
 
 
@@ -84,15 +84,15 @@ def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
 
 
 def layout(x: Tensor, /, pairs: tuple[str, ...] = (), **tensors: Tensor | None) -> Layout:
-    """The layout of a call, after a check of its tensors.
+    """Check the tensors of a call and return their layout.
 
     Args:
-        x: states `[N, …]` that the others are compared with.
-        pairs: names of tensors that have 2N rows.
-        tensors: by argument's name and in the order of their bits in `LAST`; None for those not given.
+        x: states `[N, …]`, which the others are compared with.
+        pairs: names of tensors with 2N rows.
+        tensors: by argument name, in the order of their bits in `LAST`; None for those not given.
 
     Raises:
-        ValueError: a tensor has another device, shape or dtype than it should, or a layout that no kernel reads.
+        ValueError: a tensor has the wrong device, shape or dtype, or a layout that the kernels do not read.
     """
     single, device = tuple(x.shape), x.device
     rows, size = (single[0], math.prod(single[1:])) if len(single) > 1 else (0, 0)
@@ -132,8 +132,8 @@ def _is_channels_last(name: str, tensor: Tensor, shape: tuple[int, ...], device:
 
 
 def check_steps(table: Tensor, step_index: Tensor, x: Tensor) -> None:
-    """Check the table and the steps of N rows. On a CPU their range too; on a GPU that would wait for the device:
-    there rows of a step that is not in the table become NaN.
+    """Check the table and the steps of N rows. On a CPU their range is checked too. On a GPU that would wait for the device,
+    so there the rows of a step that is not in the table become NaN.
 
     Raises:
         ValueError: wrong device, shape, dtype or step.
@@ -165,17 +165,17 @@ def check_rows(name: str, values: Tensor, x: Tensor) -> None:
 
 
 def forbid_second_derivatives() -> None:
-    """To be called in a backward pass, whose results come from kernels and have no graph.
+    """Called in a backward pass whose results come from kernels and have no graph.
 
     Raises:
-        RuntimeError: this backward pass is to be differentiated in turn.
+        RuntimeError: the backward pass is to be differentiated itself.
     """
     if torch.is_grad_enabled():
         raise RuntimeError("the kernels have no second derivatives (create_graph=True): use backend='torch'")
 
 
 def launch(kernel: Any, grid: tuple[int], device: torch.device, num_warps: int = NUM_WARPS, **arguments: Any) -> None:
-    """Launch on `device`, which need not be the current one; an empty grid launches nothing."""
+    """Launch on `device`, which need not be the current one. An empty grid launches nothing."""
     if grid[0] == 0:
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

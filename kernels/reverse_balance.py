@@ -1,15 +1,15 @@
 """The reverse residual of residual ∇-DB: its loss by row, and the gradient of the flow score.
 
-By element, with R = βγ∇r(x) or, where the rest of ∇r has passed the network, βγ c ∂r/∂x̂0:
+Per element, with R = βγ∇r(x), or βγ c ∂r/∂x̂0 if the rest of ∇r is in the products:
 
     residual = v · (λ (s̄_θ − s̄_ref) + R + g)          v = σ or 1; 0 in last rows
     loss     = mean residual²
 
-where ``λ (s̄_θ − s̄_ref)`` is that of two whole scores, or, with the output pairs at hand, of two vector-Jacobian products
-plus their direct parts, ``−λ (a b/σ²)(o_θ − o_ref)``. The gradient of g is stored with the forward pass, in float32.
+``λ (s̄_θ − s̄_ref)`` is computed from two whole scores, or, if output pairs are given, from two vector-Jacobian products plus
+the direct part ``−λ (a b/σ²)(o_θ − o_ref)``. The forward pass stores the gradient of g in float32.
 
-Bytes by element of a row, with bf16 outputs and flow, float32 scores: reads 8 (two pairs) + 8 (products) + 4 (reward) + 2 (g),
-writes 4; 26 in all. Backward: reads 4, writes 2. One pass each, and a reduction of 4 bytes a tile.
+Bytes per element of a row, with bf16 outputs and flow, float32 scores: reads 8 (two pairs) + 8 (products) + 4 (reward) + 2 (g),
+writes 4; 26 in all. Backward: reads 4, writes 2. Each is one pass, plus a reduction of 4 bytes per tile.
 """
 
 import torch
@@ -120,7 +120,7 @@ def _layout(score, score_ref, flow, reward_score, output, output_ref, guidance_s
 
 
 def _results(made, flow, with_gradient):
-    """The uninitialised gradient of the flow; empty if it is not wanted."""
+    """The uninitialised gradient of the flow; empty unless `with_gradient`."""
     return made.empty("flow", flow) if with_gradient else flow.new_empty(0, dtype=torch.float32)
 
 
@@ -217,7 +217,7 @@ def reverse_balance(
         guidance_scale, beta, gamma, prior_weight, by_sigma: w, β, γ, λ and weighting by σ.
 
     Raises:
-        ValueError: a tensor has a device, shape, dtype or layout that it should not.
+        ValueError: a tensor has the wrong device, shape, dtype or layout.
 
     Equivalent: `fastnabla.objective.balance.reverse_balance`.
     """

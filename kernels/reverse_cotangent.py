@@ -1,14 +1,14 @@
-"""The cotangent of a vector-Jacobian product of the reverse residual, of one policy, for both halves of its output.
+"""The cotangent of one policy's vector-Jacobian product in the reverse residual, for both halves of its output.
 
-By element, with ``o = u + w (c − u)``, ``e = (x' − a x − b o)/σ²`` and p = ∂r/∂x̂0, where the reward's gradient passes
-this policy, else 0:
+Per element, with ``o = u + w (c − u)``, ``e = (x' − a x − b o)/σ²``, and p = ∂r/∂x̂0 if the reward's gradient passes through
+this policy, otherwise 0:
 
     cotangent = λ b e + βγ d p
 
 times 1 − w for u and w for c.
 
-Bytes by element of a row, with bf16 outputs, float32 states and p: reads 4 (pair) + 8 (x, x') + 4 (p), writes 4; 20 in all,
-16 without p, in one launch.
+Bytes per element of a row, with bf16 outputs, float32 states and p: reads 4 (pair) + 8 (x, x') + 4 (p), writes 4; 20 in
+all, 16 without p, in one launch.
 """
 
 import torch
@@ -140,7 +140,7 @@ def reverse_cotangent(
         guidance_scale, beta, gamma, prior_weight: w, β, γ, λ.
 
     Raises:
-        ValueError: a tensor has a device, shape, dtype or layout that it should not.
+        ValueError: a tensor has the wrong device, shape, dtype or layout.
 
     Equivalent: `fastnabla.objective.balance.reverse_cotangent`.
     """

@@ -1,7 +1,8 @@
-"""The networks of a golden step in float64, for tests that derive a method's gradients anew.
+"""The objectives by their definitions, in float64: guidance, samplers, densities, decoding and rewards are written out, and
+autograd takes every score. Of fastnabla only `Policy` computes here; the golden steps tie its outputs to the reference.
 
-Nothing of fastnabla computes here but `Policy`, whose outputs the golden steps tie to the reference implementation:
-guidance, samplers, densities, decoding are written out, and autograd does the rest.
+This is one of the two independent derivations that tests compare with. The other, `bench/naive.py`, is the published
+algorithm in its own order.
 """
 
 import copy
@@ -9,8 +10,23 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastnabla.objective.settings import Gamma, Objective
 from tests.golden import GoldenStep
+
+
+def guided(pair: Tensor, guidance_scale: float | None) -> Tensor:
+    """The output `[N, …]` of a pair `[2N, …]`, unconditional rows first; of `[N, …]` without guidance."""
+    if guidance_scale is None:
+        return pair
+    unconditional, conditional = pair[: len(pair) // 2], pair[len(pair) // 2 :]
+    return (1 - guidance_scale) * unconditional + guidance_scale * conditional
+
+
+def gamma_of(alpha_bar: Tensor, gamma: Gamma) -> Tensor:
+    return alpha_bar ** {"alpha_bar": 1.0, "sqrt_alpha_bar": 0.5, "constant": 0.0}[gamma]
 
 
 class Exact:
@@ -33,14 +49,12 @@ class Exact:
     def at(self, name: str, i: int) -> Tensor:
         return getattr(self.table, name)[i]
 
-    def guided(self, pair: Tensor) -> Tensor:
-        unconditional, conditional = pair.chunk(2)
-        return unconditional + self.policy.guidance_scale * (conditional - unconditional)
-
     def output(self, x: Tensor, i: int, prompt: Tensor, after: bool = False, reference: bool = False) -> Tensor:
         """Guided output at the state x of step i, or at the state it ends in."""
         network = self.policy.reference if reference else self.policy
-        return self.guided(network(x, self.at("timestep_next" if after else "timestep", i)[None], prompt))
+        return guided(
+            network(x, self.at("timestep_next" if after else "timestep", i)[None], prompt), self.policy.guidance_scale
+        )
 
     def clean(self, x: Tensor, o: Tensor, i: int, after: bool = False) -> Tensor:
         c, d = (self.at(name + "_next" * after, i) for name in "cd")
@@ -54,12 +68,12 @@ class Exact:
     def log_prob(self, x: Tensor, x_next: Tensor, o: Tensor, i: int) -> Tensor:
         """log P(x'|x), a scalar."""
         mean, sigma = self.at("a", i) * x + self.at("b", i) * o, self.at("sigma", i)
-        return torch.distributions.Normal(mean, sigma).log_prob(x_next).sum()
+        return Normal(mean, sigma).log_prob(x_next).sum()
 
     def log_noising(self, x: Tensor, x_next: Tensor, i: int) -> Tensor:
         """log q(x|x') of DDPM's noising from ᾱ' to ᾱ, a scalar."""
         share = self.at("alpha_bar", i) / self.at("alpha_bar_next", i)
-        return torch.distributions.Normal(share.sqrt() * x_next, math.sqrt(1 - share)).log_prob(x).sum()
+        return Normal(share.sqrt() * x_next, math.sqrt(1 - share)).log_prob(x).sum()
 
     def flow_at(self, x: Tensor, i: int, prompt: Tensor, after: bool = False) -> Tensor:
         timestep = self.at("timestep_next" if after else "timestep", i)[None]
@@ -72,13 +86,55 @@ class Exact:
             x, x_next = (state.double().requires_grad_() for state in (one.x, one.x_next))
             yield int(one.step_index), x, x_next, one.model_output.double(), one.prompt
 
+    @sdpa_kernel(SDPBackend.MATH)  # has second derivatives
+    def balance_loss(self, objective: Objective, noising: bool = False) -> Tensor:
+        """The mean loss of residual ∇-DB over all transitions; with `noising` that of plain ∇-DB."""
+        total, last_step, second = 0, len(self.table) - 1, objective.reverse_second_order
+        ends = self.transitions.step_index == last_step
+        for (i, x, x_next, o_old, prompt), trajectory in zip(self.rows(), self.transitions.trajectory, strict=True):
+
+            def reward_score(state: Tensor, o: Tensor, after: bool, i=i, prompt=prompt, slot=trajectory) -> Tensor:
+                clean = self.clean(
+                    state, o.detach() if objective.reward_gradient == "lookahead_detached" else o, i, after
+                )
+                if objective.reward_gradient == "terminal":
+                    end = self.transitions.x_next[ends & (self.transitions.trajectory == slot)][:1]
+                    state = clean = end.double().requires_grad_()
+                score = grad(self.reward(clean, prompt).sum(), state, retain_graph=True)
+                alpha_bar = self.at("alpha_bar_next" if after else "alpha_bar", i)
+                return objective.beta * gamma_of(alpha_bar, objective.gamma) * score
+
+            unit = self.at("sigma", i) if objective.weighting == "sigma" else 1.0
+            o, o_next = self.output(x, i, prompt), self.output(x_next, i, prompt, after=True)
+            log_prob = self.log_prob(x, x_next, o, i)
+            if noising:
+                log_ref = self.log_noising(x, x_next, i)
+            else:
+                log_ref = self.log_prob(x, x_next, self.output(x, i, prompt, reference=True), i)
+            score = grad(log_prob, x_next, create_graph=True)
+            forward = score - objective.prior_weight * grad(log_ref, x_next, retain_graph=True)
+            forward = forward - reward_score(x_next, o_next, True)
+            loss = objective.trust_region_weight * (o - o_old).square().mean()
+            if self.flow is not None:
+                g_next = self.flow_at(x_next.detach(), i, prompt, after=True)
+                if i == last_step:
+                    loss = loss + (unit * g_next).square().mean()
+                else:
+                    forward = forward - g_next
+                    score = grad(log_prob, x, create_graph=second, retain_graph=True)
+                    reverse = objective.prior_weight * (score - grad(log_ref, x, retain_graph=True))
+                    reverse = reverse + self.flow_at(x.detach(), i, prompt) + reward_score(x, o, False)
+                    loss = loss + objective.reverse_weight * (unit * reverse).square().mean()
+            total = total + (loss + (unit * forward).square().mean()) / len(self.transitions)
+        return total
+
 
 def grad(scalar: Tensor, x: Tensor, **options: bool) -> Tensor:
     return torch.autograd.grad(scalar, x, **options)[0]
 
 
 class Smooth(nn.Module):
-    """A nonlinear policy without weights worth the name, `[N, D]` to `[N, D]`, for float64 checks of formulas."""
+    """A small nonlinear policy, `[N, D]` to `[N, D]`, for float64 checks of formulas."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

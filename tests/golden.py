@@ -1,4 +1,4 @@
-"""Numbers of the reference implementation, and the tiny networks they were computed with.
+"""Numbers of the reference implementation, and the tiny networks that they were computed with.
 
 The repository has the whole-step set `step_strength` (λ = ½, γ = √ᾱ, with a flow). `FASTNABLA_GOLDEN` names a folder that
 has the others too.
@@ -58,7 +58,7 @@ class Reward(nn.Module):
 
 
 class Flow(nn.Module):
-    """The reference's g_φ: a UNet, called as `fastnabla.models.flow`'s networks are."""
+    """The reference's g_φ: a UNet with the signature of `fastnabla.models.flow`'s networks."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -86,22 +86,22 @@ class GoldenStep:
         micro_batch: int,
         backend: Backend = "auto",
         *,
-        share: bool = False,
+        reuse_passes: bool = False,
         noising: bool = False,
         **changes: Any,
     ) -> BalanceStep:
-        """The step with these networks; `changes` to the objective."""
+        """The training step with these networks, and `changes` to the objective."""
         prompts = [str(i) for i in range(self.meta["batch_size"])]
         objective = dataclasses.replace(self.objective, **changes)
         networks = (self.policy, self.flow, self.decoder, self.reward)
-        return BalanceStep(*networks, prompts, self.table, objective, micro_batch, backend, share, noising)
+        return BalanceStep(*networks, prompts, self.table, objective, micro_batch, backend, reuse_passes, noising)
 
     def without_flow(self) -> "GoldenStep":
-        """With g ≡ 0, of which the golden numbers say nothing."""
+        """With g ≡ 0. There are no golden numbers for it."""
         return dataclasses.replace(self, flow=None)
 
     def to(self, device: str) -> "GoldenStep":
-        """With networks and table on `device`; the transitions stay."""
+        """With networks and table on `device`. The transitions are not moved."""
         for network in (self.policy, self.flow, self.decoder, self.reward):
             if network is not None:
                 network.to(device)
@@ -116,7 +116,7 @@ class GoldenStep:
 
 
 def load_step(folder: Path) -> GoldenStep:
-    """One golden step; its K slots of B transitions flattened to B * K."""
+    """One golden step, with its K slots of B transitions flattened to B * K rows."""
     meta = json.loads((folder / "meta.json").read_text())
     inputs = load_file(folder / "inputs.safetensors")
     expected = load_file(folder / "expected.safetensors")

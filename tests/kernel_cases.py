@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.published import ddim_table
-from fastnabla.objective.balance import Weights
 from fastnabla.objective.fused import FUSED
 from fastnabla.objective.gaussian import guide
 from fastnabla.objective.ops import PLAIN, ObjectiveOps
+from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionRows
 from tests.checks import randn
 
@@ -27,11 +27,14 @@ on_gpu = pytest.mark.parametrize("device", [GPU])
 
 TABLE = ddim_table(10, eta=0.8)
 LAST = len(TABLE) - 1
-WEIGHTS = Weights(guidance_scale=5.0, beta=2.0, prior_weight=0.5, trust_region_weight=0.7)
+OBJECTIVE, GUIDANCE_SCALE = Objective(beta=2.0, prior_weight=0.5, trust_region_weight=0.7), 5.0
 PAIRS = ("output", "output_ref")
-TENSORS = (*PAIRS, "x", "x_next", "flow", "reward_score", "pixel_score", "output_old", "score", "score_ref")
-MIXED = ("output", "output_ref", "flow")
-"""Tensors that are channels-last if the networks are, while the states are contiguous."""
+TENSORS = (
+    *(*PAIRS, "x", "x_next", "flow", "reward_score", "pixel_score", "output_old", "score", "score_ref"),
+    *("reward_score_next", "flow_next"),
+)
+MIXED = ("output", "output_ref", "flow", "flow_next")
+"""What a network in channels-last makes, while the states that it was given are contiguous."""
 
 DTYPES = {
     "float32": {},
@@ -48,7 +51,10 @@ LAYOUTS = {
     "mixed_several_tiles": {"row": (3, 23, 29), "channels_last": MIXED},
     "odd_several_tiles": {"row": (4, 17, 19)},
     "more_tiles_than_are_summed_at_once": {"row": (4, 65, 67)},
-    "more_channels_than_a_tile": {"row": (1030, 2), "channels_last": ("x", "reward_score", "score")},
+    "more_channels_than_a_tile": {
+        "row": (1030, 2),
+        "channels_last": ("x", "reward_score", "reward_score_next", "score"),
+    },
     "five_dimensions": {"row": (3, 2, 5, 7), "channels_last": MIXED},
     "one_channel": {"row": (1, 9, 13), "channels_last": MIXED},
     "one_dimension": {"row": (257,), "channels_last": MIXED},
@@ -66,13 +72,19 @@ class Batch:
 
     tensors: dict[str, Tensor]
     step_index: Tensor
-    weights: Weights
+    objective: Objective
+    guidance_scale: float | None
 
     def __getitem__(self, name: str) -> Tensor | None:
         return self.tensors.get(name)
 
     def __len__(self) -> int:
         return len(self.step_index)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the operations besides tensors."""
+        return {"objective": self.objective, "guidance_scale": self.guidance_scale}
 
     @property
     def rows(self) -> TransitionRows:
@@ -116,7 +128,7 @@ def huge_batch(device: str, names: tuple[str, ...]) -> Batch:
     }
     tensors["upstream"] = torch.randn(rows, generator=source, device=device)
     step_index = torch.arange(rows, device=device) % LAST
-    return Batch(tensors=tensors, step_index=step_index, weights=WEIGHTS)
+    return Batch(tensors=tensors, step_index=step_index, objective=OBJECTIVE, guidance_scale=GUIDANCE_SCALE)
 
 
 def one_row(tensor: Tensor, row: int, rows: int) -> Tensor:
@@ -135,18 +147,19 @@ class Case:
     flow_dtype: torch.dtype = torch.float32
     channels_last: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
-    weights: Weights = WEIGHTS
+    objective: Objective = dataclasses.field(default_factory=lambda: OBJECTIVE)
+    guidance_scale: float | None = GUIDANCE_SCALE
 
     @classmethod
     def of(cls, **options: Any) -> "Case":
-        """A case from its own fields and those of its weights."""
+        """A case by fields of its own and of its objective."""
         own = {field.name for field in dataclasses.fields(cls)} & options.keys()
-        weights = {name: value for name, value in options.items() if name not in own}
-        return cls(weights=dataclasses.replace(WEIGHTS, **weights), **{name: options[name] for name in own})
+        others = {name: value for name, value in options.items() if name not in own}
+        return cls(objective=dataclasses.replace(OBJECTIVE, **others), **{name: options[name] for name in own})
 
     def draw(self, device: str = "cpu", seed: int = 0) -> Batch:
-        """N random transitions of the sampler `TABLE`, for a policy near the reference, as in finetuning."""
-        shape, w = (len(self.steps), *self.row), self.weights.guidance_scale
+        """N transitions of the sampler `TABLE`, for a policy that is near the reference, as in finetuning."""
+        shape, w = (len(self.steps), *self.row), self.guidance_scale
         seeds = iter(range(100 * seed, 100 * seed + 100))
 
         def normal(scale: float = 1.0) -> Tensor:
@@ -170,15 +183,20 @@ class Case:
             "output_old": guide(output, w) + normal(0.1),
             "score": score,
             "score_ref": score + normal(0.3),
+            "reward_score_next": normal(),
+            "flow_next": normal(),
         }
-        dtypes = dict.fromkeys(PAIRS, self.output_dtype) | {"flow": self.flow_dtype}
+        dtypes = dict.fromkeys(PAIRS, self.output_dtype) | dict.fromkeys(("flow", "flow_next"), self.flow_dtype)
         tensors = {
             name: arrange(tensor.to(device, dtypes.get(name, self.state_dtype)), name in self.channels_last)
             for name, tensor in tensors.items()
             if name not in self.without
         }
         tensors["upstream"] = randn(len(self.steps), seed=next(seeds)).to(device)
-        return Batch(tensors=tensors, step_index=step_index.to(device), weights=self.weights)
+        step_index = step_index.to(device)
+        return Batch(
+            tensors=tensors, step_index=step_index, objective=self.objective, guidance_scale=self.guidance_scale
+        )
 
 
 Evaluate = Callable[[ObjectiveOps, Batch], dict[str, Tensor]]
@@ -270,9 +288,9 @@ def cases(without: list[tuple[str, ...]]) -> st.SearchStrategy[Case]:
         flow_dtype=dtypes,
         channels_last=st.sets(st.sampled_from(TENSORS)).map(tuple),
         without=st.sampled_from(without),
-        weights=st.builds(
-            Weights,
-            guidance_scale=st.sampled_from([None, 1.0, 5.0]),
+        guidance_scale=st.sampled_from([None, 1.0, 5.0]),
+        objective=st.builds(
+            Objective,
             beta=st.sampled_from([0.0, 2.0]),
             gamma=st.sampled_from(["alpha_bar", "sqrt_alpha_bar", "constant"]),
             prior_weight=st.sampled_from([1.0, 0.5, 0.0]),

@@ -15,6 +15,7 @@ from fastnabla import transition
 from fastnabla.losses import STATISTICS, residual_db_loss, reverse_scores
 from fastnabla.transition import TransitionTable, table_of
 from tests.checks import BACKENDS, assert_gradients, ddim, ddim_table, randn
+from tests.exact import gamma_of, guided
 from tests.golden import ALL_STEP_SETS, GoldenStep, load_step
 
 SHAPE = (4, 2, 3, 5)
@@ -55,16 +56,11 @@ def naive_loss(
 ) -> Tensor:
     """One row at a time: scores by autograd of log-densities, terms by the definition."""
 
-    def guided(name: str, row: int) -> Tensor:
-        if guidance_scale is None:
-            return held[name][row]
-        unconditional, conditional = held[name][row], held[name][SHAPE[0] + row]
-        return (1 - guidance_scale) * unconditional + guidance_scale * conditional
-
     table, total = ddim_table(), 0
+    outputs, outputs_ref = (guided(held[name], guidance_scale) for name in ("noise_pred", "noise_pred_ref"))
     for row, i in enumerate(STEPS):
         x, x_next, last = held["x_t"][row], held["x_next"][row].clone().requires_grad_(), i == 9
-        o, o_ref = guided("noise_pred", row), guided("noise_pred_ref", row)
+        o, o_ref = outputs[row], outputs_ref[row]
         s, s_ref = (
             torch.autograd.grad(
                 Normal(table.a[i] * x + table.b[i] * out, table.sigma[i]).log_prob(x_next).sum(),
@@ -73,9 +69,10 @@ def naive_loss(
             )[0]
             for out in (o, o_ref)
         )
-        power = {"alpha_bar": 1, "sqrt_alpha_bar": 0.5, "constant": 0}[gamma]
         unit = table.sigma[i] if weighting == "sigma" else 1.0
-        forward = s - prior_weight * s_ref - beta * table.alpha_bar_next[i] ** power * held["reward_score_next"][row]
+        forward = (
+            s - prior_weight * s_ref - beta * gamma_of(table.alpha_bar_next[i], gamma) * held["reward_score_next"][row]
+        )
         if held.get("flow_score_next") is not None:
             g_next = held["flow_score_next"][row]
             if last:
@@ -86,7 +83,7 @@ def naive_loss(
             backward = (
                 prior_weight * (held["score_reverse"][row] - held["score_ref_reverse"][row]) + held["flow_score"][row]
             )
-            backward = backward + beta * table.alpha_bar[i] ** power * held["reward_score"][row]
+            backward = backward + beta * gamma_of(table.alpha_bar[i], gamma) * held["reward_score"][row]
             total = total + reverse_weight * (unit * backward).square().mean()
         total = total + (unit * forward).square().mean()
         if held.get("noise_pred_old") is not None:
@@ -249,14 +246,13 @@ def raw_rewards(golden: GoldenStep, name: str, alpha_bar: Tensor) -> Tensor:
     scaled = torch.stack(
         [golden.expected[f"{j}.{name}"] for j in range(golden.inputs["timesteps"].shape[1])], 1
     ).flatten(0, 1)
-    gamma = alpha_bar.sqrt() if golden.objective.gamma == "sqrt_alpha_bar" else alpha_bar
-    return scaled / (golden.objective.beta * gamma)
+    return scaled / (golden.objective.beta * gamma_of(alpha_bar, golden.objective.gamma))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("folder", ALL_STEP_SETS)
 def test_agrees_with_the_reference(folder, backend):
-    """A user's loop around the golden networks: losses to 1e-4 (see test_step.py), gradients of all parameters."""
+    """A user's loop around the golden networks: losses to 1e-4 (see tests/methods/test_nabla_db.py), gradients of all parameters."""
     golden = load_once(folder)
     policy, batch, objective = golden.policy, golden.transitions, golden.objective
     step = golden.step(100)

@@ -1,1 +1,1 @@
-"""Other implementations' function signatures, through fastnabla's transition table."""
+"""Functions with the signatures of other implementations, computed through fastnabla's transition table."""

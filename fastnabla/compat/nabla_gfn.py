@@ -1,20 +1,18 @@
-"""The sampler functions of the reference implementation of arXiv 2412.07775, by their signatures.
+"""The sampler functions of the reference implementation of arXiv 2412.07775, with the same signatures.
 
-They return what the reference returns, computed through `TransitionTable`. Departures, all deliberate:
+They return what the reference returns, computed through `TransitionTable`. The differences are deliberate:
 
-- Schedulers and settings whose steps are not Gaussian and affine in the network's output (clipping, thresholding,
-  η = 0, …) raise, as do timesteps that are not of the schedule `set_timesteps` made; so do arguments that would
-  have no effect.
-- SDE-DPM-Solver++ honours `prev_sample` and takes each row's step from its timestep. The reference draws a new
-  sample there, and takes the step from `step_index`.
+- Schedulers and settings whose steps are not Gaussian and affine in the network's output (clipping, thresholding, η = 0, …)
+  raise. So do timesteps that are not in the schedule of `set_timesteps`, and arguments that would have no effect.
+- SDE-DPM-Solver++ uses `prev_sample` and takes each row's step from its timestep. The reference draws a new sample instead,
+  and takes the step from `step_index`.
 - DDPM and multistep DPM-Solver schedulers are supported too.
-- Coefficients are computed in float64, arithmetic on half-precision states in float32. (The reference's σ² of the
-  last step is off by 1e-5.)
+- Coefficients are computed in float64, and arithmetic on half-precision states in float32. (The reference's σ² of the last
+  step is off by 1e-5.)
 
-On CUDA the draw and the score in x are Triton kernels, where no gradient of the former and no second one of the
-latter is asked for.
+On CUDA the draw and the score in x are Triton kernels, unless the draw needs a gradient or the score a second derivative.
 
-These functions are for moving code over. `fastnabla.losses` computes differences of scores with more digits.
+These functions help to port code. `fastnabla.losses` computes differences of scores to more digits.
 """
 
 from typing import Any
@@ -49,18 +47,18 @@ def inference_step(
     Args:
         scheduler: diffusers scheduler after `set_timesteps`.
         model_output: guided output of the network at x, `[N, …]`.
-        timestep: of x; `[N]` int64, or one for all rows.
+        timestep: timestep of x; `[N]` int64, or one for all rows.
         sample: x, `[N, …]`.
         eta: η > 0 of DDIM steps; 1 for other schedulers.
-        generator: of the noise of x'; not with `prev_sample`.
+        generator: generator of the noise of x'; not with `prev_sample`.
         prev_sample: x' `[N, …]`; drawn if None.
-        prev_timestep: of x'; it follows from the schedule and may be left out.
-        reverse_grad: score in x instead of in x'; `sample` must require a gradient.
+        prev_timestep: timestep of x'. Optional, because it follows from the schedule.
+        reverse_grad: return the score in x instead of in x'; `sample` must require a gradient.
         retain_graph: with `reverse_grad`, keep the graph of `model_output`.
         allow_2nd: with `reverse_grad`, return a differentiable score; this keeps the graph as well.
-        strength: λ, what the score is multiplied by.
-        step_index: number of the step. Redundant: the timestep says it. DDIM and DDPM do not read it, as in the
-            reference; for DPM-Solver a value other than the default must agree with `timestep`.
+        strength: λ, the factor of the score.
+        step_index: number of the step. Redundant, because it follows from the timestep. As in the reference, DDIM and DDPM
+            ignore it; for DPM-Solver a value other than the default must agree with `timestep`.
 
     Returns:
         x' in the dtype of `sample`, and the score `[N, …]` float32 (float64 if `sample` is):
@@ -68,7 +66,7 @@ def inference_step(
         x' itself is held constant in both.
 
     Raises:
-        ValueError: an unsupported scheduler or setting, a timestep that is not of the schedule, contradictory
+        ValueError: an unsupported scheduler or setting, a timestep that is not in the schedule, contradictory
             arguments, or arguments without effect.
     """
     if prev_sample is not None and generator is not None:
@@ -90,16 +88,16 @@ def inference_step(
         if not torch.equal(given, step):
             raise ValueError(f"step_index = {given.tolist()}: expected {step.tolist()}, the steps of timestep")
 
-    kernels = select("auto", sample.device, sample.dtype)
+    ops = select("auto", sample.device, sample.dtype)
     if prev_sample is None:
         like = model_output
         noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
         tracked = torch.is_grad_enabled() and (model_output.requires_grad or sample.requires_grad)
-        step = PLAIN.guided_step if tracked else kernels.guided_step  # the kernel's x' has no gradient
+        step = PLAIN.guided_step if tracked else ops.guided_step  # the kernel's x' has no gradient
         prev_sample, _ = step(model_output, sample, noise, rows, guidance_scale=None)
     fixed = full(prev_sample.detach())
     if reverse_grad:
-        log_prob = PLAIN.gaussian_log_prob if allow_2nd else kernels.gaussian_log_prob
+        log_prob = PLAIN.gaussian_log_prob if allow_2nd else ops.gaussian_log_prob
         density = log_prob(model_output, sample, fixed, rows, guidance_scale=None).sum()
         (score,) = torch.autograd.grad(density, sample, retain_graph=retain_graph or allow_2nd, create_graph=allow_2nd)
         score = full(score)
@@ -118,17 +116,17 @@ def predict_clean(
 ) -> Tensor:
     """One-step prediction of the clean sample, x̂0 `[N, …]`, in the dtype of `sample`.
 
-    At timestep 0 the state is clean and x̂0 = x; but with sample-prediction x̂0 is the network's output there too, as
-    in the reference (elsewhere fastnabla takes x).
+    At timestep 0 the state is clean and x̂0 = x. With sample-prediction x̂0 is the network's output there too, as in the
+    reference; everywhere else fastnabla takes x.
 
     Args:
         scheduler: diffusers scheduler after `set_timesteps`.
         model_output: guided output of the network at x, `[N, …]`.
         sample: x, `[N, …]`.
-        timestep: of x; `[N]` int64, or one for all rows: of the schedule, or 0.
-        no_jacobian: hold `model_output` constant, so that gradients reach `sample` directly alone. (The reference
-            has the argument and does not read it.)
-        strength: factor of `model_output`; of ε-prediction only.
+        timestep: timestep of x; `[N]` int64, or one for all rows: one of the schedule, or 0.
+        no_jacobian: hold `model_output` constant, so that gradients reach `sample` only directly. (The reference has this
+            argument and ignores it.)
+        strength: factor of `model_output`; for ε-prediction only.
 
     Raises:
         ValueError: as `inference_step`; or `strength` with another prediction type.
@@ -149,8 +147,8 @@ def get_alpha_prod_t(scheduler: Any, timestep: Tensor | int, sample: Tensor) -> 
 
     Args:
         scheduler: diffusers scheduler after `set_timesteps`.
-        timestep: `[N]` int64, or one for all rows: of the schedule, or 0.
-        sample: `[N, …]`; its shape, device and dtype alone matter.
+        timestep: `[N]` int64, or one for all rows: one of the schedule, or 0.
+        sample: `[N, …]`; only its shape, device and dtype matter.
 
     Raises:
         ValueError: as `inference_step`.
@@ -160,7 +158,7 @@ def get_alpha_prod_t(scheduler: Any, timestep: Tensor | int, sample: Tensor) -> 
 
 
 def _state_rows(scheduler: Any, timestep: Tensor | int, sample: Tensor) -> tuple[TransitionRows, Tensor]:
-    """Rows of the steps that start at `timestep`, and where that is 0: those rows are the step that ends there."""
+    """Table rows of the steps that start at `timestep`, and where `timestep` is 0. There the row is the step that ends at 0."""
     table = TransitionTable.from_scheduler(scheduler)
     timestep = _by_row("timestep", timestep, sample)
     finished = timestep == 0

@@ -1,17 +1,24 @@
-"""What every training step shares: gradients added up over micro-batches, and smaller ones when memory runs out."""
+"""What all training steps share: a batch goes through the networks in parts, and the gradients of the parts add up.
+
+A step subclasses `Accumulation`. Its call is a loop over `Parts`, its method `gradients` computes one of them:
+
+    parts = Parts(self, len(batch), cut)
+    for part in parts:
+        parts.add(self._attempt(len(part.rows), self.gradients, part))
+    return parts.report()
+"""
 
 import dataclasses
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastnabla.distributed.world import ALONE, World
-from fastnabla.methods.whole_batch import whole_counts, whole_rows
 from fastnabla.methods.zero_gradients import require_connected
 from fastnabla.models.compiling import pad_rows
 from fastnabla.models.policy import Policy, add_gradients
@@ -24,66 +31,66 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What a training step did; the tensors are on the device."""
+    """What a training step did. Tensors are on the device."""
 
     losses: dict[str, Tensor]
-    """Scalars: "loss" and its weighted parts."""
+    """Scalars: "loss" and its weighted terms."""
     rows: dict[str, Tensor]
-    """Numbers by row of the batch, `[M]`."""
+    """Values by row of the batch, `[M]`."""
     statistics: dict[str, Tensor]
-    """Scalars to be logged besides the losses."""
+    """Scalars to log besides the losses."""
     counts: dict[str, int]
     """Rows, by kind."""
     passes: dict[str, float]
-    """U per row, by kind of row; nan if there was none."""
+    """U per row, by kind of row; NaN if there was no such row."""
     signals: dict[str, Tensor]
-    """Scalars that are zero only where nothing can be learned; see `fastnabla.methods.zero_gradients`."""
+    """Scalars that are zero only if there is nothing to learn; see `fastnabla.methods.zero_gradients`."""
     path: str
     """How the gradients were computed, in words."""
 
 
-class Part(Protocol):
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
     """Rows that go through the networks together."""
 
     rows: Tensor
     """Their positions in the batch, `[n]` int64 on the host."""
-
-    @property
-    def kind(self) -> str:
-        """What they are counted as."""
+    kind: str
+    """One of the step's `kinds`."""
 
     @property
     def pass_rows(self) -> tuple[int, ...]:
-        """Rows of its network passes, in an order that all parts of a step share; the first are all of its rows."""
+        """Rows of its network passes, in the same order for all parts of a step; all n come first."""
+        return (len(self.rows),)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """What the rows of a part add to a step."""
+class PartResult:
+    """What a part adds to a step."""
 
     gradients: Sequence[Tensor]
     """By parameter."""
     losses: dict[str, Tensor]
-    """The parts of the loss, scalars."""
+    """The terms of the loss, scalars."""
     rows: dict[str, Tensor]
-    """Numbers by row, `[n]`."""
+    """Values by row, `[n]`."""
 
 
 class Accumulation:
-    """Adds the gradients of a batch to the parameters' `.grad`, part by part. Nothing in it waits for the device.
+    """Adds the gradients of a batch to the parameters' `.grad`, part by part, without waiting for the device.
 
     Args:
-        policy: whose passes are counted.
+        policy: the policy, which counts its passes.
         flow: a second network that is trained, or None.
-        micro_batch: most rows in a part. Running out of the GPU's memory halves it.
+        micro_batch: most rows in a part. Running out of GPU memory halves it.
         backend: what computes between the network passes; see `fastnabla.objective.backend`.
     """
 
     kinds: tuple[str, ...] = ("inner", "last")
-    """Of rows."""
+    """Kinds of rows."""
     world: World = ALONE
-    """Whose ranks each call the step, with their share of a batch: its means are over all of it, and so are its reports.
-    The gradients are this rank's share of the sum."""
+    """The ranks. Each calls the step with its rows of a batch. Means and reports are over the whole batch; the gradients
+    are this rank's part of the sum."""
 
     def __init__(self, policy: Policy, flow: nn.Module | None, micro_batch: int, backend: Backend) -> None:
         self.policy, self.flow, self.micro_batch = policy, flow, micro_batch
@@ -91,98 +98,40 @@ class Accumulation:
         self.flow_parameters = list(flow.parameters()) if flow is not None else []
         self.parameters = policy.trainable() + self.flow_parameters
         self.replicated = self.flow_parameters if policy.is_sharded else self.parameters
-        """Parameters whose gradients are not yet added up over the ranks after a step."""
+        """Parameters whose gradients the caller still has to sum over the ranks."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the step remembers from one call to the next, for `torch.save`."""
+        """What the step remembers between calls, for `torch.save`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-
-    def _accumulate(
-        self, count: int, cut: Callable[[Tensor, int], list[Part]], share: Callable[[Part], Share]
-    ) -> StepReport:
-        """Go through a batch of `count` rows.
-
-        Args:
-            count: M.
-            cut: rows `[m]` of the batch and a size to parts of at most that size.
-            share: computes a part; it is called again for smaller parts if memory runs out.
-
-        Raises:
-            torch.OutOfMemoryError: not even one row at a time fits.
-        """
-        losses: dict[str, list[Tensor]] = {}
-        rows: dict[str, list[Tensor]] = {}
-        passes, counts = dict.fromkeys(self.kinds, 0), dict.fromkeys(self.kinds, 0)
-        pending = deque(cut(torch.arange(count), self.micro_batch))
-        self._fix_sizes(pending)
-        while pending:
-            part, before = pending.popleft(), self.policy.passes.rows
-            done = self._attempt(len(part.rows), share, part)
-            if done is None:
-                rest = torch.cat([part.rows, *(other.rows for other in pending)])
-                pending = deque(cut(rest, self.micro_batch))
-                self._fix_sizes(pending)
-                self.policy.passes.rows = before
-                continue
-            self._add(done.gradients)
-            for lists, new in ((losses, done.losses), (rows, done.rows)):
-                for name, values in new.items():
-                    lists.setdefault(name, []).append(values)
-            del done  # else its gradients are held while the next ones are made
-            passes[part.kind] += self.policy.passes.rows - before
-            counts[part.kind] += len(part.rows)
-        while self.policy.accumulate(None):  # of other processes, that have more parts
-            pass
-
-        sums = {name: torch.stack(values).sum() for name, values in losses.items()}
-        self.world.sum_(list(sums.values()))
-        joined = whole_rows(self.world, {name: torch.cat(values) for name, values in rows.items()})
-        counts, passes = whole_counts(self.world, counts, passes)
-        return StepReport(
-            losses=sums | {"loss": torch.stack(list(sums.values())).sum()},
-            rows=joined,
-            statistics=self._statistics(joined),
-            counts=counts,
-            passes={kind: passes[kind] / counts[kind] if counts[kind] else float("nan") for kind in self.kinds},
-            signals=self._signals(joined),
-            path=self.path,
-        )
+        """Restore what `state_dict` returned."""
 
     @property
     def path(self) -> str:
         """How gradients are computed, in words."""
         return f"compute.compile = {self.policy.compile!r}, torch {torch.__version__}, {self.ops.name}"
 
-    def _fix_sizes(self, parts: Sequence[Part]) -> None:
-        """Where networks are compiled, let their passes have few numbers of rows, each of which is compiled for: that of
-        the largest part, and where passes are shared, a smaller one for next states."""
-        if self.policy.compile == "none" or not parts:
-            return
-        own, *others = (max(rows) for rows in zip(*(part.pass_rows for part in parts), strict=True))
-        largest = max((own, *self.policy.static_rows))
-        smaller = [*self.policy.static_rows[:-1], *(rows for rows in others if 0 < 2 * rows <= own)]
-        self.policy.static_rows = (*([max(smaller)] if smaller else ()), largest)
-
     def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`StepReport.signals` of numbers by row."""
+        """`StepReport.signals`, from values by row."""
         raise NotImplementedError
 
     def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scalars to be logged, of numbers by row."""
+        """`StepReport.statistics`, from values by row."""
         return {}
 
     def _attempt(self, size: int, compute: Callable[..., T], *arguments: Any) -> T | None:
-        """What `compute` returns. If memory runs out with its `size` rows: None, and from now on smaller parts; nothing
-        else has changed then."""
+        """``compute(*arguments)``. If memory runs out with its `size` rows, halve `micro_batch` and return None.
+
+        Raises:
+            torch.OutOfMemoryError: not even one row fits.
+        """
         try:
             return compute(*arguments)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-        # No longer within the exception, whose frames hold what is to be freed.
+        # Only after the handler: the exception's frames hold the memory that is to be freed.
         self.micro_batch, self.policy.static_rows = (size + 1) // 2, ()
         if self.policy.conditions.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -190,8 +139,8 @@ class Accumulation:
         return None
 
     def _flow_values(self, states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
-        """What the flow network makes of states `[n, C, H, W]`, alike; in bfloat16 (autocast) where the policy's dtype is
-        of half precision."""
+        """Outputs of the flow network at `states`, `[n, C, H, W]`. It computes in bfloat16 (autocast) if the policy's dtype
+        has 16 bits."""
         mixed = self.policy.dtype in (torch.bfloat16, torch.float16)
         rows, static = len(states), max(self.policy.static_rows, default=1)
         padded = math.ceil(rows / static) * static if self.policy.compile == "whole" else rows
@@ -200,12 +149,12 @@ class Accumulation:
         with torch.autocast(states.device.type, torch.bfloat16, enabled=mixed):
             return self.flow(states, timestep, self.policy.conditions.of_prompts(prompt))[:rows]
 
-    def _gradients(self, loss: Tensor) -> list[Tensor]:
-        """Of a scalar, by parameter; zeros where it does not depend on one of the flow's, or of a network's that is trained
-        whole.
+    def _differentiate(self, loss: Tensor) -> list[Tensor]:
+        """Gradients of a scalar, by parameter. They are zero where it does not depend on a parameter of the flow, or of a
+        policy that is trained in full.
 
         Raises:
-            ZeroGradientError: it does not depend on the policy.
+            ZeroGradientError: the loss does not depend on the policy, or on one of its LoRA layers.
         """
         weights = [*self.policy.weights(), *self.flow_parameters]
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -214,7 +163,91 @@ class Accumulation:
         pairs = zip(weights, gradients, strict=True)
         return [torch.zeros_like(weight) if gradient is None else gradient for weight, gradient in pairs]
 
-    def _add(self, gradients: Sequence[Tensor]) -> None:
-        count = len(gradients) - len(self.flow_parameters)
-        self.policy.accumulate(gradients[:count])
-        add_gradients(self.flow_parameters, gradients[count:])
+
+class Parts:
+    """The parts of one batch, in turn, and the sums over those that are done.
+
+    Args:
+        step: the step that computes them.
+        count: rows in the batch, M.
+        cut: rows `[m]` of the batch and a size to parts of at most that size.
+    """
+
+    def __init__(self, step: Accumulation, count: int, cut: Callable[[Tensor, int], Sequence[Part]]) -> None:
+        self.step, self.cut = step, cut
+        self.losses: dict[str, list[Tensor]] = {}
+        self.rows: dict[str, list[Tensor]] = {}
+        self.passes, self.counts = dict.fromkeys(step.kinds, 0), dict.fromkeys(step.kinds, 0)
+        self._plan(torch.arange(count))
+
+    def __iter__(self) -> Iterator[Part]:
+        while self._pending:
+            self._part, self._passes_before = self._pending.popleft(), self.step.policy.passes.rows
+            yield self._part
+
+    def add(self, result: PartResult | None) -> None:
+        """Add the result of the current part. None means that memory ran out: its rows come again, in smaller parts."""
+        policy, part = self.step.policy, self._part
+        if result is None:
+            policy.passes.rows = self._passes_before
+            self._plan(torch.cat([part.rows, *(other.rows for other in self._pending)]))
+            return
+        of_policy = len(result.gradients) - len(self.step.flow_parameters)
+        policy.accumulate(result.gradients[:of_policy])
+        add_gradients(self.step.flow_parameters, result.gradients[of_policy:])
+        for lists, new in ((self.losses, result.losses), (self.rows, result.rows)):
+            for name, values in new.items():
+                lists.setdefault(name, []).append(values)
+        self.passes[part.kind] += policy.passes.rows - self._passes_before
+        self.counts[part.kind] += len(part.rows)
+
+    def report(self) -> StepReport:
+        """The report of the whole batch, over all ranks."""
+        step, world = self.step, self.step.world
+        while step.policy.accumulate(None):  # other ranks have more parts
+            pass
+        sums = {name: torch.stack(values).sum() for name, values in self.losses.items()}
+        world.sum_(list(sums.values()))
+        rows = _all_rows(world, {name: torch.cat(values) for name, values in self.rows.items()})
+        counts, passes = _summed(world, self.counts, self.passes)
+        return StepReport(
+            losses=sums | {"loss": torch.stack(list(sums.values())).sum()},
+            rows=rows,
+            statistics=step._statistics(rows),
+            counts=counts,
+            passes={kind: passes[kind] / counts[kind] if counts[kind] else float("nan") for kind in step.kinds},
+            signals=step._signals(rows),
+            path=step.path,
+        )
+
+    def _plan(self, rows: Tensor) -> None:
+        """Cut the rows that are left. Compiled networks get few sizes, each of which is a graph: the largest part's, and a
+        smaller one for next states if passes are shared."""
+        self._pending = deque(self.cut(rows, self.step.micro_batch))
+        policy = self.step.policy
+        if policy.compile == "none" or not self._pending:
+            return
+        own, *others = (max(sizes) for sizes in zip(*(part.pass_rows for part in self._pending), strict=True))
+        largest = max((own, *policy.static_rows))
+        smaller = [*policy.static_rows[:-1], *(size for size in others if 0 < 2 * size <= own)]
+        policy.static_rows = (*([max(smaller)] if smaller else ()), largest)
+
+
+def _all_rows(world: World, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values by row `[n]` of all ranks, `[N]` in rank order. Each column stays on its device."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for name, values in rows.items():
+        kinds.setdefault((values.dtype, values.device), []).append(name)
+    whole: dict[str, Tensor] = {}
+    for names in kinds.values():
+        columns = world.all_gather(torch.stack([rows[name] for name in names], 1))
+        whole |= zip(names, columns.unbind(1), strict=True)
+    return {name: whole[name] for name in rows}
+
+
+def _summed(world: World, *counts: dict[str, int]) -> list[dict[str, int]]:
+    """Sums of counts over the ranks; all ranks have the same names."""
+    numbers = torch.tensor([number for count in counts for number in count.values()])
+    world.sum_([numbers])
+    sums = iter(numbers.tolist())
+    return [{name: next(sums) for name in count} for count in counts]

@@ -1,4 +1,4 @@
-"""The training step of DAG-DB (arXiv 2406.00633): detailed balance with a learned flow; `fastnabla.objective.detailed_balance`.
+"""The training step of DAG-DB (arXiv 2406.00633): detailed balance with a learned flow (`objective/detailed_balance.py`).
 
 | pass                        | inner | last  |
 |-----------------------------|-------|-------|
@@ -7,21 +7,22 @@
 | backward to the parameters  | 1     | 1     |
 | **U**                       | **3** | **2** |
 
-An inner transition has two decodes, forward alone, for the rewards of its two predictions; a last one has another for
-x̂0(x), and its trajectory's stored reward.
+An inner transition takes two decodes without backward, for the rewards of its two predictions. A last one takes one, for
+x̂0(x), and uses the stored reward of its trajectory.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastnabla.methods.accumulation import Accumulation, Share, StepReport
+from fastnabla.methods.accumulation import Accumulation, PartResult, Parts, StepReport
 from fastnabla.methods.micro_batches import MicroBatch, cut
 from fastnabla.methods.zero_gradients import DRIVE, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy
-from fastnabla.objective.balance import Weights, mean_square
+from fastnabla.objective.balance import mean_square
 from fastnabla.objective.detailed_balance import balance_residual, log_flow
 from fastnabla.objective.gaussian import full, guide
 from fastnabla.objective.noising import check_is_ddpm, noising_log_prob
@@ -31,10 +32,10 @@ from fastnabla.transition import TransitionTable
 
 
 class DetailedBalanceStep(Accumulation):
-    """Accumulates the gradients of DAG-DB over batches of transitions, which hold their trajectory's reward.
+    """Accumulates the gradients of DAG-DB over batches of transitions, which hold the rewards of their trajectories.
 
-    Its reports have the losses "balance" and "trust_region", by row the "residual" δ, "step_index" and, on the host,
-    "prompt", as statistic the root mean square residual, and U by "inner" and "last" transition.
+    Its reports have the losses "balance" and "trust_region". By row they have the "residual" δ, "step_index" and, on the
+    host, "prompt". The statistic "residual" is the root mean square. U is by "inner" and "last" transition.
 
     Args:
         policy, decoder, reward, prompts, table, micro_batch, backend: as for `fastnabla.methods.nabla_db.BalanceStep`.
@@ -61,62 +62,65 @@ class DetailedBalanceStep(Accumulation):
         check_is_ddpm(table, "dag")
         self.decoder, self.reward, self.prompts, self.table = decoder, reward, prompts, table
         self.objective = objective
-        self.weights = Weights(guidance_scale=policy.guidance_scale, beta=objective.beta, gamma=objective.gamma)
 
     def __call__(self, transitions: Transitions | LazyTransitions, total: int | None = None) -> StepReport:
         """Add the gradients of the mean loss over `transitions` to the parameters' `.grad`.
 
         Args:
             transitions: in any order.
-            total: what sums over transitions are divided by, if the batch goes on in other calls.
+            total: divisor of the sums over transitions, if the batch is split over several calls.
 
         Raises:
             torch.OutOfMemoryError: not even one transition at a time fits.
         """
         selection = transitions.select() if isinstance(transitions, Transitions) else transitions
-        total, num_steps = total or self.world.sum(len(selection)), len(self.table)
-        return self._accumulate(
-            len(selection),
-            lambda rows, size: [part.of(rows) for part in cut(selection[rows], num_steps, size, share=False)],
-            lambda micro: self._share(selection, micro, total),
-        )
+        total = total or self.world.sum(len(selection))
+        parts = Parts(self, len(selection), functools.partial(cut, selection, len(self.table)))
+        for part in parts:
+            parts.add(self._attempt(len(part.rows), self.gradients, part, total))
+        return parts.report()
 
-    def _share(self, selection: LazyTransitions, micro: MicroBatch, total: int) -> Share:
-        batch, w, weights = selection.gather(micro.rows), self.policy.guidance_scale, self.weights
-        texts = [self.prompts[i] for i in selection.prompt[micro.rows].tolist()]
+    def gradients(self, part: MicroBatch, total: int) -> PartResult:
+        """The gradients of one micro-batch, whose sums are divided by `total`."""
+        batch, prompts = part.gather(), part.selection.prompt
+        w, objective = self.policy.guidance_scale, self.objective
+        texts = [self.prompts[i] for i in prompts.tolist()]
         row, elements = self.table.rows(batch.step_index, batch.x), batch.x[0].numel()
-        reward_next = batch.reward if micro.last else self._reward_after(batch, texts)
 
+        # Rewards of the prediction from x', or of the sample; and of the prediction from x.
+        reward_next = batch.reward if part.last else self._reward_at_next(batch, texts)
         output = self.policy(batch.x, row.timestep, batch.prompt)
         o = guide(output, w)
         reward = self.decoder.rewards(row.c * batch.x + row.d * o.detach(), texts, self.reward)
-        flow, flow_next = self._flows(batch, micro.last)
+
+        # Residual δ of detailed balance, and the trust region.
+        flow, flow_next = self._flows(batch, part.last)
         residual = balance_residual(
-            log_flow(reward, flow, row.alpha_bar, elements, weights=weights),
+            log_flow(reward, flow, row.alpha_bar, elements, objective=objective),
             self.ops.gaussian_log_prob(output, batch.x, batch.x_next, row, guidance_scale=w),
-            log_flow(reward_next, flow_next, row.alpha_bar_next, elements, weights=weights),
+            log_flow(reward_next, flow_next, row.alpha_bar_next, elements, objective=objective),
             noising_log_prob(batch.x, batch.x_next, row),
             elements,
         )
-        parts = {
+        terms = {
             "balance": residual.square(),
-            "trust_region": self.objective.trust_region_weight * mean_square(o - full(batch.model_output)),
+            "trust_region": objective.trust_region_weight * mean_square(o - full(batch.model_output)),
         }
-        gradients = self._gradients(sum(part.sum() for part in parts.values()) / total)
-        losses = {name: part.detach().sum() / total for name, part in parts.items()}
-        prompt = selection.prompt[micro.rows]
-        rows = {"residual": residual.detach(), "step_index": batch.step_index, "prompt": prompt}
-        return Share(gradients=gradients, losses=losses, rows=rows)
+        return PartResult(
+            gradients=self._differentiate(sum(values.sum() for values in terms.values()) / total),
+            losses={name: values.detach().sum() / total for name, values in terms.items()},
+            rows={"residual": residual.detach(), "step_index": batch.step_index, "prompt": prompts},
+        )
 
     @torch.no_grad()
-    def _reward_after(self, batch: Transitions, texts: list[str]) -> Tensor:
+    def _reward_at_next(self, batch: Transitions, texts: list[str]) -> Tensor:
         """r(x̂0(x')) `[n]` of inner transitions."""
         row = self.table.rows(batch.step_index, batch.x)
         o = guide(self.policy(batch.x_next, row.timestep_next, batch.prompt), self.policy.guidance_scale)
         return self.decoder.rewards(row.c_next * batch.x_next + row.d_next * o, texts, self.reward)
 
     def _flows(self, batch: Transitions, last: bool) -> tuple[Tensor, Tensor | None]:
-        """The flow network at x and, but for finished samples, at x'; one call."""
+        """The flow network at x and, except at finished samples, at x', in one call."""
         row = self.table.rows(batch.step_index, batch.x)
         if last:
             return self._flow_values(batch.x, row.timestep, batch.prompt), None

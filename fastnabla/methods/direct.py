@@ -1,30 +1,29 @@
-"""The training step of methods that climb the reward by its gradient through the sampler: ReFL, DRaFT-K, DRaFT-LV.
+"""The training step of methods that take the reward's gradient through the sampler: ReFL, DRaFT-K, DRaFT-LV.
 
-All maximise ``E[r(x_T)]`` itself, and differ in how much of the sampler the gradient passes through. With x_i the state
-before step i of T, and what is in [brackets] without gradient:
+All maximise ``E[r(x_T)]`` itself. They differ in how much of the sampler the gradient passes through. x_i is the state
+before step i of T; [brackets] carry no gradient:
 
-| ending                                | latents that are rewarded                                            | U a trajectory   |
+| ending                                | rewarded latents                                                     | U per trajectory |
 |---------------------------------------|----------------------------------------------------------------------|------------------|
 | `late_prediction` (ReFL)              | x̂0([x_i]) = c [x_i] + d o_θ([x_i]), i uniform among the late steps   | i + 2            |
 | `last_steps` (DRaFT-K)                | x_T, by x' = a x + b o_θ(x) + σ ε from [x_{T−K}] on                  | T + K            |
 | `last_step_redrawn` (DRaFT-LV)        | x', from n draws of x ~ q(x_{T−1} given [x_T])                       | T + 2 n          |
 
-ReFL is of Xu et al., arXiv 2304.05977 (algorithm 1; their map φ of the reward is the identity here, and there is no
-pretraining loss beside it), DRaFT of Clark et al., arXiv 2309.17400 (sections 3 and 3.2). DRaFT-LV noises the finished
-sample to the signal share of the last state by DDPM's noising kernel, whatever the sampler's η, because the marginals of
-DDIM do not depend on η; a sample of the n redraws is a sample of the last step.
+ReFL is from Xu et al., arXiv 2304.05977, algorithm 1. Here their map φ of the reward is the identity, and there is no
+pretraining loss. DRaFT is from Clark et al., arXiv 2309.17400, sections 3 and 3.2. DRaFT-LV noises the finished sample back
+to the signal share of the last state with DDPM's noising kernel, for any η of the sampler, because DDIM's marginals do not
+depend on η. Each of the n redraws then samples the last step again.
 
-The loss is ``−mean r``. A decoder's graph is never joined to the UNet's: ∂r/∂x is taken chunk by chunk of images, and one
-backward pass takes it on into the sampler. So the memory is that of K (or n) graphs of the UNet.
+The loss is ``−mean r``. The decoder's graph is never joined to the UNet's: ∂r/∂x is computed in chunks of images, and one
+backward pass carries it into the sampler. So the memory is that of K (or n) UNet graphs.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastnabla.methods.accumulation import Accumulation, Share, StepReport
+from fastnabla.methods.accumulation import Accumulation, Part, PartResult, Parts, StepReport
 from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy
@@ -38,26 +37,13 @@ from fastnabla.transition import TransitionTable
 from fastnabla.utils.seeding import TrajectoryNoise
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Rows:
-    """Trajectories that are sampled together."""
-
-    rows: Tensor
-    kind: str = "trajectory"
-
-    @property
-    def pass_rows(self) -> tuple[int]:
-        """Rows of a pass."""
-        return (len(self.rows),)
-
-
 class Sampling:
-    """n trajectories under way.
+    """n trajectories that are being sampled.
 
     Args:
-        policy, table: what is followed.
-        kernels: what computes steps without gradient.
-        trajectories: which.
+        policy, table: the sampler.
+        ops: compute steps without gradient.
+        trajectories: their prompts and seeds.
         sample_shape: (C, H, W) of the latents.
     """
 
@@ -65,12 +51,12 @@ class Sampling:
         self,
         policy: Policy,
         table: TransitionTable,
-        kernels: ObjectiveOps,
+        ops: ObjectiveOps,
         trajectories: Trajectories,
         sample_shape: tuple[int, ...],
     ) -> None:
         device = policy.conditions.device
-        self.policy, self.table, self.ops = policy, table, kernels
+        self.policy, self.table, self.ops = policy, table, ops
         self.draws, self.prompt = trajectories.draws, trajectories.prompt.to(device)
         self.noise = TrajectoryNoise(list(trajectories.noise), sample_shape, device)
         self.x, self.step = self.noise.draw(), 0
@@ -79,13 +65,13 @@ class Sampling:
         """Advance to the state before step `until`."""
         with torch.set_grad_enabled(gradient):
             while self.step < until:
-                kernels = PLAIN if gradient else self.ops
-                arguments = (self.policy, self.table, kernels, self.step, self.x, self.noise.draw(), self.prompt)
+                ops = PLAIN if gradient else self.ops
+                arguments = (self.policy, self.table, ops, self.step, self.x, self.noise.draw(), self.prompt)
                 self.x, self.step = advance(*arguments)[0], self.step + 1
 
     @torch.no_grad()
     def walk_each(self, until: Tensor) -> None:
-        """Advance each trajectory to the state before its own step of `until [n]` int64, on the host."""
+        """Advance each trajectory to the state before its own step, `until [n]` int64 on the host."""
         for step in range(int(until.max())):
             noise = self.noise.draw()
             rows = torch.where(until > step)[0].to(self.x.device, non_blocking=True)
@@ -94,11 +80,11 @@ class Sampling:
 
 
 Ending = Callable[[Sampling], Tensor]
-"""Samples to the end: latents to be rewarded, with their graph, `[m n, C, H, W]`, m times all n trajectories."""
+"""Finishes the sampling and returns the rewarded latents with their graph, `[m n, C, H, W]`: m times all n trajectories."""
 
 
 def last_steps(k: int) -> Ending:
-    """DRaFT-K: the finished samples, with gradient through the last `k` steps."""
+    """DRaFT-K: the finished samples, with a gradient through the last `k` steps."""
 
     def ending(sampling: Sampling) -> Tensor:
         num_steps = len(sampling.table)
@@ -110,7 +96,7 @@ def last_steps(k: int) -> Ending:
 
 
 def last_step_redrawn(redraws: int) -> Ending:
-    """DRaFT-LV: the last step from `redraws` states that are drawn anew from the finished sample."""
+    """DRaFT-LV: the last step, from `redraws` states that are redrawn from the finished sample."""
 
     def ending(sampling: Sampling) -> Tensor:
         last, noise = len(sampling.table) - 1, sampling.noise
@@ -124,7 +110,7 @@ def last_step_redrawn(redraws: int) -> Ending:
 
 
 def late_prediction(first: int) -> Ending:
-    """ReFL: the clean sample predicted at a step drawn uniformly from `first` on, another for each trajectory."""
+    """ReFL: the clean sample predicted at a step drawn uniformly from `first` on, independently for each trajectory."""
 
     def ending(sampling: Sampling) -> Tensor:
         policy, num_steps = sampling.policy, len(sampling.table)
@@ -139,19 +125,19 @@ def late_prediction(first: int) -> Ending:
 
 
 def late_step(seed: int, first: int, num_steps: int) -> int:
-    """A step from `first` to `num_steps` − 1, uniform in `seed`."""
+    """A step from `first` to `num_steps` − 1, drawn uniformly by `seed`."""
     return int(torch.randint(first, num_steps, (), generator=torch.Generator().manual_seed(seed)))
 
 
 class DirectStep(Accumulation):
     """Samples trajectories and accumulates the gradients of their rewards.
 
-    Its reports have the loss "reward", by row the "reward" that the gradient is of, "norm_reward", ‖∇r‖ in the latents, and,
-    on the host, "prompt", and U by "trajectory".
+    Its reports have the loss "reward". By row they have the "reward" whose gradient is taken, "norm_reward", which is ‖∇r‖
+    in the latents, and, on the host, "prompt". U is by "trajectory".
 
     Args:
         policy, decoder, reward, prompts, table, micro_batch, backend: as for `fastnabla.methods.nabla_db.BalanceStep`; a
-            micro-batch is of trajectories.
+            micro-batch consists of trajectories.
         sample_shape: (C, H, W) of the latents.
         ending: what is rewarded, and how far the gradient goes.
     """
@@ -178,30 +164,30 @@ class DirectStep(Accumulation):
         """Add the gradients of ``−mean r`` over `trajectories` to the parameters' `.grad`.
 
         Args:
-            trajectories: to be sampled with the policy as it is.
-            total: what sums over trajectories are divided by, if the batch goes on in other calls.
+            trajectories: to sample with the current policy.
+            total: divisor of the sums over trajectories, if the batch is split over several calls.
 
         Raises:
             torch.OutOfMemoryError: not even one trajectory at a time fits.
         """
         total = total or self.world.sum(len(trajectories))
-        return self._accumulate(
-            len(trajectories),
-            lambda rows, size: [_Rows(part) for part in rows.split(size)],
-            lambda part: self._share(trajectories[part.rows], total),
-        )
+        parts = Parts(self, len(trajectories), _cut)
+        for part in parts:
+            parts.add(self._attempt(len(part.rows), self.gradients, trajectories[part.rows], total))
+        return parts.report()
 
-    def _share(self, trajectories: Trajectories, total: int) -> Share:
+    def gradients(self, trajectories: Trajectories, total: int) -> PartResult:
+        """The gradients of one part of the trajectories, whose sums are divided by `total`."""
         sampling = Sampling(self.policy, self.table, self.ops, trajectories, self.sample_shape)
         latents = self.ending(sampling)
         times = len(latents) // len(trajectories)
         texts = [self.prompts[i] for i in trajectories.prompt.tolist()] * times
         rewards, score = self.decoder.reward_gradient(latents.detach(), texts, self.reward)
-        gradients = self._gradients(-(latents * score).sum() / (total * times))
+        gradients = self._differentiate(-(latents * score).sum() / (total * times))
         by_row = rewards.view(times, -1).mean(0)
         norm_reward = score.flatten(1).norm(dim=1).view(times, -1).mean(0)
         rows = {"reward": by_row, "norm_reward": norm_reward, "prompt": trajectories.prompt}
-        return Share(gradients=gradients, losses={"reward": -by_row.sum() / total}, rows=rows)
+        return PartResult(gradients=gradients, losses={"reward": -by_row.sum() / total}, rows=rows)
 
     def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         rewards = rows["reward"]
@@ -210,3 +196,7 @@ class DirectStep(Accumulation):
 
     def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         return dict.fromkeys((DRIVE, REWARD_GRADIENT), largest(rows["norm_reward"]))
+
+
+def _cut(rows: Tensor, size: int) -> list[Part]:
+    return [Part(rows=part, kind="trajectory") for part in rows.split(size)]

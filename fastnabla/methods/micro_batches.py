@@ -1,7 +1,7 @@
 """How a batch of transitions is cut into micro-batches, and which network passes their rows share.
 
-A transition needs the policy at its state x and at its next state x'. Where a micro-batch holds the transition that
-starts in x' too, that one's pass serves both. All of this is decided on the host, from step numbers alone.
+A transition needs the policy at its state x and at its next state x'. If the micro-batch also holds the transition that
+starts in x', that row's pass serves both. Step numbers on the host decide all of this.
 """
 
 import dataclasses
@@ -10,68 +10,70 @@ import math
 import torch
 from torch import Tensor
 
-from fastnabla.trajectories.transitions import LazyTransitions
+from fastnabla.methods.accumulation import Part
+from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
-    """n transitions that go through the networks together: all inner ones or all last ones."""
+class MicroBatch(Part):
+    """n transitions that go through the networks together: all "inner" or all "last"."""
 
-    rows: Tensor
-    """Their positions in the selection, `[n]` int64."""
-    last: bool
-    """Whether they end their trajectories."""
-    followed_by: Tensor
-    """`[n]` int64: the row that starts in the state where row i ends, if passes are shared and it is here; else -1."""
+    selection: LazyTransitions
+    """The n transitions, not yet gathered."""
+    next_row: Tensor
+    """`[n]` int64 on the host: the row that starts in row i's next state; -1 if there is none, or passes are not shared."""
 
     @property
-    def kind(self) -> str:
-        """What its rows are counted as."""
-        return "last" if self.last else "inner"
+    def last(self) -> bool:
+        """Whether the transitions end their trajectories."""
+        return self.kind == "last"
 
     @property
     def pass_rows(self) -> tuple[int, int]:
-        """Rows of passes at x, and at x', where finished samples need none."""
-        return len(self.rows), 0 if self.last else len(self.tails)
+        """Rows of the passes at x, and of those at x'. Finished samples need none."""
+        return len(self.rows), 0 if self.last else len(self.unshared)
 
     @property
-    def tails(self) -> Tensor:
-        """Rows whose next state is no other row's state, `[t]`."""
-        return torch.where(self.followed_by < 0)[0]
+    def unshared(self) -> Tensor:
+        """Rows in whose next state no other row starts, `[u]`."""
+        return torch.where(self.next_row < 0)[0]
 
     @property
-    def followers(self) -> Tensor:
-        """Rows that start where another ends, `[s]` with s = n − t, in no order."""
-        return self.followed_by[self.followed_by >= 0]
+    def shared(self) -> Tensor:
+        """Rows that start in another row's next state, `[n − u]`, in no particular order."""
+        return self.next_row[self.next_row >= 0]
 
-    def of(self, rows: Tensor) -> "MicroBatch":
-        """The same micro-batch, cut from a selection that is itself the part `rows` of another."""
-        return dataclasses.replace(self, rows=rows[self.rows])
+    def next_state_index(self) -> Tensor:
+        """`[n]` indices of the rows' next states into the values of all n rows followed by those of `unshared`."""
+        place = len(self.rows) + (self.next_row < 0).cumsum(0) - 1
+        return torch.where(self.next_row < 0, place, self.next_row)
 
-    def after(self) -> Tensor:
-        """Where to find what belongs to each row's next state in values of all rows followed by values of the tails,
-        `[n]` numbers below n + t."""
-        place = len(self.rows) + (self.followed_by < 0).cumsum(0) - 1
-        return torch.where(self.followed_by < 0, place, self.followed_by)
+    def gather(self) -> Transitions:
+        """The transitions, on the device."""
+        return self.selection.gather(torch.arange(len(self.rows)))
 
 
-def cut(selection: LazyTransitions, num_steps: int, size: int, share: bool) -> list[MicroBatch]:
-    """Micro-batches of at most `size` transitions, as even as can be, over all of `selection`.
+def cut(
+    selection: LazyTransitions, num_steps: int, rows: Tensor, size: int, *, reuse_passes: bool = False
+) -> list[MicroBatch]:
+    """Micro-batches of at most `size` transitions, of sizes as equal as possible.
 
     Args:
         selection: transitions of trajectories of `num_steps` steps.
         num_steps: T.
+        rows: positions `[m]` in the selection of those to cut.
         size: most transitions in one network pass.
-        share: put transitions of a trajectory together, in order, and let neighbours share passes.
+        reuse_passes: put transitions of a trajectory together, in order, and let neighbours share passes.
     """
-    is_last = selection.step_index == num_steps - 1
-    inner, last = torch.where(~is_last)[0], torch.where(is_last)[0]
-    if share:
+    is_last = selection.step_index[rows] == num_steps - 1
+    inner, last = rows[~is_last], rows[is_last]
+    if reuse_passes:
         position = selection.trajectory * num_steps + selection.step_index
         inner = inner[position[inner].argsort(stable=True)]
-    parts = [(rows, False) for rows in _even(inner, size)] + [(rows, True) for rows in _even(last, size)]
+    parts = [("inner", part) for part in _even(inner, size)] + [("last", part) for part in _even(last, size)]
     return [
-        MicroBatch(rows=rows, last=is_last, followed_by=_followed_by(selection, rows, share)) for rows, is_last in parts
+        MicroBatch(rows=part, kind=kind, selection=selection[part], next_row=_next_row(selection[part], reuse_passes))
+        for kind, part in parts
     ]
 
 
@@ -79,11 +81,9 @@ def _even(rows: Tensor, size: int) -> tuple[Tensor, ...]:
     return rows.tensor_split(math.ceil(len(rows) / size)) if len(rows) else ()
 
 
-def _followed_by(selection: LazyTransitions, rows: Tensor, share: bool) -> Tensor:
-    none = torch.full((len(rows),), -1)
-    if not share or len(rows) < 2:
-        return none
-    trajectory, step = selection.trajectory[rows], selection.step_index[rows]
-    follows = (trajectory[1:] == trajectory[:-1]) & (step[1:] == step[:-1] + 1)
-    none[:-1] = torch.where(follows, torch.arange(1, len(rows)), -1)
-    return none
+def _next_row(part: LazyTransitions, reuse_passes: bool) -> Tensor:
+    next_row = torch.full((len(part),), -1)
+    if reuse_passes and len(part) > 1:
+        adjacent = (part.trajectory[1:] == part.trajectory[:-1]) & (part.step_index[1:] == part.step_index[:-1] + 1)
+        next_row[:-1] = torch.where(adjacent, torch.arange(1, len(part)), -1)
+    return next_row

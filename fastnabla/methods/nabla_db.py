@@ -1,81 +1,63 @@
-"""The training step of residual ∇-DB and ∇-DB: gradients over a batch of transitions, in few network passes.
+"""Residual ∇-DB and plain ∇-DB (arXiv 2412.07775): the gradients of a batch of transitions, in few network passes.
 
-U is one pass (forward, or backward to the input or to the parameters) of the UNet over a transition's guided rows.
+`BalanceStep.gradients` computes one micro-batch, term by term: reference, policy, reward scores, forward residual, reverse
+residual. `fastnabla/objective/README.md` derives the terms, and `fastnabla.methods.passes` has the table of the passes.
 
-| pass                                          | inner, look-ahead | inner, detached | inner, terminal | last |
-|-----------------------------------------------|-------------------|-----------------|-----------------|------|
-| reference at x                                | 1                 | 1               | 1               | 1    |
-| its vector-Jacobian product (ρ > 0)           | 1                 | 1               | 1               |      |
-| policy at x                                   | 1                 | 1               | 1               | 1    |
-| its vector-Jacobian product (ρ > 0)           | 1                 | 1               | 1               |      |
-| policy at x'                                  | 1                 | 1               |                 |      |
-| its vector-Jacobian product                   | 1                 |                 |                 |      |
-| backward to the parameters                    | 1                 | 1               | 1               | 1    |
-| **U**                                         | **7**             | **6**           | **5**           | **3**|
-
-Plain ∇-DB knows its backward policy in closed form: without the first two rows it is 5, 4, 3 and 2 U. So it is in later
-inner epochs of residual ∇-DB (`rollout.epochs`): neither row depends on the policy, and both are kept from the first
-(`fastnabla.trajectories.reference_cache`). With the reverse
-residual's gradient to θ (second order, ρ > 0) an inner transition is also differentiated through the policy's
-vector-Jacobian product, which is as much arithmetic as 2 U, and with look-ahead has another product, since the reward's
-part is then taken apart: 10, 8 and 7 U.
-
-Transitions are rows of one batch: inner ones and last ones are cut into micro-batches by memory, and their
-gradients add up to the same sum whatever the cut. Of L adjacent transitions in a micro-batch, with `share`, only the
-last needs a pass at x'; for the others the pass at x of their follower serves, with one more vector-Jacobian product:
-6 L + 2 passes and L + 1 decodes (look-ahead) instead of 7 L and 2 L.
+Transitions are rows of one batch, whatever their steps. Inner and last transitions are cut into micro-batches by memory,
+and the sum of their gradients does not depend on the cut. Adjacent transitions can share passes (`reuse_passes`): the next
+state of one is the state of the other.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastnabla.methods.accumulation import Accumulation, Share, StepReport
-from fastnabla.methods.backward_policy import BackwardPolicy, NoisingKernel, PretrainedReversal
+from fastnabla.methods.accumulation import Accumulation, PartResult, Parts, StepReport
 from fastnabla.methods.micro_batches import MicroBatch, cut
-from fastnabla.methods.reward_scores import LookAhead, RewardScores, TerminalScores
+from fastnabla.methods.reward_scores import RewardScores, predicted_scores, terminal_scores, unshared_scores
 from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy
 from fastnabla.objective import second_order
-from fastnabla.objective.balance import Weights
+from fastnabla.objective.gaussian import guide
+from fastnabla.objective.noising import check_is_ddpm, noising_output, noising_reverse
 from fastnabla.objective.settings import Backend, Objective
+from fastnabla.trajectories.reference_cache import CachedRows
 from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from fastnabla.transition import TransitionRows, TransitionTable
 
-ROWS = ("loss_forward", "loss_reverse", "step_index", "prompt")
 STATISTICS = ("trust", "norm_ref", "norm_residual", "norm_reward", "norm_target", "max_residual")
 
 
 class BalanceStep(Accumulation):
     """Accumulates the gradients of the objective over batches of transitions.
 
-    Its reports have the losses "forward", "reverse", "terminal" and "trust_region", by row the `STATISTICS` of
-    `ForwardBalance`, "loss_forward", "loss_reverse", "step_index" and, on the host, "prompt", and U by "inner" and "last"
+    Its reports have the losses "forward", "reverse", "terminal" and "trust_region". By row they have the `STATISTICS` of
+    `ForwardBalance`, "loss_forward", "loss_reverse", "step_index" and, on the host, "prompt". U is by "inner" and "last"
     transition.
 
     Args:
         policy: the finetuned and the reference network.
-        flow: g_φ, or None for g ≡ 0, which also leaves nothing for the reverse residual to train. It computes in
-            bfloat16 (autocast) where the policy's dtype has 16 bits.
+        flow: g_φ, or None for g ≡ 0, which leaves nothing for the reverse residual to train. It computes in bfloat16
+            (autocast) if the policy's dtype has 16 bits.
         decoder: latents to images.
         reward: images `[B, 3, H, W]` and B prompts to `[B]`.
-        prompts: texts of the prompt numbers.
+        prompts: the texts, by prompt number.
         table: the sampler.
-        objective: the weights.
-        micro_batch: most transitions in one network pass. Running out of the GPU's memory halves it.
+        objective: the settings.
+        micro_batch: most transitions in one network pass. Running out of GPU memory halves it.
         backend: what computes between the network passes; see `fastnabla.objective.backend`.
-        share: let adjacent transitions share passes.
-        noising: P_B is DDPM's noising kernel (plain ∇-DB), and not the reversal of the pretrained sampler.
+        reuse_passes: let adjacent transitions share passes.
+        noising: P_B is DDPM's noising kernel (plain ∇-DB), instead of the reversal of the pretrained sampler.
 
     Raises:
-        ValueError: passes are to be shared, and a step of `table` does not end where the next begins; the noising
-            kernel is asked for, and the steps are not DDPM's; second order is, and the policy's network has no second
-            derivatives.
+        ValueError: `reuse_passes`, and a step of `table` does not end where the next begins; `noising`, and the steps are
+            not DDPM's; second order, and the policy's network has no second derivatives.
     """
 
     def __init__(
@@ -89,55 +71,198 @@ class BalanceStep(Accumulation):
         objective: Objective,
         micro_batch: int,
         backend: Backend = "auto",
-        share: bool = False,
+        reuse_passes: bool = False,
         noising: bool = False,
     ) -> None:
         super().__init__(policy, flow, micro_batch, backend)
         self.decoder, self.reward = decoder, reward
         self.prompts, self.table, self.objective = prompts, table, objective
-        self.weights = Weights(
-            guidance_scale=policy.guidance_scale,
-            beta=objective.beta,
-            gamma=objective.gamma,
-            prior_weight=objective.prior_weight,
-            weighting=objective.weighting,
-            trust_region_weight=objective.trust_region_weight,
-        )
-        if share and not table.is_chain():
-            raise ValueError("passes are to be shared, but a step of the sampler does not end where the next begins.")
+        self.reuse_passes, self.noising = reuse_passes, noising
+        if reuse_passes and not table.is_chain():
+            raise ValueError(
+                "reuse_passes = True: a step of the sampler does not end where the next begins, so no passes can be shared."
+            )
+        if noising:
+            check_is_ddpm(table, "db")
         if objective.reverse_second_order and not policy.twice_differentiable:
             raise ValueError(
                 "objective.reverse_second_order = True: networks that are compiled, checkpointed or use xformers' attention "
                 "have no second derivatives; set --compute.compile none --memory.checkpoint-unet False --compute.attention sdpa."
             )
-        self.share = share
-        self.backward_policy: BackwardPolicy = (
-            NoisingKernel(table, policy.guidance_scale is not None)
-            if noising
-            else PretrainedReversal(policy, self.ops, self.weights)
-        )
 
     def __call__(self, transitions: Transitions | LazyTransitions, total: int | None = None) -> StepReport:
         """Add the gradients of the mean loss over `transitions` to the parameters' `.grad`.
 
         Args:
-            transitions: in any order; with terminal guidance, each trajectory's last one among them. A `LazyTransitions` is
-                gathered one micro-batch at a time.
-            total: what sums over transitions are divided by, if the batch goes on in other calls.
+            transitions: in any order; for terminal reward gradients, with the last one of each trajectory. A `LazyTransitions`
+                is gathered one micro-batch at a time.
+            total: divisor of the sums over transitions, if the batch is split over several calls.
 
         Raises:
-            ValueError: terminal guidance, and a trajectory's last transition is not in the batch.
+            ValueError: terminal reward gradients, and a trajectory's last transition is not in the batch.
             torch.OutOfMemoryError: not even one transition at a time fits.
         """
         selection = transitions.select() if isinstance(transitions, Transitions) else transitions
-        total, num_steps = total or self.world.sum(len(selection)), len(self.table)
+        total = total or self.world.sum(len(selection))
         terminal = self._terminal_scores(selection) if self.objective.reward_gradient == "terminal" else None
-        with self.policy.whole_reference() if self.backward_policy.passes else contextlib.nullcontext():
-            return self._accumulate(
-                len(selection),
-                lambda rows, size: [part.of(rows) for part in cut(selection[rows], num_steps, size, self.share)],
-                lambda micro: self._micro_step(selection, micro, total, terminal),
+        cut_rows = functools.partial(cut, selection, len(self.table), reuse_passes=self.reuse_passes)
+        parts = Parts(self, len(selection), cut_rows)
+        with self._networks():
+            for part in parts:  # smaller ones once memory has run out, of which _attempt returns None
+                parts.add(self._attempt(len(part.rows), self.gradients, part, total, terminal))
+        return parts.report()
+
+    def gradients(self, part: MicroBatch, total: int, terminal: dict[int, Tensor] | None = None) -> PartResult:
+        """The gradients of one micro-batch. One UNet graph is alive at a time.
+
+        Args:
+            part: the transitions.
+            total: divisor of the sums over them.
+            terminal: ∇r(x_T) by trajectory, if that is the reward gradient.
+        """
+        objective, policy, settings = self.objective, self.policy, self._settings
+        batch, prompts = part.gather(), part.selection.prompt
+        rows = self.table.rows(batch.step_index, batch.x)
+        x, states = batch.x.detach().requires_grad_(), (batch.x, batch.x_next, rows)
+        with_reverse = not part.last and self.flow is not None and objective.reverse_weight > 0
+        through_unet = objective.reward_gradient == "lookahead"
+
+        # Reward scores ∇r(x'). They come first, while no other graph is alive; only the scores are kept.
+        look_ahead = terminal is None and not part.last
+        if look_ahead:  # the rest of them comes from the policy's pass at x
+            unshared = unshared_scores(policy, self._pixel_gradient, part, batch, self.table, through_unet)
+        elif terminal is None:
+            reward = RewardScores(at_next=self._pixel_gradient(batch.x_next, prompts.tolist()))
+        else:
+            score = torch.stack([terminal[slot] for slot in part.selection.trajectory.tolist()])
+            reward = RewardScores(at_next=score, at_current=score)
+
+        # Reference: o_ref, and for the reverse residual its vector-Jacobian product.
+        output_ref, vjp_ref = self._reference(x, batch, rows, with_reverse, part.selection.reference)
+
+        # Policy: o_θ, and with it the reward scores ∇r(x).
+        output = policy(x, rows.timestep, batch.prompt)
+        if look_ahead:
+            here = (rows, x, output, unshared)
+            reward = predicted_scores(
+                policy, self._pixel_gradient, part, *here, through_unet=through_unet, at_current=with_reverse
             )
+
+        # Forward residual, s_θ − λ s_ref − g(x') − βγ∇r(x'), with the terminal term and the trust region.
+        flow, flow_next = self._flow_scores(part, batch, rows, with_reverse)
+        forward = self.ops.forward_balance(
+            output, output_ref, *states, reward.at_next, flow_next, batch.model_output, **settings
+        )
+        loss, zero = forward.loss, torch.zeros_like(forward.forward)
+
+        # Reverse residual, λ (s̄_θ − s̄_ref) + g(x) + βγ∇r(x).
+        loss_reverse = zero
+        if with_reverse:
+            vjp = self._vjp(x, output, states, reward.at_prediction if through_unet else None)
+            ops = second_order if objective.reverse_second_order else self.ops
+            scores = (reward.at_current, reward.at_prediction, (output, output_ref))
+            reverse = objective.reverse_weight * ops.reverse_balance(vjp, vjp_ref, rows, flow, *scores, **settings)
+            loss, loss_reverse = loss + reverse, reverse.detach()
+
+        terms = {
+            "forward": forward.forward,
+            "reverse": loss_reverse,
+            "terminal": forward.terminal if part.last and self.flow is not None else zero,
+            "trust_region": objective.trust_region_weight * forward.trust,
+        }
+        by_row = {"loss_forward": forward.forward, "loss_reverse": loss_reverse, "step_index": batch.step_index}
+        return PartResult(
+            gradients=self._differentiate(loss.sum() / total),
+            losses={name: values.sum() / total for name, values in terms.items()},
+            rows=by_row | {"prompt": prompts} | {name: getattr(forward, name) for name in STATISTICS},
+        )
+
+    @contextlib.contextmanager
+    def _networks(self) -> Iterator[None]:
+        """Within, the networks can do the passes."""
+        with contextlib.ExitStack() as stack:
+            if not self.noising:
+                stack.enter_context(self.policy.whole_reference())
+            if self.objective.reverse_second_order:  # fused attention has no second derivatives
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+
+    def _reference(
+        self, x: Tensor, batch: Transitions, rows: TransitionRows, with_reverse: bool, cached: CachedRows | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output pair at x that P_B's score belongs to, and its vector-Jacobian product `[n, …]` if `with_reverse`.
+        Neither has a gradient, nor depends on θ or φ, so a later inner epoch reads both from `cached`."""
+        policy, w, states = self.policy, self.policy.guidance_scale, (batch.x, batch.x_next, rows)
+        if self.noising:
+            o, vjp = noising_output(*states), noising_reverse(*states) if with_reverse else None
+            return o if w is None else torch.cat([o, o]), vjp
+        known = None if cached is None else cached.read()
+        if known is not None:
+            o, vjp = known
+            return o if w is None else torch.cat([o, o]), vjp if with_reverse else None
+        vjp = None
+        with policy.pretrained_weights():  # in the backward pass too, where checkpointed blocks are computed again
+            with torch.set_grad_enabled(with_reverse):
+                output = policy(x, rows.timestep, batch.prompt)
+            if with_reverse:
+                cotangent = self.ops.reverse_cotangent(output.detach(), *states, **self._settings)
+                (vjp,) = torch.autograd.grad(output, x, cotangent)
+        if cached is not None:
+            cached.write(guide(output, w), vjp)
+        return output.detach(), vjp
+
+    def _vjp(self, x: Tensor, output: Tensor, states: tuple, pixel_score: Tensor | None) -> Tensor:
+        """The policy's vector-Jacobian product: the part of ``λ s̄_θ + ∇R(x)`` that passes through the network, without ∇R
+        if `pixel_score` is None. The graph of `output` is kept."""
+        if not self.objective.reverse_second_order:
+            cotangent = self.ops.reverse_cotangent(output.detach(), *states, pixel_score, **self._settings)
+            (vjp,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
+            return vjp
+        cotangent = second_order.score_cotangent(output, *states, **self._settings)
+        (vjp,) = torch.autograd.grad(output, x, cotangent, create_graph=True)
+        vjp = self.policy.passes.watch_backward(vjp, 2 * len(x))
+        if pixel_score is None:
+            return vjp
+        # ∇R stays a constant, so its product is taken apart from that of the score.
+        reward_alone = self._settings | {"objective": dataclasses.replace(self.objective, prior_weight=0.0)}
+        cotangent = self.ops.reverse_cotangent(output.detach(), *states, pixel_score, **reward_alone)
+        return vjp + torch.autograd.grad(output, x, cotangent, retain_graph=True)[0]
+
+    def _flow_scores(
+        self, part: MicroBatch, batch: Transitions, rows: TransitionRows, with_reverse: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """g(x) and g(x') in one call, with each state once. g(x) is None unless `with_reverse`."""
+        if self.flow is None:
+            return None, None
+        if not with_reverse:
+            return None, self._flow_values(batch.x_next, rows.timestep_next, batch.prompt)
+        device = batch.x.device
+        unshared = part.unshared.to(device, non_blocking=True)
+        states = torch.cat([batch.x, batch.x_next[unshared]])
+        timestep = torch.cat([rows.timestep, rows.timestep_next[unshared]])
+        scores = self._flow_values(states, timestep, torch.cat([batch.prompt, batch.prompt[unshared]]))
+        return scores[: len(batch)], scores[part.next_state_index().to(device, non_blocking=True)]
+
+    def _terminal_scores(self, selection: LazyTransitions) -> dict[int, Tensor]:
+        samples = int((selection.step_index == len(self.table) - 1).sum())
+        while True:
+            size = min(self.micro_batch, samples)
+            scores = self._attempt(size, terminal_scores, selection, len(self.table), self._pixel_gradient, size)
+            if scores is not None:
+                return scores
+
+    def _pixel_gradient(self, latents: Tensor, prompts: Sequence[int]) -> Tensor:
+        return self.decoder.reward_gradient(latents, [self.prompts[i] for i in prompts], self.reward)[1]
+
+    @property
+    def _settings(self) -> dict[str, Objective | float | None]:
+        """Arguments of the objective's operations besides tensors."""
+        return {"objective": self.objective, "guidance_scale": self.policy.guidance_scale}
+
+    @property
+    def path(self) -> str:
+        """How gradients are computed, in words."""
+        return f"{super().path}, objective.reward_gradient = {self.objective.reward_gradient!r}"
 
     def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         means = {name: rows[name].mean() for name in STATISTICS if name.startswith("norm")}
@@ -146,114 +271,3 @@ class BalanceStep(Accumulation):
     def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         reward = {REWARD_GRADIENT: largest(rows["norm_reward"])} if self.objective.beta > 0 else {}
         return {DRIVE: largest(rows["loss_forward"]), **reward}
-
-    @property
-    def path(self) -> str:
-        """How gradients are computed, in words."""
-        return f"{super().path}, objective.reward_gradient = {self.objective.reward_gradient!r}"
-
-    def _terminal_scores(self, selection: LazyTransitions) -> TerminalScores:
-        samples = int((selection.step_index == len(self.table) - 1).sum())
-        while True:
-            size = min(self.micro_batch, samples)
-            settings = (selection, len(self.table), self._pixel_gradient, size)
-            scores = self._attempt(size, TerminalScores, *settings)
-            if scores is not None:
-                return scores
-
-    def _micro_step(
-        self, selection: LazyTransitions, micro: MicroBatch, total: int, terminal: TerminalScores | None
-    ) -> Share:
-        """The micro-batch's share. One UNet graph is alive at a time: at the next states, of the reference, of the
-        policy."""
-        # Fused attention has no second derivatives.
-        second = self.objective.reverse_second_order
-        with sdpa_kernel(SDPBackend.MATH) if second else contextlib.nullcontext():
-            return self._compute(selection, micro, total, terminal)
-
-    def _compute(
-        self, selection: LazyTransitions, micro: MicroBatch, total: int, terminal: TerminalScores | None
-    ) -> Share:
-        objective, policy, kernels = self.objective, self.policy, self.ops
-        with_reverse = not micro.last and self.flow is not None and objective.reverse_weight > 0
-        batch, prompts = selection.gather(micro.rows), selection.prompt[micro.rows]
-        row = self.table.rows(batch.step_index, batch.x)
-        x, states = batch.x.detach().requires_grad_(), (batch.x, batch.x_next, row)
-
-        ahead = None
-        if terminal is not None:
-            score = terminal.of(selection.trajectory[micro.rows])
-            reward = RewardScores(after=score, before=score)
-        elif micro.last:
-            reward = RewardScores(after=self._pixel_gradient(batch.x_next, prompts.tolist()))
-        else:
-            settings = {"through_unet": objective.reward_gradient == "lookahead", "here": with_reverse}
-            ahead = LookAhead(policy, self._pixel_gradient, self.table, micro, batch, prompts, **settings)
-        cached = None if selection.reference is None else selection.reference[micro.rows]
-        output_ref, vjp_ref = self.backward_policy(x, batch, row, with_reverse, cached)
-        output = policy(x, row.timestep, batch.prompt)
-        if ahead is not None:
-            reward = ahead.scores(x, output)
-        flow, flow_next = self._flow_scores(micro, batch, row, with_reverse)
-        forward = kernels.forward_balance(
-            output, output_ref, *states, reward.after, flow_next, batch.model_output, weights=self.weights
-        )
-        loss, nothing = forward.loss, torch.zeros_like(forward.forward)
-        parts = {
-            "forward": forward.forward,
-            "reverse": nothing,
-            "terminal": forward.terminal if micro.last and self.flow is not None else nothing,
-            "trust_region": objective.trust_region_weight * forward.trust,
-        }
-        if with_reverse:
-            through_unet = reward.clean if objective.reward_gradient == "lookahead" else None
-            operations = second_order if objective.reverse_second_order else kernels
-            vjp = self._vjp(x, output, states, through_unet)
-            scores = (reward.before, reward.clean, (output, output_ref))
-            reverse = objective.reverse_weight * operations.reverse_balance(
-                vjp, vjp_ref, row, flow, *scores, weights=self.weights
-            )
-            loss = loss + reverse
-            parts["reverse"] = reverse.detach()
-
-        gradients = self._gradients(loss.sum() / total)
-        numbers = (parts["forward"], parts["reverse"], batch.step_index, prompts)
-        rows = dict(zip(ROWS, numbers, strict=True))
-        rows |= {name: getattr(forward, name) for name in STATISTICS}
-        losses = {name: values.sum() / total for name, values in parts.items()}
-        return Share(gradients=gradients, losses=losses, rows=rows)
-
-    def _vjp(self, x: Tensor, output: Tensor, states: tuple, pixel_score: Tensor | None) -> Tensor:
-        """Vector-Jacobian product of the policy: ``λ s̄_θ + ∇R(x)`` but for the direct parts, without ∇R if there is no
-        `pixel_score`. The graph of `output` stays."""
-        if not self.objective.reverse_second_order:
-            cotangent = self.ops.reverse_cotangent(output.detach(), *states, pixel_score, weights=self.weights)
-            (vjp,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
-            return vjp
-        cotangent = second_order.score_cotangent(output, *states, weights=self.weights)
-        (vjp,) = torch.autograd.grad(output, x, cotangent, create_graph=True)
-        vjp = self.policy.passes.watch_backward(vjp, 2 * len(x))
-        if pixel_score is None:
-            return vjp
-        reward_alone = dataclasses.replace(self.weights, prior_weight=0.0)
-        cotangent = self.ops.reverse_cotangent(output.detach(), *states, pixel_score, weights=reward_alone)
-        return vjp + torch.autograd.grad(output, x, cotangent, retain_graph=True)[0]
-
-    def _flow_scores(
-        self, micro: MicroBatch, batch: Transitions, row: TransitionRows, with_reverse: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """g(x) and g(x') in one call, each state once; g(x) only where the reverse residual needs it."""
-        if self.flow is None:
-            return None, None
-        states, timesteps, prompt = batch.x_next, row.timestep_next, batch.prompt
-        if with_reverse:
-            tails = micro.tails.to(states.device, non_blocking=True)
-            states = torch.cat([batch.x, states[tails]])
-            timesteps, prompt = torch.cat([row.timestep, timesteps[tails]]), torch.cat([prompt, prompt[tails]])
-        scores = self._flow_values(states, timesteps, prompt)
-        if not with_reverse:
-            return None, scores
-        return scores[: len(batch)], scores[micro.after().to(states.device, non_blocking=True)]
-
-    def _pixel_gradient(self, latents: Tensor, prompts: Sequence[int]) -> Tensor:
-        return self.decoder.reward_gradient(latents, [self.prompts[i] for i in prompts], self.reward)[1]

@@ -1,4 +1,37 @@
-"""What the training steps will cost, in network passes and decodes, by kind of row; the steps count what they did."""
+"""What a training step costs in network passes and decodes, by kind of row. The steps count what they actually do.
+
+U is one pass (forward, or backward to the input or to the parameters) of the UNet over a transition's guided rows.
+
+Residual ∇-DB, passes per transition:
+
+| pass                                  | needed for                                  | inner | last  |
+|---------------------------------------|---------------------------------------------|-------|-------|
+| policy at x                           | all                                         | 1     | 1     |
+| backward to the parameters            | all                                         | 1     | 1     |
+| reference at x                        | all; cached for later inner epochs          | 1     | 1     |
+| its vector-Jacobian product           | reverse residual; cached likewise           | 1     |       |
+| the policy's vector-Jacobian product  | reverse residual                            | 1     |       |
+| policy at x'                          | "lookahead", "lookahead_detached"           | 1     |       |
+| its vector-Jacobian product           | "lookahead"                                 | 1     |       |
+| differentiating the policy's product  | second order                                | 2     |       |
+| the reward's own product at x         | second order with "lookahead"               | 1     |       |
+
+In total, U per inner transition, by `objective.reward_gradient`. The reverse residual needs a flow and ρ > 0; "forward" is
+without it. L is the number of adjacent transitions that share passes (`reuse_passes`): the policy's pass at x also serves
+the transition that ends in x, for one more vector-Jacobian product with "lookahead".
+
+| reward_gradient      | reverse | forward | second order | reverse, reused | forward, reused |
+|----------------------|---------|---------|--------------|-----------------|-----------------|
+| "lookahead"          | 7       | 5       | 10           | 6 + 2 / L       | 4 + 2 / L       |
+| "lookahead_detached" | 6       | 4       | 8            | 5 + 1 / L       | 3 + 1 / L       |
+| "terminal"           | 5       | 3       | 7            | 5               | 3               |
+
+A last transition takes 3 U. Plain ∇-DB, and a later inner epoch of residual ∇-DB, have no passes of the reference: 2 U less
+per inner transition, 1 U less in the forward columns and per last transition.
+
+Decodes with backward per inner transition: with look-ahead 2, or 1 without the reverse residual; 1 + 1 / L, or 1, if passes
+are reused; with "terminal" none. A last transition takes one.
+"""
 
 import dataclasses
 
@@ -7,19 +40,19 @@ from fastnabla.objective.settings import Objective
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
-    """Of one update's training step."""
+    """Cost of one update's training step."""
 
     rows: dict[str, float]
-    """Rows by kind, in expectation: transitions that are "inner" or "last", or whole trajectories."""
+    """Expected number of rows by kind: "inner" and "last" transitions, or whole trajectories."""
     passes: dict[str, float]
-    """U of each, on average over inner epochs."""
+    """U per row, averaged over inner epochs."""
     decodes: dict[str, float]
-    """Decodes with backward of each; one without backward is half of one."""
+    """Decodes with backward per row. A decode without backward counts half."""
     flow_passes: float = 0.0
-    """Passes of g_φ in all, forward ones; a backward pass is two."""
+    """Forward passes of g_φ over all rows. A backward pass counts two."""
 
     def total(self, each: dict[str, float]) -> float:
-        """Sum over the rows of what `each` row of a kind takes."""
+        """Sum over all rows, given the cost of `each` row by kind."""
         return sum(count * each[kind] for kind, count in self.rows.items())
 
 
@@ -27,32 +60,32 @@ def planned_passes(
     objective: Objective,
     with_flow: bool,
     run: int = 1,
-    tails: float = 1,
+    unshared: float = 1,
     noising: bool = False,
     cached: bool = False,
 ) -> tuple[float, float]:
-    """U per inner and per last transition of residual ∇-DB, or ∇-DB (the table in `fastnabla.methods.nabla_db`).
+    """U per inner and per last transition of residual ∇-DB, or of plain ∇-DB; the tables above.
 
     Args:
-        objective: its guidance, ρ and order.
+        objective: its reward gradient, ρ and order.
         with_flow: whether there is a g_φ.
         run: L, adjacent transitions that share passes.
-        tails: of them, how many are followed by none.
-        noising: whether the backward policy is the noising kernel, which takes no pass.
-        cached: whether an earlier inner epoch has kept what the reference network gave.
+        unshared: how many of them have a next state in which no other one starts.
+        noising: whether P_B is the noising kernel, which takes no pass.
+        cached: whether an earlier inner epoch has cached the reference's part.
     """
     lookahead, ahead = objective.reward_gradient == "lookahead", objective.reward_gradient != "terminal"
     with_reverse = with_flow and objective.reverse_weight > 0
     reference = not noising and not cached
     reverse = (1 + reference) * with_reverse
     second_order = (2 + lookahead) * (with_reverse and objective.reverse_second_order)
-    at_next_states = ahead * (1 + lookahead) * tails / run
-    for_followers = lookahead * (run > tails)
-    return 2 + reference + reverse + second_order + at_next_states + for_followers, 2 + reference
+    at_next_states = ahead * (1 + lookahead) * unshared / run
+    at_shared_states = lookahead * (run > unshared)
+    return 2 + reference + reverse + second_order + at_next_states + at_shared_states, 2 + reference
 
 
-def planned_decodes(objective: Objective, with_flow: bool, run: int = 1, tails: float = 1) -> tuple[float, float]:
+def planned_decodes(objective: Objective, with_flow: bool, run: int = 1, unshared: float = 1) -> tuple[float, float]:
     """Decodes with backward per inner and per last transition; arguments as for `planned_passes`."""
     if objective.reward_gradient == "terminal":
         return 0, 1
-    return (1 + tails / run if with_flow and objective.reverse_weight > 0 else 1), 1
+    return (1 + unshared / run if with_flow and objective.reverse_weight > 0 else 1), 1

@@ -56,7 +56,7 @@ def _balance(noising: bool) -> MethodStep:
             config.objective,
             config.memory.micro_batch,
             config.backend,
-            share=config.rollout.draw == "runs",
+            reuse_passes=config.rollout.draw == "runs",
             noising=noising,
         )
 

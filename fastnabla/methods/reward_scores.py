@@ -10,137 +10,136 @@ from fastnabla.methods.micro_batches import MicroBatch
 from fastnabla.models.policy import Policy
 from fastnabla.objective.gaussian import full, guide, unguide
 from fastnabla.trajectories.transitions import LazyTransitions, Transitions
-from fastnabla.transition import TransitionTable
+from fastnabla.transition import TransitionRows, TransitionTable
 
 PixelGradient = Callable[[Tensor, Sequence[int]], Tensor]
-"""Gradients `[N, C, H, W]` of the rewards of clean latents, `[N, C, H, W]` with their N prompt numbers, in them."""
+"""Clean latents `[N, C, H, W]` and their N prompt numbers to the gradients of their rewards, `[N, C, H, W]`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RewardScores:
     """Gradients of the unscaled reward, `[n, C, H, W]`, as far as a micro-batch needs them."""
 
-    after: Tensor
+    at_next: Tensor
     """∇r(x')."""
-    before: Tensor | None = None
-    """∇r(x), where it is known without the UNet's Jacobian;"""
-    clean: Tensor | None = None
-    """else ∂r/∂x̂0 at the prediction from x."""
+    at_current: Tensor | None = None
+    """∇r(x), if it is known without the UNet's Jacobian."""
+    at_prediction: Tensor | None = None
+    """Otherwise ∂r/∂x̂0 at the prediction from x."""
 
 
-class LookAhead:
-    """∇r at the one-step predictions from x' (and, `here`, from x) of a micro-batch's inner transitions.
-
-    What needs the UNet at next states is done at once, and its graph is freed. Where a row starts in the state in which
-    another ends, the row's own pass gives both their score, in `scores`.
-
-    Args:
-        policy, pixel_gradient, table: what computes them.
-        micro: the micro-batch.
-        batch: its transitions.
-        prompts: their prompt numbers `[n]`, on the host.
-        through_unet: take ∇r through the UNet's Jacobian.
-        here: the gradient at the predictions from x is wanted.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        pixel_gradient: PixelGradient,
-        table: TransitionTable,
-        micro: MicroBatch,
-        batch: Transitions,
-        prompts: Tensor,
-        *,
-        through_unet: bool,
-        here: bool,
-    ) -> None:
-        self.policy, self.pixel_gradient, self.table = policy, pixel_gradient, table
-        self.micro, self.batch, self.prompts = micro, batch, prompts
-        self.through_unet, self.here = through_unet, here
-        self.score_tails = self._score_tails()
-
-    def _score_tails(self) -> Tensor:
-        """∇r(x') of the rows whose next state is no other row's state."""
-        # In the backward pass too, where checkpointed blocks are computed again.
-        with self.policy.constant_weights():
-            return self._score_tails_of_constant_weights()
-
-    def _score_tails_of_constant_weights(self) -> Tensor:
-        batch, w, tails = self.batch, self.policy.guidance_scale, self.micro.tails
-        if len(tails) < len(batch):
-            batch = batch[self._on_device(tails)]
-        row = self.table.rows(batch.step_index, batch.x)
-        x_next = batch.x_next.detach().requires_grad_(self.through_unet)
-        with torch.set_grad_enabled(self.through_unet):
-            output = self.policy(x_next, row.timestep_next, batch.prompt)
-        clean = row.c_next * batch.x_next + row.d_next * guide(output.detach(), w)
-        pixel = self.pixel_gradient(clean, self.prompts[tails].tolist())
-        score = row.c_next * pixel
-        if self.through_unet:
-            (vjp,) = torch.autograd.grad(output, x_next, unguide(row.d_next * pixel, w).to(output.dtype))
-            score = score + full(vjp)
-        return score
-
-    def scores(self, x: Tensor, output: Tensor) -> RewardScores:
-        """The scores, given the policy's output pair `output` at `x`, a leaf that requires a gradient; its graph stays."""
-        batch, w, followers = self.batch, self.policy.guidance_scale, self.micro.followers
-        rows = torch.arange(len(batch)) if self.here else followers
-        if not len(rows):
-            return RewardScores(after=self.score_tails)
-        row = self.table.rows(batch.step_index, batch.x)
-        clean = row.c * batch.x + row.d * guide(output.detach(), w)
-        if self.here:
-            pixel = self.pixel_gradient(clean, self.prompts.tolist())
-        else:
-            some = self._on_device(rows)
-            gradient = self.pixel_gradient(clean[some], self.prompts[rows].tolist())
-            pixel = torch.zeros_like(clean).index_copy(0, some, gradient)
-        after = self.score_tails
-        if len(followers):
-            score = row.c * pixel
-            if self.through_unet:
-                cotangent = unguide(row.d * pixel, w).to(output.dtype)
-                (vjp,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
-                score = score + full(vjp)
-            after = torch.cat([score, after])[self._on_device(self.micro.after())]
-        return RewardScores(after=after, clean=pixel if self.here else None)
-
-    def _on_device(self, rows: Tensor) -> Tensor:
-        return rows.to(self.batch.x.device, non_blocking=True)
-
-
-class TerminalScores:
-    """∇r at the finished samples of a selection: one reward gradient a trajectory.
+def terminal_scores(
+    selection: LazyTransitions, num_steps: int, pixel_gradient: PixelGradient, size: int
+) -> dict[int, Tensor]:
+    """∇r(x_T) `[C, H, W]` by trajectory: one reward gradient each, whatever the number of its transitions.
 
     Args:
-        selection: with the last transition of each of its trajectories.
+        selection: transitions, among them the last one of each trajectory.
         num_steps: T.
-        pixel_gradient: what computes them.
+        pixel_gradient: computes them.
         size: most samples at once.
 
     Raises:
         ValueError: a trajectory's last transition is not in the selection.
     """
-
-    def __init__(self, selection: LazyTransitions, num_steps: int, pixel_gradient: PixelGradient, size: int) -> None:
-        is_last = selection.step_index == num_steps - 1
-        if not bool(torch.isin(selection.trajectory, selection.trajectory[is_last]).all()):
-            raise ValueError(
-                "objective.reward_gradient = 'terminal' needs the last transition of every trajectory in the batch; "
-                "gather whole trajectories, or use another objective.reward_gradient."
-            )
-        places = {slot: row for row, slot in enumerate(selection.trajectory.tolist()) if is_last[row]}
-        self.number = {slot: number for number, slot in enumerate(places)}
-        rows = torch.tensor(list(places.values()), dtype=torch.int64)
-        self.scores = torch.cat(
-            [
-                pixel_gradient(selection.gather(part).x_next, selection.prompt[part].tolist())
-                for part in rows.split(size)
-            ]
+    is_last = selection.step_index == num_steps - 1
+    if not bool(torch.isin(selection.trajectory, selection.trajectory[is_last]).all()):
+        raise ValueError(
+            "objective.reward_gradient = 'terminal' needs the last transition of every trajectory in the batch; "
+            "gather whole trajectories, or use another objective.reward_gradient."
         )
+    places = {slot: row for row, slot in enumerate(selection.trajectory.tolist()) if is_last[row]}
+    rows = torch.tensor(list(places.values()), dtype=torch.int64)
+    scores = [
+        pixel_gradient(selection.gather(part).x_next, selection.prompt[part].tolist()) for part in rows.split(size)
+    ]
+    return dict(zip(places, torch.cat(scores), strict=True))
 
-    def of(self, trajectory: Tensor) -> Tensor:
-        """The scores `[n, C, H, W]` of the trajectories in slots `trajectory [n]`, on the host."""
-        numbers = torch.tensor([self.number[slot] for slot in trajectory.tolist()], dtype=torch.int64)
-        return self.scores[numbers.to(self.scores.device, non_blocking=True)]
+
+def unshared_scores(
+    policy: Policy,
+    pixel_gradient: PixelGradient,
+    part: MicroBatch,
+    batch: Transitions,
+    table: TransitionTable,
+    through_unet: bool,
+) -> Tensor:
+    """∇r(x̂0(x')) `[u, C, H, W]` of the `unshared` rows of `part`, by a policy pass at x' of their own.
+
+    Args:
+        policy, pixel_gradient: compute them.
+        part: an inner micro-batch.
+        batch: its transitions.
+        table: the sampler.
+        through_unet: differentiate through the UNet too.
+    """
+    w, unshared = policy.guidance_scale, part.unshared
+    if len(unshared) < len(batch):
+        batch = batch[unshared.to(batch.x.device, non_blocking=True)]
+    rows = table.rows(batch.step_index, batch.x)
+    with policy.constant_weights():  # in the backward pass too, where checkpointed blocks are computed again
+        x_next = batch.x_next.detach().requires_grad_(through_unet)
+        with torch.set_grad_enabled(through_unet):
+            output = policy(x_next, rows.timestep_next, batch.prompt)
+        clean = rows.c_next * batch.x_next + rows.d_next * guide(output.detach(), w)
+        pixel = pixel_gradient(clean, part.selection.prompt[unshared].tolist())
+        return _score(pixel, rows.c_next, rows.d_next, x_next, output if through_unet else None, w)
+
+
+def predicted_scores(
+    policy: Policy,
+    pixel_gradient: PixelGradient,
+    part: MicroBatch,
+    rows: TransitionRows,
+    x: Tensor,
+    output: Tensor,
+    unshared: Tensor,
+    *,
+    through_unet: bool,
+    at_current: bool,
+) -> RewardScores:
+    """Reward scores of an inner micro-batch, of which `unshared_scores` has computed `unshared`. Rows that start in another
+    row's next state give its score by their own pass.
+
+    Args:
+        policy, pixel_gradient: compute them.
+        part: the micro-batch.
+        rows: table rows of its transitions.
+        x: their states, a leaf that requires a gradient.
+        output: the policy's output pair at `x`; its graph is kept.
+        unshared: ∇r(x') of the `unshared` rows.
+        through_unet: differentiate through the UNet too.
+        at_current: whether the gradients at the predictions from all x are wanted.
+    """
+    w, shared = policy.guidance_scale, part.shared
+    if not at_current and not len(shared):
+        return RewardScores(at_next=unshared)
+    clean = rows.c * x.detach() + rows.d * guide(output.detach(), w)
+    if at_current:
+        pixel = pixel_gradient(clean, part.selection.prompt.tolist())
+    else:
+        some = shared.to(x.device, non_blocking=True)
+        gradient = pixel_gradient(clean[some], part.selection.prompt[shared].tolist())
+        pixel = torch.zeros_like(clean).index_copy(0, some, gradient)
+    at_next = unshared
+    if len(shared):
+        score = _score(pixel, rows.c, rows.d, x, output if through_unet else None, w, retain_graph=True)
+        at_next = torch.cat([score, unshared])[part.next_state_index().to(x.device, non_blocking=True)]
+    return RewardScores(at_next=at_next, at_prediction=pixel if at_current else None)
+
+
+def _score(
+    pixel: Tensor,
+    c: Tensor,
+    d: Tensor,
+    x: Tensor,
+    output: Tensor | None,
+    guidance_scale: float | None,
+    retain_graph: bool = False,
+) -> Tensor:
+    """``∇_x r(x̂0(x)) = c p + Jᵀ d p`` with p = ∂r/∂x̂0 and x̂0 = c x + d o; without the second term if `output` is None."""
+    if output is None:
+        return c * pixel
+    cotangent = unguide(d * pixel, guidance_scale).to(output.dtype)
+    (vjp,) = torch.autograd.grad(output, x, cotangent, retain_graph=retain_graph)
+    return c * pixel + full(vjp)

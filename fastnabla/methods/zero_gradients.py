@@ -1,7 +1,7 @@
-"""Gradients that are zero although something is to be learned: the run stops, since it would train nothing in silence.
+"""Checks for gradients that are zero although there is something to learn. They stop a run that would silently train nothing.
 
-A fast path can lose a gradient without an error. torch 2.11, for example, used a graph that was compiled for constant
-weights again when they were trained. So a zero is an error unless the quantity that drives it is zero too.
+A fast path can lose a gradient without an error. For example, torch 2.11 reused a graph compiled for constant weights after
+they became trainable. So a zero gradient is an error, unless the quantity that drives it is zero too.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 DRIVE = "drive"
-"""Name of the signal that the trained weights' gradient is proportional to: a residual, or an advantage."""
+"""Name of the signal that drives the gradient of the trained weights: a residual or an advantage."""
 REWARD_GRADIENT = "reward gradient"
 """Name of the signal ∇r."""
 
@@ -20,12 +20,12 @@ class ZeroGradientError(RuntimeError):
 
 
 def require_connected(gradients: Sequence[Tensor | None], names: Sequence[str], all_of_them: bool, path: str) -> None:
-    """Make sure that a loss depends on the trained weights.
+    """Check that a loss depends on the trained weights.
 
     Args:
-        gradients: by weight; None where the loss does not depend on it.
+        gradients: by weight; None if the loss does not depend on it.
         names: of the weights.
-        all_of_them: each weight must have a gradient, rather than any.
+        all_of_them: whether every weight must have a gradient, or only one of them.
         path: how they were computed, in words.
 
     Raises:
@@ -41,16 +41,16 @@ def require_connected(gradients: Sequence[Tensor | None], names: Sequence[str], 
 
 
 def require_gradient(update: int, signals: dict[str, float], norm: float, path: str) -> None:
-    """Make sure that update number `update` has something to learn from, and learns it.
+    """Check that an update has something to learn from, and a gradient to learn it with.
 
     Args:
-        update: its number.
-        signals: largest absolute value over the batch of `DRIVE` and, where the method has one, of `REWARD_GRADIENT`.
-        norm: of the gradient in the policy's weights.
+        update: number of the update.
+        signals: largest absolute value over the batch of `DRIVE` and, if the method has one, of `REWARD_GRADIENT`.
+        norm: norm of the gradient of the policy's weights.
         path: how they were computed, in words.
 
     Raises:
-        ZeroGradientError: ∇r is zero in the whole batch, or the gradient is, although `DRIVE` is not.
+        ZeroGradientError: ∇r is zero in the whole batch, or the gradient is zero although `DRIVE` is not.
     """
     if signals.get(REWARD_GRADIENT) == 0:
         raise ZeroGradientError(
@@ -66,5 +66,5 @@ def require_gradient(update: int, signals: dict[str, float], norm: float, path: 
 
 
 def largest(values: Tensor) -> Tensor:
-    """Largest absolute value, a scalar on the device; 0 of none."""
+    """Largest absolute value, a scalar on the device; 0 for an empty tensor."""
     return values.abs().amax().float() if values.numel() else torch.zeros((), device=values.device)

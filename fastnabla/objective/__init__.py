@@ -1,1 +1,1 @@
-"""The balance conditions that finetuning minimises. `balance` is the maths in plain torch; its README derives it."""
+"""The maths of the objectives. `balance` is residual ∇-DB in plain torch; the README beside it has the derivation."""

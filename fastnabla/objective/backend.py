@@ -1,7 +1,7 @@
-"""What computes the objective between the network passes: Triton kernels, or plain torch.
+"""The choice of what computes the objective between the network passes: Triton kernels or plain torch.
 
-The two compute the same: `gaussian.py` and `balance.py` are the specification, `fused.py` calls the kernels of
-`fastnabla.kernels`. Both take the same arguments.
+Both have the same arguments and results. `gaussian.py` and `balance.py` are the specification in plain torch; `fused.py`
+calls the kernels of `fastnabla.kernels`.
 """
 
 import functools
@@ -17,12 +17,12 @@ from fastnabla.objective.settings import Backend
 
 
 def select(backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32) -> ObjectiveOps:
-    """The operations to use on `device` for states of `dtype`; says in the log, once, which they are.
+    """The operations to use on `device` for states of `dtype`. The choice is logged once.
 
-    "auto" takes the kernels where they can run: on CUDA, with Triton installed, below float64.
+    "auto" selects the kernels if they can run: on CUDA, with Triton installed, for states below float64.
 
     Raises:
-        ValueError: `backend` is not known, or is "triton" where the kernels cannot run.
+        ValueError: `backend` is unknown, or it is "triton" and the kernels cannot run.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend = {backend!r}: expected one of {get_args(Backend)}")
@@ -39,7 +39,7 @@ def select(backend: Backend, device: torch.device, dtype: torch.dtype = torch.fl
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype, interpret: bool) -> str | None:
-    """Why the kernels cannot run, if they cannot; on a CPU Triton's interpreter can, for those who `interpret`."""
+    """Why the kernels cannot run, or None if they can. On a CPU they run in Triton's interpreter, if `interpret`."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if dtype == torch.float64:

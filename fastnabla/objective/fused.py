@@ -1,7 +1,7 @@
-"""The operations of `gaussian.py` and `balance.py`, by their signatures, through Triton's kernels.
+"""The operations of `gaussian.py` and `balance.py`, with the same signatures, computed by Triton kernels.
 
-Low-precision and float32 tensors in any mixture, contiguous or channels-last, computed in float32. The kernels take
-the table and the step indices of `rows`; coefficients are never spread over the states.
+Tensors are float32, bfloat16 or float16 in any mixture, contiguous or channels-last. The arithmetic is float32. The
+kernels take the table and the step indices of `rows`, so coefficients are never broadcast over the states.
 """
 
 from torch import Tensor
@@ -11,8 +11,9 @@ from fastnabla.kernels import gaussian_log_prob as log_prob_kernel
 from fastnabla.kernels import guided_step as step_kernel
 from fastnabla.kernels import reverse_balance as reverse_kernel
 from fastnabla.kernels import reverse_cotangent as cotangent_kernel
-from fastnabla.objective.balance import ForwardBalance, Weights
+from fastnabla.objective.balance import ForwardBalance
 from fastnabla.objective.ops import ObjectiveOps
+from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionRows
 
 
@@ -20,12 +21,13 @@ def _steps(rows: TransitionRows, x: Tensor) -> tuple[Tensor, Tensor]:
     return rows.table.packed(x.device), rows.step_index
 
 
-def _weights(weights: Weights) -> dict[str, float | str | None]:
+def _scalars(objective: Objective, guidance_scale: float | None) -> dict[str, float | str | None]:
+    """Arguments that the kernels of both residuals have."""
     return {
-        "guidance_scale": weights.guidance_scale,
-        "beta": weights.beta,
-        "gamma": weights.gamma,
-        "prior_weight": weights.prior_weight,
+        "guidance_scale": guidance_scale,
+        "beta": objective.beta,
+        "gamma": objective.gamma,
+        "prior_weight": objective.prior_weight,
     }
 
 
@@ -49,11 +51,12 @@ def forward_balance(
     x: Tensor,
     x_next: Tensor,
     rows: TransitionRows,
-    reward_score: Tensor,
-    flow: Tensor | None = None,
+    reward_score_next: Tensor,
+    flow_next: Tensor | None = None,
     output_old: Tensor | None = None,
     *,
-    weights: Weights,
+    objective: Objective,
+    guidance_scale: float | None,
 ) -> ForwardBalance:
     """As `balance.forward_balance`."""
     loss, statistics = forward_kernel.forward_balance(
@@ -62,12 +65,12 @@ def forward_balance(
         x,
         x_next,
         *_steps(rows, x),
-        reward_score,
-        flow,
+        reward_score_next,
+        flow_next,
         output_old,
-        by_sigma=weights.weighting == "sigma",
-        trust_region_weight=weights.trust_region_weight,
-        **_weights(weights),
+        by_sigma=objective.weighting == "sigma",
+        trust_region_weight=objective.trust_region_weight,
+        **_scalars(objective, guidance_scale),
     )
     return ForwardBalance(loss=loss, **dict(zip(forward_kernel.COLUMNS[1:], statistics, strict=True)))
 
@@ -79,10 +82,13 @@ def reverse_cotangent(
     rows: TransitionRows,
     pixel_score: Tensor | None = None,
     *,
-    weights: Weights,
+    objective: Objective,
+    guidance_scale: float | None,
 ) -> Tensor:
     """As `balance.reverse_cotangent`."""
-    return cotangent_kernel.reverse_cotangent(output, x, x_next, *_steps(rows, x), pixel_score, **_weights(weights))
+    return cotangent_kernel.reverse_cotangent(
+        output, x, x_next, *_steps(rows, x), pixel_score, **_scalars(objective, guidance_scale)
+    )
 
 
 def reverse_balance(
@@ -94,7 +100,8 @@ def reverse_balance(
     pixel_score: Tensor | None = None,
     outputs: tuple[Tensor, Tensor] | None = None,
     *,
-    weights: Weights,
+    objective: Objective,
+    guidance_scale: float | None,
 ) -> Tensor:
     """As `balance.reverse_balance`."""
     return reverse_kernel.reverse_balance(
@@ -104,9 +111,9 @@ def reverse_balance(
         flow,
         pixel_score if reward_score is None else reward_score,
         outputs,
-        by_sigma=weights.weighting == "sigma",
+        by_sigma=objective.weighting == "sigma",
         at_clean=reward_score is None,
-        **_weights(weights),
+        **_scalars(objective, guidance_scale),
     )
 
 

@@ -1,8 +1,8 @@
 """One step of a sampler, ``P(x'|x) = N(a x + b o, σ² I)``, as a draw, a density and a score, in plain torch.
 
-Shapes: N rows, states `[N, …]`; network outputs come as classifier-free guidance *pairs* `[2N, …]`, all
-unconditional rows first, or `[N, …]` when there is no guidance (`guidance_scale=None`). `rows` are rows of a
-`TransitionTable`. The arithmetic is float32 (float64 if the inputs are).
+Shapes: N rows; states are `[N, …]`. Network outputs are classifier-free guidance *pairs* `[2N, …]` with all unconditional
+rows first, or `[N, …]` without guidance (`guidance_scale=None`). `rows` are rows of a `TransitionTable`. The arithmetic is
+float32, or float64 for float64 inputs.
 """
 
 import math
@@ -14,12 +14,12 @@ from fastnabla.transition import TransitionRows
 
 
 def full(tensor: Tensor) -> Tensor:
-    """`tensor` in the precision of the arithmetic: float32, or float64 if it is."""
+    """`tensor` in the dtype of the arithmetic: float32, or float64 if it is float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def guide(output: Tensor, guidance_scale: float | None) -> Tensor:
-    """Classifier-free guidance ``o = u + w (c − u)`` of a pair `[2N, …]`, as `[N, …]`; no guidance if w is None."""
+    """Classifier-free guidance ``o = u + w (c − u)`` of a pair `[2N, …]`, as `[N, …]`. With w None there is no guidance."""
     if guidance_scale is None:
         return full(output)
     unconditional, conditional = full(output).chunk(2)
@@ -27,21 +27,21 @@ def guide(output: Tensor, guidance_scale: float | None) -> Tensor:
 
 
 def unguide(cotangent: Tensor, guidance_scale: float | None) -> Tensor:
-    """The adjoint of `guide`: a cotangent `[N, …]` of o as the cotangent `[2N, …]` of the pair."""
+    """The adjoint of `guide`: maps a cotangent of o `[N, …]` to the cotangent of the pair `[2N, …]`."""
     if guidance_scale is None:
         return cotangent
     return torch.cat([(1 - guidance_scale) * cotangent, guidance_scale * cotangent])
 
 
 def step_score(o: Tensor, x: Tensor, x_next: Tensor, rows: TransitionRows) -> Tensor:
-    """``s = ∇_{x'} log P = −(x' − a x − b o) / σ²`` of a guided output `o [N, …]`, as the paper writes it."""
+    """``s = ∇_{x'} log P = −(x' − a x − b o) / σ²`` of a guided output `o [N, …]`, in the paper's form."""
     return -(full(x_next) - rows.a * full(x) - rows.b * full(o)) / rows.sigma**2
 
 
 def gaussian_log_prob(
     output: Tensor, x: Tensor, x_next: Tensor, rows: TransitionRows, *, guidance_scale: float | None
 ) -> Tensor:
-    """``log N(x'; a x + b o, σ² I)`` by row `[N]`: the log-density of the whole state, a sum over its elements.
+    """``log N(x'; a x + b o, σ² I)`` by row `[N]`: the log-density of the whole state, summed over its elements.
 
     Gradients flow to `output`, `x` and `x_next`.
     """

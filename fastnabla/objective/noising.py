@@ -1,21 +1,21 @@
-"""The noising kernel of DDPM (arXiv 2006.11239), as the backward policy P_B of a step x → x'.
+"""DDPM's noising kernel (arXiv 2006.11239) as the backward policy P_B of a step x → x'.
 
 With ᾱ, ᾱ' the signal shares of x and x', α² = ᾱ/ᾱ' and s² = 1 − α²:
 
     P_B(x|x') = N(α x', s² I),   ∇_{x'} log P_B = α (x − α x')/s²,   ∇_x log P_B = −(x − α x')/s²
 
-By Bayes' rule the step of DDPM given a clean sample, q(x'|x, x̂0) ∝ P_B(x|x') N(x'; √ᾱ' x̂0, (1 − ᾱ') I), so the score of
-a step with mean a x + b o differs from P_B's by a score of the clean sample alone:
+By Bayes' rule DDPM's step given a clean sample is q(x'|x, x̂0) ∝ P_B(x|x') N(x'; √ᾱ' x̂0, (1 − ᾱ') I). So the score of a
+step with mean a x + b o differs from P_B's score by a score of the clean sample alone:
 
     s_θ − ∇_{x'} log P_B = −(x' − √ᾱ' x̂0_θ(x))/(1 − ᾱ') = (b/σ²)(o_θ − o_B),   x̂0 of o_B: c x + d o_B = x'/√ᾱ'
 
-So P_B stands in the balance conditions where a reference policy with the output o_B would: plain ∇-DB (arXiv 2412.07775),
+P_B therefore takes the place of a reference policy with the output o_B. Plain ∇-DB (arXiv 2412.07775),
 
     forward   ∇_{x'} log P_θ(x'|x) − ∇_{x'} log P_B(x|x') − ∇log F(x')
     reverse   ∇_x log P_θ(x'|x) + ∇log F(x) − ∇_x log P_B(x|x'),   ∇log F(x_T) = β∇r(x_T)
 
-is computed by the functions of residual ∇-DB (section 6 of the README). This holds for the steps of
-DDPM alone (`check_is_ddpm`); for others P_B is no reversal of a step with this variance.
+is computed by the functions of residual ∇-DB (section 6 of the README). This holds only for DDPM's steps
+(`check_is_ddpm`): P_B does not reverse steps with another variance.
 """
 
 import math
@@ -28,10 +28,10 @@ from fastnabla.transition import TransitionRows, TransitionTable
 
 
 def check_is_ddpm(table: TransitionTable, method: str) -> None:
-    """That the steps of `table` are DDPM's, ``q(x'|x, x̂0)`` at the predicted x̂0 (equation 7).
+    """Check that the steps of `table` are DDPM's, ``q(x'|x, x̂0)`` at the predicted x̂0 (equation 7).
 
     Raises:
-        ValueError: they are not; `method` is named as what needs it.
+        ValueError: they are not. The message names `method`, which needs them.
     """
     now, then, scale, std = table.alpha_bar, table.alpha_bar_next, table.noising_scale, table.noising_std
     of_x, of_clean = scale * (1 - then) / (1 - now), then.sqrt() * std**2 / (1 - now)
@@ -39,18 +39,18 @@ def check_is_ddpm(table: TransitionTable, method: str) -> None:
     for column, value in zip((table.a, table.b, table.sigma), expected, strict=True):
         if not torch.allclose(column, value, rtol=1e-9, atol=1e-12):
             raise ValueError(
-                f"method = {method!r}: the noising kernel of DDPM is the reversal of no other step; set sampler.eta = 1."
+                f"method = {method!r}: DDPM's noising kernel reverses DDPM's steps only; set sampler.eta = 1."
             )
 
 
 def noising_output(x: Tensor, x_next: Tensor, rows: TransitionRows) -> Tensor:
-    """o_B `[N, …]`, the output that predicts the clean sample ``x'/√ᾱ'``: a step with it has P_B's score in x'."""
+    """o_B `[N, …]`, the output that predicts the clean sample ``x'/√ᾱ'``. A step with this output has P_B's score in x'."""
     return (full(x_next) / rows.alpha_bar_next.sqrt() - rows.c * full(x)) / rows.d
 
 
 def noising_reverse(x: Tensor, x_next: Tensor, rows: TransitionRows) -> Tensor:
-    """``∇_x log P_B`` `[N, …]` less the direct part ``a e_B = −a ∇_{x'} log P_B`` that a policy with the output o_B has:
-    what stands where a reference policy's vector-Jacobian product would. 0 for ε-prediction, where a = 1/α."""
+    """``∇_x log P_B`` `[N, …]` minus the direct part ``a e_B = −a ∇_{x'} log P_B`` of a policy with the output o_B. It takes
+    the place of a reference policy's vector-Jacobian product. For ε-prediction, where a = 1/α, it is 0."""
     noise = (full(x) - rows.noising_scale * full(x_next)) / rows.noising_std**2
     return (rows.a * rows.noising_scale - 1) * noise
 
@@ -62,5 +62,5 @@ def noising_log_prob(x: Tensor, x_next: Tensor, rows: TransitionRows) -> Tensor:
 
 
 def renoise(x_next: Tensor, noise: Tensor, rows: TransitionRows) -> Tensor:
-    """A draw of P_B(x|x'), ``α x' + s ε``, `[N, …]`."""
+    """A sample of P_B(x|x'), ``α x' + s ε``, `[N, …]`."""
     return rows.noising_scale * full(x_next) + rows.noising_std * full(noise)

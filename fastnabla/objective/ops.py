@@ -1,4 +1,4 @@
-"""The objective's operations between the network passes, and their specification in plain torch."""
+"""The objective's operations between the network passes; `PLAIN` is their specification in plain torch."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class ObjectiveOps(NamedTuple):
     """The objective's operations; documented in `gaussian.py` and `balance.py`."""
 
     name: str
-    """What computes them, for people."""
+    """What computes them, for logs."""
     guided_step: Callable[..., tuple[Tensor, Tensor]]
     gaussian_log_prob: Callable[..., Tensor]
     forward_balance: Callable[..., ForwardBalance]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench.published import PUBLISHED, ddim_table
-from fastnabla.objective.balance import Weights
 from fastnabla.objective.ops import PLAIN
+from fastnabla.objective.settings import Objective
 from tests import checks
 from tests.checks import randn
 
@@ -34,15 +34,14 @@ def test_operations_are_those_of_plain_torch(guidance, prior_weight):
     flow = randn(*SHAPE, seed=7, dtype=torch.float64).requires_grad_()
     output.requires_grad_()
     rows = ddim_table(10).rows(torch.tensor([0, 6, 9]), x)
-    weights = Weights(
-        guidance_scale=guidance, beta=3.0, prior_weight=prior_weight, weighting="sigma", trust_region_weight=2.0
-    )
+    objective = Objective(beta=3.0, prior_weight=prior_weight, weighting="sigma", trust_region_weight=2.0)
+    settings = {"objective": objective, "guidance_scale": guidance}
 
     def results(operations):
         pairs = (output.detach(), output_ref)
-        forward = operations.forward_balance(output, output_ref, x, x_next, rows, reward, flow, old, weights=weights)
-        reverse = operations.reverse_balance(x, x_next, rows, flow, None, reward, pairs, weights=weights)
-        scores = operations.reverse_balance(x, x_next, rows, flow, reward, weights=weights)
+        forward = operations.forward_balance(output, output_ref, x, x_next, rows, reward, flow, old, **settings)
+        reverse = operations.reverse_balance(x, x_next, rows, flow, None, reward, pairs, **settings)
+        scores = operations.reverse_balance(x, x_next, rows, flow, reward, **settings)
         log_prob = operations.gaussian_log_prob(output, x, x_next, rows, guidance_scale=guidance)
         losses = (forward.loss, reverse, scores, log_prob)
         gradients = [torch.autograd.grad(v.sum(), (output, flow), allow_unused=True) for v in losses]
@@ -50,8 +49,8 @@ def test_operations_are_those_of_plain_torch(guidance, prior_weight):
             *losses,
             *(getattr(forward, field.name) for field in dataclasses.fields(forward)),
             *(gradient for pair in gradients for gradient in pair if gradient is not None),
-            operations.reverse_cotangent(pairs[0], x, x_next, rows, reward, weights=weights),
-            operations.reverse_cotangent(pairs[1], x, x_next, rows, weights=weights),
+            operations.reverse_cotangent(pairs[0], x, x_next, rows, reward, **settings),
+            operations.reverse_cotangent(pairs[1], x, x_next, rows, **settings),
             *operations.guided_step(pairs[0], x, noise, rows, guidance_scale=guidance),
         ]
 

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.published import ddim_table
-from fastnabla.objective.balance import ForwardBalance, Weights
+from fastnabla.objective.balance import ForwardBalance
 from fastnabla.objective.fused import FUSED
 from fastnabla.objective.gaussian import step_score
 from fastnabla.objective.ops import PLAIN, ObjectiveOps
+from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionRows, TransitionTable
 from tests.checks import randn, relative_error
 from tests.kernel_cases import (
@@ -35,19 +36,17 @@ from tests.kernel_cases import (
     poisoned_memory,
 )
 
-INPUTS = ("output", "output_ref", "x", "x_next", "reward_score", "flow", "output_old")
+INPUTS = ("output", "output_ref", "x", "x_next", "reward_score_next", "flow_next", "output_old")
 
 
 def call(operations: ObjectiveOps, batch: Batch) -> ForwardBalance:
-    output, output_ref, x, x_next, reward_score, flow, output_old = (batch[name] for name in INPUTS)
-    return operations.forward_balance(
-        output, output_ref, x, x_next, batch.rows, reward_score, flow, output_old, weights=batch.weights
-    )
+    output, output_ref, x, x_next, *others = (batch[name] for name in INPUTS)
+    return operations.forward_balance(output, output_ref, x, x_next, batch.rows, *others, **batch.settings)
 
 
 def evaluate(operations: ObjectiveOps, batch: Batch) -> dict[str, Tensor]:
     """Loss, statistics, and the gradients under random weights of the rows."""
-    leaves = {n: batch[n].detach().requires_grad_() for n in ("output", "flow") if batch[n] is not None}
+    leaves = {n: batch[n].detach().requires_grad_() for n in ("output", "flow_next") if batch[n] is not None}
     result = call(operations, batch.replace(**leaves))
     gradients = torch.autograd.grad((batch["upstream"] * result.loss).sum(), leaves.values())
     values = {field.name: getattr(result, field.name).detach() for field in dataclasses.fields(result)}
@@ -69,9 +68,9 @@ def test_values_and_gradients(device, guidance, prior_weight, dtypes):
     [
         {"steps": (0, 5)},
         {"steps": (LAST, LAST)},
-        {"without": ("flow",)},
+        {"without": ("flow_next",)},
         {"without": ("output_old",)},
-        {"without": ("flow", "output_old")},
+        {"without": ("flow_next", "output_old")},
         {"trust_region_weight": 0.0},
         {"weighting": "sigma"},
         {"weighting": "sigma", "prior_weight": 1.0},
@@ -91,7 +90,7 @@ def test_layouts(device, layout):
     batch = Case(steps=(3, LAST), **LAYOUTS[layout]).draw(device)
     results = assert_matches(evaluate, batch)
     assert_memory_order(results["gradient of output"], batch["output"])
-    assert_memory_order(results["gradient of flow"], batch["flow"])
+    assert_memory_order(results["gradient of flow_next"], batch["flow_next"])
 
 
 @on_each_device
@@ -104,7 +103,7 @@ def test_strided_rows_are_refused(device, name):
 
 
 @settings(max_examples=15)
-@given(case=cases([(), ("flow",), ("output_old",)]), seed=st.integers(0, 9))
+@given(case=cases([(), ("flow_next",), ("output_old",)]), seed=st.integers(0, 9))
 @on_each_device
 def test_anything_else(device, case, seed):
     assert_matches(evaluate, case.draw(device, seed))
@@ -133,7 +132,7 @@ def test_nan_stays_in_its_row(device, name, row):
     batch = Case(row=(2, 600), steps=(6, LAST)).draw(device)
     is_nan = assert_nan_stays(evaluate, batch, name, row)
     assert is_nan["loss"][row]
-    in_residual = name != "output_old" and (name, row) != ("flow", 1)
+    in_residual = name != "output_old" and (name, row) != ("flow_next", 1)
     assert is_nan["max_residual"][row] == in_residual
 
 
@@ -165,7 +164,7 @@ def test_gradients_flow_to_output_and_flow_alone(device):
     batch = batch.replace(**{name: batch[name].requires_grad_() for name in INPUTS})
     loss = call(FUSED, batch).loss
     gradients = torch.autograd.grad(loss.sum(), [batch[name] for name in INPUTS], allow_unused=True)
-    assert [name for name, g in zip(INPUTS, gradients, strict=True) if g is not None] == ["output", "flow"]
+    assert [name for name, g in zip(INPUTS, gradients, strict=True) if g is not None] == ["output", "flow_next"]
 
 
 @on_each_device
@@ -189,7 +188,7 @@ def test_without_gradients(device):
 
 
 @on_each_device
-@pytest.mark.parametrize("name", ["output", "flow"])
+@pytest.mark.parametrize("name", ["output", "flow_next"])
 def test_gradients_have_no_gradient(device, name):
     """Asking for their graph says so, instead of returning one without the second derivatives."""
     batch = Case().draw(device)
@@ -222,8 +221,8 @@ def test_small_noise_costs_no_digits(device, state_dtype):
     )
     rows, exact = (table.rows(rows.step_index.to(device), like) for like in (x, x.double()))
     flow = torch.zeros_like(x, dtype=torch.float32).requires_grad_()
-    weights = Weights(guidance_scale=None, beta=0.0)
-    loss = FUSED.forward_balance(o, o_ref, x, x_next, rows, torch.zeros_like(flow), flow, weights=weights).loss
+    settings = {"objective": Objective(beta=0.0), "guidance_scale": None}
+    loss = FUSED.forward_balance(o, o_ref, x, x_next, rows, torch.zeros_like(flow), flow, **settings).loss
     (gradient,) = torch.autograd.grad(loss.sum(), flow)
     fused = -x[0].numel() / 2 * gradient  # loss = mean (residual − flow)²
 
@@ -245,5 +244,5 @@ def test_small_noise_costs_no_digits(device, state_dtype):
 @pytest.mark.huge
 @on_gpu
 def test_more_elements_than_32_bits_count(device):
-    batch = huge_batch(device, ("output", "output_ref", "x", "x_next", "reward_score", "flow"))
+    batch = huge_batch(device, ("output", "output_ref", "x", "x_next", "reward_score_next", "flow_next"))
     assert_rows_stand_alone(evaluate, batch, (len(batch) - 2, len(batch) - 1))

@@ -44,7 +44,7 @@ def call(operations: ObjectiveOps, batch: Batch) -> Tensor:
         batch["reward_score"],
         batch["pixel_score"] if batch["reward_score"] is None else None,
         None if batch["output"] is None else (batch["output"], batch["output_ref"]),
-        weights=batch.weights,
+        **batch.settings,
     )
 
 

@@ -37,9 +37,7 @@ NO_REWARD = ("pixel_score",)
 
 def evaluate(operations: ObjectiveOps, batch: Batch) -> dict[str, Tensor]:
     output, x, x_next, pixel_score = (batch[name] for name in INPUTS)
-    return {
-        "cotangent": operations.reverse_cotangent(output, x, x_next, batch.rows, pixel_score, weights=batch.weights)
-    }
+    return {"cotangent": operations.reverse_cotangent(output, x, x_next, batch.rows, pixel_score, **batch.settings)}
 
 
 @on_each_device

@@ -11,7 +11,7 @@ from fastnabla.methods.dag import DetailedBalanceStep
 from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionTable
 from tests.checks import BACKENDS, assert_gradients, ddim_table, randn
-from tests.exact import Exact
+from tests.exact import Exact, gamma_of
 from tests.golden import STEP_SETS, GoldenStep, load_step
 
 WITH_FLOW = next(folder for folder in STEP_SETS if (folder / "flow").exists())
@@ -45,17 +45,18 @@ def run(step: DetailedBalanceStep):
 
 def expected_loss(exact: Exact, objective: Objective) -> Tensor:
     total = 0
-    power = {"alpha_bar": 1, "sqrt_alpha_bar": 0.5, "constant": 0}[objective.gamma]
     for (i, x, x_next, o_old, prompt), trajectory in zip(exact.rows(), golden().transitions.trajectory, strict=True):
         o = exact.output(x, i, prompt)
 
         def log_flow(state: Tensor, o: Tensor, after: bool, i=i, prompt=prompt) -> Tensor:
-            gamma = exact.at("alpha_bar_next" if after else "alpha_bar", i) ** power
+            gamma = gamma_of(exact.at("alpha_bar_next" if after else "alpha_bar", i), objective.gamma)
             reward = exact.reward(exact.clean(state, o, i, after), prompt).detach()
             return objective.beta * gamma * reward + exact.flow_at(state, i, prompt, after).sum()
 
         if i == len(exact.table) - 1:
-            log_flow_next = objective.beta * exact.at("alpha_bar_next", i) ** power * REWARDS[trajectory]
+            log_flow_next = (
+                objective.beta * gamma_of(exact.at("alpha_bar_next", i), objective.gamma) * REWARDS[trajectory]
+            )
         else:
             log_flow_next = log_flow(x_next, exact.output(x_next, i, prompt, after=True), True)
         sides = log_flow(x, o, False) + exact.log_prob(x, x_next, o, i), log_flow_next + exact.log_noising(x, x_next, i)

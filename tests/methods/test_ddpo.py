@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fastnabla.config.method_sections import PolicyGradient
-from fastnabla.methods.ddpo import PolicyGradientStep
-from fastnabla.methods.prompt_statistics import PromptStatistics
+from fastnabla.methods.ddpo import PolicyGradientStep, PromptStatistics
 from fastnabla.objective.policy_gradient import clipped_surrogate
 from fastnabla.trajectories.draws import DRAWS, expected_draws
 from tests.checks import BACKENDS, assert_gradients, randn

@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastnabla.methods.nabla_db import BalanceStep, StepReport
+from bench.naive import naive_step
+from fastnabla.methods.accumulation import StepReport
+from fastnabla.methods.nabla_db import BalanceStep
 from fastnabla.objective.gaussian import guide
 from fastnabla.objective.settings import Objective
 from tests.checks import BACKENDS, assert_gradients
+from tests.exact import Exact
 from tests.golden import ALL_STEP_SETS, STEP_SETS, GoldenStep, load_step
 
 # The reference's coefficients are float32 (σ² of the last step is off by 1.3e-5), and it subtracts two scores of
 # size 1/σ where fastnabla cancels by hand.
 LOSS = {"rtol": 1e-4, "atol": 1e-6}
-GUIDANCE = ("lookahead", "lookahead_detached", "terminal")
+REWARD_GRADIENTS = ("lookahead", "lookahead_detached", "terminal")
 WITH_FLOW = [folder for folder in STEP_SETS if (folder / "flow").exists()]
 load_once = functools.cache(load_step)
 
@@ -67,105 +70,41 @@ def test_agrees_with_the_reference(folder, micro_batch, backend):
     assert report.passes == ({"inner": 7, "last": 3} if golden.flow else {"inner": 5, "last": 3})
 
 
-def guided(pair: Tensor, scale: float | None) -> Tensor:
-    if scale is None:
-        return pair
-    unconditional, conditional = pair.chunk(2)
-    return unconditional + scale * (conditional - unconditional)
-
-
-def published_gradients(golden: GoldenStep, objective: Objective) -> dict[str, Tensor]:
-    """Gradients of the objective one transition at a time, every score by autograd of a log-density or a reward."""
-    policy, table, last_step = golden.policy, golden.table, len(golden.table) - 1
-    parameters = policy.trainable() + (list(golden.flow.parameters()) if golden.flow else [])
-    for parameter in parameters:
-        parameter.grad = None
-
-    def log_density(x: Tensor, x_next: Tensor, o: Tensor, i: int) -> Tensor:
-        return -((x_next - table.a[i] * x - table.b[i] * o) ** 2).sum() / (2 * table.sigma[i] ** 2)
-
-    def reward_of(clean: Tensor, prompt: str) -> Tensor:
-        return golden.reward(golden.decoder(clean), [prompt]).sum()
-
-    def gamma(alpha_bar: Tensor) -> Tensor:
-        return alpha_bar.sqrt() if objective.gamma == "sqrt_alpha_bar" else alpha_bar
-
-    def reward_score(x: Tensor, o: Tensor, coefficients: tuple[Tensor, Tensor], alpha_bar: Tensor, row: int) -> Tensor:
-        prompt = str(golden.transitions.prompt[row].item())
-        if objective.reward_gradient == "terminal":
-            same = golden.transitions.trajectory == golden.transitions.trajectory[row]
-            finished = golden.transitions.step_index == last_step
-            x = golden.transitions.x_next[same & finished][:1].clone().requires_grad_()
-            clean = x
-        else:
-            o = o.detach() if objective.reward_gradient == "lookahead_detached" else o
-            clean = coefficients[0] * x + coefficients[1] * o
-        (gradient,) = torch.autograd.grad(reward_of(clean, prompt), x, retain_graph=True)
-        return objective.beta * gamma(alpha_bar) * gradient
-
-    for row in range(len(golden.transitions)):
-        one = golden.transitions[row : row + 1]
-        i, prompt = int(one.step_index), one.prompt
-        embedding = policy.conditions.of_prompts(prompt)
-        x, x_next = one.x.clone().requires_grad_(), one.x_next.clone().requires_grad_()
-        timestep, timestep_next = table.timestep[i : i + 1], table.timestep_next[i : i + 1]
-        o = guided(policy(x, timestep, prompt), policy.guidance_scale)
-        o_ref = guided(policy.reference(x, timestep, prompt), policy.guidance_scale)
-        o_next = guided(policy(x_next, timestep_next, prompt), policy.guidance_scale)
-        s, s_ref = (
-            torch.autograd.grad(log_density(x, x_next, out, i), x_next, create_graph=True)[0]
-            for out in (o, o_ref.detach())
-        )
-        at_x, at_next = (table.c[i], table.d[i]), (table.c_next[i], table.d_next[i])
-        forward = (
-            s - objective.prior_weight * s_ref - reward_score(x_next, o_next, at_next, table.alpha_bar_next[i], row)
-        )
-        loss = 0
-        if golden.flow:
-            g_next = golden.flow(one.x_next, timestep_next, embedding)
-            if i == last_step:
-                loss = loss + g_next.square().mean()
-            else:
-                forward = forward - g_next
-                back, back_ref = (
-                    torch.autograd.grad(log_density(x, one.x_next, out, i), x, retain_graph=True)[0]
-                    for out in (o, o_ref)
-                )
-                reverse = objective.prior_weight * (back - back_ref) + golden.flow(one.x, timestep, embedding)
-                reverse = reverse + reward_score(x, o, at_x, table.alpha_bar[i], row)
-                loss = loss + objective.reverse_weight * reverse.square().mean()
-        loss = loss + forward.square().mean() + objective.trust_region_weight * (o - one.model_output).square().mean()
-        (loss / len(golden.transitions)).backward(inputs=parameters)
-    return {name: gradient.clone() for name, gradient in golden.gradients().items()}
-
-
-@pytest.mark.parametrize("reward_gradient", GUIDANCE)
+@pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
 @pytest.mark.parametrize("changes", [{}, {"prior_weight": 1.0, "gamma": "alpha_bar"}], ids=str)
 @pytest.mark.parametrize("folder", STEP_SETS, ids=lambda folder: folder.name)
-def test_agrees_with_the_published_algorithm(folder, changes, reward_gradient):
+def test_gradients(folder, changes, reward_gradient):
+    """Against the definition in float64."""
     golden = load_once(folder)
     step = golden.step(4, reward_gradient=reward_gradient, **changes)
     _, gradients = run(golden, step)
-    assert_gradients(gradients, published_gradients(golden, step.objective))
+    exact = Exact(golden)
+    assert_gradients(gradients, exact.gradients(golden, exact.balance_loss(step.objective)))
 
 
-def test_agrees_with_the_published_algorithm_without_a_flow():
+def test_gradients_without_a_flow():
     golden = load_once(STEP_SETS[-1]).without_flow()
     step = golden.step(4, prior_weight=1.0, gamma="alpha_bar", reverse_weight=0.0)
     report, gradients = run(golden, step)
-    assert_gradients(gradients, published_gradients(golden, step.objective))
+    exact = Exact(golden)
+    assert_gradients(gradients, exact.gradients(golden, exact.balance_loss(step.objective)))
     assert report.passes == {"inner": 5, "last": 3}
 
 
-@pytest.mark.parametrize("reverse", [1.0, 0.0])
-@pytest.mark.parametrize(
-    ("reward_gradient", "with_reverse", "without"),
-    [("lookahead", 7, 5), ("lookahead_detached", 6, 4), ("terminal", 5, 3)],
-)
-def test_passes(reward_gradient, with_reverse, without, reverse):
-    golden = load_once(WITH_FLOW[0])
-    report, _ = run(golden, golden.step(4, reward_gradient=reward_gradient, reverse_weight=reverse))
-    assert report.passes == {"inner": with_reverse if reverse else without, "last": 3}
+@pytest.mark.parametrize("reverse_weight", [1.0, 0.0])
+@pytest.mark.parametrize("folder", STEP_SETS, ids=lambda folder: folder.name)
+def test_agrees_with_the_published_algorithm(folder, reverse_weight):
+    """Slot by slot, each of one drawn step of every trajectory."""
+    golden = load_once(folder)
+    step = golden.step(4, reverse_weight=reverse_weight)
+    _, gradients = run(golden, step)
+    for parameter in step.parameters:
+        parameter.grad = None
+    rows, count = golden.transitions, golden.inputs["timesteps"].shape[1]
+    slots = [rows[slot::count] for slot in range(count)]
+    arguments = (golden.reward, step.prompts, golden.table, step.objective, slots)
+    naive_step(golden.policy, golden.flow, golden.decoder, *arguments)
+    assert_gradients(gradients, golden.gradients())
 
 
 def test_weighting_by_sigma():
@@ -204,7 +143,7 @@ class Recorder(nn.Module):
         return self.reward(images, prompts)
 
 
-@pytest.mark.parametrize("reward_gradient", GUIDANCE)
+@pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
 def test_rewards_see_the_prompts_of_their_rows(reward_gradient):
     golden = load_once(WITH_FLOW[0])
     recorder = Recorder(golden.reward)

@@ -45,18 +45,18 @@ def clear(step: BalanceStep) -> None:
         parameter.grad = None
 
 
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("reuse_passes", [False, True])
 @pytest.mark.parametrize("backwards", [False, True])
-def test_halves_and_repeats(backwards, share, caplog):
+def test_halves_and_repeats(backwards, reuse_passes, caplog):
     golden = load_once(GOLDEN)
     transitions = adjacent(golden)
-    expected_step = golden.step(100, share=share)
+    expected_step = golden.step(100, reuse_passes=reuse_passes)
     clear(expected_step)
     expected = expected_step(transitions)
     gradients = {name: gradient.clone() for name, gradient in golden.gradients().items()}
 
     tight = limited(golden, 4, backwards)
-    step = tight.step(100, share=share)
+    step = tight.step(100, reuse_passes=reuse_passes)
     clear(step)
     report = step(transitions)
     assert tight.reward.failures >= 1

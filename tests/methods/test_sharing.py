@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastnabla.methods.micro_batches import cut
+from fastnabla.methods.micro_batches import MicroBatch, cut
 from fastnabla.methods.nabla_db import BalanceStep
-from fastnabla.trajectories.transitions import Transitions
+from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from tests.checks import BACKENDS, assert_gradients, randn
 from tests.golden import STEP_SETS, GoldenStep, load_step
 
@@ -72,7 +72,7 @@ def test_shared_passes_give_the_same_gradients(objective, micro_batch, backend):
     golden = load_once(GOLDEN)
     transitions = batch(golden)
     expected = gradients(golden, golden.step(100, **objective), transitions)
-    actual = gradients(golden, golden.step(micro_batch, backend, share=True, **objective), transitions)
+    actual = gradients(golden, golden.step(micro_batch, backend, reuse_passes=True, **objective), transitions)
     assert_gradients(actual, expected)
 
 
@@ -98,38 +98,40 @@ def test_passes_and_decodes(objective, passes, decodes):
             return golden.reward(images, prompts)
 
     counted = dataclasses.replace(golden, reward=Counter())
-    report = counted.step(100, share=True, **objective)(batch(golden))
+    report = counted.step(100, reuse_passes=True, **objective)(batch(golden))
     assert report.passes["inner"] == pytest.approx(passes)
     assert report.passes["last"] == 3
     assert len(decoded) == decodes + 3
 
 
-def test_without_sharing_nothing_follows():
-    golden = load_once(GOLDEN)
-    for micro in cut(batch(golden).select(), len(golden.table), 100, share=False):
-        assert len(micro.followers) == 0
-        assert micro.after().tolist() == list(range(len(micro.rows), 2 * len(micro.rows)))
+def cut_all(selection: LazyTransitions, size: int, reuse_passes: bool = False) -> list[MicroBatch]:
+    rows = torch.arange(len(selection))
+    return cut(selection, len(load_once(GOLDEN).table), rows, size, reuse_passes=reuse_passes)
 
 
-def test_followers_are_neighbours():
-    golden = load_once(GOLDEN)
-    selection = batch(golden).select()
-    inner, last = cut(selection, len(golden.table), 100, share=True)
+def test_without_reuse_no_row_is_shared():
+    for part in cut_all(batch(load_once(GOLDEN)).select(), 100):
+        assert len(part.shared) == 0
+        assert part.next_state_index().tolist() == list(range(len(part.rows), 2 * len(part.rows)))
+
+
+def test_neighbours_share():
+    selection = batch(load_once(GOLDEN)).select()
+    inner, last = cut_all(selection, 100, reuse_passes=True)
     assert (inner.last, last.last) == (False, True)
     names = list(zip(selection.trajectory[inner.rows].tolist(), selection.step_index[inner.rows].tolist(), strict=True))
     assert names == [(0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (2, 5)]
-    assert inner.followed_by.tolist() == [1, 2, -1, 4, -1, -1]
-    assert inner.followers.tolist() == [1, 2, 4]
-    assert inner.tails.tolist() == [2, 4, 5]
-    assert inner.after().tolist() == [1, 2, 6, 4, 7, 8]
-    assert len(last.followers) == 0
+    assert inner.next_row.tolist() == [1, 2, -1, 4, -1, -1]
+    assert inner.shared.tolist() == [1, 2, 4]
+    assert inner.unshared.tolist() == [2, 4, 5]
+    assert inner.next_state_index().tolist() == [1, 2, 6, 4, 7, 8]
+    assert len(last.shared) == 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7])
 def test_cuts_are_even_and_complete(size):
-    golden = load_once(GOLDEN)
-    selection = batch(golden).select()
-    parts = cut(selection, len(golden.table), size, share=False)
+    selection = batch(load_once(GOLDEN)).select()
+    parts = cut_all(selection, size)
     assert sorted(torch.cat([part.rows for part in parts]).tolist()) == list(range(len(selection)))
     for last in (False, True):
         sizes = [len(part.rows) for part in parts if part.last == last]
@@ -137,9 +139,9 @@ def test_cuts_are_even_and_complete(size):
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_sampler_that_is_no_chain_cannot_share():
+def test_passes_of_a_sampler_that_is_no_chain_cannot_be_reused():
     golden = load_once(GOLDEN)
     table = dataclasses.replace(golden.table, timestep_next=golden.table.timestep_next.clone())
     table.timestep_next[1] += 1
     with pytest.raises(ValueError, match="does not end where the next begins"):
-        dataclasses.replace(golden, table=table).step(4, share=True)
+        dataclasses.replace(golden, table=table).step(4, reuse_passes=True)

@@ -44,10 +44,10 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("reward_gradient", ["lookahead", "lookahead_detached", "terminal"])
-@pytest.mark.parametrize("share", [False, True])
-def test_no_float_decides_on_the_host(reward_gradient, share):
+@pytest.mark.parametrize("reuse_passes", [False, True])
+def test_no_float_decides_on_the_host(reward_gradient, reuse_passes):
     golden = load_once(GOLDEN)
-    step = golden.step(4, "torch", share=share, reward_gradient=reward_gradient)
+    step = golden.step(4, "torch", reuse_passes=reuse_passes, reward_gradient=reward_gradient)
     with NoWaiting():
         step(adjacent(golden))
 
@@ -63,14 +63,14 @@ def test_the_mode_sees_waiting():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("reward_gradient", ["lookahead", "lookahead_detached", "terminal"])
-@pytest.mark.parametrize("share", [False, True])
-def test_nothing_waits_on_a_gpu(reward_gradient, share):
+@pytest.mark.parametrize("reuse_passes", [False, True])
+def test_nothing_waits_on_a_gpu(reward_gradient, reuse_passes):
     golden = load_step(GOLDEN).to("cuda")
     host = adjacent(load_once(GOLDEN))
     columns = (field.name for field in dataclasses.fields(host))
     on_gpu = Transitions(**{name: getattr(host, name).cuda() for name in columns})
     selection = dataclasses.replace(host.select(), gather=lambda rows: on_gpu[rows.to("cuda", non_blocking=True)])
-    step = golden.step(4, share=share, reward_gradient=reward_gradient)
+    step = golden.step(4, reuse_passes=reuse_passes, reward_gradient=reward_gradient)
     step(selection)  # kernels are compiled, and libraries started
     torch.cuda.set_sync_debug_mode("error")
     try:

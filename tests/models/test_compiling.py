@@ -65,10 +65,12 @@ def different_cut(golden: GoldenStep) -> Transitions:
 
 
 @pytest.mark.parametrize(
-    ("reward_gradient", "share"),
+    ("reward_gradient", "reuse_passes"),
     [("lookahead", False), ("lookahead", True), ("lookahead_detached", False), ("terminal", False)],
 )
-def test_no_micro_batch_compiles_anew(reward_gradient: str, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_micro_batch_compiles_anew(
+    reward_gradient: str, reuse_passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first step compiles all that there is; other numbers of rows are padded to its own, and give the same gradients.
 
     By torch's tracing alone, which decides about graphs; no code is generated.
@@ -80,7 +82,7 @@ def test_no_micro_batch_compiles_anew(reward_gradient: str, share: bool, monkeyp
     golden = dataclasses.replace(golden, policy=Policy(unet, conditions, guidance_scale=3.0, rank=2))
     for parameter in golden.policy.trainable():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    step = golden.step(100, reward_gradient=reward_gradient, share=share)
+    step = golden.step(100, reward_gradient=reward_gradient, reuse_passes=reuse_passes)
     transitions = batch(golden)
     parts = ((transitions, 100), (transitions[:8], 100), (transitions, 4), (different_cut(golden), 2), (transitions, 1))
     expected = []
@@ -92,7 +94,7 @@ def test_no_micro_batch_compiles_anew(reward_gradient: str, share: bool, monkeyp
         assert_gradients(gradients(golden, step, part), wanted)
         graphs = graphs or counters["stats"]["unique_graphs"]
         assert counters["stats"]["unique_graphs"] == graphs
-    assert graphs == 1 + share  # one for each number of rows
+    assert graphs == 1 + reuse_passes  # one for each number of rows
     cost = compiling.compile_cost()
     assert cost.graphs == graphs and cost.seconds > 0
 
@@ -123,7 +125,7 @@ def test_next_states_have_a_size_of_their_own_where_passes_are_shared() -> None:
     golden.policy.compile = "whole"  # as far as the step knows
     runs = [run_of(golden, trajectory, [0, 1, 2, 3]) for trajectory in range(2)]
     last = [run_of(golden, trajectory, [len(golden.table) - 1]) for trajectory in range(8)]
-    report = golden.step(8, share=True)(joined(*runs, *last))
+    report = golden.step(8, reuse_passes=True)(joined(*runs, *last))
     assert golden.policy.static_rows == (2, 8)
     assert report.passes == {"inner": (6 * 8 + 2 * 2) / 8, "last": 3}
 

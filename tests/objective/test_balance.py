@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from fastnabla.objective.balance import (
-    Weights,
     forward_balance,
     reverse_balance,
     reverse_cotangent,
@@ -14,8 +13,10 @@ from fastnabla.objective.balance import (
     score_residual,
 )
 from fastnabla.objective.gaussian import gaussian_log_prob, guide, guided_step, step_score, unguide
+from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionRows
 from tests.checks import ddim_table, randn, relative_error
+from tests.exact import guided
 
 SHAPE = (3, 2, 4, 5)
 STEPS = torch.tensor([1, 6, 9])
@@ -27,13 +28,6 @@ def network(x: Tensor, guidance: float | None, seed: int) -> Tensor:
     copies = 1 if guidance is None else 2
     weights = 0.3 * randn(copies, x[0].numel(), x[0].numel(), seed=seed, dtype=x.dtype)
     return torch.cat([(x.flatten(1) @ weight).sin().view_as(x) for weight in weights])
-
-
-def guided(pair: Tensor, guidance: float | None) -> Tensor:
-    if guidance is None:
-        return pair
-    unconditional, conditional = pair[: len(pair) // 2], pair[len(pair) // 2 :]
-    return (1 - guidance) * unconditional + guidance * conditional
 
 
 def log_prob(o: Tensor, x: Tensor, x_next: Tensor, rows: TransitionRows) -> Tensor:
@@ -86,12 +80,10 @@ def test_forward_balance(batch, guidance, prior_weight, weighting, with_flow):
     flow = randn(*SHAPE, seed=5, dtype=torch.float64).requires_grad_()
     reward_score = randn(*SHAPE, seed=6, dtype=torch.float64)
     old = randn(*SHAPE, seed=7, dtype=torch.float64)
-    weights = Weights(
-        guidance_scale=guidance, beta=2.0, prior_weight=prior_weight, weighting=weighting, trust_region_weight=3.0
-    )
-    result = forward_balance(
-        output, output_ref, x, x_next, rows, reward_score, flow if with_flow else None, old, weights=weights
-    )
+    objective = Objective(beta=2.0, prior_weight=prior_weight, weighting=weighting, trust_region_weight=3.0)
+    others = (reward_score, flow if with_flow else None, old)
+    settings = {"objective": objective, "guidance_scale": guidance}
+    result = forward_balance(output, output_ref, x, x_next, rows, *others, **settings)
 
     end = x_next.clone().requires_grad_()
     (s,) = torch.autograd.grad(log_prob(guided(output, guidance), x, end, rows), end, create_graph=True)
@@ -142,11 +134,11 @@ def test_one_product_gives_reverse_and_reward_scores(batch, guidance, prior_weig
     scale = 2.0 * rows.alpha_bar
     (pixel_score,) = torch.autograd.grad(clean.cos().sum(), clean, retain_graph=True)
     (reward_score,) = torch.autograd.grad((scale * clean.cos()).sum(), x, retain_graph=True)
-    weights = Weights(guidance_scale=guidance, beta=2.0, prior_weight=prior_weight)
+    settings = {"objective": Objective(beta=2.0, prior_weight=prior_weight), "guidance_scale": guidance}
     _, score = scores(guidance, 3, x, x_next, rows)
     e = (x_next - rows.a * x - rows.b * guided(output, guidance)).detach() / rows.sigma**2
     for pixel, direct, reward in ((pixel_score, scale * rows.c * pixel_score, reward_score), (None, 0, 0)):
-        cotangent = reverse_cotangent(output, x, x_next, rows, pixel, weights=weights)
+        cotangent = reverse_cotangent(output, x, x_next, rows, pixel, **settings)
         assert not cotangent.requires_grad
         (vjp,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
         torch.testing.assert_close(prior_weight * rows.a * e + direct + vjp, prior_weight * score + reward, **EXACT)
@@ -164,17 +156,18 @@ def test_reverse_balance(batch, guidance, prior_weight, weighting, whole):
     clean = rows.c * x + rows.d * guided(output, guidance)
     (pixel_score,) = torch.autograd.grad(clean.cos().sum(), clean, retain_graph=True)
     (reward_score,) = torch.autograd.grad(clean.cos().sum(), x, retain_graph=True)
-    weights = Weights(guidance_scale=guidance, beta=2.0, prior_weight=prior_weight, weighting=weighting)
+    objective = Objective(beta=2.0, prior_weight=prior_weight, weighting=weighting)
+    settings = {"objective": objective, "guidance_scale": guidance}
     (_, score), (_, score_ref) = (scores(guidance, seed, x, x_next, rows) for seed in (3, 4))
     if whole:
-        loss = reverse_balance(score, score_ref, rows, flow, reward_score, weights=weights)
+        loss = reverse_balance(score, score_ref, rows, flow, reward_score, **settings)
     else:
         outputs = (output.detach(), output_ref.detach())
         products = []
         for o, pixel in ((output, pixel_score), (output_ref, None)):
-            cotangent = reverse_cotangent(o, x, x_next, rows, pixel, weights=weights)
+            cotangent = reverse_cotangent(o, x, x_next, rows, pixel, **settings)
             products += torch.autograd.grad(o, x, cotangent, retain_graph=True)
-        loss = reverse_balance(*products, rows, flow, None, pixel_score, outputs, weights=weights)
+        loss = reverse_balance(*products, rows, flow, None, pixel_score, outputs, **settings)
 
     residual = prior_weight * (score - score_ref) + flow + 2.0 * rows.alpha_bar * reward_score
     residual = residual * torch.tensor([1, 1, 0]).view(3, 1, 1, 1)
@@ -217,10 +210,10 @@ def test_low_precision_inputs_are_computed_in_float32(batch, dtype):
     rows = ddim_table(10, eta=0.8).rows(STEPS, x)
     output, output_ref = (network(x.float(), 5.0, seed=seed).to(dtype).requires_grad_() for seed in (3, 4))
     arguments = (output, output_ref, x, x_next, rows, randn(*SHAPE))
-    weights = Weights(guidance_scale=5.0, beta=1.0, prior_weight=0.5)
-    low = forward_balance(*arguments, weights=weights)
+    settings = {"objective": Objective(beta=1.0, prior_weight=0.5), "guidance_scale": 5.0}
+    low = forward_balance(*arguments, **settings)
     arguments = (output.float(), output_ref.float(), x.float(), x_next.float(), rows, randn(*SHAPE))
-    assert torch.equal(low.loss, forward_balance(*arguments, weights=weights).loss)
+    assert torch.equal(low.loss, forward_balance(*arguments, **settings).loss)
     low.loss.sum().backward()
     assert output.grad.dtype == dtype
     assert output_ref.grad is None

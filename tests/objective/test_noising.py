@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch.distributions import Normal
 
-from fastnabla.objective.balance import Weights, forward_balance, reverse_balance, reverse_cotangent
+from fastnabla.objective.balance import forward_balance, reverse_balance, reverse_cotangent
 from fastnabla.objective.noising import (
     check_is_ddpm,
     noising_log_prob,
@@ -13,6 +13,7 @@ from fastnabla.objective.noising import (
     noising_reverse,
     renoise,
 )
+from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionTable
 from tests.checks import DDIM, STABLE_DIFFUSION, ddim_table, randn
 from tests.exact import Smooth, grad
@@ -56,16 +57,16 @@ def test_residuals_are_those_of_the_densities(name):
     forward = grad(log_forward, x_next, retain_graph=True) - grad(log_backward.sum(), x_next, retain_graph=True)
     reverse = grad(log_forward, x, retain_graph=True) - grad(log_backward.sum(), x)
 
-    weights = Weights(guidance_scale=None, beta=0.0)
+    settings = {"objective": Objective(beta=0.0), "guidance_scale": None}
     o_noising, zero = noising_output(x.detach(), x_next.detach(), row), torch.zeros_like(x)
-    result = forward_balance(o.detach(), o_noising, x, x_next, row, zero, weights=weights)
+    result = forward_balance(o.detach(), o_noising, x, x_next, row, zero, **settings)
     torch.testing.assert_close(result.forward, forward.square().mean(1), rtol=1e-9, atol=0)
     torch.testing.assert_close(result.norm_ref, (grad(densities(table, x, x_next, o)[1].sum(), x_next)).norm(dim=1))
 
-    cotangent = reverse_cotangent(o.detach(), x, x_next, row, weights=weights)
+    cotangent = reverse_cotangent(o.detach(), x, x_next, row, **settings)
     (vjp,) = torch.autograd.grad(Smooth(SIZE)(x), x, cotangent)
     rest, outputs = noising_reverse(x.detach(), x_next.detach(), row), (o, o_noising)
-    loss = reverse_balance(vjp, rest, row, zero, zero, outputs=outputs, weights=weights)
+    loss = reverse_balance(vjp, rest, row, zero, zero, outputs=outputs, **settings)
     expected = reverse.square().mean(1)
     expected[-1] = 0  # the last transition has no reverse residual
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)

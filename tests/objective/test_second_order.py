@@ -9,41 +9,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastnabla.methods.passes import planned_passes
-from fastnabla.objective.settings import Objective
 from tests.checks import BACKENDS, assert_gradients
 from tests.exact import Exact, grad
 from tests.golden import STEP_SETS, GoldenStep, load_step
 
 GOLDEN = [folder for folder in STEP_SETS if (folder / "flow").exists()]
 load_once = functools.cache(load_step)
-
-
-@sdpa_kernel(SDPBackend.MATH)
-def expected_gradients(golden: GoldenStep, objective: Objective) -> dict[str, Tensor]:
-    exact, total, beta, prior_weight = Exact(golden), 0, objective.beta, objective.prior_weight
-
-    def gamma(alpha_bar: Tensor) -> Tensor:
-        return alpha_bar.sqrt() if objective.gamma == "sqrt_alpha_bar" else alpha_bar
-
-    for i, x, x_next, o_old, prompt in exact.rows():
-        o, o_ref = (exact.output(x, i, prompt, reference=reference) for reference in (False, True))
-        log_prob, log_ref = (exact.log_prob(x, x_next, out, i) for out in (o, o_ref))
-        o_next = exact.output(x_next, i, prompt, after=True)
-        score_next = grad(exact.reward(exact.clean(x_next, o_next, i, after=True), prompt).sum(), x_next)
-        forward = grad(log_prob, x_next, create_graph=True) - prior_weight * grad(log_ref, x_next, retain_graph=True)
-        forward = forward - beta * gamma(exact.at("alpha_bar_next", i)) * score_next
-        g_next = exact.flow_at(x_next.detach(), i, prompt, after=True)
-        if i == len(exact.table) - 1:
-            loss = forward.square().mean() + g_next.square().mean()
-        else:
-            score = grad(exact.reward(exact.clean(x, o, i), prompt).sum(), x, retain_graph=True)
-            reverse = prior_weight * (grad(log_prob, x, create_graph=True) - grad(log_ref, x))
-            reverse = reverse + exact.flow_at(x.detach(), i, prompt) + beta * gamma(exact.at("alpha_bar", i)) * score
-            loss = (forward - g_next).square().mean() + objective.reverse_weight * reverse.square().mean()
-        loss = loss + objective.trust_region_weight * (o - o_old).square().mean()
-        total = total + loss / len(exact.transitions)
-    return exact.gradients(golden, total)
 
 
 def gradients(golden: GoldenStep, step) -> dict[str, Tensor]:
@@ -62,7 +33,8 @@ def test_gradients(folder, backend):
     golden = dataclasses.replace(golden, transitions=golden.transitions[inner])
     step = golden.step(4, backend, reverse_second_order=True, reverse_weight=1e6, trust_region_weight=0.0)
     second = gradients(golden, step)
-    assert_gradients(second, expected_gradients(golden, step.objective))
+    exact = Exact(golden)
+    assert_gradients(second, exact.gradients(golden, exact.balance_loss(step.objective)))
     first = gradients(golden, golden.step(4, backend, reverse_weight=1e6, trust_region_weight=0.0))
     lora = [name for name in second if name.startswith("grad.lora")]
     distance, size = (
@@ -70,14 +42,6 @@ def test_gradients(folder, backend):
         for values in ({name: first[name] - second[name] for name in lora}, second)
     )
     assert distance > 0.5 * size
-
-
-@pytest.mark.parametrize(("reward_gradient", "passes"), [("lookahead", 10), ("lookahead_detached", 8), ("terminal", 7)])
-def test_passes(reward_gradient, passes):
-    golden = load_once(GOLDEN[0])
-    step = golden.step(4, reward_gradient=reward_gradient, reverse_second_order=True)
-    assert step(golden.transitions).passes == {"inner": passes, "last": 3}
-    assert planned_passes(step.objective, with_flow=True) == (passes, 3)
 
 
 @pytest.mark.parametrize("settings", [{"compile": "whole"}, {"checkpoint": True}])

@@ -117,8 +117,8 @@ def test_a_run_that_would_learn_nothing_stops(tmp_path: Path) -> None:
     for folder in ("lora", "reward"):
         (tmp_path / folder).mkdir()
     trainer = without_pictures(Trainer.from_config(tiny()))
-    gradients = trainer.step._gradients
-    trainer.step._gradients = lambda loss: [torch.zeros_like(gradient) for gradient in gradients(loss)]
+    gradients = trainer.step._differentiate
+    trainer.step._differentiate = lambda loss: [torch.zeros_like(gradient) for gradient in gradients(loss)]
     with pytest.raises(ZeroGradientError, match=r"update 1: the gradient of the policy's weights.*compile = 'none'"):
         trainer.train(tmp_path / "lora")
     trainer = without_pictures(Trainer.from_config(tiny()))
