@@ -73,9 +73,7 @@ def check_length(done: int, updates: int) -> None:
         RunFolderError: more updates than that are done.
     """
     if done > updates:
-        raise RunFolderError(
-            f"updates = {updates}: the run has done {done}; set at least that in its config.json."
-        )
+        raise RunFolderError(f"updates = {updates}: the run has done {done}; set at least that in its config.json.")
 
 
 def fingerprint(config: TrainConfig, prompts: RunPrompts) -> str:
