@@ -108,7 +108,7 @@ CHECKPOINT_FAILED = 71
 
 POINTS: dict[str, tuple[int, Callable[[Trainer, int, bool], None]]] = {
     "rollout": (15, lambda trainer, call, after: die_in_call(type(trainer.table), "rows", call, after)),
-    "micro-batch": (10, lambda trainer, call, after: die_in_call(trainer.step, "_micro_step", call, after)),
+    "micro-batch": (10, lambda trainer, call, after: die_in_call(trainer.step, "gradients", call, after)),
     "optimizer": (5, lambda trainer, call, after: die_in_call(trainer.optimizer, "update", call, after)),
     "record": (8, lambda trainer, call, after: die_in_record(call)),
     "write": (8000, lambda trainer, call, after: die_in_write(call)),

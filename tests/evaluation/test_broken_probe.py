@@ -63,7 +63,7 @@ def test_sound_features_are_not_spoken_of(caplog: pytest.LogCaptureFixture) -> N
 
 def test_evaluating_a_run_with_it_is_refused() -> None:
     evaluation = object.__new__(RunEvaluation)
-    evaluation.trainer = SimpleNamespace(config=SimpleNamespace(evaluation=SimpleNamespace(probe="mine:Probe")))
+    evaluation.components = SimpleNamespace(config=SimpleNamespace(evaluation=SimpleNamespace(probe="mine:Probe")))
 
     @dataclasses.dataclass
     class Seen:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastnabla.methods.accumulation import StepReport
-from fastnabla.methods.nabla_db import ROWS, STATISTICS
+from fastnabla.methods.nabla_db import STATISTICS
 from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, ZeroGradientError, largest, require_connected
 from fastnabla.training.guards import Guard
 from fastnabla.training.trainer import Trainer
@@ -26,7 +26,7 @@ NORMS = {"grad_norm_lora": torch.tensor(2.0), "grad_norm_flow": torch.tensor(3.0
 
 def report(rows: int = 4, **bad: int) -> StepReport:
     """Of `rows` transitions, all finite but for the statistics in `bad` in the row given there."""
-    values = {name: torch.ones(rows) for name in (*ROWS, *STATISTICS)}
+    values = {name: torch.ones(rows) for name in ("loss_forward", "loss_reverse", "step_index", "prompt", *STATISTICS)}
     values |= {"step_index": torch.arange(rows) % 3, "prompt": torch.arange(rows) % 2}
     for name, row in bad.items():
         values[name][row] = float("nan")
@@ -165,7 +165,7 @@ def test_samples_that_are_not_finite_are_named(caplog: pytest.LogCaptureFixture)
 
 def spoil(trainer: Trainer, updates: Sequence[int]) -> None:
     """Give the updates numbered `updates`, from 1, a reward whose gradient is NaN for the first image of a call."""
-    step, calls = trainer.step._micro_step, []
+    update, calls = trainer.update, []
     ((name, (reward, weight)),) = list(trainer.components.reward.terms.items())[:1]
     now = {"bad": False}
 
@@ -175,14 +175,13 @@ def spoil(trainer: Trainer, updates: Sequence[int]) -> None:
         factor[0] = float("nan")
         return values * factor if now["bad"] and images.requires_grad else values
 
-    def micro_step(selection, *arguments):
-        if not calls or calls[-1] is not selection:
-            calls.append(selection)
+    def counted(*arguments):
+        calls.append(arguments)
         now["bad"] = len(calls) in updates
-        return step(selection, *arguments)
+        update(*arguments)
 
     trainer.components.reward.terms[name] = (spoilt, weight)
-    trainer.step._micro_step = micro_step
+    trainer.update = counted
 
 
 def records(run: Path) -> list[dict]:
