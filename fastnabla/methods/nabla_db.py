@@ -31,6 +31,7 @@ from fastnabla.trajectories.reference_cache import CachedRows
 from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from fastnabla.transition import TransitionRows, TransitionTable
 
+ROWS = ("loss_forward", "loss_reverse", "step_index", "prompt")
 STATISTICS = ("trust", "norm_ref", "norm_residual", "norm_reward", "norm_target", "max_residual")
 
 
@@ -170,11 +171,12 @@ class BalanceStep(Accumulation):
             "terminal": forward.terminal if part.last and self.flow is not None else zero,
             "trust_region": objective.trust_region_weight * forward.trust,
         }
-        by_row = {"loss_forward": forward.forward, "loss_reverse": loss_reverse, "step_index": batch.step_index}
+        values = (forward.forward, loss_reverse, batch.step_index, prompts)
+        by_row = dict(zip(ROWS, values, strict=True)) | {name: getattr(forward, name) for name in STATISTICS}
         return PartResult(
             gradients=self._differentiate(loss.sum() / total),
             losses={name: values.sum() / total for name, values in terms.items()},
-            rows=by_row | {"prompt": prompts} | {name: getattr(forward, name) for name in STATISTICS},
+            rows=by_row,
         )
 
     @contextlib.contextmanager
