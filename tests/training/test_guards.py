@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastnabla.methods.accumulation import StepReport
-from fastnabla.methods.nabla_db import STATISTICS
+from fastnabla.methods.nabla_db import ROWS, STATISTICS
 from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, ZeroGradientError, largest, require_connected
 from fastnabla.training.guards import Guard
 from fastnabla.training.trainer import Trainer
@@ -26,7 +26,7 @@ NORMS = {"grad_norm_lora": torch.tensor(2.0), "grad_norm_flow": torch.tensor(3.0
 
 def report(rows: int = 4, **bad: int) -> StepReport:
     """Of `rows` transitions, all finite but for the statistics in `bad` in the row given there."""
-    values = {name: torch.ones(rows) for name in ("loss_forward", "loss_reverse", "step_index", "prompt", *STATISTICS)}
+    values = {name: torch.ones(rows) for name in (*ROWS, *STATISTICS)}
     values |= {"step_index": torch.arange(rows) % 3, "prompt": torch.arange(rows) % 2}
     for name, row in bad.items():
         values[name][row] = float("nan")
