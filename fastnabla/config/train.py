@@ -5,6 +5,7 @@ reward or the disk is checked later by the code that uses it, before training st
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -186,6 +187,26 @@ class TrainConfig:
     def is_sharded(self, processes: int) -> bool:
         """Whether a run of this many processes shards weights, gradients and moments."""
         return self.lora.rank == 0 and self.memory.shard is not False and processes > 1
+
+    def check_processes(self, processes: int) -> None:
+        """Check what depends on the number of processes, and that the tracker is installed.
+
+        Raises:
+            ValueError: a setting needs one process, or a package that is missing.
+        """
+        for field, alone in (("replay", 0), ("epochs", 1)):
+            value = getattr(self.rollout, field)
+            remedy = f"several processes learn from their newest rollout, once: use {alone}, or one process."
+            _require(processes == 1 or value == alone, f"rollout.{field}", value, remedy)
+        if self.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
+        _require(
+            not (self.dump_anomalies and self.is_sharded(processes)),
+            "dump_anomalies",
+            self.dump_anomalies,
+            f"an update's folder holds all weights, and they are sharded over {processes} processes; use --memory.shard "
+            "False, or leave it False.",
+        )
 
     @property
     def drawn_steps(self) -> int:

@@ -4,14 +4,14 @@ from fastnabla.prompts.length import warn_truncated
 from fastnabla.prompts.loading import load_prompts
 from fastnabla.prompts.order import assign_prompts, used_prompts
 from fastnabla.prompts.sets import PROMPT_SETS
-from fastnabla.prompts.split import RunPrompts, load_run_prompts, split_prompts
+from fastnabla.prompts.split import RunPrompts, prompts_of, split_prompts
 
 __all__ = [
     "PROMPT_SETS",
     "RunPrompts",
     "assign_prompts",
     "load_prompts",
-    "load_run_prompts",
+    "prompts_of",
     "split_prompts",
     "used_prompts",
     "warn_truncated",

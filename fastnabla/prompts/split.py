@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastnabla.config.sections import PromptConfig
 from fastnabla.prompts.loading import checked_prompt, load_prompts
 from fastnabla.utils.durable import write_file
 from fastnabla.utils.typed_json import parse
@@ -104,27 +105,23 @@ def split_prompts(prompts: Sequence[str], held_out: float, seed: int) -> tuple[l
     return parts
 
 
-def load_run_prompts(
-    source: str, templates: Sequence[str], held_out: float, evaluation: str | None, most_evaluated: int, seed: int
-) -> RunPrompts:
+def prompts_of(config: PromptConfig, most_evaluated: int, seed: int) -> RunPrompts:
     """Load the prompts that a run trains on and evaluates.
 
-    If neither `held_out` nor `evaluation` is given, training prompts are evaluated.
+    Without `held_out` and `evaluation`, training prompts are evaluated.
 
     Args:
-        source: training prompts; see `load_prompts`.
-        templates: templates for the prompts of both sources.
-        held_out: fraction of `source` that is held out and evaluated; 0 for none.
-        evaluation: source of the evaluated prompts, or None.
+        config: the sources, the templates of both, and the fraction that is held out.
         most_evaluated: largest number of evaluated prompts; the first ones are taken.
         seed: seed of the run.
 
     Raises:
         ValueError: see `load_prompts` and `split_prompts`.
     """
-    trained = load_prompts(source, templates)
+    held_out, evaluation = config.held_out, config.evaluation
+    trained = load_prompts(config.source, config.template)
     if evaluation is not None:
-        evaluated = load_prompts(evaluation, templates, field="prompts.evaluation")
+        evaluated = load_prompts(evaluation, config.template, field="prompts.evaluation")
         seen = set(trained).intersection(evaluated)
         if seen:
             logging.getLogger("fastnabla").warning(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fastnabla.config.sections import RewardConfig
 from fastnabla.rewards import testbed
 from fastnabla.rewards.check import check_reward
 from fastnabla.rewards.options import DEFAULTS, RewardOptions, parse_weights
@@ -27,6 +28,7 @@ __all__ = [
     "parse_term",
     "parse_weights",
     "published_class",
+    "reward_of",
 ]
 
 PUBLISHED: dict[str, str] = {
@@ -129,3 +131,19 @@ def _find(name: str, device: torch.device, options: RewardOptions) -> RewardFunc
     if not callable(reward):
         raise ValueError(f"reward.terms: {name!r} is not callable; it must take images and prompts and return rewards.")
     return reward.to(device) if isinstance(reward, torch.nn.Module) else reward
+
+
+def reward_of(config: RewardConfig, random_init: bool, device: torch.device) -> RewardSum:
+    """The reward that `config` describes, on `device`. With `random_init`, its networks have random weights.
+
+    Raises:
+        ValueError: see `build_reward`.
+    """
+    options = RewardOptions(
+        weights=parse_weights(config.weights),
+        preprocess=config.preprocess,
+        checkpoint=config.checkpoint,
+        precision=config.precision,
+        random_init=random_init,
+    )
+    return build_reward(config.terms, device, options, config.normalise, config.clip, config.timeout)

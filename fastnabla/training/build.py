@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import math
 
 import torch
@@ -24,18 +23,16 @@ from fastnabla.models.pipeline import image_size, pipeline_of, tokenizers
 from fastnabla.models.policy import Policy
 from fastnabla.optim.ema import WeightAverage
 from fastnabla.optim.optimizer import Optimizer
-from fastnabla.prompts import RunPrompts, used_prompts, warn_truncated
-from fastnabla.rewards import RewardSum, check_reward
+from fastnabla.prompts import RunPrompts, prompts_of, used_prompts, warn_truncated
+from fastnabla.rewards import RewardSum, check_reward, reward_of
 from fastnabla.run.checkpoint import TrainState
 from fastnabla.training.guards import require_measurable
-from fastnabla.training.inputs import prompts_of, reward_of
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.collection import RolloutCollector, Sampler, rank_ranges
 from fastnabla.trajectories.pooled_buffer import PooledBuffer
 from fastnabla.trajectories.sources import Source, StoredTrajectories, UnsampledTrajectories
 from fastnabla.transition import TransitionTable
 from fastnabla.utils.determinism import make_deterministic
-from fastnabla.utils.require import require
 from fastnabla.utils.seeding import seed_of
 
 
@@ -104,9 +101,9 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
         ValueError: a setting is wrong. The message names the field, its value and a remedy.
     """
     rollout, memory, seed = config.rollout, config.memory, config.seed
-    _check(config, world)
-    device = device_of(config, world.rank_info)
     ranges = rank_ranges(world, rollout.trajectories, rollout.updates)
+    device = device_of(config, world.rank_info)
+    config.check_processes(world.size)
     slots = torch.cat([torch.arange(part.start, part.stop) for part in ranges])
     if config.deterministic:
         make_deterministic()
@@ -114,7 +111,9 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
     # Inputs
     probe = build_probe(config.evaluation.probe, device)
     require_measurable(config.evaluation, probe)
-    prompts = prompts or prompts_of(config.prompts, config.evaluation.prompts, seed, world)
+    if prompts is None:  # rank 0 reads them for all
+        read = functools.partial(prompts_of, config.prompts, config.evaluation.prompts, seed)
+        prompts = RunPrompts.from_json(world.broadcast(lambda: read().to_json()))
     reward = reward_of(config.reward, config.model.random_init, device)
 
     # Networks
@@ -192,23 +191,6 @@ def fix_rows(config: TrainConfig, policy: Policy, step: Accumulation, world: Wor
     if policy.compile != "none":
         most = math.ceil(max(STEPS[config.method].cost(config).rows.values()) / world.size)
         policy.static_rows = (math.ceil(most / math.ceil(most / step.micro_batch)),)
-
-
-def _check(config: TrainConfig, world: World) -> None:
-    """Check what depends on this machine and the number of processes."""
-    for field, alone in (("replay", 0), ("epochs", 1)):
-        value = getattr(config.rollout, field)
-        remedy = f"several processes learn from their newest rollout, once: use {alone}, or one process."
-        require(world.size == 1 or value == alone, f"rollout.{field}", value, remedy)
-    if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
-    require(
-        not (config.dump_anomalies and config.is_sharded(world.size)),
-        "dump_anomalies",
-        config.dump_anomalies,
-        f"an update's folder holds all weights, and they are sharded over {world.size} processes; use --memory.shard False, "
-        "or leave it False.",
-    )
 
 
 def _buffer(config: TrainConfig, networks: Networks, trajectories: int, device: torch.device) -> TrajectoryBuffer:

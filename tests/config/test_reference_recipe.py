@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastnabla import rewards
 from fastnabla.config.methods import METHODS
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.reference_recipe import CHOICES, DEPARTURES
@@ -25,7 +26,6 @@ from fastnabla.optim.optimizer import Optimizer
 from fastnabla.prompts import assign_prompts, used_prompts
 from fastnabla.prompts.split import RunPrompts
 from fastnabla.run.resuming import flat
-from fastnabla.training import inputs
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.transitions import Transitions
 from tests.checks import assert_gradients
@@ -164,8 +164,8 @@ def test_a_flow_that_does_not_start_at_zero(kind: str) -> None:
 def test_a_run_is_the_authors_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their order of sampling and training written out, with plain AdamW, against the trainer. Float32 rounding: the steps
     are 1e-3 and six updates apply two of them each."""
-    options, build = [], inputs.build_reward
-    monkeypatch.setattr(inputs, "build_reward", lambda *given: options.append(given[2]) or build(*given))
+    options, build = [], rewards.build_reward
+    monkeypatch.setattr(rewards, "build_reward", lambda *given: options.append(given[2]) or build(*given))
     ours, theirs = (without_pictures(Trainer.from_config(compatible())) for _ in range(2))
     assert [(option.preprocess, option.precision) for option in options] == [("reference", "tf32")] * 2
     ours.train(tmp_path)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fastnabla.prompts import RunPrompts, load_prompts, load_run_prompts, split_prompts
+from fastnabla.config.sections import PromptConfig
+from fastnabla.prompts import RunPrompts, load_prompts, prompts_of, split_prompts
 
 MANY = [f"prompt {i}" for i in range(2000)]
 
@@ -61,7 +62,8 @@ def test_empty_parts_are_refused(share: float, parts: str):
 
 
 def run_prompts(source: str, templates=(), held_out=0.0, evaluation=None, most_evaluated=10, seed=0) -> RunPrompts:
-    return load_run_prompts(source, templates, held_out, evaluation, most_evaluated, seed)
+    config = PromptConfig(source=source, template=templates, held_out=held_out, evaluation=evaluation)
+    return prompts_of(config, most_evaluated, seed)
 
 
 def test_without_a_split_the_first_prompts_are_evaluated():
