@@ -100,8 +100,8 @@ class RolloutConfig:
     transition of a later epoch saves 2 of 7 passes. More epochs reuse samples, but these are increasingly
     off-policy."""
     replay: int = 0
-    """Train on the rollout from this many rounds ago. 0: the newest (on-policy). 1: the previous one, which the
-    reference implementation does without saying so. Each round of age needs memory for another rollout."""
+    """Age, in rollouts, of the rollout that is trained on. 0: the newest (on-policy). 1: the previous one, as in the
+    reference implementation, where this is undocumented. Each older rollout needs memory for one more."""
 
     def __post_init__(self) -> None:
         for name in ("trajectories", "updates", "batch", "epochs"):
@@ -116,7 +116,7 @@ class RolloutConfig:
         )
 
     @property
-    def updates_per_round(self) -> int:
+    def updates_per_rollout(self) -> int:
         """Number of updates between two rollouts."""
         return self.updates * self.epochs
 

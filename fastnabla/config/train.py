@@ -151,10 +151,10 @@ class TrainConfig:
         for name in ("updates", "checkpoint_every", "checkpoint_keep", "max_skipped"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1.")
         _require(
-            self.updates % self.rollout.updates_per_round == 0,
+            self.updates % self.rollout.updates_per_rollout == 0,
             "updates",
             self.updates,
-            f"must be a multiple of rollout.updates · rollout.epochs = {self.rollout.updates_per_round}.",
+            f"must be a multiple of rollout.updates · rollout.epochs = {self.rollout.updates_per_rollout}.",
         )
         _require(
             self.spike_factor is None or 1 < self.spike_factor < math.inf,
@@ -214,14 +214,14 @@ class TrainConfig:
         return int(self.sampler.steps * self.rollout.fraction + 1e-9)
 
     @property
-    def rounds(self) -> int:
+    def num_rollouts(self) -> int:
         """Number of rollouts in the whole run."""
-        return self.updates // self.rollout.updates_per_round
+        return self.updates // self.rollout.updates_per_rollout
 
     @property
     def sampled_trajectories(self) -> int:
         """Number of training trajectories in the whole run."""
-        return self.rounds * self.rollout.trajectories
+        return self.num_rollouts * self.rollout.trajectories
 
     @property
     def has_flow(self) -> bool:

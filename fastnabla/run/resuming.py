@@ -27,15 +27,15 @@ WITHOUT_EFFECT = (
     "evaluation.stop_below_diversity",
     "evaluation.stop_above_prior",
 )
-"""Fields that no result depends on, not even in rounding. So is `updates` if `can_extend(config)`."""
+"""Fields that no result depends on, not even in rounding. `updates` is another if `can_extend(config)`."""
 
 FALLING = (
     "A run cannot be extended with optimizer.schedule = {schedule!r}, because every learning rate depends on the number of "
     "updates. Start a run of the new length, or one with 'constant', which can be extended later."
 )
 LAGGING = (
-    "A run cannot be extended with rollout.replay = {replay}, because its last rounds sample nothing for later rounds. Start "
-    "a run of the new length, or one with 0, which can be extended later."
+    "A run cannot be extended with rollout.replay = {replay}, because its last updates no longer sample ahead. Start a run "
+    "of the new length, or one with 0, which can be extended later."
 )
 
 INTRODUCED: dict[str, Any] = {"deterministic": False}
@@ -51,7 +51,8 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def can_extend(config: TrainConfig) -> bool:
-    """Whether no update depends on the number of updates. A falling learning rate does, and so does sampling ahead."""
+    """Whether the run's updates are independent of their number. With a decaying learning rate, or when rollouts are sampled
+    ahead, they are not."""
     return config.optimizer.schedule == "constant" and config.rollout.replay == 0
 
 

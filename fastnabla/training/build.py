@@ -135,7 +135,7 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
     source: Source = UnsampledTrajectories(seed, rollout.trajectories, prompts.trained, config.prompts.draw)
     if buffer is not None:
         rollouts = RolloutCollector(sampler, networks.decoder, reward, prompts, buffer, slots)
-        source = StoredTrajectories(rollouts, buffer, slots, config.rounds, rollout.replay)
+        source = StoredTrajectories(rollouts, buffer, slots, config.num_rollouts, rollout.replay)
 
     # Optimizer
     optimizer = Optimizer(policy, flow, config.optimizer, config.flow, config.updates)

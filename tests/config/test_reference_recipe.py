@@ -170,7 +170,7 @@ def test_a_run_is_the_authors_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [(option.preprocess, option.precision) for option in options] == [("reference", "tf32")] * 2
     ours.train(tmp_path)
 
-    parameters, epochs = theirs.policy.trainable(), theirs.config.rounds
+    parameters, epochs = theirs.policy.trainable(), theirs.config.num_rollouts
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
     held: Transitions | None = None
     for epoch in range(-1, epochs):

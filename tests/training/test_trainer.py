@@ -125,7 +125,7 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(name: str, run:
 
 def test_evaluations_and_checkpoints_are_due_once_per_interval_and_at_the_end() -> None:
     trainer = object.__new__(Trainer)
-    trainer.config, trainer.per_round = small(updates=12), 2
+    trainer.config, trainer.updates_per_rollout = small(updates=12), 2
 
     def due(every: int) -> list[int]:
         found = []
