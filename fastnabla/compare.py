@@ -9,8 +9,8 @@ from typing import get_args
 import tyro
 from rich.console import Console
 
+from fastnabla.config.model_sections import TESTBED
 from fastnabla.config.presets import PRESETS
-from fastnabla.config.sections import TESTBED
 from fastnabla.config.train import MethodName
 from fastnabla.evaluation.options import EvaluationOptions
 from fastnabla.utils.console import print_error, quiet_libraries

@@ -9,9 +9,9 @@ import tyro
 
 from fastnabla.config.fields import dotted
 from fastnabla.config.methods import METHODS
+from fastnabla.config.model_sections import TESTBED
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.renamed import with_new_options
-from fastnabla.config.sections import TESTBED
 from fastnabla.config.train import TrainConfig
 from fastnabla.distributed.launch import RankInfo
 from fastnabla.utils.console import print_error, quiet_libraries, silenced

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fastnabla.config.fields import names_of
 from fastnabla.config.method_sections import Direct, PolicyGradient
-from fastnabla.config.sections import FlowConfig
+from fastnabla.config.model_sections import FlowConfig
 from fastnabla.objective.settings import Objective
 from fastnabla.utils.require import require
 

@@ -8,14 +8,8 @@ them, and lists the mistakes that are not reproduced.
 from collections.abc import Mapping
 from typing import Any
 
-from fastnabla.config.sections import (
-    LORA_TARGETS,
-    FlowConfig,
-    OptimizerConfig,
-    PromptConfig,
-    RewardConfig,
-    RolloutConfig,
-)
+from fastnabla.config.model_sections import LORA_TARGETS, FlowConfig, PromptConfig, RewardConfig
+from fastnabla.config.training_sections import OptimizerConfig, RolloutConfig
 
 DEPARTURES: dict[str, Any] = {
     "rollout.replay": 1,

@@ -10,8 +10,8 @@ from rich.table import Table
 from torch import nn
 
 from fastnabla.config.methods import METHODS
-from fastnabla.config.sections import MemoryConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import MemoryConfig
 from fastnabla.cost.reward_bytes import RewardBytes, reward_bytes
 from fastnabla.cost.shapes import shapes_of
 from fastnabla.cost.unit_costs import UnitCosts

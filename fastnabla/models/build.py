@@ -5,8 +5,8 @@ import dataclasses
 import torch
 from torch import nn
 
-from fastnabla.config.sections import ComputeConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import ComputeConfig
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.models.compiling import compiled
 from fastnabla.models.decoder import Decoder

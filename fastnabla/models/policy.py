@@ -14,7 +14,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from fastnabla.config.sections import LORA_TARGETS, Attention
+from fastnabla.config.model_sections import LORA_TARGETS
+from fastnabla.config.training_sections import Attention
 from fastnabla.distributed.sharding import ShardedNetwork
 from fastnabla.distributed.world import World
 from fastnabla.models.compiling import Compile, compile_blocks, compiled, pad_rows

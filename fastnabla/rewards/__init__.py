@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastnabla.config.sections import RewardConfig
+from fastnabla.config.model_sections import RewardConfig
 from fastnabla.rewards import testbed
 from fastnabla.rewards.check import check_reward
 from fastnabla.rewards.options import DEFAULTS, RewardOptions, parse_weights

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from fastnabla.config.sections import Precision, Preprocess
+from fastnabla.config.model_sections import Precision, Preprocess
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

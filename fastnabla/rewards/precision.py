@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastnabla.config.sections import Precision
+from fastnabla.config.model_sections import Precision
 
 logger = logging.getLogger(__name__)
 

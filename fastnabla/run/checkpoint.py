@@ -19,20 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastnabla
 from fastnabla.distributed.world import ALONE, World
-from fastnabla.methods.accumulation import Accumulation
-from fastnabla.models.policy import Policy
-from fastnabla.optim.ema import WeightAverage
-from fastnabla.optim.optimizer import Optimizer
 from fastnabla.rewards import RewardSum
 from fastnabla.run import large_tensors
 from fastnabla.run.host_copy import host_copy, nbytes
 from fastnabla.run.large_tensors import LargeTensors, write_tensors
-from fastnabla.trajectories.buffer import TrajectoryBuffer
-from fastnabla.trajectories.pooled_buffer import PooledBuffer
+from fastnabla.run.state import Progress, TrainState
 from fastnabla.utils.durable import DamagedError, partial_folder, remove_folder, verify_folder, write_folder
 
 logger = logging.getLogger("fastnabla")
@@ -42,58 +37,6 @@ FOLDER, FILE = "checkpoints", "state.pt"
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, or none of the existing ones can be read."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TrainState:
-    """The parts of a run that updates change."""
-
-    policy: Policy
-    flow: nn.Module | None
-    optimizer: Optimizer
-    reward: RewardSum
-    step: Accumulation
-    buffer: TrajectoryBuffer | PooledBuffer | None
-    """None for a method that stores no trajectories."""
-    ema: WeightAverage | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of the state except the buffer, which may be empty."""
-        return {
-            "policy": {name: parameter.detach() for name, parameter in self.policy.trained().items()},
-            "flow": self.flow.state_dict() if self.flow is not None else {},
-            "optimizer": self.optimizer.algorithm.state_dict(),
-            "schedule": self.optimizer.schedule.state_dict(),
-            "reward": self.reward.state_dict(),
-            "micro_batch": self.step.micro_batch,
-            "step": self.step.state_dict(),
-            "ema": self.ema.state_dict() if self.ema is not None else {},
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned in a run of the same configuration."""
-        with self.policy.updating():
-            for name, parameter in self.policy.trained().items():
-                parameter.copy_(state["policy"][name])
-        if self.flow is not None:
-            self.flow.load_state_dict(state["flow"])
-        self.optimizer.load_state_dict(state["optimizer"], state["schedule"])
-        self.reward.load_state_dict(state["reward"])
-        self.step.micro_batch = state["micro_batch"]
-        self.step.load_state_dict(state["step"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Progress:
-    """Progress of a run."""
-
-    update: int = 0
-    """Updates done."""
-    rollouts: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    """Metrics of the rollouts in the buffer, oldest first."""
 
 
 class Checkpoints:
@@ -134,7 +77,7 @@ class Checkpoints:
             state["buffer"] = self.state.buffer.state_dict()
         state, large = (state, {}) if self.large is None else self.large.take_out(state)
         if self.state.policy.is_sharded:
-            self._write_shares(state, large, progress.update, started)
+            self._write_sharded(state, large, progress.update, started)
         elif self.world.is_main:
             state, large = host_copy([state, large])
             stall = time.perf_counter() - started
@@ -173,7 +116,7 @@ class Checkpoints:
                 self.saved = before
                 raise
 
-    def _write_shares(self, state: dict[str, Any], large: dict[str, Tensor], update: int, started: float) -> None:
+    def _write_sharded(self, state: dict[str, Any], large: dict[str, Tensor], update: int, started: float) -> None:
         if self.world.is_main:
             costs = self._write(state, large, update, started)
             self._costs.append(costs | {"checkpoint_stall_seconds": costs["checkpoint_seconds"]})

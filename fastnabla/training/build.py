@@ -25,7 +25,7 @@ from fastnabla.optim.ema import WeightAverage
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.prompts import RunPrompts, prompts_of, used_prompts, warn_truncated
 from fastnabla.rewards import RewardSum, check_reward, reward_of
-from fastnabla.run.checkpoint import TrainState
+from fastnabla.run.state import TrainState
 from fastnabla.training.guards import require_measurable
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.collection import RolloutCollector, Sampler, rank_ranges

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnabla.config.sections import EvaluationConfig
+from fastnabla.config.training_sections import EvaluationConfig
 from fastnabla.methods.accumulation import StepReport
 from fastnabla.methods.zero_gradients import REWARD_GRADIENT, require_gradient
 

@@ -14,12 +14,12 @@ from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.methods.accumulation import StepReport
 from fastnabla.prompts import RunPrompts
-from fastnabla.run.checkpoint import Progress
 from fastnabla.run.files import RunFiles
 from fastnabla.run.lock import locked
 from fastnabla.run.meter import GpuMeter
 from fastnabla.run.pictures import save_pictures
 from fastnabla.run.save_weights import write_weights
+from fastnabla.run.state import Progress
 from fastnabla.run.table import decimals
 from fastnabla.run.weights import is_best
 from fastnabla.training.build import Components, fix_rows, plan_and_build

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastnabla.config.sections import PromptDraw, RolloutConfig
+from fastnabla.config.model_sections import PromptDraw
+from fastnabla.config.training_sections import RolloutConfig
 from fastnabla.prompts import assign_prompts
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.utils.seeding import generator_of, seed_of

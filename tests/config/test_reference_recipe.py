@@ -9,17 +9,11 @@ from torch import nn
 
 from fastnabla import rewards
 from fastnabla.config.methods import METHODS
+from fastnabla.config.model_sections import FlowConfig, LoraConfig, RewardConfig
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.reference_recipe import CHOICES, DEPARTURES
-from fastnabla.config.sections import (
-    EvaluationConfig,
-    FlowConfig,
-    LoraConfig,
-    OptimizerConfig,
-    RewardConfig,
-    RolloutConfig,
-)
 from fastnabla.config.train import TrainConfig, from_json, to_json
+from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.models.flow import build_flow
 from fastnabla.objective.settings import Objective
 from fastnabla.optim.optimizer import Optimizer

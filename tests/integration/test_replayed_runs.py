@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastnabla.config.sections import EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.cost.planner import buffer_bytes
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.objective.gaussian import guide

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from fastnabla.config.sections import FlowConfig, OptimizerConfig
+from fastnabla.config.model_sections import FlowConfig
+from fastnabla.config.training_sections import OptimizerConfig
 from fastnabla.optim.optimizer import (
     BLOCK,
     MIN_8BIT_SIZE,

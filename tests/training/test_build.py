@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastnabla import train
-from fastnabla.config.sections import EvaluationConfig, RolloutConfig
+from fastnabla.config.training_sections import EvaluationConfig, RolloutConfig
 from fastnabla.distributed.launch import RankInfo
 from fastnabla.training import build
 from fastnabla.training.build import build_components, plan_and_build

@@ -10,9 +10,10 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from fastnabla.config.model_sections import ModelConfig, SamplerConfig
 from fastnabla.config.presets import PRESETS
-from fastnabla.config.sections import EvaluationConfig, ModelConfig, OptimizerConfig, RolloutConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.methods.passes import planned_passes
 from fastnabla.objective.settings import Objective
