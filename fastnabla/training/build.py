@@ -1,4 +1,4 @@
-"""Builds the components of a run from its configuration. This is the one place that hands out the configuration's sections."""
+"""Builds the components of a run from its configuration."""
 
 import dataclasses
 import functools
@@ -68,7 +68,7 @@ class Components:
     ema: WeightAverage | None
     evaluator: Evaluator
     state: TrainState
-    """What a checkpoint saves of the above."""
+    """The parts of these that a checkpoint saves."""
     anomalies: Anomalies
 
 
@@ -111,7 +111,7 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
     # Inputs
     probe = build_probe(config.evaluation.probe, device)
     require_measurable(config.evaluation, probe)
-    if prompts is None:  # rank 0 reads them for all
+    if prompts is None:  # rank 0 reads them for all ranks
         read = functools.partial(prompts_of, config.prompts, config.evaluation.prompts, seed)
         prompts = RunPrompts.from_json(world.broadcast(lambda: read().to_json()))
     reward = reward_of(config.reward, config.model.random_init, device)
@@ -194,7 +194,7 @@ def fix_rows(config: TrainConfig, policy: Policy, step: Accumulation, world: Wor
 
 
 def _buffer(config: TrainConfig, networks: Networks, trajectories: int, device: torch.device) -> TrajectoryBuffer:
-    """A buffer for so many trajectories of each of the rollouts that are kept."""
+    """A buffer for `trajectories` trajectories of each rollout that is kept."""
     rollout, memory = config.rollout, config.memory
     buffer = TrajectoryBuffer(
         trajectories * (1 + rollout.replay),
