@@ -79,8 +79,7 @@ class LoraConfig:
     weights next to a frozen copy of the pretrained ones. Several processes then shard them (memory.shard)."""
     targets: tuple[str, ...] = LORA_TARGETS
     """Names of the UNet layers that get an adapter. all-linear stands for every linear layer, including feed-forward
-    layers and embeddings. The default is the attention projections, as in the reference
-    implementation."""
+    layers and embeddings. The default is the attention projections, as in the reference implementation."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "lora.rank", self.rank, "must be at least 1, or 0 to train all parameters of the UNet.")

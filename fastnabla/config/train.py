@@ -127,8 +127,8 @@ class TrainConfig:
             not (self.memory.shard and self.lora.rank),
             "memory.shard",
             self.memory.shard,
-            f"only a LoRA is trained (lora.rank = {self.lora.rank}), whose few MB are not worth sharding. Leave it None, "
-            "or train all parameters with --lora.rank 0.",
+            f"only a LoRA of a few MB is trained (lora.rank = {self.lora.rank}), which is not sharded. Leave it None, or train "
+            "all parameters with --lora.rank 0.",
         )
         require(
             not (self.deterministic and self.compute.attention == "xformers"),
@@ -194,11 +194,11 @@ class TrainConfig:
         """Check what depends on the number of processes, and that the tracker is installed.
 
         Raises:
-            ValueError: a setting needs one process, or a package that is missing.
+            ValueError: a setting needs a single process, or its package is missing.
         """
         for field, alone in (("replay", 0), ("epochs", 1)):
             value = getattr(self.rollout, field)
-            remedy = f"several processes learn from their newest rollout, once: use {alone}, or one process."
+            remedy = f"must be {alone} with several processes; change it, or use one process."
             require(processes == 1 or value == alone, f"rollout.{field}", value, remedy)
         if self.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")

@@ -22,8 +22,8 @@ INTERVAL = 1.0
 SILENCE = 30.0
 """Seconds without a heartbeat after which a process counts as dead."""
 LINGER = 2.5
-"""Seconds that a failed process stays alive, so that the others learn of the failure before the store possibly goes with it.
-The others stay twice as long, so that the launcher, which blames the first process to exit, names the right one."""
+"""Seconds that a failed process stays alive, so that the others learn of the failure even if the store ends with this process.
+The others stay twice as long, because the launcher blames the first process to exit."""
 STATUS = 1
 
 
@@ -38,7 +38,7 @@ class Watchdog(threading.Thread):
     """
 
     def __init__(self, store: Store, rank: int, size: int, prints: bool) -> None:
-        super().__init__(name="watch", daemon=True)
+        super().__init__(name="watchdog", daemon=True)
         self.store, self.rank, self.size, self.prints = store, rank, size, prints
         self.failed = False
         """Whether this process has failed."""

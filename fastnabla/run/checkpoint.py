@@ -59,7 +59,7 @@ class Checkpoints:
         """Update of the newest checkpoint, which may still be being written."""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: tuple[Future[dict[str, float]], float, int] | None = None
-        """The checkpoint being written, the seconds that training waited for it, and the update of the one before it."""
+        """The checkpoint being written, the seconds that training waited for it, and the update of the previous one."""
         self._costs: list[dict[str, float]] = []
 
     def save(self, progress: Progress) -> None:
@@ -122,7 +122,7 @@ class Checkpoints:
             self._costs.append(costs | {"checkpoint_stall_seconds": costs["checkpoint_seconds"]})
         else:
             write_tensors(partial_folder(self._folder(update)) / large_tensors.FOLDER, large)
-        self.world.barrier()  # else another rank could end the run before the checkpoint is written
+        self.world.barrier()  # otherwise another rank could end the run before the checkpoint is written
 
     def _write(self, state: dict[str, Any], large: dict[str, Tensor], update: int, started: float) -> dict[str, float]:
         folder, size = self._folder(update), nbytes([state, large])
@@ -141,7 +141,7 @@ class Checkpoints:
             ) from error
         seconds = time.perf_counter() - started
         present = _all(self.folder)
-        # Checkpoints with higher numbers are damaged, or this run would have continued from them.
+        # Checkpoints with higher numbers are damaged; otherwise this run would have continued from them.
         newest = present[: present.index(folder) + 1][-self.keep :]
         for path in present:
             if path not in newest:

@@ -17,7 +17,7 @@ from fastnabla.trajectories.pooled_buffer import PooledBuffer
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainState:
-    """The parts of a run that updates change."""
+    """The objects of a run that updates change."""
 
     policy: Policy
     flow: nn.Module | None
@@ -59,7 +59,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of a run."""
+    """How far a run has got."""
 
     update: int = 0
     """Updates done."""

@@ -17,7 +17,7 @@ from fastnabla.utils.seeding import generator_of, seed_of
 def learning_order(seed: int, rollout_index: int, rollout: RolloutConfig) -> list[Tensor]:
     """Which of a rollout's trajectories each of its `updates · epochs` updates learns from.
 
-    The first inner epoch takes the trajectories in order, each later one in a random order of its own.
+    The first inner epoch takes the trajectories in order. Each later one takes them in a random order of its own.
 
     Args:
         seed: of the run.
@@ -59,7 +59,7 @@ class Source(Protocol):
     """Where the trajectories of a rollout's updates come from."""
 
     rollouts: list[dict[str, float]]
-    """Metrics of the stored rollouts, oldest first: the one being learned from, then those ahead of it."""
+    """Metrics of the stored rollouts, oldest first. The oldest is the one being learned from."""
 
     def collect(self, rollout_index: int) -> dict[str, float]:
         """Prepare for the updates that learn from rollout `rollout_index`. Returns the rollout's metrics."""
