@@ -25,7 +25,7 @@ USABLE_FRACTION = 0.92
 ENOUGH = (4, 2, 1)
 """Micro-batch sizes that are worth recomputing for, in order of preference."""
 MAX_MICRO_BATCH = 16
-"""Micro-batch size beyond which passes do not get faster."""
+"""Micro-batch size beyond which a transition's passes do not get cheaper."""
 NO_REWARDS = RewardBytes(0, 0)
 
 

@@ -42,7 +42,7 @@ PUBLISHED: dict[str, str] = {
 
 
 def published_class(name: str) -> type:
-    """Import the `fastnabla.rewards.published.PublishedReward` called `name`, and with it transformers."""
+    """Import the `fastnabla.rewards.published.PublishedReward` called `name`. This imports transformers."""
     return getattr(importlib.import_module(f"fastnabla.rewards.{name}"), PUBLISHED[name])
 
 

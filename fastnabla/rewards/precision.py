@@ -1,7 +1,7 @@
 """The precision that a reward computes in, independent of the process's settings.
 
 Torch has two kinds of switches: autocast is local to a thread, TF32 is global. A backward pass runs after the reward has
-returned, with the switches set by then. So forward and backward pass are wrapped as one node of the graph, which sets the
+returned, with whatever switches are set then. So forward and backward pass are wrapped as one node of the graph, which sets the
 switches and restores them.
 """
 

@@ -52,7 +52,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def _write(path: Path, write: Write) -> dict[str, Any]:
-    """Write a file with `write` and flush it to disk; its size and digest."""
+    """Write a file with `write` and flush it to disk. Returns its size and digest."""
     with path.open("wb") as file:
         digesting = _Digesting(file)
         try:
@@ -181,7 +181,7 @@ def _seal(manifest: dict[str, Any]) -> str:
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:
-    """Verify every file of `folder` against its manifest; the manifest.
+    """Verify every file of `folder` against its manifest. Returns the manifest.
 
     Raises:
         DamagedError: a file or the manifest is missing, unreadable or changed.
