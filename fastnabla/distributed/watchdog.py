@@ -1,4 +1,4 @@
-"""Ends all processes of a run when one of them fails, so that none waits for it forever.
+"""Ends all processes of a run when one of them fails, because the others would wait for it forever.
 
 A failing process reports the failure in the rendezvous store. A process that is killed, or whose machine is lost, cannot
 report anything, but its heartbeat stops. A thread of every process polls for reported failures and for its neighbour's
@@ -114,7 +114,7 @@ class Watchdog(threading.Thread):
 
 
 def _end_process(status: int) -> NoReturn:
-    """End the process whatever its threads are blocked in. A run's files are never half-written
+    """End the process, whatever its threads are blocked on. A run's files are never half-written
     (`fastnabla.utils.durable`)."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,8 +3,8 @@
 `BalanceStep.gradients` computes one micro-batch, term by term: reference, policy, reward scores, forward residual, reverse
 residual. `fastnabla/objective/README.md` derives the terms, and `fastnabla.methods.passes` has the table of the passes.
 
-Transitions are rows of one batch, whatever their steps. Inner and last transitions are cut into micro-batches by memory,
-and the sum of their gradients does not depend on the cut. Adjacent transitions can share passes (`reuse_passes`): the next
+Transitions of all steps are rows of one batch. Inner and last transitions are cut into micro-batches that fit into memory;
+the sum of their gradients does not depend on the cut. Adjacent transitions can share passes (`reuse_passes`): the next
 state of one is the state of the other.
 """
 

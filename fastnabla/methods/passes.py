@@ -1,4 +1,4 @@
-"""What a training step costs in network passes and decodes, by kind of row. The steps count what they actually do.
+"""The planned cost of a training step in network passes and decodes, by kind of row. Steps also count their actual passes.
 
 U is one pass (forward, or backward to the input or to the parameters) of the UNet over a transition's guided rows.
 
@@ -9,7 +9,7 @@ Residual ∇-DB, passes per transition:
 | policy at x                           | all                                         | 1     | 1     |
 | backward to the parameters            | all                                         | 1     | 1     |
 | reference at x                        | all; cached for later inner epochs          | 1     | 1     |
-| its vector-Jacobian product           | reverse residual; cached likewise           | 1     |       |
+| its vector-Jacobian product           | reverse residual; cached too                | 1     |       |
 | the policy's vector-Jacobian product  | reverse residual                            | 1     |       |
 | policy at x'                          | "lookahead", "lookahead_detached"           | 1     |       |
 | its vector-Jacobian product           | "lookahead"                                 | 1     |       |

@@ -47,7 +47,7 @@ class Checkpoints:
         state: saved and restored.
         configuration: identifies the run's configuration; see `fastnabla.run.resuming.fingerprint`.
         keep: number of checkpoints kept.
-        world: the ranks. They save and load together. Rank 0 alone reads and writes, with one exception: in full finetuning each
+        world: the ranks. They save and load together. Only rank 0 reads and writes, with one exception: in full finetuning each
             rank reads the trained weights, and writes its shard of them if they are sharded, on a shared file system.
     """
 

@@ -19,8 +19,8 @@ from fastnabla.utils.durable import write_file
 
 
 class RunFiles:
-    """Begins a run in a folder or loads its newest checkpoint, then writes what the run writes. Rank 0 alone writes, unless
-    weights are sharded.
+    """Begins a run in a folder or loads its newest checkpoint, then writes the run's files. Only rank 0 writes, unless weights
+    are sharded.
 
     Args:
         folder: the run folder.

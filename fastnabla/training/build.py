@@ -94,7 +94,7 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
 
     Args:
         config: with its memory settings planned.
-        prompts: an interrupted run's, from its folder; None to load those that `config` names.
+        prompts: those in the folder of an interrupted run; None to load those that `config` names.
         world: the ranks that train together. Each builds its own components.
 
     Raises:

@@ -42,7 +42,7 @@ class BufferState:
         """
         geometry = self.geometry(self.capacity)
         if state.get("geometry") != geometry:
-            raise ValueError(f"the state is of a buffer of {state.get('geometry')}, this is one of {geometry}")
+            raise ValueError(f"the state is from a buffer with {state.get('geometry')}; this buffer has {geometry}")
         cached = () if self.reference is None else ("reference",)
         missing = {"first", "live", *cached, *self.saved_tensors()} - state.keys()
         if missing:

@@ -23,7 +23,7 @@ class DamagedError(Exception):
 
 
 class _Digesting:
-    """A file that digests what is written to it, and remembers why a write failed."""
+    """A file that computes a digest of what is written to it, and keeps the error of a failed write."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.bytes, self.digest, self.error = file, 0, hashlib.sha256(), None
@@ -58,7 +58,7 @@ def _write(path: Path, write: Write) -> dict[str, Any]:
         try:
             write(digesting)
         except Exception:
-            if digesting.error is not None:  # torch.save hides an OSError behind an exception of its own
+            if digesting.error is not None:  # torch.save replaces an OSError by its own exception
                 raise digesting.error from None
             raise
         file.flush()
