@@ -104,7 +104,6 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
     ranges = rank_ranges(world, rollout.trajectories, rollout.updates)
     device = device_of(config, world.rank_info)
     config.check_processes(world.size)
-    slots = torch.cat([torch.arange(part.start, part.stop) for part in ranges])
     if config.deterministic:
         make_deterministic()
 
@@ -129,8 +128,9 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
     step.world = world
     fix_rows(config, policy, step, world)
 
-    # Trajectories
-    buffer = _buffer(config, networks, len(slots), device) if METHODS[config.method].stores else None
+    # Trajectories. The buffer comes first: it is refused if there are more trajectories than fit into memory.
+    buffer = _buffer(config, networks, sum(map(len, ranges)), device) if METHODS[config.method].stores else None
+    slots = torch.cat([torch.arange(part.start, part.stop) for part in ranges])
     sampler = Sampler(config, policy, networks.table, networks.sample_shape, world)
     source: Source = UnsampledTrajectories(seed, rollout.trajectories, prompts.trained, config.prompts.draw)
     if buffer is not None:
