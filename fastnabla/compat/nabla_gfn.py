@@ -10,7 +10,8 @@ They return what the reference returns, computed through `TransitionTable`. The 
 - Coefficients are computed in float64, and arithmetic on half-precision states in float32. (The reference's σ² of the last
   step is off by 1e-5.)
 
-On CUDA the draw and the score with respect to x are Triton kernels, unless the draw needs a gradient or the score a second derivative.
+On CUDA the draw and the score with respect to x are Triton kernels, unless the draw needs a gradient or the score a
+second derivative.
 
 These functions help to port code. `fastnabla.losses` computes differences of scores to more digits.
 """

@@ -1,11 +1,12 @@
 """Checkpoints of a run: its state between two updates, in RUN/checkpoints/update-000010. The newest few are kept.
 
-A checkpoint holds the trained weights of the policy, their average, the flow network, optimizer and schedule, the rewards' running
-statistics, the state of the method's step, the micro-batch that fits into memory, and the rollouts that are still to be learned
-from. Nothing else is needed: all randomness is a function of the seed and the update.
+A checkpoint holds the trained weights of the policy, their average, the flow network, optimizer and schedule, the rewards'
+running statistics, the state of the method's step, the micro-batch that fits into memory, and the rollouts that are still to
+be learned from. No random state is saved: all randomness is a function of the seed and the update.
 
-A folder appears whole or not at all (`fastnabla.utils.durable`), so a run can be killed at any instant. A corrupt checkpoint is
-detected and the previous one is loaded. A thread writes the checkpoint from a copy on the host; training waits only for the copy.
+A folder appears whole or not at all (`fastnabla.utils.durable`), so a run can be killed at any instant. A corrupt checkpoint
+is detected and the previous one is loaded. A thread writes the checkpoint from a copy on the host; training waits only for
+the copy.
 """
 
 import dataclasses

@@ -68,7 +68,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def montage(images: Tensor, rows: int) -> Tensor:
-    """Arrange images `[N, 3, H, W]` row by row as one picture, about `[rows * H, N / rows * W, 3]`, with a pixel between them."""
+    """Arrange images `[N, 3, H, W]` row by row as one picture, about `[rows * H, N / rows * W, 3]`, a pixel apart."""
     images = images.clamp(0, 1)
     _, channels, height, width = images.shape
     padded = images.new_ones(len(images), channels, height + 1, width + 1)

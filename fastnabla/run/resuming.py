@@ -89,9 +89,9 @@ def is_unbegun(run: Path) -> bool:
 def run_to_resume(config: TrainConfig) -> tuple[Path, list[str]] | None:
     """The run folder that the command line `config` continues, and notes to print; None if it starts a new run.
 
-    With resume = "auto" it is the folder `run`, if it holds a run. The run keeps its own configuration: a field of the command line
-    that differs is refused if results depend on it, and named in a note otherwise. If the command line has more updates, the run is
-    extended, where `can_extend` allows it.
+    With resume = "auto" it is the folder `run`, if it holds a run. The run keeps its own configuration. A field of the command
+    line that differs is refused if results depend on it, and otherwise named in a note. If the command line has more updates
+    and `can_extend` allows it, the run is extended.
 
     Raises:
         ValueError: there is no run to resume, or its configuration differs.

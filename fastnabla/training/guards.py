@@ -1,5 +1,5 @@
-"""Guards of a run: updates that are not finite are skipped, spikes are logged and counted, and an evaluation that passes a bound
-ends the run.
+"""Guards of a run: updates that are not finite are skipped, spikes are logged and counted, and an evaluation that passes a
+bound ends the run.
 """
 
 import itertools
@@ -175,7 +175,7 @@ def spikes(metrics: dict[str, float], records: Sequence[dict[str, Any]], factor:
 
 
 def largest_row(rows: dict[str, Tensor], prompts: Sequence[str], timestep: Sequence[int]) -> str:
-    """The row with the largest loss, in words. For a method without a loss by row: with the largest residual, ratio or reward."""
+    """The row with the largest loss, in words. Without losses by row, the one with the largest residual, ratio or reward."""
     parts = {name: values for name, values in rows.items() if name.startswith("loss_")}
     if not parts:
         parts = {name: rows[name] for name in ("residual", "ratio", "reward") if name in rows}
@@ -217,8 +217,8 @@ def require_measurable(config: EvaluationConfig, probe: Any | None) -> None:
 def passed_bound(config: EvaluationConfig, records: Sequence[dict[str, Any]]) -> str | None:
     """The bound that the newest evaluation in `records` has passed, in words; None if it has passed none.
 
-    Both bounds are relative to the pretrained model's value, in evaluation 0. A value that is not finite counts as passed. When a
-    reward is hacked, it keeps rising while these bounds are passed.
+    Both bounds are relative to the pretrained model's value, in evaluation 0. A value that is not finite counts as passed.
+    When a reward is hacked, it keeps rising while these bounds are passed.
     """
     evaluations = sorted((r for r in records if r["phase"] == "evaluate"), key=lambda record: record["update"])
     for field, name, sign in (

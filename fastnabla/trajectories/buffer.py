@@ -1,7 +1,8 @@
 """The trajectory buffer, which stores only the transitions that will be trained on.
 
 The steps to keep are drawn before a trajectory is sampled. Neighbouring steps share the state between them, so a
-trajectory with K kept steps stores at most 2K states, each once. It is a ring buffer: the oldest trajectories are removed first.
+trajectory with K kept steps stores at most 2K states, each once. It is a ring buffer: the oldest trajectories are removed
+first.
 
 `fastnabla.trajectories.buffer_ops` moves the data, with one launch per operation, in C++ and CUDA or in plain torch.
 """

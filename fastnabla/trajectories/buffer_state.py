@@ -35,7 +35,7 @@ class BufferState:
         return numbers | cached | tensors
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` saved. Other keys, such as the `epoch` and `timestep` that older versions saved, are ignored.
+        """Restore what `state_dict` saved. Other keys, such as `epoch` and `timestep` from older versions, are ignored.
 
         Raises:
             ValueError: the state is from a buffer with other arguments, or not complete. Nothing is changed then.
