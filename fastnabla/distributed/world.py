@@ -57,7 +57,7 @@ class World:
 
     def __init__(self, info: RankInfo | None = None, watchdog: Watchdog | None = None) -> None:
         self.rank_info, self.watchdog = info or RankInfo(), watchdog
-        self.rank, self.size, self.local_rank = self.rank_info.rank, self.rank_info.size, self.rank_info.local_rank
+        self.rank, self.size = self.rank_info.rank, self.rank_info.size
         self.local_size = self._on_this_machine()
         """Number of ranks on this machine."""
 

@@ -309,9 +309,9 @@ def test_weights_in_channels_last_stay_so_in_place_and_learn_the_same(name: str)
 @pytest.mark.parametrize(
     ("name", "dtype", "message"),
     [
-        ("adamw", torch.complex64, "'adamw': takes .* and one is complex64 on cpu"),
-        ("adamw", torch.float8_e5m2, "'adamw': takes .* and one is float8_e5m2 on cpu"),
-        ("lion8bit", torch.float64, "'lion8bit': takes .* and one is float64 on cpu"),
+        ("adamw", torch.complex64, "'adamw': takes .* one parameter is complex64 on cpu"),
+        ("adamw", torch.float8_e5m2, "'adamw': takes .* one parameter is float8_e5m2 on cpu"),
+        ("lion8bit", torch.float64, "'lion8bit': takes .* one parameter is float64 on cpu"),
         ("paged_adamw8bit", torch.float32, "'paged_adamw8bit': .* on the CPU; use 'adamw8bit'"),
     ],
 )
