@@ -154,7 +154,7 @@ class Ring(RuleBasedStateMachine):
         state, (capacity, num_steps, *rest) = self.buffer.state_dict(), self.arguments
         before, self.buffer = self.buffer, TrajectoryBuffer(capacity + 1, num_steps, *rest, **self.options)
         self.refused(
-            ValueError, f"capacity {capacity}, .*, this buffer has", lambda: self.buffer.load_state_dict(state)
+            ValueError, f"capacity {capacity}, .*; this buffer has", lambda: self.buffer.load_state_dict(state)
         )
         self.buffer = TrajectoryBuffer(*self.arguments, **self.options)
         self.buffer.load_state_dict(state)
