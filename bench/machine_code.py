@@ -77,7 +77,7 @@ def _reverse_cotangent(dtype: torch.dtype, last: bool) -> None:
 def _reverse_balance(dtype: torch.dtype, last: bool) -> None:
     output, flow, x = _states(2, dtype, last), _states(1, dtype, last).requires_grad_(), _states()
     reverse_balance(
-        x, x, *_steps(), flow, x, (output, output), by_sigma=True, at_clean=True, **WEIGHTS
+        x, x, *_steps(), flow, x, (output, output), by_sigma=True, at_prediction=True, **WEIGHTS
     ).sum().backward()
 
 

@@ -19,7 +19,7 @@ import torch
 from bench.measure import device_info
 from bench.tables import markdown_table
 from fastnabla.config.presets import PRESETS
-from fastnabla.config.sections import RolloutConfig
+from fastnabla.config.training_sections import RolloutConfig
 from fastnabla.distributed.devices import device_of
 from fastnabla.distributed.launch import RankInfo
 from fastnabla.distributed.world import World

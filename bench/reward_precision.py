@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fastnabla.config.sections import Precision
+from fastnabla.config.model_sections import Precision
 from fastnabla.rewards import PUBLISHED, RewardOptions, published_class
 from fastnabla.rewards.__main__ import sample_images
 from fastnabla.rewards.inspection import value_and_gradient

@@ -1,8 +1,8 @@
 // The kernel behind all operations on CUDA. Each thread block copies a chunk of a row. For `gather`, additional blocks at
-// the front write the transitions' numbers, a transition a thread.
+// the front write the transitions' numbers, one transition per thread.
 //
 // Dtypes are looked up at run time, uniformly in a thread block. This costs nothing next to memory traffic, and lets one
-// kernel an operation serve all combinations. Either side may be pinned host memory.
+// kernel per operation serve all combinations. Either side may be pinned host memory.
 #pragma once
 
 #include "rows.h"
@@ -10,7 +10,7 @@
 namespace fastnabla {
 
 constexpr uint32_t THREADS = 256;
-// Thread blocks that fit on a multiprocessor, at least. This leaves 40 registers a thread; without it the compiler
+// Thread blocks that fit on a multiprocessor, at least. This leaves 40 registers per thread; without it the compiler
 // chooses 32 and spills one of them.
 constexpr uint32_t RESIDENT = 6;
 // Vectors that a thread reads before it writes the first.
@@ -276,7 +276,7 @@ __device__ inline void write_numbers(const Gather& gather) {
     }
 }
 
-// A thread block a chunk: after the blocks for numbers, block number is item * chunks + chunk. There is no loop over
+// One thread block per chunk: after the blocks for numbers, block number is item * chunks + chunk. There is no loop over
 // items, because with one the compiler needs so many registers that only a third of the threads fit.
 template <typename Arguments>
 __global__ void __launch_bounds__(THREADS, RESIDENT)

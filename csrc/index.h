@@ -76,7 +76,7 @@ HOST_DEVICE inline Split split_run(
     return {source_head, (count - source_head) / width};
 }
 
-// Elements of a quantisation block: the power of two of which `blocks` cover `elements`, 0 if there is none.
+// Elements of a quantisation block: the power of two for which `blocks` blocks cover `elements`, or 0 if there is none.
 // There is at most one unless blocks == 1, where all that cover the row are equivalent.
 HOST_DEVICE inline uint32_t block_of(uint32_t elements, int64_t blocks) {
     for (uint32_t block = 1; block != 0 && elements != 0; block <<= 1) {

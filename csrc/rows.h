@@ -76,7 +76,7 @@ struct Slabs {
     }
 };
 
-// Appends one step of each trajectory: three items a trajectory.
+// Appends one step of each trajectory: three items per trajectory.
 struct Append : Work {
     static constexpr bool QUANTISES = true, DEQUANTISES = false;
     Slabs slabs;
@@ -100,7 +100,7 @@ struct Append : Work {
     }
 };
 
-// Gathers transitions by number: three items a transition, and its numbers.
+// Gathers transitions by number: three items per transition, and its numbers.
 struct Gather : Work {
     static constexpr bool QUANTISES = false, DEQUANTISES = true;
     int64_t transitions;

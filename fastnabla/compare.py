@@ -9,9 +9,9 @@ from typing import get_args
 import tyro
 from rich.console import Console
 
+from fastnabla.config.methods import MethodName
+from fastnabla.config.model_sections import TESTBED
 from fastnabla.config.presets import PRESETS
-from fastnabla.config.sections import TESTBED
-from fastnabla.config.train import MethodName
 from fastnabla.evaluation.options import EvaluationOptions
 from fastnabla.utils.console import print_error, quiet_libraries
 from fastnabla.utils.require import require
@@ -70,7 +70,7 @@ class CompareConfig:
 
 
 def compare(config: CompareConfig, arguments: Sequence[str], console: Console) -> int:
-    """Train what is missing, evaluate, write the results and print their tables; the exit status.
+    """Train what is missing, evaluate, write the results and print their tables. Returns the exit status.
 
     Args:
         config: parsed options.

@@ -1,7 +1,7 @@
 """Residual ∇-DB (arXiv 2412.07775) for your own training loop.
 
-`residual_db_loss` takes network outputs, states, timesteps and reward gradients. It needs torch alone, and diffusers only if
-you pass one of its schedulers.
+`residual_db_loss` takes network outputs, states, timesteps and reward gradients. It needs only torch, and diffusers if you
+pass one of its schedulers.
 
     s̄_ref = reverse_scores(noise_pred_ref, x_t, …, retain_graph=False)      # optional: the reverse term
     s̄ = reverse_scores(noise_pred, x_t, …)
@@ -190,7 +190,7 @@ def reverse_scores(
     retain_graph: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
-    """``s̄ = ∇_x log P(x'|x)`` `[N, …]`, the score of a step in its start, by one backward pass to the network's input.
+    """``s̄ = ∇_x log P(x'|x)`` `[N, …]`, a step's score with respect to its start, by one backward pass to the network's input.
 
     Args:
         noise_pred: a policy's output at x, pair `[2N, …]` or `[N, …]`, with its graph to `x_t`.
@@ -256,7 +256,7 @@ def _check_states(x_t: Tensor, x_next: Tensor, timesteps: Tensor) -> None:
 
 def _check_output(name: str, output: Tensor, x_t: Tensor, guidance_scale: float | None) -> None:
     if guidance_scale is None:
-        return _check_tensor(name, output, x_t, " (guidance_scale=None: one row a transition)")
+        return _check_tensor(name, output, x_t, " (guidance_scale=None: one row per transition)")
     if not abs(guidance_scale) < float("inf"):
         raise ValueError(f"guidance_scale = {guidance_scale}: expected a finite number, or None for no guidance")
     _check_tensor(name, output, x_t, " (pairs, unconditional rows first; guidance_scale=None for single rows)", 2)

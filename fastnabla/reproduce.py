@@ -29,7 +29,7 @@ from fastnabla.training.build import Components, plan_and_build  # noqa: E402
 from fastnabla.training.guards import trace  # noqa: E402
 
 MAX_NAMED = 3
-"""Most parameters that are named."""
+"""Maximum number of parameters that are named."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -108,7 +108,7 @@ def _operation(run: Components, folder: Path) -> str:
 
 
 def lines(diagnosis: Diagnosis) -> list[str]:
-    """The diagnosis, in words."""
+    """Describe the diagnosis, one finding per line."""
     found = [f"not finite to begin with: {', '.join(diagnosis.inputs)}"] if diagnosis.inputs else []
     found += [f"first not finite: {place}" for place in diagnosis.places[:1]]
     found += [f"then: {place}" for place in diagnosis.places[1:]]

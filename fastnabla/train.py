@@ -9,9 +9,9 @@ import tyro
 
 from fastnabla.config.fields import dotted
 from fastnabla.config.methods import METHODS
+from fastnabla.config.model_sections import TESTBED
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.renamed import with_new_options
-from fastnabla.config.sections import TESTBED
 from fastnabla.config.train import TrainConfig
 from fastnabla.distributed.launch import RankInfo
 from fastnabla.utils.console import print_error, quiet_libraries, silenced
@@ -26,9 +26,9 @@ DESCRIPTION = (
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The configuration that a command line asks for; the preset is the testbed's if it names none.
+    """Parse a command line. Without a preset, the testbed's is used.
 
-    A leading ``--`` is dropped: torchrun needs one before our --run, which it would take for an option of its own, and
+    A leading ``--`` is dropped. torchrun needs one before our --run, which it would otherwise parse as its own option, and
     some versions of Python pass it on.
 
     Raises:
@@ -60,7 +60,7 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line in this process, together with the other ranks if there are several; the exit status."""
+    """Run the command line in this process, together with the other ranks if there are several. Returns the exit status."""
     try:
         info = RankInfo.of()
         with silenced(info.rank > 0):
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
         return 2
     quiet_libraries()
     # torch and diffusers are imported here. diffusers and peft would import bitsandbytes, for quantised networks, which
-    # imports torch's compiler: two seconds for nothing. `fastnabla.optim` imports it for an 8-bit optimizer.
+    # imports torch's compiler, which takes two seconds. `fastnabla.optim` imports it for an 8-bit optimizer.
     with hidden_packages("bitsandbytes"):
         from peft.import_utils import is_bnb_available
 

@@ -5,8 +5,8 @@ one-step predictions of the clean sample are affine in the state x and the (guid
 
     P(x_{i+1} | x_i) = N(a_i x_i + b_i o_i, σ_i² I),        x̂0(x_i) = c_i x_i + d_i o_i
 
-So a sampler is a table of coefficients, one row a step. It is computed once, in float64, from a diffusers scheduler
-(`fastnabla.scheduler_coefficients`); the rest of the code only sees the table.
+So a sampler is a table of coefficients with one row per step. It is computed once, in float64, from a diffusers scheduler
+(`fastnabla.scheduler_coefficients`). The rest of the code sees only the table.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ class TransitionTable:
             return self
         if device not in self._moved:
             columns = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-            for dtype in {column.dtype for column in columns.values()}:  # one transfer a dtype
+            for dtype in {column.dtype for column in columns.values()}:  # one transfer per dtype
                 names = [name for name, column in columns.items() if column.dtype == dtype]
                 columns |= zip(names, torch.stack([columns[name] for name in names]).to(device), strict=True)
             self._moved[device] = TransitionTable(**columns)
@@ -191,7 +191,7 @@ _LOCK = threading.Lock()
 def table_of(scheduler: Any, eta: float) -> TransitionTable:
     """`TransitionTable.from_scheduler(scheduler, eta=eta)`, cached.
 
-    One table a scheduler is kept, as long as the scheduler lives. It is rebuilt when η, the scheduler's timesteps or its
+    One table per scheduler is kept, for as long as the scheduler exists. It is rebuilt when η, the scheduler's timesteps or its
     configuration change. A look-up reads no tensor, so it does not synchronise.
 
     Raises:
@@ -203,7 +203,7 @@ def table_of(scheduler: Any, eta: float) -> TransitionTable:
     with _LOCK:
         try:
             kept = _TABLES.get(scheduler)
-        except TypeError:  # not hashable, so not a scheduler: from_scheduler raises
+        except TypeError:  # not hashable, so it is not a scheduler and from_scheduler raises
             kept = None
         if kept is None or kept[1] != settings or any(a is not b for a, b in zip(kept[0], parts, strict=True)):
             kept = (parts, settings, TransitionTable.from_scheduler(scheduler, eta=eta))

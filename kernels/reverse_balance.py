@@ -67,7 +67,7 @@ def _reverse_balance_kernel(
     GUIDED: tl.constexpr,
     GAMMA: tl.constexpr,
     BY_SIGMA: tl.constexpr,
-    AT_CLEAN: tl.constexpr,
+    AT_PREDICTION: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -79,7 +79,7 @@ def _reverse_balance_kernel(
 
     i_step = tl.load(step_index + i_row)
     reward_scale = beta * reward_weight(coefficient(table, i_step, num_steps, ALPHA_BAR), GAMMA)
-    if AT_CLEAN:
+    if AT_PREDICTION:
         reward_scale *= coefficient(table, i_step, num_steps, C_CLEAN)
     unit = 1.0
     if BY_SIGMA:
@@ -106,14 +106,14 @@ def _reverse_balance_kernel(
     tl.store(partial + tl.program_id(0), total(b_residual * b_residual) * inverse_size)
 
 
-def _layout(score, score_ref, flow, reward_score, output, output_ref, guidance_scale, at_clean):
+def _layout(score, score_ref, flow, reward_score, output, output_ref, guidance_scale, at_prediction):
     return layout(
         score,
         pairs=() if guidance_scale is None else ("output", "output_ref"),
         score=score,
         score_ref=score_ref,
         flow=flow,
-        **{"pixel_score" if at_clean else "reward_score": reward_score},
+        **{"pixel_score" if at_prediction else "reward_score": reward_score},
         output=output,
         output_ref=output_ref,
     )
@@ -144,10 +144,10 @@ def reverse_balance_op(
     gamma: str,
     prior_weight: float,
     by_sigma: bool,
-    at_clean: bool,
+    at_prediction: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    made = _layout(score, score_ref, flow, reward_score, output, output_ref, guidance_scale, at_clean)
+    made = _layout(score, score_ref, flow, reward_score, output, output_ref, guidance_scale, at_prediction)
     check_steps(table, step_index, score)
     gradient_flow = _results(made, flow, with_gradient)
     partial = score.new_empty(made.rows, made.tiles, 1, dtype=torch.float32)
@@ -169,7 +169,7 @@ def reverse_balance_op(
         prior_weight=prior_weight,
         GAMMA=GAMMAS.index(gamma),
         BY_SIGMA=by_sigma,
-        AT_CLEAN=at_clean,
+        AT_PREDICTION=at_prediction,
     )
     return sum_tiles(partial, sums=1).view(made.rows), gradient_flow
 
@@ -204,7 +204,7 @@ def reverse_balance(
     gamma: str,
     prior_weight: float,
     by_sigma: bool,
-    at_clean: bool,
+    at_prediction: bool,
 ) -> Tensor:
     """The loss by row, `[N]` float32, with gradients to `flow`.
 
@@ -212,7 +212,7 @@ def reverse_balance(
         score, score_ref: `[N, …]`, s̄_θ and s̄_ref; with `outputs` the vector-Jacobian products, which include λ.
         table, step_index: as in `fastnabla.kernels.forward_balance`.
         flow: g(x), `[N, …]`.
-        reward_score: `[N, …]`, ∇r(x), or ∂r/∂x̂0 if `at_clean`.
+        reward_score: `[N, …]`, ∇r(x), or ∂r/∂x̂0 if `at_prediction`.
         outputs: pairs of policy and reference, `[2N, …]`, or `[N, …]` without guidance.
         guidance_scale, beta, gamma, prior_weight, by_sigma: w, β, γ, λ and weighting by σ.
 
@@ -236,6 +236,6 @@ def reverse_balance(
         gamma,
         prior_weight,
         by_sigma,
-        at_clean,
+        at_prediction,
         torch.is_grad_enabled() and flow.requires_grad,
     )

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from fastnabla.config.sections import EvaluationConfig, RolloutConfig, SamplerConfig
+from fastnabla.config.model_sections import SamplerConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import EvaluationConfig, RolloutConfig
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.run import tracker as telemetry
 from fastnabla.run.checkpoint import CheckpointError

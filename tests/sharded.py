@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnabla.config.sections import FlowConfig, OptimizerConfig
+from fastnabla.config.model_sections import FlowConfig
+from fastnabla.config.training_sections import OptimizerConfig
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.methods.nabla_db import BalanceStep
 from fastnabla.models.conditions import Conditions

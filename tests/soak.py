@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import torch
 
-from fastnabla.config.sections import EvaluationConfig, RolloutConfig
+from fastnabla.config.training_sections import EvaluationConfig, RolloutConfig
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.training.trainer import Trainer
 from tests.faults import tiny

@@ -337,7 +337,10 @@ def test_reverse_scores_need_a_graph():
 WRONG = {
     "pair": ({"noise_pred": random(1)}, r"noise_pred has shape \(4, 2, 3, 5\), expected \(8, 2, 3, 5\) \(pairs"),
     "reference_shape": ({"noise_pred_ref": random(1)[:3]}, r"noise_pred_ref has shape \(3, 2, 3, 5\), expected \(8, "),
-    "single": ({"guidance_scale": None}, r"noise_pred has shape \(8, 2, 3, 5\), expected \(4, .*one row a transition"),
+    "single": (
+        {"guidance_scale": None},
+        r"noise_pred has shape \(8, 2, 3, 5\), expected \(4, .*one row per transition",
+    ),
     "x_next": ({"x_next": random(1)[:, :1]}, r"x_next has shape \(4, 1, 3, 5\), expected \(4, 2, 3, 5\)"),
     "empty": ({"x_t": torch.zeros(0, 2)}, r"x_t has shape \(0, 2\), expected \[N, …\] with N ≥ 1"),
     "integer_state": ({"x_t": torch.zeros(SHAPE, dtype=torch.int64)}, "x_t has dtype torch.int64, expected a floating"),

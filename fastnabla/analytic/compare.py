@@ -20,7 +20,7 @@ from fastnabla.analytic.experiment import Experiment  # noqa: E402
 from fastnabla.analytic.measures import DISTANCES, effective_number, floors  # noqa: E402
 from fastnabla.analytic.pictures import save_histograms  # noqa: E402
 from fastnabla.analytic.training import measure, train  # noqa: E402
-from fastnabla.config.sections import RolloutConfig  # noqa: E402
+from fastnabla.config.training_sections import RolloutConfig  # noqa: E402
 from fastnabla.run.table import markdown  # noqa: E402
 from fastnabla.utils.durable import write_file  # noqa: E402
 

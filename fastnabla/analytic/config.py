@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from fastnabla.config.method_sections import Direct, PolicyGradient
 from fastnabla.config.methods import MethodName
-from fastnabla.config.sections import FlowConfig, MemoryConfig, OptimizerConfig, RolloutConfig, SamplerConfig
+from fastnabla.config.model_sections import FlowConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import MemoryConfig, OptimizerConfig, RolloutConfig
 from fastnabla.objective.settings import Objective
 
 

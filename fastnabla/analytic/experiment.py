@@ -103,7 +103,7 @@ class Experiment:
             if rollout.epochs > 1 and method.has_reference:
                 self.buffer.keep_reference(with_product=training.has_flow and training.objective.reverse_weight > 0)
             slots = torch.arange(rollout.trajectories)
-            self.source = StoredTrajectories(self._rollout, self.buffer, slots, training.rounds, rollout.replay)
+            self.source = StoredTrajectories(self._rollout, self.buffer, slots, training.num_rollouts, rollout.replay)
         learned = None if config.exact_flow else self.flow
         self.optimizer = Optimizer(self.policy, learned, config.optimizer, training.flow, config.updates)
 

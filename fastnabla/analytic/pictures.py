@@ -18,6 +18,7 @@ from fastnabla.analytic.mixture import GaussianMixture
 from fastnabla.utils.seeding import generator_of
 
 LABELS = {"mode_mass_error": "mode-mass error", "sliced_wasserstein": "sliced Wasserstein distance"}
+COLUMNS = 3
 
 
 def save_pictures(
@@ -39,14 +40,14 @@ def save_pictures(
     plt.close(figure)
 
 
-def save_histograms(path: Path, samples: dict[str, Tensor], target: GaussianMixture, columns: int = 3) -> None:
-    """Plot 2-D histograms of `samples`, title → `[N, D]`, and of as many exact draws from `target`, `columns` per row."""
+def save_histograms(path: Path, samples: dict[str, Tensor], target: GaussianMixture) -> None:
+    """Plot 2-D histograms of `samples`, title → `[N, D]`, and of as many exact draws from `target`, `COLUMNS` per row."""
     count = len(next(iter(samples.values())))
     exact = target.sample(count, generator_of(0, "evaluation", 0))
     panels = samples | {"exact target": exact}
-    plane, rows = widest_plane(target), math.ceil(len(panels) / columns)
-    size = (10 / 3 * columns, 3.6 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, layout="constrained")
+    plane, rows = widest_plane(target), math.ceil(len(panels) / COLUMNS)
+    size = (10 / 3 * COLUMNS, 3.6 * rows)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=size, sharex=True, sharey=True, layout="constrained")
     edges = [torch.linspace(low, high, 61).numpy() for low, high in (_range(exact @ plane[:, i]) for i in range(2))]
     for axis, (title, points) in zip(axes.flat, panels.items(), strict=False):
         x, y = (points @ plane).T.numpy()

@@ -61,7 +61,7 @@ def updates(experiment: Experiment) -> Iterator[dict[str, float]]:
     """
     config, source, counter = experiment.config, experiment.source, experiment.policy.passes
     for update in range(config.updates):
-        rollout_index, place = divmod(update, config.rollout.updates_per_round)
+        rollout_index, place = divmod(update, config.rollout.updates_per_rollout)
         before = counter.rows
         if place == 0:
             rollout = source.collect(rollout_index)
@@ -75,7 +75,7 @@ def updates(experiment: Experiment) -> Iterator[dict[str, float]]:
             raise FloatingPointError(
                 f"the loss is not finite after update {update + 1}; lower optimizer.learning_rate or objective.beta."
             )
-        if place + 1 == config.rollout.updates_per_round:
+        if place + 1 == config.rollout.updates_per_rollout:
             source.finish()
 
 

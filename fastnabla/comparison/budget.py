@@ -20,7 +20,7 @@ def update_passes(config: TrainConfig) -> float:
 
 def updates_within(config: TrainConfig, passes: float) -> int:
     """Number of updates, in whole rollouts, that cost at most `passes` U; at least those of one rollout."""
-    updates = config.rollout.updates_per_round
+    updates = config.rollout.updates_per_rollout
     return max(1, int(passes / (update_passes(config) * updates) + 1e-9)) * updates
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 import tyro
 
 from fastnabla.config.methods import METHODS
+from fastnabla.config.model_sections import TESTBED
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.renamed import new_name
-from fastnabla.config.sections import TESTBED
 from fastnabla.config.train import TrainConfig
 
 METHOD_SETTINGS: dict[str, dict[str, dict[str, str]]] = {

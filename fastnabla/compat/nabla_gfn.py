@@ -10,7 +10,8 @@ They return what the reference returns, computed through `TransitionTable`. The 
 - Coefficients are computed in float64, and arithmetic on half-precision states in float32. (The reference's σ² of the last
   step is off by 1e-5.)
 
-On CUDA the draw and the score in x are Triton kernels, unless the draw needs a gradient or the score a second derivative.
+On CUDA the draw and the score with respect to x are Triton kernels, unless the draw needs a gradient or the score a
+second derivative.
 
 These functions help to port code. `fastnabla.losses` computes differences of scores to more digits.
 """
@@ -53,7 +54,7 @@ def inference_step(
         generator: generator of the noise of x'; not with `prev_sample`.
         prev_sample: x' `[N, …]`; drawn if None.
         prev_timestep: timestep of x'. Optional, because it follows from the schedule.
-        reverse_grad: return the score in x instead of in x'; `sample` must require a gradient.
+        reverse_grad: return the score with respect to x instead of x'; `sample` must require a gradient.
         retain_graph: with `reverse_grad`, keep the graph of `model_output`.
         allow_2nd: with `reverse_grad`, return a differentiable score; this keeps the graph as well.
         strength: λ, the factor of the score.

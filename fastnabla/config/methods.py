@@ -1,6 +1,6 @@
-"""What each method of finetuning needs, known without torch.
+"""What each finetuning method needs, without importing torch.
 
-`fastnabla.methods.registry` has a step for each of these names: how it is built and what it costs. `docs/objectives.md`
+`fastnabla.methods.registry` has the training step of each method. `docs/objectives.md`
 compares the methods.
 """
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fastnabla.config.fields import names_of
 from fastnabla.config.method_sections import Direct, PolicyGradient
-from fastnabla.config.sections import FlowConfig
+from fastnabla.config.model_sections import FlowConfig
 from fastnabla.objective.settings import Objective
 from fastnabla.utils.require import require
 
@@ -26,11 +26,11 @@ class Method:
     has_flow: bool = False
     """Whether it trains a flow network."""
     has_reference: bool = False
-    """Whether its step runs the pretrained network. Later inner epochs read those outputs from a cache."""
+    """Whether its step runs the pretrained network, whose outputs later inner epochs read from a cache."""
     without: tuple[str, ...] = ()
     """Fields, as SECTION.FIELD, that have no effect on it."""
     only: Mapping[str, tuple[tuple[Any, ...], str]] = dataclasses.field(default_factory=dict)
-    """Fields that it restricts: SECTION.FIELD → (allowed values, what to say about any other)."""
+    """Fields that it restricts: SECTION.FIELD → (allowed values, end of the error message for any other)."""
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Check a configuration, given as its `dotted` values.

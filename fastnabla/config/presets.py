@@ -7,19 +7,9 @@ transitions from each of 64 trajectories per update, and β and κ for each rewa
 
 import dataclasses
 
-from fastnabla.config.sections import (
-    TESTBED,
-    EvaluationConfig,
-    FlowConfig,
-    MemoryConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PromptConfig,
-    RewardConfig,
-    RolloutConfig,
-    SamplerConfig,
-)
+from fastnabla.config.model_sections import TESTBED, FlowConfig, ModelConfig, PromptConfig, RewardConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import EvaluationConfig, MemoryConfig, OptimizerConfig, RolloutConfig
 from fastnabla.objective.settings import Objective
 
 _TESTBED = TrainConfig(

@@ -1,21 +1,15 @@
 """`--reference-compat`: the recipe of the authors' implementation (github.com/lzzcd001/nabla-gfn).
 
-Settings that have a name in its configuration have a counterpart here. What its code does beyond them, on purpose or
-by mistake, is `DEPARTURES`: settings of fastnabla that are off by default. docs/stable-diffusion.md explains each of
-them, and lists the mistakes that are not reproduced.
+Each setting in its configuration has a counterpart here. `DEPARTURES` are what its code does beyond its configuration, on
+purpose or by mistake; these settings of fastnabla are off by default. docs/stable-diffusion.md explains each, and lists the
+mistakes that are not reproduced.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from fastnabla.config.sections import (
-    LORA_TARGETS,
-    FlowConfig,
-    OptimizerConfig,
-    PromptConfig,
-    RewardConfig,
-    RolloutConfig,
-)
+from fastnabla.config.model_sections import LORA_TARGETS, FlowConfig, PromptConfig, RewardConfig
+from fastnabla.config.training_sections import OptimizerConfig, RolloutConfig
 
 DEPARTURES: dict[str, Any] = {
     "rollout.replay": 1,
@@ -59,7 +53,7 @@ _DEFAULTS = {
 
 
 def reference_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that the recipe sets, which are `DEPARTURES`.
+    """The fields that the recipe sets: `DEPARTURES`.
 
     Args:
         values: a configuration, by dotted name.
@@ -70,7 +64,7 @@ def reference_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     refused = {name: allowed for name, allowed in CHOICES.items() if values[name] not in allowed}
     for name, theirs in DEPARTURES.items():
         section, _, field = name.partition(".")
-        # Neither left at its default nor set to what the reference has.
+        # Neither fastnabla's default nor the reference's value.
         if values[name] not in (theirs, getattr(_DEFAULTS[section], field)):
             refused[name] = (theirs,)
     if values["lora.rank"] == 0:

@@ -18,7 +18,7 @@ class Renamed:
     """What a field is called now."""
 
     name: str
-    """SECTION.FIELD, in the section that it was in."""
+    """SECTION.FIELD; the section is unchanged."""
     values: Mapping[Any, Any] | None = None
     """Old value → new value; None if the values are the same."""
 
@@ -34,9 +34,9 @@ RENAMED: dict[str, Renamed] = {
 
 
 def new_name(name: str) -> str:
-    """The name of the field that was called `name`, with a warning if that is another; `name` itself otherwise.
+    """The new name of the field `name`, with a warning, if it was renamed; otherwise `name`.
 
-    A field whose values were renamed too keeps its old name, which is then refused like any unknown field.
+    A field whose values have changed too keeps its old name, which is then refused like any unknown field.
     """
     renamed = RENAMED.get(name)
     if renamed is None or renamed.values is not None:
@@ -82,7 +82,7 @@ def _option(name: str) -> str:
 def with_new_names(values: Any) -> Any:
     """The JSON of a configuration, perhaps written by an older version, with new names.
 
-    An old name stays, to be refused as an unknown field, if the new one is there too or if its value is not valid.
+    If the new name is present too, or the old value is not valid, the old name is kept and then refused as an unknown field.
     """
     for old, renamed in RENAMED.items():
         section, _, field = old.partition(".")
@@ -99,7 +99,7 @@ def with_new_names(values: Any) -> Any:
 
 
 def with_old_names(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields`, by dotted name, with old names and values, for what older versions have computed from them."""
+    """`fields`, by dotted name, with the names and values of older versions, to compute the same fingerprints."""
     old = dict(fields)
     for name, renamed in RENAMED.items():
         before = {value: key for key, value in (renamed.values or {}).items()}

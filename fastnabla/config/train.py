@@ -15,23 +15,25 @@ from typing import Literal
 from fastnabla.config.fields import dotted
 from fastnabla.config.method_sections import Direct, PolicyGradient
 from fastnabla.config.methods import METHODS, MethodName
-from fastnabla.config.reference_recipe import reference_recipe
-from fastnabla.config.renamed import with_new_names
-from fastnabla.config.sections import (
-    ComputeConfig,
-    EvaluationConfig,
+from fastnabla.config.model_sections import (
     FlowConfig,
     LoraConfig,
-    MemoryConfig,
     ModelConfig,
-    OptimizerConfig,
     PromptConfig,
     RewardConfig,
-    RolloutConfig,
     SamplerConfig,
 )
+from fastnabla.config.reference_recipe import reference_recipe
+from fastnabla.config.renamed import with_new_names
+from fastnabla.config.training_sections import (
+    ComputeConfig,
+    EvaluationConfig,
+    MemoryConfig,
+    OptimizerConfig,
+    RolloutConfig,
+)
 from fastnabla.objective.settings import Backend, Objective
-from fastnabla.utils.require import require as _require
+from fastnabla.utils.require import require
 from fastnabla.utils.typed_json import dataclass_of, parse
 
 LARGEST = 2**31 - 1
@@ -108,27 +110,27 @@ class TrainConfig:
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _require(self.method in METHODS, "method", self.method, f"must be one of {', '.join(METHODS)}.")
+        require(self.method in METHODS, "method", self.method, f"must be one of {', '.join(METHODS)}.")
         if self.reference_compat:
             for name, value in reference_recipe(dotted(self)).items():
                 section, _, field = name.partition(".")
                 setattr(self, section, dataclasses.replace(getattr(self, section), **{field: value}))
         values = dotted(self)
         METHODS[self.method].check(values)
-        _require(
+        require(
             self.method != "draft" or self.direct.k <= self.sampler.steps,
             "direct.k",
             self.direct.k,
             f"must be at most sampler.steps = {self.sampler.steps}.",
         )
-        _require(
+        require(
             not (self.memory.shard and self.lora.rank),
             "memory.shard",
             self.memory.shard,
-            f"only a LoRA is trained (lora.rank = {self.lora.rank}), whose few MB are not worth sharding. Leave it None, "
-            "or train all parameters with --lora.rank 0.",
+            f"only a LoRA of a few MB is trained (lora.rank = {self.lora.rank}), which is not sharded. Leave it None, or train "
+            "all parameters with --lora.rank 0.",
         )
-        _require(
+        require(
             not (self.deterministic and self.compute.attention == "xformers"),
             "compute.attention",
             self.compute.attention,
@@ -136,48 +138,48 @@ class TrainConfig:
         )
         for name, value in values.items():
             if type(value) is int and name != "seed":
-                _require(abs(value) <= LARGEST, name, value, f"must be at most {LARGEST}.")
-        _require(0 <= self.seed < 2**64, "seed", self.seed, "must be at least 0 and below 2**64.")
-        _require(self.vram is None or 0 < self.vram < 1e9, "vram", self.vram, "must be positive and below 1e9.")
+                require(abs(value) <= LARGEST, name, value, f"must be at most {LARGEST}.")
+        require(0 <= self.seed < 2**64, "seed", self.seed, "must be at least 0 and below 2**64.")
+        require(self.vram is None or 0 < self.vram < 1e9, "vram", self.vram, "must be positive and below 1e9.")
         for name in ("run", "resume"):
             value = getattr(self, name)
-            _require(value is None or _is_path(value), name, f"{value!s:.100}", "is not a valid path.")
-        _require(
+            require(value is None or _is_path(value), name, f"{value!s:.100}", "is not a valid path.")
+        require(
             str(self.resume) != "auto" or self.run is not None,
             "resume",
             "auto",
             "needs the folder to continue or start: --run FOLDER.",
         )
         for name in ("updates", "checkpoint_every", "checkpoint_keep", "max_skipped"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1.")
-        _require(
-            self.updates % self.rollout.updates_per_round == 0,
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1.")
+        require(
+            self.updates % self.rollout.updates_per_rollout == 0,
             "updates",
             self.updates,
-            f"must be a multiple of rollout.updates · rollout.epochs = {self.rollout.updates_per_round}.",
+            f"must be a multiple of rollout.updates · rollout.epochs = {self.rollout.updates_per_rollout}.",
         )
-        _require(
+        require(
             self.spike_factor is None or 1 < self.spike_factor < math.inf,
             "spike_factor",
             self.spike_factor,
             "must be above 1 and finite, or None.",
         )
         drawn, steps = self.drawn_steps, self.sampler.steps
-        _require(
+        require(
             drawn >= 1,
             "rollout.fraction",
             self.rollout.fraction,
             f"leaves no transition of sampler.steps = {steps}; use at least {1 / steps:g}.",
         )
         if self.rollout.draw == "stratified":
-            _require(
+            require(
                 steps % drawn == 0,
                 "rollout.fraction",
                 self.rollout.fraction,
                 f"gives {drawn} strata, which do not divide sampler.steps = {steps}; change one of them, or rollout.draw.",
             )
         else:
-            _require(
+            require(
                 drawn < steps,
                 "rollout.fraction",
                 self.rollout.fraction,
@@ -192,15 +194,15 @@ class TrainConfig:
         """Check what depends on the number of processes, and that the tracker is installed.
 
         Raises:
-            ValueError: a setting needs one process, or a package that is missing.
+            ValueError: a setting needs a single process, or its package is missing.
         """
         for field, alone in (("replay", 0), ("epochs", 1)):
             value = getattr(self.rollout, field)
-            remedy = f"several processes learn from their newest rollout, once: use {alone}, or one process."
-            _require(processes == 1 or value == alone, f"rollout.{field}", value, remedy)
+            remedy = f"must be {alone} with several processes; change it, or use one process."
+            require(processes == 1 or value == alone, f"rollout.{field}", value, remedy)
         if self.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
-        _require(
+        require(
             not (self.dump_anomalies and self.is_sharded(processes)),
             "dump_anomalies",
             self.dump_anomalies,
@@ -214,14 +216,14 @@ class TrainConfig:
         return int(self.sampler.steps * self.rollout.fraction + 1e-9)
 
     @property
-    def rounds(self) -> int:
+    def num_rollouts(self) -> int:
         """Number of rollouts in the whole run."""
-        return self.updates // self.rollout.updates_per_round
+        return self.updates // self.rollout.updates_per_rollout
 
     @property
     def sampled_trajectories(self) -> int:
         """Number of training trajectories in the whole run."""
-        return self.rounds * self.rollout.trajectories
+        return self.num_rollouts * self.rollout.trajectories
 
     @property
     def has_flow(self) -> bool:

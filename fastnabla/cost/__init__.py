@@ -1,1 +1,1 @@
-"""What an update costs: memory, arithmetic, traffic; and the plan that fits it to a device."""
+"""The memory, arithmetic and memory traffic of an update, and the plan that fits it into a device."""

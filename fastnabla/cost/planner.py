@@ -10,8 +10,8 @@ from rich.table import Table
 from torch import nn
 
 from fastnabla.config.methods import METHODS
-from fastnabla.config.sections import MemoryConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import MemoryConfig
 from fastnabla.cost.reward_bytes import RewardBytes, reward_bytes
 from fastnabla.cost.shapes import shapes_of
 from fastnabla.cost.unit_costs import UnitCosts
@@ -25,7 +25,7 @@ USABLE_FRACTION = 0.92
 ENOUGH = (4, 2, 1)
 """Micro-batch sizes that are worth recomputing for, in order of preference."""
 MAX_MICRO_BATCH = 16
-"""Micro-batch size beyond which passes do not get faster."""
+"""Micro-batch size beyond which a transition's passes do not get cheaper."""
 NO_REWARDS = RewardBytes(0, 0)
 
 
@@ -95,10 +95,10 @@ def plan_memory(
 ) -> MemoryPlan:
     """Keep the fields of `config.memory` that are set, and choose the fastest values that fit for those that are None.
 
-    Plans without recomputation are preferred, then those that recompute as little as allows a micro-batch of `ENOUGH`
-    transitions. So a smaller budget can lead to a larger micro-batch, with the UNet recomputed: each of the four backward
-    passes of an inner transition then takes one more forward pass, 11 U instead of 7, which a larger micro-batch is not
-    expected to make up for.
+    Plans without recomputation are preferred. Next come those that recompute the least and still allow a micro-batch of
+    `ENOUGH` transitions. So a smaller budget can lead to a larger micro-batch, with the UNet recomputed. Each of the four
+    backward passes of an inner transition then takes one more forward pass, 11 U instead of 7. A larger micro-batch is not
+    expected to make up for that.
 
     Args:
         config: the run's configuration.
@@ -261,8 +261,8 @@ def _step(
 def _interpolated(micro_batch: int, bytes_of: Callable[[int], int]) -> int:
     """`bytes_of` the micro-batch, interpolated linearly between 1 and `MAX_MICRO_BATCH` transitions.
 
-    So what does not depend on their number (gradients, weights cast by autocast) counts once. In between, the result is
-    slightly too large, because memory is convex in the number of transitions.
+    Memory that does not depend on their number (gradients, weights cast by autocast) thus counts once. In between, the
+    result is slightly too large, because memory is convex in the number of transitions.
     """
     if micro_batch == 1:
         return bytes_of(1)

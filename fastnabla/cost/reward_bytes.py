@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from fastnabla.config.sections import RewardConfig
+from fastnabla.config.model_sections import RewardConfig
 from fastnabla.cost.shapes import fake_weights
 from fastnabla.rewards import PUBLISHED, RewardOptions, parse_term, published_class
 from fastnabla.rewards.model import RewardModel

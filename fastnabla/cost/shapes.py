@@ -1,4 +1,4 @@
-"""The networks of a configuration without their weights, to know what a run needs before anything is loaded."""
+"""The networks of a configuration without their weights, to estimate a run's cost before anything is loaded."""
 
 import contextlib
 import dataclasses

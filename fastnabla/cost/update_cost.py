@@ -1,4 +1,4 @@
-"""The cost of an update, known before the first: network passes, arithmetic, memory, and time at a measured rate."""
+"""The cost of an update, computed in advance: network passes, arithmetic, memory, and time at a measured rate."""
 
 import dataclasses
 import statistics
@@ -20,7 +20,7 @@ from fastnabla.optim.optimizer import expected_state_bytes
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateCost:
-    """Average cost of an optimizer update, including its share of the rollout."""
+    """Average cost of an optimizer update, including its part of the rollout."""
 
     step: StepCost
     rollout_passes: float
@@ -39,7 +39,7 @@ def update_trajectories(config: TrainConfig) -> int:
 
 
 def rollout_passes(config: TrainConfig) -> float:
-    """U of an update's share of its rollout, forward only; 0 for a method whose step samples its own trajectories."""
+    """U of an update's part of its rollout, forward only; 0 for a method whose step samples its own trajectories."""
     each = update_trajectories(config) * config.sampler.steps / config.rollout.epochs
     return each if METHODS[config.method].stores else 0
 

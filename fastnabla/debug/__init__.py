@@ -1,1 +1,1 @@
-"""Finding out why an update is not finite."""
+"""Diagnosis of updates that are not finite."""

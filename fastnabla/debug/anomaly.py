@@ -1,4 +1,4 @@
-"""Writes an update that is not finite into a folder, from which `fastnabla.reproduce` can compute it again elsewhere.
+"""Writes an update that is not finite into a folder. `fastnabla.reproduce` can compute it again from there, on any machine.
 
 RUN/anomalies/update-000003/ holds everything that the update was computed from: its transitions (for a method that samples in
 its step, the prompts and seeds of its trajectories), the trained weights before it, and the run's configuration and prompts.
@@ -26,7 +26,7 @@ logger = logging.getLogger("fastnabla")
 
 FOLDER, TENSORS = "anomalies", "update.safetensors"
 MAX_UPDATES = 3
-"""A run writes at most this many updates: its first."""
+"""A run writes at most this many updates, the first ones."""
 MAX_BYTES = 2 * 2**30
 """A larger update is not written."""
 

@@ -11,7 +11,7 @@ from fastnabla.models.policy import Policy
 from fastnabla.rewards import RewardSum
 
 MAX_PLACES = 5
-"""Most places that are reported."""
+"""Maximum number of places that are reported."""
 
 
 @contextlib.contextmanager

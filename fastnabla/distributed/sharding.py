@@ -1,10 +1,10 @@
 """Shards a network over the ranks with FSDP2 (`torch.distributed.fsdp.fully_shard`), to train all its parameters.
 
 Each rank keeps a shard of every weight, in the training dtype, and of every gradient and optimizer moment. The weights are
-gathered in the compute dtype once an update, for all its passes. Gradients are reduce-scattered once a micro-batch.
+gathered in the compute dtype once per update, for all its passes. Gradients are reduce-scattered once per micro-batch.
 
 By default, FSDP2 gathers a block before each of its passes and reduce-scatters during `backward`. That requires all ranks to
-run the same passes in the same order, so none could repeat a pass that ran out of memory. Here a step takes several
+run the same passes in the same order, so no rank could repeat a pass that ran out of memory. Here a step takes several
 vector-Jacobian products through one graph, and ranks may have different numbers and sizes of micro-batches. So there is no
 communication within a pass.
 """

@@ -1,4 +1,4 @@
-"""Ends all processes of a run when one of them fails, so that none waits for it forever.
+"""Ends all processes of a run when one of them fails, because the others would wait for it forever.
 
 A failing process reports the failure in the rendezvous store. A process that is killed, or whose machine is lost, cannot
 report anything, but its heartbeat stops. A thread of every process polls for reported failures and for its neighbour's
@@ -22,8 +22,8 @@ INTERVAL = 1.0
 SILENCE = 30.0
 """Seconds without a heartbeat after which a process counts as dead."""
 LINGER = 2.5
-"""Seconds that a failed process stays alive, so that the others learn of the failure before the store possibly goes with it.
-The others stay twice as long, so that the launcher, which blames the first process to exit, names the right one."""
+"""Seconds that a failed process stays alive, so that the others learn of the failure even if the store ends with this process.
+The others stay twice as long, because the launcher blames the first process to exit."""
 STATUS = 1
 
 
@@ -38,7 +38,7 @@ class Watchdog(threading.Thread):
     """
 
     def __init__(self, store: Store, rank: int, size: int, prints: bool) -> None:
-        super().__init__(name="watch", daemon=True)
+        super().__init__(name="watchdog", daemon=True)
         self.store, self.rank, self.size, self.prints = store, rank, size, prints
         self.failed = False
         """Whether this process has failed."""
@@ -114,7 +114,7 @@ class Watchdog(threading.Thread):
 
 
 def _end_process(status: int) -> NoReturn:
-    """End the process whatever its threads are blocked in. A run's files are never half-written
+    """End the process, whatever its threads are blocked on. A run's files are never half-written
     (`fastnabla.utils.durable`)."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,6 +1,6 @@
 """`World`: the ranks of a data-parallel run, and their collective operations.
 
-Every rank holds all networks and computes its rows of each batch. The gradients are summed over the ranks once an optimizer
+Every rank holds all networks and computes its rows of each batch. The gradients are summed over the ranks once per optimizer
 step. Unless stated otherwise, methods of `World` are collective: all ranks call them, in the same order. With a single rank
 they do nothing and need no process group, so callers do not distinguish the cases.
 
@@ -40,7 +40,7 @@ dead ranks sooner."""
 
 CPU = torch.device("cpu")
 PATIENCE = 10.0
-"""Seconds to wait for a lost rank to report why it failed, before its loss itself is reported."""
+"""Seconds to wait for a lost rank to report why it failed. After that, its loss is reported."""
 
 
 class LostProcess(RuntimeError):
@@ -57,7 +57,7 @@ class World:
 
     def __init__(self, info: RankInfo | None = None, watchdog: Watchdog | None = None) -> None:
         self.rank_info, self.watchdog = info or RankInfo(), watchdog
-        self.rank, self.size, self.local_rank = self.rank_info.rank, self.rank_info.size, self.rank_info.local_rank
+        self.rank, self.size = self.rank_info.rank, self.rank_info.size
         self.local_size = self._on_this_machine()
         """Number of ranks on this machine."""
 

@@ -1,1 +1,1 @@
-"""Evaluation of finished runs."""
+"""Evaluation of finished runs: distances to the distribution that finetuning should reach."""

@@ -1,4 +1,4 @@
-"""The options of an evaluation. Importing them needs no torch, so command lines can parse first."""
+"""The options of an evaluation. They can be imported without torch, so that command lines are parsed quickly."""
 
 import dataclasses
 

@@ -1,1 +1,1 @@
-"""What an update computes: one file a method."""
+"""The training step of each method, one file per method."""

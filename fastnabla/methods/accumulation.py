@@ -1,6 +1,6 @@
 """What all training steps share: a batch goes through the networks in parts, and the gradients of the parts add up.
 
-A step subclasses `Accumulation`. Its call is a loop over `Parts`, its method `gradients` computes one of them:
+A step subclasses `Accumulation`. Its method `gradients` computes one part, and its call is a loop over `Parts`:
 
     parts = Parts(self, len(batch), cut)
     for part in parts:
@@ -82,7 +82,7 @@ class Accumulation:
     Args:
         policy: the policy, which counts its passes.
         flow: a second network that is trained, or None.
-        micro_batch: most rows in a part. Running out of GPU memory halves it.
+        micro_batch: maximum number of rows in a part. Running out of GPU memory halves it.
         backend: what computes between the network passes; see `fastnabla.objective.backend`.
     """
 
@@ -139,8 +139,8 @@ class Accumulation:
         return None
 
     def _flow_values(self, states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
-        """Outputs of the flow network at `states`, `[n, C, H, W]`. It computes in bfloat16 (autocast) if the policy's dtype
-        has 16 bits."""
+        """Outputs of the flow network at `states`, `[n, C, H, W]`. Computed in bfloat16 (autocast) if the policy's dtype has
+        16 bits."""
         mixed = self.policy.dtype in (torch.bfloat16, torch.float16)
         rows, static = len(states), max(self.policy.static_rows, default=1)
         padded = math.ceil(rows / static) * static if self.policy.compile == "whole" else rows
@@ -170,7 +170,7 @@ class Parts:
     Args:
         step: the step that computes them.
         count: rows in the batch, M.
-        cut: rows `[m]` of the batch and a size to parts of at most that size.
+        cut: splits rows `[m]` of the batch into parts of at most a given size.
     """
 
     def __init__(self, step: Accumulation, count: int, cut: Callable[[Tensor, int], Sequence[Part]]) -> None:
@@ -221,8 +221,8 @@ class Parts:
         )
 
     def _plan(self, rows: Tensor) -> None:
-        """Cut the rows that are left. Compiled networks get few sizes, each of which is a graph: the largest part's, and a
-        smaller one for next states if passes are shared."""
+        """Cut the remaining rows. A compiled network has a graph for each number of rows, so it gets few: that of the largest
+        part, and a smaller one for next states if passes are shared."""
         self._pending = deque(self.cut(rows, self.step.micro_batch))
         policy = self.step.policy
         if policy.compile == "none" or not self._pending:

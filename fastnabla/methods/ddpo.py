@@ -25,11 +25,11 @@ SMALLEST_STD = 1e-6
 
 
 class PromptStatistics:
-    """The latest rewards of each prompt, on the host. Prompts differ in difficulty, and advantages should not.
+    """The latest rewards of each prompt, on the host. Normalising by them makes advantages comparable between prompts.
 
     Args:
         prompts: number of prompts.
-        window: rewards kept of each.
+        window: number of rewards kept for each.
         min_count: a prompt with at least this many rewards is normalised by its own.
     """
 
@@ -47,7 +47,7 @@ class PromptStatistics:
         Args:
             prompt: prompt numbers `[n]` int64.
             reward: rewards `[n]` of their samples.
-            again: the rewards have been recorded before, and are not recorded twice.
+            again: whether the rewards have been recorded already; they are then not recorded again.
         """
         reward = reward.double()
         for number, value in zip(prompt.tolist(), reward.tolist(), strict=True) if not again else ():
@@ -113,7 +113,7 @@ class PolicyGradientStep(Accumulation):
 
         Args:
             transitions: of whole trajectories, in any order. Where the reward is not finite, the advantage is 0.
-            total: trajectories of the mean, if the batch is split over several calls.
+            total: divisor of the sum over trajectories, if the batch is split over several calls.
 
         Raises:
             ValueError: no trajectory has a reward.

@@ -10,9 +10,9 @@ before step i of T; [brackets] carry no gradient:
 | `last_step_redrawn` (DRaFT-LV)        | x', from n draws of x ~ q(x_{T−1} given [x_T])                       | T + 2 n          |
 
 ReFL is from Xu et al., arXiv 2304.05977, algorithm 1. Here their map φ of the reward is the identity, and there is no
-pretraining loss. DRaFT is from Clark et al., arXiv 2309.17400, sections 3 and 3.2. DRaFT-LV noises the finished sample back
-to the signal share of the last state with DDPM's noising kernel, for any η of the sampler, because DDIM's marginals do not
-depend on η. Each of the n redraws then samples the last step again.
+pretraining loss. DRaFT is from Clark et al., arXiv 2309.17400, sections 3 and 3.2. DRaFT-LV noises the finished sample
+back to the noise level of the last step's state with DDPM's noising kernel, for any η of the sampler, because DDIM's
+marginals do not depend on η. Each of the n redraws then samples the last step again.
 
 The loss is ``−mean r``. The decoder's graph is never joined to the UNet's: ∂r/∂x is computed in chunks of images, and one
 backward pass carries it into the sampler. So the memory is that of K (or n) UNet graphs.
@@ -42,7 +42,7 @@ class Sampling:
 
     Args:
         policy, table: the sampler.
-        ops: compute steps without gradient.
+        ops: computes the steps without gradient.
         trajectories: their prompts and seeds.
         sample_shape: (C, H, W) of the latents.
     """

@@ -21,7 +21,7 @@ class MicroBatch(Part):
     selection: LazyTransitions
     """The n transitions, not yet gathered."""
     next_row: Tensor
-    """`[n]` int64 on the host: the row that starts in row i's next state; -1 if there is none, or passes are not shared."""
+    """`[n]` int64 on the host: the row whose state is row i's next state; -1 if there is none, or passes are not shared."""
 
     @property
     def last(self) -> bool:
@@ -35,12 +35,12 @@ class MicroBatch(Part):
 
     @property
     def unshared(self) -> Tensor:
-        """Rows in whose next state no other row starts, `[u]`."""
+        """Rows whose next state is not the state of another row, `[u]`."""
         return torch.where(self.next_row < 0)[0]
 
     @property
     def shared(self) -> Tensor:
-        """Rows that start in another row's next state, `[n − u]`, in no particular order."""
+        """Rows whose state is the next state of another row, `[n − u]`, in no particular order."""
         return self.next_row[self.next_row >= 0]
 
     def next_state_index(self) -> Tensor:
@@ -61,8 +61,8 @@ def cut(
     Args:
         selection: transitions of trajectories of `num_steps` steps.
         num_steps: T.
-        rows: positions `[m]` in the selection of those to cut.
-        size: most transitions in one network pass.
+        rows: positions `[m]` in the selection of the transitions to cut.
+        size: maximum number of transitions in one network pass.
         reuse_passes: put transitions of a trajectory together, in order, and let neighbours share passes.
     """
     is_last = selection.step_index[rows] == num_steps - 1

@@ -3,8 +3,8 @@
 `BalanceStep.gradients` computes one micro-batch, term by term: reference, policy, reward scores, forward residual, reverse
 residual. `fastnabla/objective/README.md` derives the terms, and `fastnabla.methods.passes` has the table of the passes.
 
-Transitions are rows of one batch, whatever their steps. Inner and last transitions are cut into micro-batches by memory,
-and the sum of their gradients does not depend on the cut. Adjacent transitions can share passes (`reuse_passes`): the next
+Transitions of all steps are rows of one batch. Inner and last transitions are cut into micro-batches that fit into memory;
+the sum of their gradients does not depend on the cut. Adjacent transitions can share passes (`reuse_passes`): the next
 state of one is the state of the other.
 """
 
@@ -51,7 +51,7 @@ class BalanceStep(Accumulation):
         prompts: the texts, by prompt number.
         table: the sampler.
         objective: the settings.
-        micro_batch: most transitions in one network pass. Running out of GPU memory halves it.
+        micro_batch: maximum number of transitions in one network pass. Running out of GPU memory halves it.
         backend: what computes between the network passes; see `fastnabla.objective.backend`.
         reuse_passes: let adjacent transitions share passes.
         noising: P_B is DDPM's noising kernel (plain ∇-DB), instead of the reversal of the pretrained sampler.
@@ -109,7 +109,7 @@ class BalanceStep(Accumulation):
         cut_rows = functools.partial(cut, selection, len(self.table), reuse_passes=self.reuse_passes)
         parts = Parts(self, len(selection), cut_rows)
         with self._networks():
-            for part in parts:  # smaller ones once memory has run out, of which _attempt returns None
+            for part in parts:  # if memory runs out, _attempt returns None and the next parts are smaller
                 parts.add(self._attempt(len(part.rows), self.gradients, part, total, terminal))
         return parts.report()
 
@@ -130,7 +130,7 @@ class BalanceStep(Accumulation):
 
         # Reward scores ∇r(x'). They come first, while no other graph is alive; only the scores are kept.
         look_ahead = terminal is None and not part.last
-        if look_ahead:  # the rest of them comes from the policy's pass at x
+        if look_ahead:  # the other scores come from the policy's pass at x
             unshared = unshared_scores(policy, self._pixel_gradient, part, batch, self.table, through_unet)
         elif terminal is None:
             reward = RewardScores(at_next=self._pixel_gradient(batch.x_next, prompts.tolist()))
@@ -181,7 +181,7 @@ class BalanceStep(Accumulation):
 
     @contextlib.contextmanager
     def _networks(self) -> Iterator[None]:
-        """Within, the networks can do the passes."""
+        """Within the context, the networks are ready for the passes of a step."""
         with contextlib.ExitStack() as stack:
             if not self.noising:
                 stack.enter_context(self.policy.whole_reference())
@@ -192,8 +192,8 @@ class BalanceStep(Accumulation):
     def _reference(
         self, x: Tensor, batch: Transitions, rows: TransitionRows, with_reverse: bool, cached: CachedRows | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The output pair at x that P_B's score belongs to, and its vector-Jacobian product `[n, …]` if `with_reverse`.
-        Neither has a gradient, nor depends on θ or φ, so a later inner epoch reads both from `cached`."""
+        """The output pair at x whose step has P_B's score, and its vector-Jacobian product `[n, …]` if `with_reverse`. Both
+        are constants, independent of θ and φ, so later inner epochs read them from `cached`."""
         policy, w, states = self.policy, self.policy.guidance_scale, (batch.x, batch.x_next, rows)
         if self.noising:
             o, vjp = noising_output(*states), noising_reverse(*states) if with_reverse else None

@@ -1,4 +1,4 @@
-"""What a training step costs in network passes and decodes, by kind of row. The steps count what they actually do.
+"""The planned cost of a training step in network passes and decodes, by kind of row. Steps also count their actual passes.
 
 U is one pass (forward, or backward to the input or to the parameters) of the UNet over a transition's guided rows.
 
@@ -9,7 +9,7 @@ Residual ∇-DB, passes per transition:
 | policy at x                           | all                                         | 1     | 1     |
 | backward to the parameters            | all                                         | 1     | 1     |
 | reference at x                        | all; cached for later inner epochs          | 1     | 1     |
-| its vector-Jacobian product           | reverse residual; cached likewise           | 1     |       |
+| its vector-Jacobian product           | reverse residual; cached too                | 1     |       |
 | the policy's vector-Jacobian product  | reverse residual                            | 1     |       |
 | policy at x'                          | "lookahead", "lookahead_detached"           | 1     |       |
 | its vector-Jacobian product           | "lookahead"                                 | 1     |       |
@@ -26,11 +26,11 @@ the transition that ends in x, for one more vector-Jacobian product with "lookah
 | "lookahead_detached" | 6       | 4       | 8            | 5 + 1 / L       | 3 + 1 / L       |
 | "terminal"           | 5       | 3       | 7            | 5               | 3               |
 
-A last transition takes 3 U. Plain ∇-DB, and a later inner epoch of residual ∇-DB, have no passes of the reference: 2 U less
-per inner transition, 1 U less in the forward columns and per last transition.
+A last transition takes 3 U. Plain ∇-DB and later inner epochs of residual ∇-DB run no passes of the reference. They take 2 U
+less per inner transition (1 U less in the forward columns) and 1 U less per last transition.
 
-Decodes with backward per inner transition: with look-ahead 2, or 1 without the reverse residual; 1 + 1 / L, or 1, if passes
-are reused; with "terminal" none. A last transition takes one.
+An inner transition with look-ahead takes 2 decodes with backward, or 1 without the reverse residual. If passes are reused,
+it takes 1 + 1 / L, or 1. With "terminal" it takes none. A last transition takes one.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def planned_passes(
         objective: its reward gradient, ρ and order.
         with_flow: whether there is a g_φ.
         run: L, adjacent transitions that share passes.
-        unshared: how many of them have a next state in which no other one starts.
+        unshared: how many of them have a next state that is not the state of another one.
         noising: whether P_B is the noising kernel, which takes no pass.
         cached: whether an earlier inner epoch has cached the reference's part.
     """

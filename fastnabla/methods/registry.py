@@ -61,15 +61,15 @@ def _balance(noising: bool) -> MethodStep:
         )
 
     def cost(config: TrainConfig) -> StepCost:
-        rows, objective, with_flow, run, tails = _transitions(config), config.objective, config.has_flow, 1, 1.0
+        rows, objective, with_flow, run, unshared = _transitions(config), config.objective, config.has_flow, 1, 1.0
         if config.rollout.draw == "runs":
             run = config.drawn_steps
-            tails += (run - 1) / (config.sampler.steps - 1)  # runs that wrap around to the first step
-        settings, epochs = (objective, with_flow, run, tails, noising), config.rollout.epochs
+            unshared += (run - 1) / (config.sampler.steps - 1)  # runs that wrap around to the first step
+        settings, epochs = (objective, with_flow, run, unshared, noising), config.rollout.epochs
         first, later = planned_passes(*settings), planned_passes(*settings, cached=True)
         passes = [(one + (epochs - 1) * other) / epochs for one, other in zip(first, later, strict=True)]
-        decodes = planned_decodes(objective, with_flow, run, tails)
-        flow_passes = 3 * (rows["inner"] * (1 + tails / run if objective.reverse_weight > 0 else 1) + rows["last"])
+        decodes = planned_decodes(objective, with_flow, run, unshared)
+        flow_passes = 3 * (rows["inner"] * (1 + unshared / run if objective.reverse_weight > 0 else 1) + rows["last"])
         return StepCost(
             rows=rows,
             passes=dict(zip(rows, passes, strict=True)),

@@ -1,4 +1,4 @@
-"""Scores of the reward, ∇r, at the states of a micro-batch: at one-step predictions of the clean sample, or at its end."""
+"""Reward scores ∇r of a micro-batch, taken at one-step predictions of the clean sample or at the finished sample."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -31,13 +31,13 @@ class RewardScores:
 def terminal_scores(
     selection: LazyTransitions, num_steps: int, pixel_gradient: PixelGradient, size: int
 ) -> dict[int, Tensor]:
-    """∇r(x_T) `[C, H, W]` by trajectory: one reward gradient each, whatever the number of its transitions.
+    """∇r(x_T) `[C, H, W]` by trajectory. Each is computed once, however many transitions the trajectory has.
 
     Args:
         selection: transitions, among them the last one of each trajectory.
         num_steps: T.
         pixel_gradient: computes them.
-        size: most samples at once.
+        size: maximum number of samples at once.
 
     Raises:
         ValueError: a trajectory's last transition is not in the selection.
@@ -64,7 +64,7 @@ def unshared_scores(
     table: TransitionTable,
     through_unet: bool,
 ) -> Tensor:
-    """∇r(x̂0(x')) `[u, C, H, W]` of the `unshared` rows of `part`, by a policy pass at x' of their own.
+    """∇r(x̂0(x')) `[u, C, H, W]` of the `unshared` rows of `part`, from a policy pass at their x'.
 
     Args:
         policy, pixel_gradient: compute them.
@@ -98,8 +98,8 @@ def predicted_scores(
     through_unet: bool,
     at_current: bool,
 ) -> RewardScores:
-    """Reward scores of an inner micro-batch, of which `unshared_scores` has computed `unshared`. Rows that start in another
-    row's next state give its score by their own pass.
+    """Reward scores of an inner micro-batch. The scores at next states that are states of other rows come from those rows'
+    own passes; `unshared_scores` has computed the rest.
 
     Args:
         policy, pixel_gradient: compute them.
@@ -109,7 +109,7 @@ def predicted_scores(
         output: the policy's output pair at `x`; its graph is kept.
         unshared: ∇r(x') of the `unshared` rows.
         through_unet: differentiate through the UNet too.
-        at_current: whether the gradients at the predictions from all x are wanted.
+        at_current: return the gradients at the predictions from all x too.
     """
     w, shared = policy.guidance_scale, part.shared
     if not at_current and not len(shared):

@@ -5,8 +5,8 @@ import dataclasses
 import torch
 from torch import nn
 
-from fastnabla.config.sections import ComputeConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import ComputeConfig
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.models.compiling import compiled
 from fastnabla.models.decoder import Decoder
@@ -51,7 +51,7 @@ def build_networks(
         prompts: the run's prompts.
         config: the run's configuration, with the memory settings planned.
         device: where to compute.
-        world: the ranks; they shard the weights if `config` says so.
+        world: the ranks. They shard the weights if `config.is_sharded`.
 
     Raises:
         ValueError: the requested sampler, tiny decoder or attention is not available.

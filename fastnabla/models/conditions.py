@@ -32,7 +32,7 @@ class Conditions(nn.Module):
         return self.text.shape[-1]
 
     def ensure(self, prompt: Tensor) -> None:
-        """Make the embeddings of prompt indices `prompt [N]`, on the host, available; here all of them always are."""
+        """Make the embeddings of prompt indices `prompt [N]`, on the host, available. Here they always are."""
 
     def forward(self, prompt: Tensor, guided: bool) -> dict[str, Any]:
         """Keyword arguments of diffusers' `UNet2DConditionModel` for prompt indices `prompt [N]`.

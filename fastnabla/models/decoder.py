@@ -4,7 +4,7 @@ The decoder's activations are by far the largest of a training step. In diffuser
 for each residual block: the input of every normalisation, SiLU and convolution. With frozen weights, the gradient with
 respect to the latents needs only the inputs of the two normalisations: a convolution's backward pass does not need its
 input, and a SiLU's input can be recomputed from the normalisation's. `AutoencoderKL` is decoded that way here
-(`fastnabla.models.frozen_layers`). For Stable Diffusion's decoder at 512² in bfloat16, this keeps 0.9 GiB an image instead
+(`fastnabla.models.frozen_layers`). For Stable Diffusion's decoder at 512² in bfloat16, this keeps 0.9 GiB per image instead
 of 2.8, and recomputes only the normalisations.
 """
 
@@ -115,14 +115,14 @@ class Decoder(nn.Module):
 
     Args:
         vae: the autoencoder; frozen in place.
-        chunk: maximal number of images decoded at once; None for all.
+        chunk: maximum number of images decoded at once; None for all.
         checkpoint: recompute all blocks of the decoder but the last in the backward pass instead of keeping their
             activations. For Stable Diffusion this lowers the peak by a quarter and adds a fifth to the arithmetic. A smaller
             `chunk` saves more and costs no arithmetic, until it is 1.
         compile: compile the decoder with torch.compile, one graph with gradients and one without. Fewer images than `chunk`
             are padded to `chunk`, so that no further graph is compiled.
         channels_last: keep weights and activations in NHWC order, which cuDNN's bfloat16 convolutions use. In NCHW,
-            transposing their operands moves 9.6 GB an image for Stable Diffusion, forward and backward. With this setting
+            transposing their operands moves 9.6 GB per image for Stable Diffusion, forward and backward. With this setting
             7 MB are copied, and the normalisations move 4.6 GB more in eager execution.
 
     Raises:

@@ -76,7 +76,7 @@ def build_flow(kind: str, channels: int, text_width: int, seed: int, start: str 
         kind: "unet", "conv" or "none".
         channels: C of the states.
         text_width: D of the text embeddings.
-        seed: of the initial weights, which depend on nothing else.
+        seed: of the initial weights, which depend only on it.
         start: "zero" initialises the last layer's weights to zero, "random" to PyTorch's default; its bias is zero.
     """
     if kind == "none":

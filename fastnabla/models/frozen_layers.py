@@ -2,8 +2,8 @@
 torch's layers.
 
 Results and gradients have the input's layout, NCHW or channels-last. torch's own operations do not preserve it:
-`conv2d_input` passes cuDNN a placeholder of neither layout, so a channels-last gradient is copied to NCHW and back; and on
-CUDA `native_group_norm` copies to NCHW (torch 2.13, `group_norm.cpp`).
+`conv2d_input` passes cuDNN a placeholder of neither layout, so a channels-last gradient is copied to NCHW and back. On
+CUDA, `native_group_norm` copies to NCHW (torch 2.13, `group_norm.cpp`).
 """
 
 from typing import Any

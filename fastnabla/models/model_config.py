@@ -15,7 +15,7 @@ from diffusers import (
 )
 from diffusers.utils import logging
 
-from fastnabla.config.sections import TESTBED, ModelConfig
+from fastnabla.config.model_sections import TESTBED, ModelConfig
 from fastnabla.models.architectures import architecture_of
 from fastnabla.testbed import pipeline_folder
 

@@ -13,7 +13,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fastnabla.config.sections import ModelConfig
+from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.architectures import architecture_of
 from fastnabla.models.conditions import Conditions
 from fastnabla.models.model_config import Pipeline, configurations, family_of, loading, source_of, vae_dtype

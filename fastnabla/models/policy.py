@@ -14,7 +14,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from fastnabla.config.sections import LORA_TARGETS, Attention
+from fastnabla.config.model_sections import LORA_TARGETS
+from fastnabla.config.training_sections import Attention
 from fastnabla.distributed.sharding import ShardedNetwork
 from fastnabla.distributed.world import World
 from fastnabla.models.compiling import Compile, compile_blocks, compiled, pad_rows
@@ -73,7 +74,7 @@ class Policy(nn.Module):
         is a half-precision type, so are the gathered weights, and autocast no longer casts them.
 
         Args:
-            world: the ranks. All of them hold the same weights, and all parameters are trained.
+            world: the ranks. All ranks hold the same weights, and all parameters are trained.
         """
         device = self.conditions.device
         self.shards = ShardedNetwork(self.unet, world, device, self.dtype)
@@ -156,7 +157,7 @@ class Policy(nn.Module):
         return self.trainable() if self.lora is None else self.lora.weights(self.dtype)
 
     def accumulate(self, gradients: Sequence[Tensor] | None) -> bool:
-        """Add the gradients of `weights` to the `.grad` of `trainable`; whether there were any.
+        """Add the gradients of `weights` to the `.grad` of `trainable`. Returns whether there were any.
 
         If sharded, this is collective and adds the sum over the ranks. A rank that has no gradients left passes None, and all
         ranks keep calling until the result is False.
@@ -278,7 +279,7 @@ def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     if parameters and parameters[0].dtype != gradients[0].dtype:
-        # _foreach_add_ of mixed dtypes falls back to one launch a tensor.
+        # _foreach_add_ of mixed dtypes falls back to one launch per tensor.
         wide = [torch.empty_like(parameter) for parameter in parameters]
         torch._foreach_copy_(wide, list(gradients))
         gradients = wide

@@ -1,1 +1,1 @@
-"""The maths of the objectives. `balance` is residual ∇-DB in plain torch; the README beside it has the derivation."""
+"""The maths of the objectives, which `README.md` in this folder derives."""

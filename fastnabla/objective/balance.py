@@ -1,7 +1,7 @@
 """Residual ∇-DB (arXiv 2412.07775), per transition, in plain torch: the specification.
 
-With ``s_θ = ∇_{x'} log P_θ(x'|x)`` the score of a step in its end, ``s̄_θ = ∇_x log P_θ(x'|x)`` the score in its
-start, λ the weight of the pretrained policy, g the learned flow score, ∇R = βγ∇r the scaled reward score:
+``s_θ = ∇_{x'} log P_θ(x'|x)`` is a step's score with respect to its end, ``s̄_θ = ∇_x log P_θ(x'|x)`` with respect to its
+start. λ is the weight of the pretrained policy, g the learned flow score, and ∇R = βγ∇r the scaled reward score:
 
     forward   s_θ − λ s_ref − g(x') − ∇R(x')          trains θ and φ
     reverse   λ (s̄_θ − s̄_ref) + g(x) + ∇R(x)          trains φ
@@ -156,7 +156,7 @@ def reverse_cotangent(
         x, x_next: states `[N, …]` of the transitions.
         rows: table rows of the transitions.
         pixel_score: ∂r/∂x̂0 `[N, …]`; None for p = 0, if the reward's gradient does not pass through this policy.
-        objective: β, γ, λ.
+        objective: β, γ and λ.
         guidance_scale: w of classifier-free guidance; None for outputs without guidance.
     """
     with torch.no_grad():
@@ -180,12 +180,12 @@ def reverse_balance(
     objective: Objective,
     guidance_scale: float | None,
 ) -> Tensor:
-    """Mean square `[N]` of the reverse residual ``λ (s̄_θ − s̄_ref) + g(x) + ∇R(x)``, 0 in last rows. Its gradient
-    flows to g alone.
+    """Mean square `[N]` of the reverse residual ``λ (s̄_θ − s̄_ref) + g(x) + ∇R(x)``, 0 in last rows. Gradients flow only
+    to g.
 
     Args:
         score, score_ref: s̄_θ and s̄_ref `[N, …]`. With `outputs`, the vector-Jacobian products at x of each policy's
-            `reverse_cotangent` instead: these include λ, and lack the direct parts, whose difference
+            `reverse_cotangent` instead. These include λ but not the direct parts, whose difference
             ``λ a (e_θ − e_ref) = −λ (a b/σ²)(o_θ − o_ref)`` is computed here.
         rows: table rows of the transitions.
         flow: g(x) `[N, …]`.

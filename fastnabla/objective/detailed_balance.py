@@ -8,9 +8,9 @@ The residual is the difference of both sides' logarithms, divided by the number 
 
     δ = (log F(x) + log P_θ(x'|x) − log F(x') − log P_B(x|x')) / D
 
-The paper's flow looks forward with γ = 1, and only its log-densities are means over elements: its β is ours over D.
-Gradients flow to θ through log P_θ and to φ through both flows; rewards and P_B carry none. DAG-DB uses the reward's
-values alone. DAG-KL, a policy gradient in the same paper, is not implemented.
+The paper's flow looks forward with γ = 1. Only its log-densities are means over elements, so its β is ours divided by D.
+Gradients flow to θ through log P_θ and to φ through both flows; rewards and P_B carry none. DAG-DB uses only the
+reward's values. DAG-KL, a policy gradient in the same paper, is not implemented.
 """
 
 from torch import Tensor

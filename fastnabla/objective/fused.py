@@ -112,7 +112,7 @@ def reverse_balance(
         pixel_score if reward_score is None else reward_score,
         outputs,
         by_sigma=objective.weighting == "sigma",
-        at_clean=reward_score is None,
+        at_prediction=reward_score is None,
         **_scalars(objective, guidance_scale),
     )
 

@@ -1,8 +1,8 @@
 """The reverse residual with its gradient to θ.
 
 ``s̄_θ = ∇_x log P_θ(x'|x) = a e_θ + J_θᵀ b e_θ`` depends on θ through the output in e and through the Jacobian J. In
-first order (`balance.py`) it is a constant. Here it is not: its gradient is a backward pass through the
-vector-Jacobian product. The reward score remains a constant, as in the forward residual.
+first order (`balance.py`) it is a constant. Here its gradient is a backward pass through the vector-Jacobian product.
+The reward score remains a constant, as in the forward residual.
 
 This is plain torch, because the kernels have no second derivatives.
 """

@@ -33,7 +33,7 @@ class Objective:
     reverse_second_order: bool = False
     """Train θ with the reverse residual too, through second derivatives of the UNet. It costs three more passes, attention
     that keeps its matrices, more than twice the memory, and plain torch; networks cannot be compiled, checkpointed or use
-    xformers. Off, the paper's first-order form: the reverse residual trains the flow network alone."""
+    xformers. False is the paper's first-order form: the reverse residual trains only the flow network."""
     trust_region_weight: float = 1000.0
     """κ, weight of the squared distance to the outputs of the policy that sampled. ≥ 0. It has an effect from the second
     update of a rollout on: in the first one both policies are the same, unless rollout.replay is set."""

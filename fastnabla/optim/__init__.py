@@ -1,1 +1,1 @@
-"""The optimizer, and the moving average of the weights."""
+"""The optimizer and the moving average of the weights."""

@@ -1,7 +1,7 @@
 """An exponential moving average (EMA) of the trained weights, which smooths out the noise of single updates.
 
-After n updates that gave θ_1, …, θ_n it is ``Σ d^{n−k} θ_k / Σ d^{n−k}``. The weights before the first update do not count, so
-the average is unbiased after any number of updates. Of a LoRA, A and B are averaged separately, not their product.
+After n updates with the results θ_1, …, θ_n it is ``Σ d^{n−k} θ_k / Σ d^{n−k}``. The weights before the first update do not
+count, so the average is unbiased after any number of updates. A LoRA's A and B are averaged, not their product.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ class WeightAverage:
     def update(self) -> None:
         """Average in the current parameters. Call it after each update."""
         self.updates += 1
-        share = (1 - self.decay) / (1 - self.decay**self.updates)
-        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), share)
+        weight = (1 - self.decay) / (1 - self.decay**self.updates)
+        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), weight)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastnabla.config.sections import FlowConfig, OptimizerConfig
+from fastnabla.config.model_sections import FlowConfig
+from fastnabla.config.training_sections import OptimizerConfig
 from fastnabla.models.policy import Policy
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "paged_adamw8bit": 2, "lion8bit": 1}
@@ -34,7 +35,7 @@ def step_size_factor(update: int, updates: int, schedule: str, warmup: int) -> f
 
 
 def expected_state_bytes(name: str, sizes: Iterable[int]) -> int:
-    """What `Optimizer.state_bytes` will be after the first update.
+    """Bytes of the optimizer's state on all devices after the first update.
 
     Args:
         name: `OptimizerConfig.name`.
@@ -83,8 +84,8 @@ class Optimizer:
     def update(self, accepts: Callable[[dict[str, Tensor]], bool] = lambda norms: True) -> dict[str, Tensor]:
         """Clip, apply and clear the accumulated gradients.
 
-        Gradients must have their parameter's strides, as those from autograd do: fused AdamW goes through memory in order, and
-        on a CPU it does not check.
+        Gradients must have their parameter's strides, as those from autograd do. Fused AdamW reads memory in order, and does not
+        check strides on a CPU.
 
         Args:
             accepts: gets the gradient norms by group. If it returns False, weights and moments are unchanged; the schedule
@@ -110,13 +111,6 @@ class Optimizer:
         for parameter, data in strided:
             if parameter.data_ptr() != data.data_ptr():
                 parameter.data = data.copy_(parameter.data)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the state's tensors on all devices, counting each storage once. 0 before the first update."""
-        tensors = (value for state in self.algorithm.state.values() for value in state.values())
-        storages = (tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor))
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def load_state_dict(self, algorithm: dict[str, Any], schedule: dict[str, Any]) -> None:
         """Restore `algorithm.state_dict()` and `schedule.state_dict()` of an optimizer with the same settings."""
@@ -165,7 +159,7 @@ def build_algorithm(name: str, groups: list[dict[str, Any]], betas: tuple[float,
 def page_states(algorithm: torch.optim.Optimizer) -> None:
     """Move the loaded moments of a paged optimizer back into paged memory.
 
-    bitsandbytes loads them into ordinary GPU memory, and still treats them as paged.
+    bitsandbytes loads them into ordinary GPU memory, but still treats them as paged.
     """
     for parameter, state in algorithm.state.items():
         for moment in ("state1", "state2"):

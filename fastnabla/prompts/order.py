@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastnabla.config.sections import PromptDraw
+from fastnabla.config.model_sections import PromptDraw
 from fastnabla.prompts.split import RunPrompts
 from fastnabla.utils.seeding import generator_of
 

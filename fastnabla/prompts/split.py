@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastnabla.config.sections import PromptConfig
+from fastnabla.config.model_sections import PromptConfig
 from fastnabla.prompts.loading import checked_prompt, load_prompts
 from fastnabla.utils.durable import write_file
 from fastnabla.utils.typed_json import parse

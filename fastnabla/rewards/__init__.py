@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastnabla.config.sections import RewardConfig
+from fastnabla.config.model_sections import RewardConfig
 from fastnabla.rewards import testbed
 from fastnabla.rewards.check import check_reward
 from fastnabla.rewards.options import DEFAULTS, RewardOptions, parse_weights
@@ -42,7 +42,7 @@ PUBLISHED: dict[str, str] = {
 
 
 def published_class(name: str) -> type:
-    """Import the `fastnabla.rewards.published.PublishedReward` called `name`, and with it transformers."""
+    """Import the `fastnabla.rewards.published.PublishedReward` called `name`. This imports transformers."""
     return getattr(importlib.import_module(f"fastnabla.rewards.{name}"), PUBLISHED[name])
 
 

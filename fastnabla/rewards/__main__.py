@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastnabla.config.sections import Precision, Preprocess
+from fastnabla.config.model_sections import Precision, Preprocess
 from fastnabla.rewards import (
     PUBLISHED,
     REWARDS,

@@ -1,38 +1,38 @@
-"""How rewards are built: the settings that all of them share."""
+"""Settings that all network rewards share."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from fastnabla.config.sections import Precision, Preprocess
+from fastnabla.config.model_sections import Precision, Preprocess
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RewardOptions:
-    """Settings of the network rewards; the analytic ones of the testbed need none.
+    """Settings of the network rewards. The testbed's analytic rewards have none.
 
     Raises:
-        ValueError: a value is not among those allowed.
+        ValueError: a value is not one of the choices.
     """
 
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Where weights are, by reward (``hpsv2``) or part of one (``hpsv2.tokenizer``): a hub id, or a local folder or
-    file. What is not named comes from the published repository."""
+    """Sources of weights, by reward (``hpsv2``) or part of a reward (``hpsv2.tokenizer``). A source is a hub id, a local
+    folder or a local file. Other parts come from the published repositories."""
     preprocess: Preprocess = "official"
-    """"official": resize and crop images as each scorer was trained with. "reference": as the authors of ∇-DB do, which
-    differs for ``aesthetic`` (no antialias, squashed instead of cropped) and in ``imagereward``'s longest prompt."""
+    """"official": preprocess images as in each scorer's training. "reference": as in the reference implementation of ∇-DB,
+    which resizes images for ``aesthetic`` to a square without antialiasing and allows ``imagereward`` longer prompts."""
     checkpoint: bool = False
     """Recompute each transformer layer in the backward pass instead of keeping its activations."""
     precision: Precision | None = None
-    """What the networks compute in, in both passes. "float32". "tf32": float32 whose products are of inputs rounded to 10 bits
-    of mantissa, on GPUs; float32 elsewhere. "bf16": autocast to bfloat16; norms, the residual stream, prompts that are encoded
-    once and the last layers stay float32. None: "tf32" on a GPU, "float32" elsewhere."""
+    """Precision of the forward and the backward pass. "float32". "tf32": float32, but on a GPU the inputs of products are
+    rounded to 10 mantissa bits. "bf16": autocast to bfloat16; norms, the residual stream, encoded prompts and the last
+    layers stay in float32. None: "tf32" on a GPU, "float32" elsewhere."""
     random_init: bool = False
-    """Build the real architectures with random weights and a stand-in tokenizer: for smoke tests and measuring memory
-    without any download. The rewards mean nothing."""
+    """Build the real architectures with random weights and a hashing tokenizer, without any download. For smoke tests and
+    memory measurements: the rewards are meaningless."""
 
     def __post_init__(self) -> None:
-        if self.preprocess not in ("official", "reference"):
+        if self.preprocess not in get_args(Preprocess):
             raise ValueError(f"reward.preprocess = {self.preprocess!r}: must be 'official' or 'reference'.")
         if self.precision not in (None, *get_args(Precision)):
             known = ", ".join(map(repr, get_args(Precision)))
@@ -43,7 +43,7 @@ DEFAULTS = RewardOptions()
 
 
 def parse_weights(items: Sequence[str]) -> dict[str, str]:
-    """Items ``name=source`` as a dictionary.
+    """Parse items of the form ``name=source`` into a dictionary.
 
     Raises:
         ValueError: an item has no name or no source, or a name appears twice.

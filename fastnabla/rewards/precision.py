@@ -1,8 +1,8 @@
 """The precision that a reward computes in, independent of the process's settings.
 
 Torch has two kinds of switches: autocast is local to a thread, TF32 is global. A backward pass runs after the reward has
-returned, with the switches set by then. So forward and backward pass are wrapped as one node of the graph, which sets the
-switches and restores them.
+returned, with whatever switches are set then. So the forward and the backward pass are wrapped as one node of the graph, which
+sets the switches and restores them.
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastnabla.config.sections import Precision
+from fastnabla.config.model_sections import Precision
 
 logger = logging.getLogger(__name__)
 

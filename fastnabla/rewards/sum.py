@@ -97,7 +97,7 @@ class RewardSum:
         return torch.stack([weight * parts[name].float() for name, (_, weight) in self.terms.items()]).sum(0)
 
     def shape(self, parts: dict[str, Tensor]) -> Tensor:
-        """Weighted sum `[B]` of `parts` that is trained on: normalised and clipped, if the settings say so."""
+        """Weighted sum `[B]` of `parts` that is trained on, normalised and clipped according to the settings."""
         if self.normalise:
             parts = {name: (parts[name] - moments.mean) / moments.std for name, moments in self.moments.items()}
         total = self.total(parts)

@@ -1,1 +1,1 @@
-"""A run's folder: checkpoints, metrics, tables, pictures."""
+"""The folder of a run: checkpoints, metrics, tables and pictures."""

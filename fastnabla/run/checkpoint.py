@@ -1,11 +1,12 @@
 """Checkpoints of a run: its state between two updates, in RUN/checkpoints/update-000010. The newest few are kept.
 
-A checkpoint holds the trained weights of the policy, their average, the flow network, optimizer and schedule, the rewards' running
-statistics, the state of the method's step, the micro-batch that fits into memory, and the rollouts that are still to be learned
-from. Nothing else is needed: all randomness is a function of the seed and the update.
+A checkpoint holds the trained weights of the policy, their average, the flow network, optimizer and schedule, the rewards'
+running statistics, the state of the method's step, the micro-batch that fits into memory, and the rollouts that are still to
+be learned from. No random state is saved: all randomness is a function of the seed and the update.
 
-A folder appears whole or not at all (`fastnabla.utils.durable`), so a run can be killed at any instant. A corrupt checkpoint is
-detected and the previous one is loaded. A thread writes the checkpoint from a copy on the host; training waits only for the copy.
+A folder appears whole or not at all (`fastnabla.utils.durable`), so a run can be killed at any instant. A corrupt checkpoint
+is detected and the previous one is loaded. A thread writes the checkpoint from a copy on the host; training waits only for
+the copy.
 """
 
 import dataclasses
@@ -19,20 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastnabla
 from fastnabla.distributed.world import ALONE, World
-from fastnabla.methods.accumulation import Accumulation
-from fastnabla.models.policy import Policy
-from fastnabla.optim.ema import WeightAverage
-from fastnabla.optim.optimizer import Optimizer
 from fastnabla.rewards import RewardSum
 from fastnabla.run import large_tensors
 from fastnabla.run.host_copy import host_copy, nbytes
 from fastnabla.run.large_tensors import LargeTensors, write_tensors
-from fastnabla.trajectories.buffer import TrajectoryBuffer
-from fastnabla.trajectories.pooled_buffer import PooledBuffer
+from fastnabla.run.state import Progress, TrainState
 from fastnabla.utils.durable import DamagedError, partial_folder, remove_folder, verify_folder, write_folder
 
 logger = logging.getLogger("fastnabla")
@@ -44,58 +40,6 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, or none of the existing ones can be read."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TrainState:
-    """The parts of a run that updates change."""
-
-    policy: Policy
-    flow: nn.Module | None
-    optimizer: Optimizer
-    reward: RewardSum
-    step: Accumulation
-    buffer: TrajectoryBuffer | PooledBuffer | None
-    """None for a method that stores no trajectories."""
-    ema: WeightAverage | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of the state except the buffer, which may be empty."""
-        return {
-            "policy": {name: parameter.detach() for name, parameter in self.policy.trained().items()},
-            "flow": self.flow.state_dict() if self.flow is not None else {},
-            "optimizer": self.optimizer.algorithm.state_dict(),
-            "schedule": self.optimizer.schedule.state_dict(),
-            "reward": self.reward.state_dict(),
-            "micro_batch": self.step.micro_batch,
-            "step": self.step.state_dict(),
-            "ema": self.ema.state_dict() if self.ema is not None else {},
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned in a run of the same configuration."""
-        with self.policy.updating():
-            for name, parameter in self.policy.trained().items():
-                parameter.copy_(state["policy"][name])
-        if self.flow is not None:
-            self.flow.load_state_dict(state["flow"])
-        self.optimizer.load_state_dict(state["optimizer"], state["schedule"])
-        self.reward.load_state_dict(state["reward"])
-        self.step.micro_batch = state["micro_batch"]
-        self.step.load_state_dict(state["step"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Progress:
-    """Progress of a run."""
-
-    update: int = 0
-    """Updates done."""
-    rollouts: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    """Metrics of the rollouts in the buffer, oldest first."""
-
-
 class Checkpoints:
     """The checkpoints of a run.
 
@@ -104,7 +48,7 @@ class Checkpoints:
         state: saved and restored.
         configuration: identifies the run's configuration; see `fastnabla.run.resuming.fingerprint`.
         keep: number of checkpoints kept.
-        world: the ranks. They save and load together. Rank 0 alone reads and writes, with one exception: in full finetuning each
+        world: the ranks. They save and load together. Only rank 0 reads and writes, with one exception: in full finetuning each
             rank reads the trained weights, and writes its shard of them if they are sharded, on a shared file system.
     """
 
@@ -116,7 +60,7 @@ class Checkpoints:
         """Update of the newest checkpoint, which may still be being written."""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: tuple[Future[dict[str, float]], float, int] | None = None
-        """The checkpoint being written, the seconds that training waited for it, and the update of the one before it."""
+        """The checkpoint being written, the seconds that training waited for it, and the update of the previous one."""
         self._costs: list[dict[str, float]] = []
 
     def save(self, progress: Progress) -> None:
@@ -134,7 +78,7 @@ class Checkpoints:
             state["buffer"] = self.state.buffer.state_dict()
         state, large = (state, {}) if self.large is None else self.large.take_out(state)
         if self.state.policy.is_sharded:
-            self._write_shares(state, large, progress.update, started)
+            self._write_sharded(state, large, progress.update, started)
         elif self.world.is_main:
             state, large = host_copy([state, large])
             stall = time.perf_counter() - started
@@ -173,13 +117,13 @@ class Checkpoints:
                 self.saved = before
                 raise
 
-    def _write_shares(self, state: dict[str, Any], large: dict[str, Tensor], update: int, started: float) -> None:
+    def _write_sharded(self, state: dict[str, Any], large: dict[str, Tensor], update: int, started: float) -> None:
         if self.world.is_main:
             costs = self._write(state, large, update, started)
             self._costs.append(costs | {"checkpoint_stall_seconds": costs["checkpoint_seconds"]})
         else:
             write_tensors(partial_folder(self._folder(update)) / large_tensors.FOLDER, large)
-        self.world.barrier()  # else another rank could end the run before the checkpoint is written
+        self.world.barrier()  # otherwise another rank could end the run before the checkpoint is written
 
     def _write(self, state: dict[str, Any], large: dict[str, Tensor], update: int, started: float) -> dict[str, float]:
         folder, size = self._folder(update), nbytes([state, large])
@@ -198,7 +142,7 @@ class Checkpoints:
             ) from error
         seconds = time.perf_counter() - started
         present = _all(self.folder)
-        # Checkpoints with higher numbers are damaged, or this run would have continued from them.
+        # Checkpoints with higher numbers are damaged; otherwise this run would have continued from them.
         newest = present[: present.index(folder) + 1][-self.keep :]
         for path in present:
             if path not in newest:

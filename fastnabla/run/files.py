@@ -8,18 +8,19 @@ from rich.table import Table
 from fastnabla.config.train import TrainConfig, to_json
 from fastnabla.distributed.world import World
 from fastnabla.prompts import RunPrompts
-from fastnabla.run.checkpoint import Checkpoints, Progress, TrainState
+from fastnabla.run.checkpoint import Checkpoints
 from fastnabla.run.lock import RunFolderError
 from fastnabla.run.records import Records
 from fastnabla.run.resuming import check_length, fingerprint
+from fastnabla.run.state import Progress, TrainState
 from fastnabla.run.table import final_table, markdown
 from fastnabla.run.tracker import Tracker
 from fastnabla.utils.durable import write_file
 
 
 class RunFiles:
-    """Begins a run in a folder or loads its newest checkpoint, then writes what the run writes. Rank 0 alone writes, unless
-    weights are sharded.
+    """Begins a run in a folder or loads its newest checkpoint, then writes the run's files. Only rank 0 writes, unless weights
+    are sharded.
 
     Args:
         folder: the run folder.

@@ -46,7 +46,7 @@ class LargeTensors:
     ema: WeightAverage | None
 
     def take_out(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Split the state from `fastnabla.run.checkpoint.TrainState.state_dict` into the rest and the large tensors by name."""
+        """Split the state from `fastnabla.run.state.TrainState.state_dict` into the rest and the large tensors by name."""
         large = self._parameters()
         moments = dict(state["optimizer"]["state"])
         for number, name in enumerate(self.policy.trained()):

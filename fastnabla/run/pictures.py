@@ -50,7 +50,7 @@ def save_pictures(
 
 
 def _pyplot() -> Any:
-    """matplotlib's pyplot without a display; imported here because a dry run does without it."""
+    """matplotlib's pyplot without a display. It is imported here because a dry run does not need it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,7 +68,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def montage(images: Tensor, rows: int) -> Tensor:
-    """Arrange images `[N, 3, H, W]` row by row as one picture `[rows * H, N / rows * W, 3]`, plus a pixel between them."""
+    """Arrange images `[N, 3, H, W]` row by row as one picture, about `[rows * H, N / rows * W, 3]`, a pixel apart."""
     images = images.clamp(0, 1)
     _, channels, height, width = images.shape
     padded = images.new_ones(len(images), channels, height + 1, width + 1)
@@ -84,7 +84,7 @@ def save_grid(path: Path, columns: dict[str, Tensor], prompts: Sequence[str], pe
         path: PNG to write.
         columns: title → images `[P * n, 3, H, W]`, prompt by prompt.
         prompts: P texts.
-        per_prompt: most images shown of each prompt.
+        per_prompt: maximum number of images shown for each prompt.
     """
     count = len(prompts)
     columns = {title: images.unflatten(0, (count, -1))[:, :per_prompt] for title, images in columns.items()}

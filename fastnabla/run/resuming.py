@@ -27,15 +27,15 @@ WITHOUT_EFFECT = (
     "evaluation.stop_below_diversity",
     "evaluation.stop_above_prior",
 )
-"""Fields that no result depends on, not even in rounding. So is `updates` if `can_extend(config)`."""
+"""Fields that no result depends on, not even in rounding. `updates` is another if `can_extend(config)`."""
 
 FALLING = (
     "A run cannot be extended with optimizer.schedule = {schedule!r}, because every learning rate depends on the number of "
     "updates. Start a run of the new length, or one with 'constant', which can be extended later."
 )
 LAGGING = (
-    "A run cannot be extended with rollout.replay = {replay}, because its last rounds sample nothing for later rounds. Start "
-    "a run of the new length, or one with 0, which can be extended later."
+    "A run cannot be extended with rollout.replay = {replay}, because its last updates no longer sample ahead. Start a run "
+    "of the new length, or one with 0, which can be extended later."
 )
 
 INTRODUCED: dict[str, Any] = {"deterministic": False}
@@ -51,7 +51,8 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def can_extend(config: TrainConfig) -> bool:
-    """Whether no update depends on the number of updates. A falling learning rate does, and so does sampling ahead."""
+    """Whether the run's updates are independent of their number. With a decaying learning rate, or when rollouts are sampled
+    ahead, they are not."""
     return config.optimizer.schedule == "constant" and config.rollout.replay == 0
 
 
@@ -88,9 +89,9 @@ def is_unbegun(run: Path) -> bool:
 def run_to_resume(config: TrainConfig) -> tuple[Path, list[str]] | None:
     """The run folder that the command line `config` continues, and notes to print; None if it starts a new run.
 
-    With resume = "auto" it is the folder `run`, if it holds a run. The run keeps its own configuration: a field of the command line
-    that differs is refused if results depend on it, and named in a note otherwise. If the command line has more updates, the run is
-    extended, where `can_extend` allows it.
+    With resume = "auto" it is the folder `run`, if it holds a run. The run keeps its own configuration. A field of the command
+    line that differs is refused if results depend on it, and otherwise named in a note. If the command line has more updates
+    and `can_extend` allows it, the run is extended.
 
     Raises:
         ValueError: there is no run to resume, or its configuration differs.

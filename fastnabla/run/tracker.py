@@ -24,7 +24,7 @@ logger = logging.getLogger("fastnabla")
 def read_records(path: Path, update: int) -> list[dict[str, Any]]:
     """Read the records of a JSON-lines file up to `update`. Later ones are removed from the file.
 
-    A truncated last line is removed too, and with a warning any other line that cannot be read.
+    A truncated last line is removed. Any other line that cannot be read is removed with a warning.
     """
     if not path.exists():
         return []

@@ -14,7 +14,7 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def wandb_run_id(folder: Path) -> str:
-    """Read the W&B run id in the run folder. If there is none, write a new one; if it cannot be read, too, with a warning.
+    """Read the W&B run id in the run folder. If it is missing or cannot be read, write a new one; the latter gives a warning.
 
     The id is random, not seeded: it must be unique among all runs.
     """
@@ -26,7 +26,7 @@ def wandb_run_id(folder: Path) -> str:
             found = str(error)
         if _ID.fullmatch(found):
             return found
-        logger.warning("%s holds no W&B run id: a new W&B run is started", path)
+        logger.warning("%s has no valid W&B run id; starting a new W&B run", path)
     new = secrets.token_hex(8)
     write_file(path, new + "\n")
     return new

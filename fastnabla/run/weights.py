@@ -1,4 +1,7 @@
-"""The weights in a run folder: the last evaluation's, their average, and those of the evaluation with the highest reward. Imports no torch."""
+"""The weights in a run folder: those of the last evaluation, their average, and those with the highest evaluated reward.
+
+This module does not import torch.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""The training loop."""
+"""The training loop, and the set-up of a run."""

@@ -1,4 +1,4 @@
-"""Builds the components of a run from its configuration. This is the one place that hands out the configuration's sections."""
+"""Builds the components of a run from its configuration."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from fastnabla.optim.ema import WeightAverage
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.prompts import RunPrompts, prompts_of, used_prompts, warn_truncated
 from fastnabla.rewards import RewardSum, check_reward, reward_of
-from fastnabla.run.checkpoint import TrainState
+from fastnabla.run.state import TrainState
 from fastnabla.training.guards import require_measurable
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.collection import RolloutCollector, Sampler, rank_ranges
@@ -68,7 +68,7 @@ class Components:
     ema: WeightAverage | None
     evaluator: Evaluator
     state: TrainState
-    """What a checkpoint saves of the above."""
+    """The parts of these that a checkpoint saves."""
     anomalies: Anomalies
 
 
@@ -94,7 +94,7 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
 
     Args:
         config: with its memory settings planned.
-        prompts: an interrupted run's, from its folder; None to load those that `config` names.
+        prompts: those in the folder of an interrupted run; None to load those that `config` names.
         world: the ranks that train together. Each builds its own components.
 
     Raises:
@@ -110,7 +110,7 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
     # Inputs
     probe = build_probe(config.evaluation.probe, device)
     require_measurable(config.evaluation, probe)
-    if prompts is None:  # rank 0 reads them for all
+    if prompts is None:  # rank 0 reads them for all ranks
         read = functools.partial(prompts_of, config.prompts, config.evaluation.prompts, seed)
         prompts = RunPrompts.from_json(world.broadcast(lambda: read().to_json()))
     reward = reward_of(config.reward, config.model.random_init, device)
@@ -128,15 +128,14 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
     step.world = world
     fix_rows(config, policy, step, world)
 
-    # Trajectories
-    # The buffer comes first: for too many trajectories it raises before anything else allocates memory for them.
+    # Trajectories. The buffer comes first: it raises if there are more trajectories than fit into memory.
     buffer = _buffer(config, networks, sum(map(len, ranges)), device) if METHODS[config.method].stores else None
     slots = torch.cat([torch.arange(part.start, part.stop) for part in ranges])
     sampler = Sampler(config, policy, networks.table, networks.sample_shape, world)
     source: Source = UnsampledTrajectories(seed, rollout.trajectories, prompts.trained, config.prompts.draw)
     if buffer is not None:
         rollouts = RolloutCollector(sampler, networks.decoder, reward, prompts, buffer, slots)
-        source = StoredTrajectories(rollouts, buffer, slots, config.rounds, rollout.replay)
+        source = StoredTrajectories(rollouts, buffer, slots, config.num_rollouts, rollout.replay)
 
     # Optimizer
     optimizer = Optimizer(policy, flow, config.optimizer, config.flow, config.updates)
@@ -195,7 +194,7 @@ def fix_rows(config: TrainConfig, policy: Policy, step: Accumulation, world: Wor
 
 
 def _buffer(config: TrainConfig, networks: Networks, trajectories: int, device: torch.device) -> TrajectoryBuffer:
-    """A buffer for so many trajectories of each of the rollouts that are kept."""
+    """A buffer for `trajectories` trajectories of each rollout that is kept."""
     rollout, memory = config.rollout, config.memory
     buffer = TrajectoryBuffer(
         trajectories * (1 + rollout.replay),

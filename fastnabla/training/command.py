@@ -28,7 +28,7 @@ from fastnabla.utils.durable import write_file
 
 
 def run_command(config: TrainConfig, info: RankInfo) -> int:
-    """Run the command line in this process, together with the other ranks if there are several; the exit status.
+    """Run the command line in this process, together with the other ranks if there are several. Returns the exit status.
 
     Args:
         config: the command line's.

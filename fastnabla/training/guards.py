@@ -1,5 +1,5 @@
-"""Guards of a run: updates that are not finite are skipped, spikes are logged and counted, and an evaluation that passes a bound
-ends the run.
+"""Guards of a run: updates that are not finite are skipped, spikes are logged and counted, and an evaluation that passes a
+bound ends the run.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnabla.config.sections import EvaluationConfig
+from fastnabla.config.training_sections import EvaluationConfig
 from fastnabla.methods.accumulation import StepReport
 from fastnabla.methods.zero_gradients import REWARD_GRADIENT, require_gradient
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("fastnabla")
 # Updates
 
 MAX_NAMED = 3
-"""Most transitions that one message names."""
+"""Maximum number of transitions named in a message."""
 
 REMEDIES = {
     "norm_reward": "the reward's gradient overflows or is undefined: try `python -m fastnabla.rewards check`, a smaller "
@@ -40,7 +40,7 @@ REMEDIES = {
 WATCHED = ("loss", "grad_norm_lora", "grad_norm_flow")
 """Metrics that are checked for spikes."""
 WINDOW, MIN_HISTORY = 50, 10
-"""Updates that the median is taken over, and how many are needed to take one."""
+"""Number of updates that the median is taken over, and the minimum number."""
 
 
 class Guard:
@@ -50,9 +50,9 @@ class Guard:
         prompts: texts by prompt number.
         timestep: timesteps by step, `[T]`.
         max_skipped: the run ends after this many skipped updates in a row.
-        skipped: updates in a row that were skipped last, where the run is resumed.
+        skipped: number of consecutive updates skipped before a resume.
         clips: whether rewards are clipped. A batch may then have no reward gradient.
-        spike_factor: how many times its median a metric must exceed to be a spike; None to look for none.
+        spike_factor: a metric above this multiple of its median is a spike; None counts none.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ def spikes(metrics: dict[str, float], records: Sequence[dict[str, Any]], factor:
 
 
 def largest_row(rows: dict[str, Tensor], prompts: Sequence[str], timestep: Sequence[int]) -> str:
-    """The row with the largest loss, in words. For a method without a loss by row: with the largest residual, ratio or reward."""
+    """The row with the largest loss, in words. Without losses by row, the one with the largest residual, ratio or reward."""
     parts = {name: values for name, values in rows.items() if name.startswith("loss_")}
     if not parts:
         parts = {name: rows[name] for name in ("residual", "ratio", "reward") if name in rows}
@@ -198,14 +198,14 @@ class BoundPassed(Exception):
     """An evaluation passed one of the run's bounds. The message says which."""
 
     STATUS = 3
-    """Exit status of a run that ends so."""
+    """Exit status of a run that ends this way."""
 
 
 def require_measurable(config: EvaluationConfig, probe: Any | None) -> None:
     """Check that `probe` measures what `config` bounds.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the probe has no features to measure a distance with.
     """
     if config.stop_above_prior is not None and not hasattr(probe, "features"):
         raise ValueError(
@@ -217,8 +217,8 @@ def require_measurable(config: EvaluationConfig, probe: Any | None) -> None:
 def passed_bound(config: EvaluationConfig, records: Sequence[dict[str, Any]]) -> str | None:
     """The bound that the newest evaluation in `records` has passed, in words; None if it has passed none.
 
-    Both bounds are relative to the pretrained model's value, in evaluation 0. A value that is not finite has passed. A reward that
-    is being hacked keeps rising while these are passed.
+    Both bounds are relative to the pretrained model's value, in evaluation 0. A value that is not finite counts as passed.
+    When a reward is hacked, it keeps rising while these bounds are passed.
     """
     evaluations = sorted((r for r in records if r["phase"] == "evaluate"), key=lambda record: record["update"])
     for field, name, sign in (

@@ -41,7 +41,7 @@ class ProgressDisplay:
         self._bars.advance(self._phase, steps)
 
     def show_update(self, done: int, reward: float) -> None:
-        """Show that so many updates are done, the rollout's mean reward, and the cost of compiling so far."""
+        """Show the number of updates done, the rollout's mean reward, and the cost of compiling so far."""
         status, cost = f"reward {reward:.3f}", compile_cost()
         if cost.graphs:
             status += f"; {cost.graphs} graphs compiled in {cost.seconds:.0f} s"

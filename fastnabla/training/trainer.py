@@ -14,12 +14,12 @@ from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.methods.accumulation import StepReport
 from fastnabla.prompts import RunPrompts
-from fastnabla.run.checkpoint import Progress
 from fastnabla.run.files import RunFiles
 from fastnabla.run.lock import locked
 from fastnabla.run.meter import GpuMeter
 from fastnabla.run.pictures import save_pictures
 from fastnabla.run.save_weights import write_weights
+from fastnabla.run.state import Progress
 from fastnabla.run.table import decimals
 from fastnabla.run.weights import is_best
 from fastnabla.training.build import Components, fix_rows, plan_and_build
@@ -31,7 +31,7 @@ from fastnabla.trajectories.sources import learning_order
 class Trainer:
     """Trains the components of a run.
 
-    A round collects the trajectories of one rollout and makes `rollout.updates_per_round` updates on them.
+    It alternates between collecting the trajectories of one rollout and making `updates_per_rollout` updates on them.
 
     Args:
         components: see `fastnabla.training.build.build_components`.
@@ -44,7 +44,7 @@ class Trainer:
         self.source, self.slots, self.sampler = components.source, components.slots, components.sampler
         self.step, self.optimizer, self.ema = components.step, components.optimizer, components.ema
         self.evaluator, self.anomalies = components.evaluator, components.anomalies
-        self.per_round = self.config.rollout.updates_per_round
+        self.updates_per_rollout = self.config.rollout.updates_per_rollout
         self.done = 0
         """Updates done."""
 
@@ -101,7 +101,7 @@ class Trainer:
     def run(self) -> str | None:
         """The loop. Returns the bound that an evaluation passed, which ends the run; None after the last update.
 
-        A resumed run enters it where it was stopped: between two rounds, or between two updates of a round.
+        A resumed run enters it where it was stopped: before collecting a rollout, or between two updates on one.
         """
         config = self.config
         self.sample_pretrained()
@@ -118,11 +118,11 @@ class Trainer:
             if last:
                 return bound
 
-            # Collect trajectories. After a resume within a round they are in the buffer already.
+            # Collect trajectories. After a resume between two updates they are in the buffer already.
             rollout = self.collect()
 
             # Update.
-            for place in range(self.done % self.per_round, self.per_round):
+            for place in range(self.done % self.updates_per_rollout, self.updates_per_rollout):
                 self.stop.check(self.world)
                 self.update(rollout, place)
             self.source.finish()
@@ -141,22 +141,22 @@ class Trainer:
         self.meter.read(0)  # an update's energy counts from here
 
     def collect(self) -> dict[str, float]:
-        """Collect the trajectories that the current round learns from. Returns their rollout's metrics."""
+        """Collect the trajectories that the next updates learn from. Returns their rollout's metrics."""
         self.progress.begin("rollout", len(self.slots) * len(self.table))
-        return self.source.collect(self.done // self.per_round)
+        return self.source.collect(self.done // self.updates_per_rollout)
 
     def update(self, rollout: dict[str, float], place: int) -> None:
         """Make one optimizer update and record it.
 
         Args:
-            rollout: metrics of the round's rollout.
-            place: number of the update in its round.
+            rollout: metrics of the rollout that it learns from.
+            place: number of the update among those of the rollout, from 0.
         """
         config = self.config
         self.progress.begin("step", 1)
 
         # Select this rank's trajectories.
-        rollout_index = self.done // self.per_round
+        rollout_index = self.done // self.updates_per_rollout
         numbers = learning_order(config.seed, rollout_index, config.rollout)[place]
         numbers = numbers[torch.isin(numbers, self.slots)]
         selection = self.source.select(rollout_index, numbers, again=place >= config.rollout.updates)
@@ -178,7 +178,7 @@ class Trainer:
         # Record.
         metrics = _metrics(report, rollout, norms) | {"skipped": int(self.guard.skipped > 0)}
         if place == 0 and config.rollout.replay == 0 and "trust" in report.rows:
-            # The policy is still the one that sampled: what is left is rounding.
+            # The policy is still the one that sampled, so this is rounding.
             metrics["trust_floor"] = report.rows["trust"].mean().item()
         metrics["spikes"] = self.guard.count_spikes(self.done, metrics, self.tracker.records, report)
         self.tracker.log("train", self.done, metrics, self.meter.read(len(selection)))
@@ -239,16 +239,17 @@ class Trainer:
         self.meter.start()
 
     def _on_step(self, steps: int) -> None:
-        """Called by the sampler after so many steps of one trajectory each; a signal stops it there."""
+        """Called by the sampler with the number of trajectories after each of their steps. Raises `Stopped` after a signal."""
         self.progress.advance(steps)
         self.stop.check()
 
     def _is_due(self, every: int) -> bool:
-        """Whether something done every so many updates (0: only at the end) is due now. It is done between rounds alone."""
-        if self.done == 0 or self.done % self.per_round:
+        """Whether something done after every `every` updates (0: only after the last) is due now. It is never due between two
+        updates on the same rollout."""
+        if self.done == 0 or self.done % self.updates_per_rollout:
             return False
         return self.done == self.config.updates or (
-            every > 0 and self.done // every > (self.done - self.per_round) // every
+            every > 0 and self.done // every > (self.done - self.updates_per_rollout) // every
         )
 
     def _write_pictures(self, records: list[dict[str, Any]], columns: dict[str, Tensor]) -> None:

@@ -1,9 +1,10 @@
-"""The trajectory buffer: it stores the transitions that will be trained on, and nothing else.
+"""The trajectory buffer, which stores only the transitions that will be trained on.
 
 The steps to keep are drawn before a trajectory is sampled. Neighbouring steps share the state between them, so a
-trajectory with K kept steps stores at most 2K states, each once. The buffer is a ring: the oldest trajectories leave first.
+trajectory with K kept steps stores at most 2K states, each once. It is a ring buffer: the oldest trajectories are removed
+first.
 
-`fastnabla.trajectories.buffer_ops` moves the data, in one launch an operation: C++ and CUDA, or plain torch.
+`fastnabla.trajectories.buffer_ops` moves the data, with one launch per operation, in C++ and CUDA or in plain torch.
 """
 
 import math
@@ -26,7 +27,7 @@ Storage = Literal["device", "pinned"]
 class TrajectoryBuffer(BufferState):
     """Slabs for `capacity` trajectories of `num_steps` steps, of which `kept` are stored.
 
-    A slot's life: `reserve` it for the drawn steps, `append` each step of the rollout, set its `reward`, `gather` its
+    For each slot, `reserve` it for the drawn steps, `append` each step of the rollout, set its `reward`, and `gather` its
     transitions. One thread may append to some slots while another gathers from others. Use one stream for a rollout.
 
     Pinned slabs take exactly `nbytes` of host memory, rounded up to pages. The buffer's methods wait for the device before
@@ -35,7 +36,7 @@ class TrajectoryBuffer(BufferState):
     Args:
         capacity: trajectories.
         num_steps: T.
-        kept: K, drawn steps a trajectory, repetitions included.
+        kept: K, the number of drawn steps per trajectory, including repetitions.
         sample_shape: (C, H, W) of the states.
         dtype: of the stored states and outputs.
         device: where transitions are gathered to.

@@ -1,6 +1,6 @@
 """The trajectory buffer's operations: compiled ones from csrc/ if they are built, else those of `buffer_torch`.
 
-Shapes: N slots with S positions for states and P for outputs, K drawn steps and T steps a trajectory. `states [N, S, …]`
+Shapes: N slots with S positions for states and P for outputs, K drawn steps and T steps per trajectory. `states [N, S, …]`
 and `outputs [N, P, …]` are slabs of contiguous rows, of float32, float16 or bfloat16. int8 outputs come with `scales`
 `[N, P, blocks]` float32, one for each block of 2^k elements. `state_at [N, T + 1]` and `output_at [N, T]` int32 give the
 position of a state or an output, −1 if it is not kept. All tensors are on one device, except that slabs and scales may be

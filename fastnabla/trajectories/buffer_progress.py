@@ -26,7 +26,7 @@ class Progress:
     """How many steps of each trajectory are recorded.
 
     Args:
-        appended: recorded steps by slot, int64 on the CPU. It is kept up to date.
+        appended: number of recorded steps by slot, int64 on the CPU; updated in place.
         num_steps: T.
         device: of the buffer.
         check_reserved: raises IndexError unless all given slots are reserved.
@@ -81,5 +81,5 @@ class Progress:
         return self.appended[slots] == self.num_steps
 
     def reload(self) -> None:
-        """Continue from the numbers in `appended`, which have changed."""
+        """Continue from `appended` after its numbers have been changed."""
         self._groups.clear()

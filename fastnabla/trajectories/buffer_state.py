@@ -11,7 +11,7 @@ from fastnabla.trajectories.reference_cache import ReferenceCache
 
 
 class BufferState:
-    """The part of `fastnabla.trajectories.buffer.TrajectoryBuffer` that saves its tensors and the ring's place."""
+    """The part of `fastnabla.trajectories.buffer.TrajectoryBuffer` that saves its tensors and the position in the ring."""
 
     x: Tensor
     device: torch.device
@@ -35,14 +35,14 @@ class BufferState:
         return numbers | cached | tensors
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` saved. Other keys, such as `epoch` and `timestep` of older versions, are ignored.
+        """Restore what `state_dict` saved. Other keys, such as `epoch` and `timestep` from older versions, are ignored.
 
         Raises:
             ValueError: the state is from a buffer with other arguments, or not complete. Nothing is changed then.
         """
         geometry = self.geometry(self.capacity)
         if state.get("geometry") != geometry:
-            raise ValueError(f"the state is of a buffer of {state.get('geometry')}, this is one of {geometry}")
+            raise ValueError(f"the state is from a buffer with {state.get('geometry')}; this buffer has {geometry}")
         cached = () if self.reference is None else ("reference",)
         missing = {"first", "live", *cached, *self.saved_tensors()} - state.keys()
         if missing:
@@ -61,7 +61,7 @@ class BufferState:
         return [name for name, value in vars(self).items() if isinstance(value, Tensor)]
 
     def geometry(self, capacity: int) -> str:
-        """The arguments that a state must agree with, for a buffer like this of so many trajectories."""
+        """The arguments that a state must match, for a buffer like this one with `capacity` trajectories."""
         return (
             f"capacity {capacity}, {self.num_steps} steps, {self.kept} kept, sample_shape {self.sample_shape}, "
             f"{self.x.dtype}, output_block {self.output_block}"

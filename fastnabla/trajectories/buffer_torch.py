@@ -88,7 +88,7 @@ def dequantise(q: Tensor, scales: Tensor, block: int, dtype: torch.dtype) -> Ten
 
 
 def _block_of(elements: int, blocks: int) -> int:
-    """The power of two of which `blocks` cover `elements`. Unless `blocks` is 1, there is at most one."""
+    """The power of two for which `blocks` blocks cover `elements`. It is unique unless `blocks` is 1."""
     for block in (1 << power for power in range(32)):
         if -(-elements // block) == blocks:
             return block

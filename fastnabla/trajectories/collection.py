@@ -26,7 +26,7 @@ class Sampler:
 
     Args:
         config: the run's.
-        policy, table, sample_shape: what is sampled, see `fastnabla.trajectories.rollout.sample`.
+        policy, table, sample_shape: see `fastnabla.trajectories.rollout.sample`.
         world: the ranks. Each samples its own trajectories.
     """
 
@@ -53,7 +53,7 @@ class Sampler:
             Stopped: a rank was asked to stop.
         """
         latents = None
-        # This rank alone may have been asked to stop; `check` then stops all of them.
+        # Perhaps only this rank was asked to stop; `check` then stops all ranks.
         with contextlib.suppress(Stopped):
             latents = sample(
                 self.policy,
@@ -78,7 +78,7 @@ class RolloutCollector:
         sampler: samples the trajectories.
         decoder, reward, prompts: give the finished samples their rewards.
         buffer: this rank's.
-        own: which of a rollout's trajectories are this rank's, `[n]`.
+        own: numbers of this rank's trajectories in a rollout, `[n]`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Which steps of a trajectory are trained on, besides the last. They depend on the seed and the trajectory's number alone.
+"""Which steps of a trajectory are trained on, besides the last. They depend only on the seed and the trajectory's number.
 
-Random numbers are 64-bit words of NumPy's Philox4x64-10 with the key (seed, trajectory): the same on every platform, and
-however trajectories are split over calls and ranks. A word modulo n is uniform on 0 … n − 1 to within n / 2⁶⁴.
+Random numbers are 64-bit words of NumPy's Philox4x64-10 with the key (seed, trajectory). They are the same on every platform
+and for every split of the trajectories over calls and ranks. A word modulo n is uniform on 0 … n − 1 to within n / 2⁶⁴.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,7 @@ from torch import Tensor
 logger = logging.getLogger("fastnabla")
 
 NAMED = 3
-"""Most samples that one message names."""
+"""Maximum number of samples named in a message."""
 
 
 def finite_samples(latents: Tensor, parts: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:

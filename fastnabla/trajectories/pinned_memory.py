@@ -1,6 +1,6 @@
-"""Tensors in page-locked host memory, of exactly the size asked for.
+"""Tensors in page-locked host memory of exactly the requested size.
 
-torch's own (`pin_memory=True`) come from a caching allocator. It rounds up to a power of two, so that 33 GiB lock 64,
+torch's own (`pin_memory=True`) come from a caching allocator. It rounds up to a power of two, so 33 GiB lock 64 GiB,
 and it reuses memory that a kernel may still be reading if torch did not launch that kernel. Here pages are mapped for one
 tensor, locked with CUDA's `cudaHostRegister`, and freed once the device has finished.
 """
@@ -20,7 +20,7 @@ def pinned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     does not inherit it.
 
     Raises:
-        MemoryError: the host has not that much memory, or may not lock it.
+        MemoryError: the host does not have that much memory, or may not lock it.
     """
     size = math.prod(shape) * dtype.itemsize
     try:

@@ -36,7 +36,7 @@ class PooledBuffer:
         """
         expected = self.buffer.geometry(self.count)
         if state.get("geometry") != expected:
-            raise ValueError(f"the state is of a buffer of {state.get('geometry')}, this is one of {expected}")
+            raise ValueError(f"the state is from a buffer with {state.get('geometry')}; this buffer has {expected}")
         saved = {name: state[name] for name in self.buffer.saved_tensors() if name in state}
         own = {name: value[self.slots.to(value.device)] for name, value in saved.items()}
         here = {"geometry": self.buffer.geometry(len(self.slots)), "live": len(self.slots)}

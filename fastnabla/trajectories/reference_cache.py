@@ -1,6 +1,6 @@
-"""A cache of the reference network's part of each transition, for later inner epochs.
+"""A cache of what the reference network contributes to each transition, for later inner epochs.
 
-That part is its guided output o_ref at x and its vector-Jacobian product ``J_refᵀ λ b e_ref``, with
+This is its guided output o_ref at x and its vector-Jacobian product ``J_refᵀ λ b e_ref``, with
 ``e_ref = (x' − a x − b o_ref)/σ²``. Both depend on the transition, the sampler and λ, but not on the policy or φ. They are
 stored in float32. o_ref is stored after guidance, since the residuals need nothing else of an output pair.
 """

@@ -27,7 +27,7 @@ def advance(
     """Take one step of N trajectories.
 
     Args:
-        policy: whose outputs are followed.
+        policy: predicts the outputs.
         table: the sampler.
         ops: computes the step. Plain torch's operations have gradients.
         step: number of the step.
@@ -59,7 +59,7 @@ def sample(
     """Sample N trajectories. Returns the finished latents x_T `[N, C, H, W]`, float32.
 
     Args:
-        policy: whose outputs are followed.
+        policy: the policy that samples.
         table: the sampler.
         prompt: prompt numbers `[N]`, on the CPU.
         seeds: N seeds. They fix x_0 and all noise, whatever `batch` is.

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastnabla.config.sections import PromptDraw, RolloutConfig
+from fastnabla.config.model_sections import PromptDraw
+from fastnabla.config.training_sections import RolloutConfig
 from fastnabla.prompts import assign_prompts
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.utils.seeding import generator_of, seed_of
@@ -16,7 +17,7 @@ from fastnabla.utils.seeding import generator_of, seed_of
 def learning_order(seed: int, rollout_index: int, rollout: RolloutConfig) -> list[Tensor]:
     """Which of a rollout's trajectories each of its `updates · epochs` updates learns from.
 
-    The first inner epoch takes the trajectories in order, each later one in a random order of its own.
+    The first inner epoch takes the trajectories in order. Each later one takes them in a random order of its own.
 
     Args:
         seed: of the run.
@@ -58,7 +59,7 @@ class Source(Protocol):
     """Where the trajectories of a rollout's updates come from."""
 
     rollouts: list[dict[str, float]]
-    """Metrics of the stored rollouts, oldest first: the one being learned from, then those ahead of it."""
+    """Metrics of the stored rollouts, oldest first. The oldest is the one being learned from."""
 
     def collect(self, rollout_index: int) -> dict[str, float]:
         """Prepare for the updates that learn from rollout `rollout_index`. Returns the rollout's metrics."""

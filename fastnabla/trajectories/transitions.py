@@ -1,4 +1,4 @@
-"""Transitions, as the training step takes them: rows of one batch, from any trajectories and steps."""
+"""The transitions that a training step takes: rows of one batch, from any trajectories and steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Transitions:
         return Transitions(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 
     def select(self) -> "LazyTransitions":
-        """All of them, as a training step takes them. Waits for the device."""
+        """All transitions, in the form that a training step takes. Waits for the device."""
         return LazyTransitions(
             step_index=self.step_index.cpu(),
             trajectory=self.trajectory.cpu(),

@@ -22,7 +22,7 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def silenced(silent: bool = True) -> Iterator[None]:
-    """Within, nothing is written to stdout or stderr if `silent`, as for all ranks but the first."""
+    """Within the context, nothing is written to stdout or stderr if `silent`. Used for all ranks but the first."""
     if not silent:
         yield
         return

@@ -23,7 +23,7 @@ class DamagedError(Exception):
 
 
 class _Digesting:
-    """A file that digests what is written to it, and remembers why a write failed."""
+    """A file that computes a digest of what is written to it, and keeps the error of a failed write."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.bytes, self.digest, self.error = file, 0, hashlib.sha256(), None
@@ -52,13 +52,13 @@ def fsync_folder(folder: Path) -> None:
 
 
 def _write(path: Path, write: Write) -> dict[str, Any]:
-    """Write a file with `write` and flush it to disk; its size and digest."""
+    """Write a file with `write` and flush it to disk. Returns its size and digest."""
     with path.open("wb") as file:
         digesting = _Digesting(file)
         try:
             write(digesting)
         except Exception:
-            if digesting.error is not None:  # torch.save hides an OSError behind an exception of its own
+            if digesting.error is not None:  # torch.save replaces an OSError by its own exception
                 raise digesting.error from None
             raise
         file.flush()
@@ -181,7 +181,7 @@ def _seal(manifest: dict[str, Any]) -> str:
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:
-    """Verify every file of `folder` against its manifest; the manifest.
+    """Verify every file of `folder` against its manifest. Returns the manifest.
 
     Raises:
         DamagedError: a file or the manifest is missing, unreadable or changed.

@@ -1,4 +1,4 @@
-"""Packages that other libraries import whenever they are installed, needed or not."""
+"""Hides optional packages, which other libraries import whenever they are installed."""
 
 import contextlib
 import sys
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def hidden_packages(*names: str) -> Iterator[None]:
-    """Within, the packages `names` count as not installed, except those that are imported already.
+    """Within the context, the packages `names` appear not to be installed, except those that are imported already.
 
-    None in `sys.modules` makes `import` raise ModuleNotFoundError and `importlib.util.find_spec` return None. A library that
-    is imported within does without these packages from then on.
+    None in `sys.modules` makes `import` raise ModuleNotFoundError and `importlib.util.find_spec` return None. A library
+    imported within the context works without these packages from then on.
     """
     hidden = [name for name in names if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))

@@ -22,7 +22,7 @@ class TrajectoryNoise:
     """Gaussian noise for B trajectories. Each has its own generator, so its noise does not depend on the batch or the device.
 
     Args:
-        seeds: one seed a trajectory, from `seed_of`.
+        seeds: one seed per trajectory, from `seed_of`.
         sample_shape: (C, H, W).
         device: of the returned noise.
     """

@@ -20,7 +20,7 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 
 def parse(text: str) -> Any:
-    """The JSON value `text`.
+    """Parse the JSON value `text`.
 
     Raises:
         ValueError: it is not valid JSON, or an object has a key twice.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastnabla.analytic.config import AnalyticConfig, settings
 from fastnabla.analytic.experiment import Experiment
 from fastnabla.analytic.training import measure, updates
-from fastnabla.config.sections import RolloutConfig
+from fastnabla.config.training_sections import RolloutConfig
 
 ROLLOUT = RolloutConfig(trajectories=128, fraction=0.5, updates=1, batch=128)
 

@@ -7,7 +7,7 @@ import pytest
 from fastnabla.analytic.config import SETTINGS, AnalyticConfig, settings
 from fastnabla.analytic.experiment import Experiment
 from fastnabla.analytic.training import measure, updates
-from fastnabla.config.sections import RolloutConfig
+from fastnabla.config.training_sections import RolloutConfig
 
 BALANCE = {"residual-db": 120, "db": 80, "dag": 80}
 """Updates, by method with a target."""

@@ -8,7 +8,7 @@ from fastnabla.analytic.experiment import PROMPTS, Experiment, IdentityDecoder
 from fastnabla.analytic.measures import distances, floors
 from fastnabla.analytic.problems import PROBLEMS
 from fastnabla.analytic.scheduler import alpha_bars
-from fastnabla.config.sections import RolloutConfig
+from fastnabla.config.training_sections import RolloutConfig
 from tests.checks import randn, relative_error
 
 PROMPT, TIMESTEP = torch.zeros(6, dtype=torch.int64), torch.tensor([0, 19, 200, 500, 800, 999])

@@ -13,7 +13,7 @@ from fastnabla.analytic.config import SETTINGS, settings
 from fastnabla.analytic.experiment import Experiment
 from fastnabla.analytic.training import updates
 from fastnabla.config.methods import METHODS
-from fastnabla.config.sections import RolloutConfig
+from fastnabla.config.training_sections import RolloutConfig
 
 QUICK = ["--updates=4", "--steps=4", "--width=8", "--samples=64", "--rollout.trajectories=8", "--rollout.fraction=0.5"]
 QUICK += ["--rollout.updates=4"]

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from fastnabla.config.model_sections import SamplerConfig
 from fastnabla.config.presets import PRESETS
-from fastnabla.config.sections import MemoryConfig, RolloutConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig, from_json, to_json
+from fastnabla.config.training_sections import MemoryConfig, RolloutConfig
 from fastnabla.objective.settings import Objective
 
 

@@ -9,17 +9,11 @@ from torch import nn
 
 from fastnabla import rewards
 from fastnabla.config.methods import METHODS
+from fastnabla.config.model_sections import FlowConfig, LoraConfig, RewardConfig
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.reference_recipe import CHOICES, DEPARTURES
-from fastnabla.config.sections import (
-    EvaluationConfig,
-    FlowConfig,
-    LoraConfig,
-    OptimizerConfig,
-    RewardConfig,
-    RolloutConfig,
-)
 from fastnabla.config.train import TrainConfig, from_json, to_json
+from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.models.flow import build_flow
 from fastnabla.objective.settings import Objective
 from fastnabla.optim.optimizer import Optimizer
@@ -170,7 +164,7 @@ def test_a_run_is_the_authors_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [(option.preprocess, option.precision) for option in options] == [("reference", "tf32")] * 2
     ours.train(tmp_path)
 
-    parameters, epochs = theirs.policy.trainable(), theirs.config.rounds
+    parameters, epochs = theirs.policy.trainable(), theirs.config.num_rollouts
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
     held: Transitions | None = None
     for epoch in range(-1, epochs):

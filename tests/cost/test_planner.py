@@ -6,8 +6,9 @@ import itertools
 import pytest
 import torch
 
-from fastnabla.config.sections import LoraConfig, MemoryConfig, ModelConfig, RolloutConfig
+from fastnabla.config.model_sections import LoraConfig, ModelConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import MemoryConfig, RolloutConfig
 from fastnabla.cost import planner
 from fastnabla.cost.planner import (
     ENOUGH,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastnabla.config.sections import RewardConfig
+from fastnabla.config.model_sections import RewardConfig
 from fastnabla.cost.reward_bytes import RewardBytes, image_bytes, reward_bytes
 from fastnabla.rewards import RewardOptions
 from fastnabla.rewards.inspection import value_and_gradient

@@ -8,8 +8,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from bench.models import TOY
-from fastnabla.config.sections import LORA_TARGETS, MemoryConfig, RolloutConfig, SamplerConfig
+from fastnabla.config.model_sections import LORA_TARGETS, SamplerConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import MemoryConfig, RolloutConfig
 from fastnabla.cost.shapes import Shapes
 from fastnabla.cost.traffic import update_traffic
 from fastnabla.cost.unit_costs import PassTraffic, UnitCosts

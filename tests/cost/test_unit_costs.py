@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from fastnabla.config.sections import LORA_TARGETS
+from fastnabla.config.model_sections import LORA_TARGETS
 from fastnabla.cost.shapes import Shapes, fake_weights
 from fastnabla.cost.unit_costs import UnitCosts
 from fastnabla.models.flow import build_flow

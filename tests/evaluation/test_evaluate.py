@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastnabla import evaluate
-from fastnabla.config.sections import LoraConfig, OptimizerConfig, PromptConfig
+from fastnabla.config.model_sections import LoraConfig, PromptConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import OptimizerConfig
 from fastnabla.evaluation.options import FILE, EvaluationOptions
 from fastnabla.evaluation.run import REFERENCE_NOISE, RunEvaluation
 from fastnabla.models.saved_policy import read_policy

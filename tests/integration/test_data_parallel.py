@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastnabla.config.methods import METHODS
-from fastnabla.config.sections import EvaluationConfig, FlowConfig, MemoryConfig, RolloutConfig
+from fastnabla.config.model_sections import FlowConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import EvaluationConfig, MemoryConfig, RolloutConfig
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.collection import rank_ranges

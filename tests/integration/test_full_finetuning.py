@@ -9,8 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from fastnabla.config.sections import EvaluationConfig, LoraConfig, OptimizerConfig, RolloutConfig
+from fastnabla.config.model_sections import LoraConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.sample import SampleConfig, sample_run
 from fastnabla.testbed import pipeline_folder
 from fastnabla.training.trainer import Trainer

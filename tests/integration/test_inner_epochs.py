@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastnabla.config.sections import RolloutConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import RolloutConfig
 from fastnabla.cost.planner import cache_bytes
 from fastnabla.cost.update_cost import rollout_passes
 from fastnabla.distributed.signals import Stopped, StopSignals

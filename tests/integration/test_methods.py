@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fastnabla.config.method_sections import Direct
 from fastnabla.config.methods import METHODS
-from fastnabla.config.sections import ModelConfig
+from fastnabla.config.model_sections import ModelConfig
 from fastnabla.config.train import TrainConfig, from_json, to_json
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.methods.direct import late_step

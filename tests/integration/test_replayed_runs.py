@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastnabla.config.sections import EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.cost.planner import buffer_bytes
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.objective.gaussian import guide
@@ -166,7 +166,7 @@ def test_ddpo(tmp_path: Path) -> None:
 
 
 def test_a_lag_depends_on_the_length_of_the_run(tmp_path: Path) -> None:
-    """A longer one would have sampled ahead in its last rounds."""
+    """A longer one would have sampled ahead in its last updates."""
     config = replayed(1)
     longer = dataclasses.replace(config, updates=8)
     assert fingerprint(longer, PROMPTS) != fingerprint(config, PROMPTS)

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastnabla.config.sections import EvaluationConfig, LoraConfig, MemoryConfig, OptimizerConfig
+from fastnabla.config.model_sections import LoraConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import EvaluationConfig, MemoryConfig, OptimizerConfig
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.training.trainer import Trainer
 from tests.checks import relative_error

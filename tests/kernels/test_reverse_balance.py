@@ -31,7 +31,7 @@ from tests.kernel_cases import (
 INPUTS = ("score", "score_ref", "flow", "reward_score", "output", "output_ref")
 WHOLE_SCORES = PAIRS
 """What is missing where the scores need no direct parts."""
-AT_CLEAN = ("reward_score",)
+AT_PREDICTION = ("reward_score",)
 """What is missing where the reward's score is that of the clean prediction."""
 
 
@@ -62,7 +62,7 @@ def evaluate(operations: ObjectiveOps, batch: Batch) -> dict[str, Tensor]:
 @pytest.mark.parametrize("guidance", [None, 5.0])
 def test_values_and_gradients(device, guidance, prior_weight, dtypes):
     """Of products of the cotangents and pixel scores; whole scores are among the options."""
-    case = Case.of(guidance_scale=guidance, prior_weight=prior_weight, without=AT_CLEAN, **DTYPES[dtypes])
+    case = Case.of(guidance_scale=guidance, prior_weight=prior_weight, without=AT_PREDICTION, **DTYPES[dtypes])
     assert_matches(evaluate, case.draw(device))
 
 
@@ -72,14 +72,14 @@ def test_values_and_gradients(device, guidance, prior_weight, dtypes):
     [
         {"without": WHOLE_SCORES},
         {"without": WHOLE_SCORES, "prior_weight": 1.0, "weighting": "sigma"},
-        {"without": (*WHOLE_SCORES, *AT_CLEAN), "guidance_scale": None},
+        {"without": (*WHOLE_SCORES, *AT_PREDICTION), "guidance_scale": None},
         {"without": (), "gamma": "constant"},
-        {"without": AT_CLEAN, "gamma": "constant"},
-        {"without": AT_CLEAN, "gamma": "sqrt_alpha_bar"},
-        {"without": AT_CLEAN, "weighting": "sigma"},
-        {"without": AT_CLEAN, "steps": (0, 5)},
-        {"without": AT_CLEAN, "beta": 0.0},
-        {"without": AT_CLEAN, "prior_weight": 0.0},
+        {"without": AT_PREDICTION, "gamma": "constant"},
+        {"without": AT_PREDICTION, "gamma": "sqrt_alpha_bar"},
+        {"without": AT_PREDICTION, "weighting": "sigma"},
+        {"without": AT_PREDICTION, "steps": (0, 5)},
+        {"without": AT_PREDICTION, "beta": 0.0},
+        {"without": AT_PREDICTION, "prior_weight": 0.0},
     ],
     ids=str,
 )
@@ -113,7 +113,7 @@ def test_strided_rows_are_refused(device, name):
 
 
 @settings(max_examples=20)
-@given(case=cases([(), WHOLE_SCORES, AT_CLEAN, (*WHOLE_SCORES, *AT_CLEAN)]), seed=st.integers(0, 9))
+@given(case=cases([(), WHOLE_SCORES, AT_PREDICTION, (*WHOLE_SCORES, *AT_PREDICTION)]), seed=st.integers(0, 9))
 @on_each_device
 def test_anything_else(device, case, seed):
     assert_matches(evaluate, case.draw(device, seed))

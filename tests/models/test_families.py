@@ -8,15 +8,9 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from fastnabla.config.sections import (
-    ComputeConfig,
-    EvaluationConfig,
-    LoraConfig,
-    MemoryConfig,
-    ModelConfig,
-    RewardConfig,
-)
+from fastnabla.config.model_sections import LoraConfig, ModelConfig, RewardConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import ComputeConfig, EvaluationConfig, MemoryConfig
 from fastnabla.cost.shapes import shapes_of
 from fastnabla.models.build import build_networks
 from fastnabla.models.model_config import vae_dtype

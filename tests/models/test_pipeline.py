@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
-from fastnabla.config.sections import ModelConfig
+from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.pipeline import encode_prompts, pipeline_of, use_scheduler
 from fastnabla.testbed import pipeline_folder
 from fastnabla.transition import TransitionTable

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastnabla.config.sections import ModelConfig
+from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models import pipeline as pipelines
 from fastnabla.models.conditions import Conditions
 from fastnabla.models.pipeline import encode_prompts, pipeline_of, text_encoders

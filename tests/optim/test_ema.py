@@ -12,8 +12,9 @@ from torch import nn
 
 from fastnabla import evaluate
 from fastnabla.analytic.config import AnalyticConfig
-from fastnabla.config.sections import EvaluationConfig, LoraConfig, OptimizerConfig, RolloutConfig, SamplerConfig
+from fastnabla.config.model_sections import LoraConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.evaluation.options import FILE
 from fastnabla.optim.ema import WeightAverage
 from fastnabla.sample import SampleConfig, sample_run

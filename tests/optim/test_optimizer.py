@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from fastnabla.config.sections import FlowConfig, OptimizerConfig
+from fastnabla.config.model_sections import FlowConfig
+from fastnabla.config.training_sections import OptimizerConfig
 from fastnabla.optim.optimizer import (
     BLOCK,
     MIN_8BIT_SIZE,
@@ -206,14 +207,21 @@ def test_weight_decay_is_decoupled_from_the_gradient(name: str) -> None:
         torch.testing.assert_close(weight.data, start * (1 - 0.02 * 0.5))
 
 
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of the state's tensors on all devices, counting each storage once."""
+    tensors = (value for state in optimizer.algorithm.state.values() for value in state.values())
+    storages = (tensor.untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 @pytest.mark.parametrize(("name", "device"), NAMES_ON)
 def test_state_bytes_are_what_is_expected(name: str, device: str) -> None:
     sizes = (1, MIN_8BIT_SIZE - 1, MIN_8BIT_SIZE, MIN_8BIT_SIZE + 1, 20 * BLOCK, 200_000)
     for some in (sizes, sizes[:2]):
         policy, optimizer = build(name, *[torch.zeros(size, device=device) for size in some])
-        assert optimizer.state_bytes == 0
+        assert state_bytes(optimizer) == 0
         train(policy, optimizer, 0, 1)
-        assert optimizer.state_bytes == expected_state_bytes(name, some)
+        assert state_bytes(optimizer) == expected_state_bytes(name, some)
 
 
 def test_expected_bytes_a_parameter() -> None:
@@ -256,7 +264,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(name: str, device: str) -> None:
     resumed_policy, resumed = build(name, *[weight.data.clone() for weight in policy.weights], **schedule)
     file.seek(0)
     resumed.load_state_dict(*torch.load(file, weights_only=True, map_location=device))
-    assert resumed.state_bytes == optimizer.state_bytes
+    assert state_bytes(resumed) == state_bytes(optimizer)
     train(policy, optimizer, 3, 6)
     train(resumed_policy, resumed, 3, 6)
     for weight, again in zip(policy.weights, resumed_policy.weights, strict=True):
@@ -301,9 +309,9 @@ def test_weights_in_channels_last_stay_so_in_place_and_learn_the_same(name: str)
 @pytest.mark.parametrize(
     ("name", "dtype", "message"),
     [
-        ("adamw", torch.complex64, "'adamw': takes .* and one is complex64 on cpu"),
-        ("adamw", torch.float8_e5m2, "'adamw': takes .* and one is float8_e5m2 on cpu"),
-        ("lion8bit", torch.float64, "'lion8bit': takes .* and one is float64 on cpu"),
+        ("adamw", torch.complex64, "'adamw': takes .* one parameter is complex64 on cpu"),
+        ("adamw", torch.float8_e5m2, "'adamw': takes .* one parameter is float8_e5m2 on cpu"),
+        ("lion8bit", torch.float64, "'lion8bit': takes .* one parameter is float64 on cpu"),
         ("paged_adamw8bit", torch.float32, "'paged_adamw8bit': .* on the CPU; use 'adamw8bit'"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fastnabla.config.sections import PromptConfig
+from fastnabla.config.model_sections import PromptConfig
 from fastnabla.prompts import RunPrompts, load_prompts, prompts_of, split_prompts
 
 MANY = [f"prompt {i}" for i in range(2000)]

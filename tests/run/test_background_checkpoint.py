@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fastnabla.run import checkpoint
-from fastnabla.run.checkpoint import CheckpointError, Progress
+from fastnabla.run.checkpoint import CheckpointError
 from fastnabla.run.host_copy import host_copy
+from fastnabla.run.state import Progress
 from fastnabla.training.trainer import Trainer
 from tests.faults import tiny, without_pictures
 from tests.run.test_checkpoint import assert_same, build, kept, update

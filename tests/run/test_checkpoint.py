@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastnabla.config.sections import FlowConfig, OptimizerConfig
+from fastnabla.config.model_sections import FlowConfig
+from fastnabla.config.training_sections import OptimizerConfig
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.rewards import build_reward
-from fastnabla.run.checkpoint import CheckpointError, Checkpoints, Progress, TrainState
+from fastnabla.run.checkpoint import CheckpointError, Checkpoints
+from fastnabla.run.state import Progress, TrainState
 from tests.utils.test_durable import fill
 
 

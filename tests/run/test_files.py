@@ -8,9 +8,9 @@ import pytest
 
 from fastnabla.distributed.world import ALONE
 from fastnabla.prompts import RunPrompts
-from fastnabla.run.checkpoint import Progress
 from fastnabla.run.files import RunFiles
 from fastnabla.run.lock import RunFolderError
+from fastnabla.run.state import Progress
 from tests.faults import tiny
 from tests.run.test_checkpoint import build
 

@@ -15,8 +15,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.optim.ema import WeightAverage
 from fastnabla.rewards import build_reward
-from fastnabla.run.checkpoint import FILE, TrainState
+from fastnabla.run.checkpoint import FILE
 from fastnabla.run.large_tensors import FOLDER, LargeTensors, read_tensors, write_tensors
+from fastnabla.run.state import TrainState
 from fastnabla.utils.durable import DamagedError, partial_folder, verify_folder, write_folder
 from tests.ranks import on_ranks
 from tests.sharded import build, full, update

@@ -53,5 +53,5 @@ def test_an_id_that_is_none_is_replaced_with_a_warning(
 ) -> None:
     (tmp_path / FILE).write_bytes(content)
     new = wandb_run_id(tmp_path)
-    assert len(new) == 16 and "holds no W&B run id" in caplog.text
+    assert len(new) == 16 and "has no valid W&B run id" in caplog.text
     assert wandb_run_id(tmp_path) == new

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastnabla import train
-from fastnabla.config.sections import EvaluationConfig
+from fastnabla.config.training_sections import EvaluationConfig
 from fastnabla.training.guards import BoundPassed, passed_bound, require_measurable
 from fastnabla.training.trainer import Trainer
 from tests.faults import assert_same_result

@@ -6,22 +6,22 @@ from types import SimpleNamespace
 import pytest
 
 from fastnabla import train
-from fastnabla.config.sections import EvaluationConfig, RolloutConfig
+from fastnabla.config.training_sections import EvaluationConfig, RolloutConfig
 from fastnabla.distributed.launch import RankInfo
-from fastnabla.training import build
+from fastnabla.training import build, command
 from fastnabla.training.build import build_components, plan_and_build
 from tests.faults import tiny
 from tests.integration.test_cli import QUICK
 
 
 def test_a_command_line_plans_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, planned = [], train.planned
+    calls, planned = [], command.planned
 
     def counted(*arguments):
         calls.append(arguments)
         return planned(*arguments)
 
-    for module in (train, build):
+    for module in (command, build):
         monkeypatch.setattr(module, "planned", counted)
     assert train.main([*QUICK, "--dry-run"]) == 0
     assert len(calls) == 1

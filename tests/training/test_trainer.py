@@ -10,9 +10,10 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from fastnabla.config.model_sections import ModelConfig, SamplerConfig
 from fastnabla.config.presets import PRESETS
-from fastnabla.config.sections import EvaluationConfig, ModelConfig, OptimizerConfig, RolloutConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.methods.passes import planned_passes
 from fastnabla.objective.settings import Objective
@@ -125,7 +126,7 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(name: str, run:
 
 def test_evaluations_and_checkpoints_are_due_once_per_interval_and_at_the_end() -> None:
     trainer = object.__new__(Trainer)
-    trainer.config, trainer.per_round = small(updates=12), 2
+    trainer.config, trainer.updates_per_rollout = small(updates=12), 2
 
     def due(every: int) -> list[int]:
         found = []

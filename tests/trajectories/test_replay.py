@@ -153,7 +153,9 @@ class Ring(RuleBasedStateMachine):
         """Into another buffer, which goes on from there; not into one of another geometry."""
         state, (capacity, num_steps, *rest) = self.buffer.state_dict(), self.arguments
         before, self.buffer = self.buffer, TrajectoryBuffer(capacity + 1, num_steps, *rest, **self.options)
-        self.refused(ValueError, f"capacity {capacity}, .*, this is one of", lambda: self.buffer.load_state_dict(state))
+        self.refused(
+            ValueError, f"capacity {capacity}, .*; this buffer has", lambda: self.buffer.load_state_dict(state)
+        )
         self.buffer = TrajectoryBuffer(*self.arguments, **self.options)
         self.buffer.load_state_dict(state)
         before.x.zero_()  # the state is a copy

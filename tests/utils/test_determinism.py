@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastnabla import train
-from fastnabla.config.sections import ComputeConfig
 from fastnabla.config.train import to_json
+from fastnabla.config.training_sections import ComputeConfig
 from fastnabla.distributed.world import World
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.determinism import WORKSPACE, make_deterministic

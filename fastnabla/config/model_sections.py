@@ -1,0 +1,179 @@
+"""The sections of the configuration that say what is finetuned, and towards what: model, sampler, adapter, flow network,
+reward and prompts.
+
+The docstring of a field is its `--help` text.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+from fastnabla.utils.require import require, require_positive
+
+TESTBED = "testbed"
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+"""Projections of the UNet's attention layers."""
+PromptDraw = Literal["cycles", "independent"]
+Preprocess = Literal["official", "reference"]
+Precision = Literal["float32", "tf32", "bf16"]
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The pretrained model."""
+
+    name: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """Folder or Hub id of a diffusers pipeline of Stable Diffusion 1, 2 or XL, or "testbed" for the embedded model."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub. None: the default branch."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Dtype of the frozen networks. The LoRA, the flow network and the loss are float32 in any case."""
+    vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the VAE. None: the same as dtype, except float32 for Stable Diffusion XL in float16, whose VAE
+    overflows."""
+    tiny_decoder: str | None = None
+    """Folder or Hub id of an AutoencoderTiny, such as madebyollin/taesd. It replaces the VAE where the training step
+    needs gradients of the decoder. This takes a seventeenth of the arithmetic, but the gradients are approximate.
+    Reported rewards still use the VAE."""
+    random_init: bool = False
+    """Use random weights in the architecture of `name`, and in the published rewards, without any download. For dry
+    runs, smoke tests and benchmarks: images and rewards are meaningless. Supported names: the Hub ids of Stable
+    Diffusion 1.5, 2.1 and XL, and sd15-midsize and sd15-small, which are 1.5 with a fifth and a tenth of the
+    channels."""
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.random_init and self.name == TESTBED),
+            "model.random_init",
+            self.random_init,
+            "the testbed's weights are part of the package; use the preset stable-diffusion.",
+        )
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SamplerConfig:
+    """How trajectories are sampled, in training and in evaluation."""
+
+    scheduler: Literal["ddim", "sde-dpmsolver++"] = "ddim"
+    """"ddim": DDIM with noise, which is DDPM for η = 1. "sde-dpmsolver++": first-order SDE-DPM-Solver++."""
+    steps: int = 50
+    """T, the number of network evaluations per trajectory. Fewer steps train faster but give worse images."""
+    eta: float = 1.0
+    """η, the scale of DDIM's noise. > 0; 1 is DDPM."""
+    guidance_scale: float = 5.0
+    """w of classifier-free guidance. 1 turns guidance off and halves the cost."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 2, "sampler.steps", self.steps, "must be at least 2.")
+        require_positive("sampler", self, "eta", "guidance_scale")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """The trained adapter."""
+
+    rank: int = 8
+    """Rank and alpha of the LoRA, so its scale is 1. 0 trains all parameters of the UNet instead, with float32 master
+    weights next to a frozen copy of the pretrained ones. Several processes then shard them (memory.shard)."""
+    targets: tuple[str, ...] = LORA_TARGETS
+    """Names of the UNet layers that get an adapter. all-linear stands for every linear layer, including feed-forward
+    layers and embeddings. The default is the attention projections, as in the reference implementation."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "lora.rank", self.rank, "must be at least 1, or 0 to train all parameters of the UNet.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class FlowConfig:
+    """g_φ, the learned part of the flow score."""
+
+    kind: Literal["unet", "conv", "none"] = "unet"
+    """For methods that learn a flow. "unet": a text-conditioned UNet, as in the reference implementation. "conv": four
+    convolutions, for small models. "none": g ≡ 0, without a reverse residual."""
+    start: Literal["zero", "random"] = "zero"
+    """Initial weights of the last layer. "zero": g ≡ 0, so training starts from the reward gradient alone. "random":
+    PyTorch's initialisation with zero bias, as in the reference implementation."""
+    learning_rate: float = 1e-3
+    """Learning rate of φ."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay of φ."""
+
+    def __post_init__(self) -> None:
+        require_positive("flow", self, "learning_rate")
+        require(
+            0 <= self.weight_decay < math.inf,
+            "flow.weight_decay",
+            self.weight_decay,
+            "must be finite and not negative.",
+        )
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class RewardConfig:
+    """The reward to finetune towards."""
+
+    terms: tuple[str, ...] = ()
+    """Terms of the reward r, each as name=weight: aesthetic, clipscore, hpsv2, imagereward, pickscore; area, classifier
+    or hue for the testbed; or module:function=weight for your own. `python -m fastnabla.rewards list` describes
+    them."""
+    weights: tuple[str, ...] = ()
+    """Where to find weights, each as name=source, for example hpsv2=models/HPSv2. A source is a Hub id, a folder or a
+    file."""
+    preprocess: Preprocess = "official"
+    """How images are preprocessed. "official": as in each scorer's training. "reference": as in the reference
+    implementation of ∇-DB."""
+    checkpoint: bool = False
+    """Recompute the reward networks' transformer layers in the backward pass. Saves memory, costs time."""
+    precision: Precision | None = None
+    """Precision of the published rewards; docs/rewards.md says how much scores and gradients change. "float32". "tf32":
+    products of inputs rounded to 10 bits of mantissa, on a GPU; float32 elsewhere. "bf16": bfloat16 products, and half
+    the memory. None: "tf32" on a GPU, "float32" elsewhere."""
+    normalise: bool = False
+    """Normalise each term by its mean and standard deviation over the rollouts so far, so that weights compare terms of
+    different scales."""
+    clip: float | None = None
+    """Clip the training reward to this absolute value. Beyond it the gradient is zero."""
+    timeout: float | None = 1800.0
+    """Seconds that one call of a reward may take before the run ends with an error that names the reward. None: no
+    limit. A call on memory.decode_chunk images takes seconds; the default leaves time for a reward that first compiles
+    or downloads something."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.timeout is None or 0 < self.timeout <= 1e6,
+            "reward.timeout",
+            self.timeout,
+            "must be positive and at most 1e6, or None.",
+        )
+        require(self.clip is None or 0 < self.clip < math.inf, "reward.clip", self.clip, "must be positive, or None.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class PromptConfig:
+    """The prompts."""
+
+    source: str = ""
+    """A set: simple-animals, compositions or photos-and-paintings, or the testbed's animals and animals-phrased. A
+    UTF-8 text file with one prompt per line. A field of JSON lines, FILE.jsonl:FIELD. A column of a data set on the
+    Hugging Face Hub, hf:OWNER/NAME:COLUMN or hf:OWNER/NAME:COLUMN:SPLIT."""
+    template: tuple[str, ...] = ()
+    """Texts with one {} each, such as "a photo of {}". Every prompt is inserted into every template."""
+    held_out: float = 0.0
+    """Fraction of prompts that are evaluated but not trained on, chosen by the seed and each prompt's text. With 0 and
+    without prompts.evaluation, the training prompts are evaluated."""
+    draw: PromptDraw = "cycles"
+    """How prompts are assigned to trajectories. "cycles": each prompt once, in random order, then all again in another
+    order. "independent": each trajectory gets a random prompt."""
+    evaluation: str | None = None
+    """Source of separate prompts to evaluate, in the format of prompts.source. The templates apply to them too."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.held_out < 1, "prompts.held_out", self.held_out, "must be in [0, 1).")
+        require(
+            self.evaluation is None or self.held_out == 0,
+            "prompts.held_out",
+            self.held_out,
+            "leave it at 0 if prompts.evaluation is given, which names the prompts to evaluate.",
+        )
