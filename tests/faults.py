@@ -16,7 +16,7 @@ from fastnabla.config.model_sections import SamplerConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import EvaluationConfig, RolloutConfig
 from fastnabla.distributed.signals import Stopped, StopSignals
-from fastnabla.run import tracker as telemetry
+from fastnabla.run import tracker
 from fastnabla.run.checkpoint import CheckpointError
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils import durable
@@ -76,7 +76,7 @@ def die_in_call(owner: object, name: str, call: int, after: bool) -> None:
 
 def die_in_record(call: int) -> None:
     """Kill the process after half a line of metrics.jsonl was written."""
-    append, calls = telemetry.Tracker._append, []
+    append, calls = tracker.Tracker._append, []
 
     def dying(self, name, record):
         calls.append(None)
@@ -87,7 +87,7 @@ def die_in_record(call: int) -> None:
             kill()
         append(self, name, record)
 
-    telemetry.Tracker._append = dying
+    tracker.Tracker._append = dying
 
 
 def die_in_write(call: int) -> None:

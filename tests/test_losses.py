@@ -1,3 +1,5 @@
+"""The loss for other training loops, against its definition in float64 and the reference implementation."""
+
 import dataclasses
 import functools
 import subprocess

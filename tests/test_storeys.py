@@ -1,14 +1,17 @@
 """The package's folders are storeys: an import points down the list in `STOREYS`, never up, and there is no circle.
 
-An import for typing only, or within a function, counts like any other. The list is that of docs/architecture.md.
+An import for typing only, or within a function, counts like any other. docs/storeys.py draws the list.
 """
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-PACKAGE = Path(__file__).parents[1] / "fastnabla"
+ROOT = Path(__file__).parents[1]
+PACKAGE, PICTURE = ROOT / "fastnabla", ROOT / "docs" / "storeys.png"
 STOREYS = (
     ("train", "sample", "evaluate", "compare", "reproduce"),
     ("comparison", "analytic"),
@@ -79,3 +82,12 @@ def test_no_circle():
         for module in leaves:
             del edges[module]
     assert not edges, f"circles among {', '.join(edges)}"
+
+
+def in_words(storeys: Sequence[Sequence[str]]) -> str:
+    return "; ".join(" ".join(names) for names in storeys)
+
+
+def test_the_picture_shows_the_list():
+    with Image.open(PICTURE) as image:
+        assert image.text["storeys"] == in_words(STOREYS), "draw it again: python -m docs.storeys"

@@ -1,3 +1,5 @@
+"""Tables of samplers against the reference implementation and diffusers, and the settings that are refused."""
+
 import json
 
 import pytest

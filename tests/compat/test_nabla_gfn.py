@@ -1,3 +1,5 @@
+"""`fastnabla.compat.nabla_gfn` against the reference implementation's functions."""
+
 import json
 
 import pytest

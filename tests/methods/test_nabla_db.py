@@ -1,3 +1,5 @@
+"""Residual ∇-DB's training step against the reference implementation, the published algorithm, and its definition in float64."""
+
 import collections
 import copy
 import dataclasses
@@ -189,7 +191,7 @@ def test_objective_rejects(name, value):
         Objective(**{name: value})
 
 
-def test_terminal_guidance_wants_whole_trajectories():
+def test_terminal_reward_gradients_need_whole_trajectories():
     golden = load_step(STEP_SETS[0])
     inner = golden.transitions[golden.transitions.step_index != len(golden.table) - 1]
     with pytest.raises(ValueError, match="last transition of every trajectory"):

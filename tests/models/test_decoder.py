@@ -1,3 +1,5 @@
+"""The decoder's images and reward gradients against diffusers' decoder, in every way of computing them."""
+
 import copy
 import functools
 

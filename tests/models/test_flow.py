@@ -1,3 +1,5 @@
+"""The flow network: its start at zero, its inputs, precision and gradients."""
+
 import pytest
 import torch
 

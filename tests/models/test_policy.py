@@ -1,3 +1,5 @@
+"""The policy: guidance, switching the adapter off, what is trained, precision, saving."""
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel

@@ -17,6 +17,6 @@ def gradients(rank: int, recompute: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
 def test_gradients_are_the_same(rank: int) -> None:
-    """With look-ahead guidance and the reverse residual: passes whose parameters are frozen, or whose adapter is off, are
-    computed again so."""
+    """With look-ahead reward gradients and the reverse residual. Passes whose parameters are frozen, or whose adapter is off,
+    are recomputed in the same way."""
     assert relative_error(gradients(rank, True), gradients(rank, False)) < 1e-6

@@ -24,7 +24,7 @@ from tests.checks import BACKENDS
 
 
 def small(**changes) -> TrainConfig:
-    """A run of four updates of seconds, with look-ahead guidance."""
+    """A run of four updates of seconds, with look-ahead reward gradients."""
     preset = PRESETS["testbed"][1]
     config = dataclasses.replace(
         preset,

@@ -1,3 +1,5 @@
+"""The trajectory buffer: what comes back from it, what it refuses, and what an update costs."""
+
 from types import SimpleNamespace
 
 import pytest

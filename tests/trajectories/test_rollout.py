@@ -1,3 +1,5 @@
+"""Sampling with the policy: noise by seed, whatever the batch, and the stored transitions."""
+
 import pytest
 import torch
 
