@@ -124,8 +124,10 @@ def main(rewards: tuple[str, ...] = tuple(PUBLISHED), images: int = 8) -> None:
 
     Args:
         rewards: names of published rewards.
-        images: number of images.
+        images: number of images, at least 2.
     """
+    if images < 2:
+        raise SystemExit(f"images = {images}: a score's spread needs at least 2")
     pictures = sample_images(None, images, PIXELS)
     print(f"{images} images of {PIXELS} × {PIXELS}, on {platform.machine()}, torch {torch.__version__}\n")
     print(markdown([row for name in rewards for row in measure(name, pictures)]))
