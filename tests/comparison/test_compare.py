@@ -257,9 +257,9 @@ def test_only_trains_the_runs_it_names(tmp_path: Path, capsys: pytest.CaptureFix
     assert "only = 'draft-seed-1': the runs are residual-db-seed-0, draft-seed-0." in capsys.readouterr().err
 
 
-def _no_pictures(self, run: Path, records: list, update: int, *_) -> None:
-    (run / "samples").mkdir(exist_ok=True)
-    (run / "samples" / f"update-{update:04d}.png").write_bytes(b"\x89PNG")
+def _no_pictures(self, records: list, columns: dict) -> None:
+    (self.folder / "samples").mkdir(exist_ok=True)
+    (self.folder / "samples" / f"update-{records[-1]['update']:04d}.png").write_bytes(b"\x89PNG")
 
 
 def test_evaluations_are_made_once_and_share_reference_samples(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
