@@ -84,7 +84,7 @@ def test_two_processes_wrote_a_share_each(runs: Path) -> None:
 
 
 def test_of_a_lora_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"memory.shard = True: only a LoRA is trained .* --lora.rank 0"):
+    with pytest.raises(ValueError, match=r"memory.shard = True: only a LoRA .* --lora.rank 0"):
         small(memory=MemoryConfig(micro_batch=4, decode_chunk=4, shard=True))
 
 
