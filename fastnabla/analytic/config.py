@@ -104,7 +104,7 @@ class AnalyticConfig:
         """
         rate, objective = self.flow_learning_rate, self.objective
         if self.exact_flow:
-            objective = dataclasses.replace(objective, reverse_weight=0.0)
+            objective = dataclasses.replace(objective, reverse_target="policy", reverse_weight=0.0)
         return TrainConfig(
             method=self.method,
             updates=self.updates,

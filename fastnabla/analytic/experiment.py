@@ -100,7 +100,7 @@ class Experiment:
         if method.stores:
             sizes = (rollout.trajectories * (1 + rollout.replay), len(self.table), config.drawn_steps + 1)
             self.buffer = TrajectoryBuffer(*sizes, self.sample_shape)
-            if rollout.epochs > 1 and method.has_reference:
+            if training.caches_reference:
                 self.buffer.keep_reference(with_product=training.has_flow and training.objective.reverse_weight > 0)
             slots = torch.arange(rollout.trajectories)
             self.source = StoredTrajectories(self._rollout, self.buffer, slots, training.num_rollouts, rollout.replay)

@@ -83,7 +83,11 @@ METHODS: dict[str, Method] = {
     "db": Method(
         has_flow=True,
         without=_DIRECT + _POLICY_GRADIENT,
-        only=_NOISING | {"objective.prior_weight": ((1,), "has no pretrained policy to weight; leave it at 1.")},
+        only=_NOISING
+        | {
+            "objective.prior_weight": ((1,), "has no pretrained policy to weight; leave it at 1."),
+            "objective.reverse_target": (("policy",), "has no pretrained policy to follow; use policy."),
+        },
     ),
     "refl": _differentiates_sampler("late"),
     "draft": _differentiates_sampler("k"),

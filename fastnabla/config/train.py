@@ -230,6 +230,17 @@ class TrainConfig:
         """Whether a flow network is trained: the method has one, and flow.kind is not "none"."""
         return METHODS[self.method].has_flow and self.flow.kind != "none"
 
+    @property
+    def follows_reference(self) -> bool:
+        """Whether the flow network is fitted to a target that follows the pretrained model."""
+        return self.method == "residual-db" and self.has_flow and self.objective.reverse_target == "reference"
+
+    @property
+    def caches_reference(self) -> bool:
+        """Whether later inner epochs read what the pretrained network contributes from a cache. A target that follows it
+        depends on the flow network, so it cannot be cached."""
+        return METHODS[self.method].has_reference and self.rollout.epochs > 1 and not self.follows_reference
+
 
 def _is_path(path: Path) -> bool:
     """Whether `path` is valid on Linux: no null character, and no name or path that is too long."""

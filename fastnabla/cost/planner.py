@@ -193,7 +193,7 @@ def buffer_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: in
 def cache_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: int) -> int:
     """Bytes of the reference network's results, cached for later inner epochs in float32
     (`fastnabla.trajectories.reference_cache`)."""
-    if config.rollout.epochs == 1 or not METHODS[config.method].has_reference:
+    if not config.caches_reference:
         return 0
     with_product = config.has_flow and config.objective.reverse_weight > 0
     return 4 * (1 + with_product) * trajectories * (config.drawn_steps + 1) * sample_shape.numel()

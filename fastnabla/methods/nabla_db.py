@@ -24,6 +24,7 @@ from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy
 from fastnabla.objective import second_order
+from fastnabla.objective.balance import ForwardBalance
 from fastnabla.objective.gaussian import guide
 from fastnabla.objective.noising import check_is_ddpm, noising_output, noising_reverse
 from fastnabla.objective.settings import Backend, Objective
@@ -154,24 +155,29 @@ class BalanceStep(Accumulation):
         forward = self.ops.forward_balance(
             output, output_ref, *states, reward.at_next, flow_next, batch.model_output, **settings
         )
-        loss, zero = forward.loss, torch.zeros_like(forward.forward)
-
-        # Reverse residual, λ (s̄_θ − s̄_ref) + g(x) + βγ∇r(x).
-        loss_reverse = zero
+        reverse = None
         if with_reverse:
+            # Reverse residual, λ (s̄_θ − s̄_ref) + g(x) + βγ∇r(x).
             vjp = self._vjp(x, output, states, reward.at_prediction if through_unet else None)
             ops = second_order if objective.reverse_second_order else self.ops
             scores = (reward.at_current, reward.at_prediction, (output, output_ref))
             reverse = objective.reverse_weight * ops.reverse_balance(vjp, vjp_ref, rows, flow, *scores, **settings)
-            loss, loss_reverse = loss + reverse, reverse.detach()
+        return self._part_result(part, batch, total, forward, reverse)
 
+    def _part_result(
+        self, part: MicroBatch, batch: Transitions, total: int, forward: ForwardBalance, reverse: Tensor | None
+    ) -> PartResult:
+        """The gradients and the report of a micro-batch, from its losses by row; `reverse` includes ρ."""
+        loss = forward.loss if reverse is None else forward.loss + reverse
+        zero = torch.zeros_like(forward.forward)
+        loss_reverse = zero if reverse is None else reverse.detach()
         terms = {
             "forward": forward.forward,
             "reverse": loss_reverse,
-            "terminal": forward.terminal if part.last and self.flow is not None else zero,
-            "trust_region": objective.trust_region_weight * forward.trust,
+            "terminal": forward.terminal,
+            "trust_region": self.objective.trust_region_weight * forward.trust,
         }
-        values = (forward.forward, loss_reverse, batch.step_index, prompts)
+        values = (forward.forward, loss_reverse, batch.step_index, part.selection.prompt)
         by_row = dict(zip(ROWS, values, strict=True)) | {name: getattr(forward, name) for name in STATISTICS}
         return PartResult(
             gradients=self._differentiate(loss.sum() / total),

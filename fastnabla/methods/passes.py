@@ -31,6 +31,10 @@ less per inner transition (1 U less in the forward columns) and 1 U less per las
 
 An inner transition with look-ahead takes 2 decodes with backward, or 1 without the reverse residual. If passes are reused,
 it takes 1 + 1 / L, or 1. With "terminal" it takes none. A last transition takes one.
+
+If the flow follows the reference (`objective.reverse_target`), the policy's vector-Jacobian product is not taken: an inner
+transition takes 1 U less than under "reverse" and "reverse, reused". A last transition has a reverse residual, and takes 4 U
+and with look-ahead 2 decodes. Later inner epochs take as many passes as the first, because the product depends on φ.
 """
 
 import dataclasses
@@ -76,16 +80,19 @@ def planned_passes(
     """
     lookahead, ahead = objective.reward_gradient == "lookahead", objective.reward_gradient != "terminal"
     with_reverse = with_flow and objective.reverse_weight > 0
-    reference = not noising and not cached
-    reverse = (1 + reference) * with_reverse
+    follows = with_reverse and objective.reverse_target == "reference"
+    reference = follows or (not noising and not cached)
+    reverse = 1 if follows else (1 + reference) * with_reverse
     second_order = (2 + lookahead) * (with_reverse and objective.reverse_second_order)
     at_next_states = ahead * (1 + lookahead) * unshared / run
     at_shared_states = lookahead * (run > unshared)
-    return 2 + reference + reverse + second_order + at_next_states + at_shared_states, 2 + reference
+    return 2 + reference + reverse + second_order + at_next_states + at_shared_states, 2 + reference + follows
 
 
 def planned_decodes(objective: Objective, with_flow: bool, run: int = 1, unshared: float = 1) -> tuple[float, float]:
     """Decodes with backward per inner and per last transition; arguments as for `planned_passes`."""
     if objective.reward_gradient == "terminal":
         return 0, 1
-    return (1 + unshared / run if with_flow and objective.reverse_weight > 0 else 1), 1
+    with_reverse = with_flow and objective.reverse_weight > 0
+    last = 2 if with_reverse and objective.reverse_target == "reference" else 1
+    return (1 + unshared / run if with_reverse else 1), last

@@ -16,6 +16,7 @@ from fastnabla.methods.ddpo import PolicyGradientStep
 from fastnabla.methods.direct import DirectStep, Ending, last_step_redrawn, last_steps, late_prediction
 from fastnabla.methods.nabla_db import BalanceStep
 from fastnabla.methods.passes import StepCost, planned_decodes, planned_passes
+from fastnabla.methods.reference_target import ReferenceTargetStep
 from fastnabla.models.build import Networks
 from fastnabla.models.decoder import RewardFunction
 from fastnabla.trajectories.draws import expected_draws
@@ -46,7 +47,8 @@ def _trajectories(config: TrainConfig) -> dict[str, float]:
 
 def _balance(noising: bool) -> MethodStep:
     def build(config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]) -> Accumulation:
-        return BalanceStep(
+        step = ReferenceTargetStep if config.follows_reference else BalanceStep
+        return step(
             networks.policy,
             networks.flow,
             networks.gradient_decoder,
@@ -69,7 +71,10 @@ def _balance(noising: bool) -> MethodStep:
         first, later = planned_passes(*settings), planned_passes(*settings, cached=True)
         passes = [(one + (epochs - 1) * other) / epochs for one, other in zip(first, later, strict=True)]
         decodes = planned_decodes(objective, with_flow, run, unshared)
-        flow_passes = 3 * (rows["inner"] * (1 + unshared / run if objective.reverse_weight > 0 else 1) + rows["last"])
+        with_reverse = objective.reverse_weight > 0
+        flow_passes = 3 * (rows["inner"] * (1 + unshared / run if with_reverse else 1) + rows["last"])
+        if config.follows_reference:  # g(x') is forward only
+            flow_passes = 4 * rows["inner"] + 3 * rows["last"]
         return StepCost(
             rows=rows,
             passes=dict(zip(rows, passes, strict=True)),

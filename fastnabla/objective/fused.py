@@ -13,6 +13,7 @@ from fastnabla.kernels import reverse_balance as reverse_kernel
 from fastnabla.kernels import reverse_cotangent as cotangent_kernel
 from fastnabla.objective.balance import ForwardBalance
 from fastnabla.objective.ops import ObjectiveOps
+from fastnabla.objective.reference_target import reference_balance, reference_cotangent
 from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionRows
 
@@ -118,5 +119,12 @@ def reverse_balance(
 
 
 FUSED = ObjectiveOps(
-    "Triton kernels", guided_step, gaussian_log_prob, forward_balance, reverse_cotangent, reverse_balance
+    "Triton kernels",
+    guided_step,
+    gaussian_log_prob,
+    forward_balance,
+    reverse_cotangent,
+    reverse_balance,
+    reference_cotangent,
+    reference_balance,
 )

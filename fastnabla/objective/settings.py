@@ -7,6 +7,7 @@ Backend = Literal["auto", "triton", "torch"]
 Gamma = Literal["alpha_bar", "sqrt_alpha_bar", "constant"]
 Weighting = Literal["score", "sigma"]
 RewardGradient = Literal["lookahead", "lookahead_detached", "terminal"]
+ReverseTarget = Literal["policy", "reference"]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -30,6 +31,11 @@ class Objective:
     """λ, weight of the pretrained policy's score. ≥ 0; 1 keeps the prior unchanged."""
     reverse_weight: float = 1.0
     """ρ, weight of the reverse residual, which trains the flow network. ≥ 0; 0 saves two passes."""
+    reverse_target: ReverseTarget = "policy"
+    """What the reverse residual fits the flow to. "policy": the finetuned policy's change from the pretrained one (the
+    paper). "reference": the flow at the next state, carried back through the pretrained network, which also predicts the
+    clean sample for "lookahead". It saves one pass, does not lag behind the policy and reaches the target distribution more
+    closely, but it assumes that the current policy sampled the transitions."""
     reverse_second_order: bool = False
     """Train θ with the reverse residual too, through second derivatives of the UNet. It costs three more passes, attention
     that keeps its matrices, more than twice the memory, and plain torch; networks cannot be compiled, checkpointed or use
@@ -43,3 +49,13 @@ class Objective:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"objective.{name} = {value}: must be finite and not negative.")
+        if self.reverse_target == "reference" and self.reverse_second_order:
+            raise ValueError(
+                "objective.reverse_second_order = True: the reverse residual does not depend on the policy if "
+                "objective.reverse_target = 'reference'; leave it False, or use 'policy'."
+            )
+        if self.reverse_target == "reference" and self.reverse_weight == 0:
+            raise ValueError(
+                "objective.reverse_weight = 0.0: nothing else trains the flow if objective.reverse_target = 'reference'; use a "
+                "positive weight, or --flow.kind none."
+            )

@@ -205,7 +205,7 @@ def _buffer(config: TrainConfig, networks: Networks, trajectories: int, device: 
         storage=memory.buffer,
         output_block=memory.output_block,
     )
-    if rollout.epochs > 1 and METHODS[config.method].has_reference:
+    if config.caches_reference:
         buffer.keep_reference(with_product=config.has_flow and config.objective.reverse_weight > 0)
     return buffer
 
