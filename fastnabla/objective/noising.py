@@ -14,7 +14,7 @@ P_B therefore takes the place of a reference policy with the output o_B. Plain �
     forward   ∇_{x'} log P_θ(x'|x) − ∇_{x'} log P_B(x|x') − ∇log F(x')
     reverse   ∇_x log P_θ(x'|x) + ∇log F(x) − ∇_x log P_B(x|x'),   ∇log F(x_T) = β∇r(x_T)
 
-is computed by the functions of residual ∇-DB (section 6 of the README). This holds only for DDPM's steps
+is computed by the functions of residual ∇-DB (section 7 of the README). This holds only for DDPM's steps
 (`check_is_ddpm`): P_B does not reverse steps with another variance.
 """
 
