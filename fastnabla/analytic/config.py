@@ -128,6 +128,7 @@ class AnalyticConfig:
 SETTINGS: dict[MethodName, dict[str, Any]] = {
     "residual-db": {},
     "db": {"optimizer": _adamw(5e-3), "flow_learning_rate": 1e-2},
+    "adjoint": {"optimizer": _adamw(1e-2)},
     "refl": {"optimizer": _adamw(1e-3)},
     "draft": {"optimizer": _adamw(1e-3), "direct": Direct(k=10)},
     "draft-lv": {"optimizer": _adamw(1e-3)},

@@ -14,7 +14,7 @@ from fastnabla.config.model_sections import FlowConfig
 from fastnabla.objective.settings import Objective
 from fastnabla.utils.require import require
 
-MethodName = Literal["residual-db", "db", "refl", "draft", "draft-lv", "ddpo", "dag"]
+MethodName = Literal["residual-db", "db", "adjoint", "refl", "draft", "draft-lv", "ddpo", "dag"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,15 @@ _FLOW = names_of("flow", FlowConfig)
 _NOISING = {
     "sampler.eta": ((1,), "uses DDPM's noising process as the backward policy, which needs η = 1; set it to 1."),
 }
+_ONCE = "samples in its step and stores no trajectories to reuse; leave it at {}."
+_UNSTORED = {
+    "reward.normalise": ((False,), "has no rollout from which to measure the spread of rewards; leave it off."),
+    "rollout.replay": ((0,), _ONCE.format(0)),
+    "rollout.epochs": ((1,), _ONCE.format(1)),
+}
+_MEMORYLESS = {
+    "sampler.eta": ((1,), "has its target only where x_T does not depend on x_0, which needs η = 1; set it to 1."),
+}
 
 
 def _objective_but(*names: str) -> tuple[str, ...]:
@@ -57,7 +66,6 @@ def _objective_but(*names: str) -> tuple[str, ...]:
 
 def _differentiates_sampler(setting: str) -> Method:
     """A method that differentiates the reward through the sampling in its step; `setting` is its field of `direct`."""
-    once = "samples in its step and stores no trajectories to reuse; leave it at {}."
     return Method(
         stores=False,
         without=(
@@ -70,11 +78,7 @@ def _differentiates_sampler(setting: str) -> Method:
             "memory.buffer",
             "memory.output_block",
         ),
-        only={
-            "reward.normalise": ((False,), "has no rollout from which to measure the spread of rewards; leave it off."),
-            "rollout.replay": ((0,), once.format(0)),
-            "rollout.epochs": ((1,), once.format(1)),
-        },
+        only=_UNSTORED,
     )
 
 
@@ -88,6 +92,18 @@ METHODS: dict[str, Method] = {
             "objective.prior_weight": ((1,), "has no pretrained policy to weight; leave it at 1."),
             "objective.reverse_target": (("policy",), "has no pretrained policy to follow; use policy."),
         },
+    ),
+    "adjoint": Method(
+        stores=False,
+        without=(
+            *_DIRECT,
+            *_objective_but("gamma"),
+            *_POLICY_GRADIENT,
+            *_FLOW,
+            "memory.buffer",
+            "memory.output_block",
+        ),
+        only=_UNSTORED | _MEMORYLESS,
     ),
     "refl": _differentiates_sampler("late"),
     "draft": _differentiates_sampler("k"),

@@ -23,61 +23,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastnabla.methods.accumulation import Accumulation, Part, PartResult, Parts, StepReport
+from fastnabla.methods.accumulation import PartResult
+from fastnabla.methods.sampling import Sampling, SamplingStep, reward_statistics
 from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy
 from fastnabla.objective.gaussian import guide
 from fastnabla.objective.noising import renoise
-from fastnabla.objective.ops import PLAIN, ObjectiveOps
+from fastnabla.objective.ops import PLAIN
 from fastnabla.objective.settings import Backend
 from fastnabla.trajectories.rollout import advance
 from fastnabla.trajectories.sources import Trajectories
 from fastnabla.transition import TransitionTable
-from fastnabla.utils.seeding import TrajectoryNoise
-
-
-class Sampling:
-    """n trajectories that are being sampled.
-
-    Args:
-        policy, table: the sampler.
-        ops: computes the steps without gradient.
-        trajectories: their prompts and seeds.
-        sample_shape: (C, H, W) of the latents.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        table: TransitionTable,
-        ops: ObjectiveOps,
-        trajectories: Trajectories,
-        sample_shape: tuple[int, ...],
-    ) -> None:
-        device = policy.conditions.device
-        self.policy, self.table, self.ops = policy, table, ops
-        self.draws, self.prompt = trajectories.draws, trajectories.prompt.to(device)
-        self.noise = TrajectoryNoise(list(trajectories.noise), sample_shape, device)
-        self.x, self.step = self.noise.draw(), 0
-
-    def walk(self, until: int, gradient: bool = False) -> None:
-        """Advance to the state before step `until`."""
-        with torch.set_grad_enabled(gradient):
-            while self.step < until:
-                ops = PLAIN if gradient else self.ops
-                arguments = (self.policy, self.table, ops, self.step, self.x, self.noise.draw(), self.prompt)
-                self.x, self.step = advance(*arguments)[0], self.step + 1
-
-    @torch.no_grad()
-    def walk_each(self, until: Tensor) -> None:
-        """Advance each trajectory to the state before its own step, `until [n]` int64 on the host."""
-        for step in range(int(until.max())):
-            noise = self.noise.draw()
-            rows = torch.where(until > step)[0].to(self.x.device, non_blocking=True)
-            arguments = (self.policy, self.table, self.ops, step, self.x[rows], noise[rows], self.prompt[rows])
-            self.x = self.x.index_copy(0, rows, advance(*arguments)[0])
-
 
 Ending = Callable[[Sampling], Tensor]
 """Finishes the sampling and returns the rewarded latents with their graph, `[m n, C, H, W]`: m times all n trajectories."""
@@ -129,20 +86,16 @@ def late_step(seed: int, first: int, num_steps: int) -> int:
     return int(torch.randint(first, num_steps, (), generator=torch.Generator().manual_seed(seed)))
 
 
-class DirectStep(Accumulation):
+class DirectStep(SamplingStep):
     """Samples trajectories and accumulates the gradients of their rewards.
 
     Its reports have the loss "reward". By row they have the "reward" whose gradient is taken, "norm_reward", which is ‖∇r‖
-    in the latents, and, on the host, "prompt". U is by "trajectory".
+    in the latents, and, on the host, "prompt".
 
     Args:
-        policy, decoder, reward, prompts, table, micro_batch, backend: as for `fastnabla.methods.nabla_db.BalanceStep`; a
-            micro-batch consists of trajectories.
-        sample_shape: (C, H, W) of the latents.
+        policy, decoder, reward, prompts, table, sample_shape, micro_batch, backend: as for `SamplingStep`.
         ending: what is rewarded, and how far the gradient goes.
     """
-
-    kinds = ("trajectory",)
 
     def __init__(
         self,
@@ -156,33 +109,14 @@ class DirectStep(Accumulation):
         micro_batch: int,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(policy, None, micro_batch, backend)
-        self.decoder, self.reward, self.prompts, self.table = decoder, reward, prompts, table
-        self.sample_shape, self.ending = sample_shape, ending
-
-    def __call__(self, trajectories: Trajectories, total: int | None = None) -> StepReport:
-        """Add the gradients of ``−mean r`` over `trajectories` to the parameters' `.grad`.
-
-        Args:
-            trajectories: to sample with the current policy.
-            total: divisor of the sums over trajectories, if the batch is split over several calls.
-
-        Raises:
-            torch.OutOfMemoryError: not even one trajectory at a time fits.
-        """
-        total = total or self.world.sum(len(trajectories))
-        parts = Parts(self, len(trajectories), _cut)
-        for part in parts:
-            parts.add(self._attempt(len(part.rows), self.gradients, trajectories[part.rows], total))
-        return parts.report()
+        super().__init__(policy, decoder, reward, prompts, table, sample_shape, micro_batch, backend)
+        self.ending = ending
 
     def gradients(self, trajectories: Trajectories, total: int) -> PartResult:
-        """The gradients of one part of the trajectories, whose sums are divided by `total`."""
-        sampling = Sampling(self.policy, self.table, self.ops, trajectories, self.sample_shape)
-        latents = self.ending(sampling)
+        """As `SamplingStep.gradients`: those of ``−mean r``."""
+        latents = self.ending(self._sampling(trajectories))
         times = len(latents) // len(trajectories)
-        texts = [self.prompts[i] for i in trajectories.prompt.tolist()] * times
-        rewards, score = self.decoder.reward_gradient(latents.detach(), texts, self.reward)
+        rewards, score = self._reward_gradient(latents.detach(), trajectories.prompt.repeat(times))
         gradients = self._differentiate(-(latents * score).sum() / (total * times))
         by_row = rewards.view(times, -1).mean(0)
         norm_reward = score.flatten(1).norm(dim=1).view(times, -1).mean(0)
@@ -190,13 +124,7 @@ class DirectStep(Accumulation):
         return PartResult(gradients=gradients, losses={"reward": -by_row.sum() / total}, rows=rows)
 
     def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        rewards = rows["reward"]
-        std = rewards.std(correction=min(1, len(rewards) - 1))
-        return {"rollout_reward": rewards.mean(), "rollout_reward_std": std, "norm_reward": rows["norm_reward"].mean()}
+        return reward_statistics(rows["reward"]) | {"norm_reward": rows["norm_reward"].mean()}
 
     def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         return dict.fromkeys((DRIVE, REWARD_GRADIENT), largest(rows["norm_reward"]))
-
-
-def _cut(rows: Tensor, size: int) -> list[Part]:
-    return [Part(rows=part, kind="trajectory") for part in rows.split(size)]

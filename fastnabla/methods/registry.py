@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from fastnabla.config.train import TrainConfig
 from fastnabla.methods.accumulation import Accumulation
+from fastnabla.methods.adjoint import AdjointStep
 from fastnabla.methods.dag import DetailedBalanceStep
 from fastnabla.methods.ddpo import PolicyGradientStep
 from fastnabla.methods.direct import DirectStep, Ending, last_step_redrawn, last_steps, late_prediction
@@ -138,6 +139,30 @@ def _build_ddpo(
     return PolicyGradientStep(networks.policy, networks.table, *settings)
 
 
+def _build_adjoint(
+    config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]
+) -> Accumulation:
+    return AdjointStep(
+        networks.policy,
+        networks.gradient_decoder,
+        reward,
+        prompts,
+        networks.table,
+        networks.sample_shape,
+        config.objective,
+        config.rollout.draw,
+        config.drawn_steps,
+        config.memory.micro_batch,
+        config.backend,
+    )
+
+
+def _adjoint_cost(config: TrainConfig) -> StepCost:
+    """T U to sample, 2 T − 1 for the adjoints after the first step, and 2 for each regressed step."""
+    passes = 3 * config.sampler.steps - 1 + 2 * (config.drawn_steps + 1)
+    return StepCost(rows=_trajectories(config), passes={"trajectory": passes}, decodes={"trajectory": 1})
+
+
 def _build_dag(config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]) -> Accumulation:
     return DetailedBalanceStep(
         networks.policy,
@@ -165,6 +190,7 @@ def _dag_cost(config: TrainConfig) -> StepCost:
 STEPS: dict[str, MethodStep] = {
     "residual-db": _balance(noising=False),
     "db": _balance(noising=True),
+    "adjoint": MethodStep(build=_build_adjoint, cost=_adjoint_cost),
     "refl": _direct(
         ending=lambda config: late_prediction(config.direct.first_late(config.sampler.steps)), passes=_refl_passes
     ),

@@ -278,13 +278,18 @@ def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    if parameters and parameters[0].dtype != gradients[0].dtype:
+    add_to([parameter.grad for parameter in parameters], gradients)
+
+
+def add_to(sums: Sequence[Tensor], terms: Sequence[Tensor]) -> None:
+    """Add `terms`, of any dtype, to `sums` in place."""
+    if sums and sums[0].dtype != terms[0].dtype:
         # _foreach_add_ of mixed dtypes falls back to one launch per tensor.
-        wide = [torch.empty_like(parameter) for parameter in parameters]
-        torch._foreach_copy_(wide, list(gradients))
-        gradients = wide
-    if parameters:
-        torch._foreach_add_([parameter.grad for parameter in parameters], list(gradients))
+        wide = [torch.empty_like(total) for total in sums]
+        torch._foreach_copy_(wide, list(terms))
+        terms = wide
+    if sums:
+        torch._foreach_add_(list(sums), list(terms))
 
 
 def _call(network: nn.Module, x: Tensor, timestep: Tensor, conditions: dict[str, Any]) -> Tensor:

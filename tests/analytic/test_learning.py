@@ -9,7 +9,7 @@ from fastnabla.analytic.experiment import Experiment
 from fastnabla.analytic.training import measure, updates
 from fastnabla.config.training_sections import RolloutConfig
 
-BALANCE = {"residual-db": 120, "db": 80, "dag": 80}
+BALANCE = {"residual-db": 120, "db": 80, "dag": 80, "adjoint": 80}
 """Updates, by method with a target."""
 CLIMB = ("refl", "draft", "draft-lv", "ddpo")
 

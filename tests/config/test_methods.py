@@ -24,6 +24,9 @@ def test_fields_of_a_method_exist(method: str) -> None:
 REFUSED = [
     ("db", "sampler.eta", 0.5, "method = 'db' .* η = 1"),
     ("db", "objective.prior_weight", 0.5, "leave it at 1"),
+    ("adjoint", "sampler.eta", 0.5, "method = 'adjoint' .* η = 1"),
+    ("adjoint", "reward.normalise", True, "method = 'adjoint' has no rollout"),
+    ("adjoint", "rollout.epochs", 2, "leave it at 1"),
     ("refl", "reward.normalise", True, "method = 'refl' has no rollout"),
     ("refl", "rollout.replay", 1, "leave it at 0"),
     ("draft", "rollout.epochs", 2, "leave it at 1"),

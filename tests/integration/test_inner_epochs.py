@@ -221,7 +221,7 @@ def test_resumed_between_inner_epochs(run: Path, tmp_path: Path) -> None:
     assert_same_result(tmp_path, run)
 
 
-@pytest.mark.parametrize("method", ["refl", "draft", "draft-lv"])
+@pytest.mark.parametrize("method", ["adjoint", "refl", "draft", "draft-lv"])
 @pytest.mark.parametrize(("name", "value"), [("epochs", 2), ("replay", 1)])
 def test_methods_that_store_nothing_refuse(method: str, name: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"rollout\.{name} = {value}: method = '{method}' samples in its step"):

@@ -75,14 +75,15 @@ def test_run(method: str, tmp_path: Path) -> None:
     assert_same_result(folder, run)
 
 
-def test_direct_methods_sample_what_a_rollout_does(tmp_path: Path) -> None:
+def test_methods_that_store_nothing_sample_what_a_rollout_does(tmp_path: Path) -> None:
     """Prompts and noise are those of the trajectories' numbers, whatever the method: before the first update, DRaFT's
-    samples are the rollout's of residual ∇-DB."""
+    and Adjoint Matching's samples are the rollout's of residual ∇-DB."""
     rollout = dataclasses.replace(small().rollout, updates=1)
-    configs = [config_of(method, updates=2, rollout=rollout) for method in ("residual-db", "draft")]
-    first, second = (records_of(train(config, tmp_path / config.method))[0] for config in configs)
+    configs = [config_of(method, updates=2, rollout=rollout) for method in ("residual-db", "draft", "adjoint")]
+    first, *others = (records_of(train(config, tmp_path / config.method))[0] for config in configs)
     for name in ("rollout_reward", "rollout_reward_std"):
-        assert first[name] == pytest.approx(second[name], rel=1e-4)
+        for other in others:
+            assert first[name] == pytest.approx(other[name], rel=1e-4)
 
 
 @pytest.mark.parametrize("method", OTHERS)
@@ -128,7 +129,7 @@ def test_settings_without_a_part_in_a_method_change_nothing(method: str, tmp_pat
 def test_settings_without_a_part_in_a_method_are_refused_on_its_command_line() -> None:
     for method, name, value in (
         ("residual-db", "direct.k", "2"), ("draft", "objective.gamma", "constant"), ("refl", "direct.k", "2"),
-        ("ddpo", "flow.kind", "unet"), ("dag", "objective.reverse_weight", "2"), ("draft-lv", "rollout.fraction", "0.5"),
+        ("ddpo", "flow.kind", "unet"), ("dag", "objective.reverse_weight", "2"), ("adjoint", "objective.reverse_weight", "2"), ("draft-lv", "rollout.fraction", "0.5"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"{re.escape(name)} = .* has no effect on method = '{method}'"):
             parse(["testbed", "--method", method, f"--{name}", value])
