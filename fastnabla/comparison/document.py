@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastnabla.comparison import page
-from fastnabla.comparison.budget import update_passes
 from fastnabla.comparison.plan import Plan
 from fastnabla.comparison.points import Point
 from fastnabla.comparison.summary import matched
 from fastnabla.comparison.tables import Sheet, final_sheet, matched_sheet, target_sheets
+from fastnabla.cost.budget import update_passes
 from fastnabla.prompts import RunPrompts
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from fastnabla.comparison.budget import update_passes, updates_within
 from fastnabla.comparison.settings import method_config, method_settings, split_variant
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.train import TrainConfig
+from fastnabla.cost.budget import update_passes, updates_within
 from fastnabla.run.resuming import AUTO, is_unbegun, run_to_resume
 
 LAST_FILE = "table.md"

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastnabla.comparison.budget import measured_passes, measured_rows
 from fastnabla.comparison.plan import PlannedRun
+from fastnabla.cost.budget import measured_passes, measured_rows
 from fastnabla.cost.update_cost import update_trajectories
 
 NOT_METRICS = ("phase", "update")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastnabla.comparison import figures, page
-from fastnabla.comparison.budget import measured_passes, measured_rows, update_passes, updates_within
+from fastnabla.cost.budget import measured_passes, measured_rows, update_passes, updates_within
 from fastnabla.comparison.plan import Plan, make_plan
 from fastnabla.comparison.points import Point, seconds_by_update
 from fastnabla.comparison.settings import METHOD_SETTINGS, method_config, method_settings
