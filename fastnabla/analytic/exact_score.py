@@ -1,5 +1,6 @@
 """The target's exact score in place of the finetuned network: what a sampler does when there is nothing left to learn."""
 
+import torch
 from torch import Tensor, nn
 
 from fastnabla.analytic.mixture import GaussianMixture
@@ -12,6 +13,8 @@ class ExactScoreNetwork(nn.Module):
         target: distribution of finished samples, whose ᾱ is `alphas[0]`.
         alphas: ᾱ by timestep, float64.
     """
+
+    dtype = torch.float32
 
     def __init__(self, target: GaussianMixture, alphas: Tensor) -> None:
         super().__init__()
