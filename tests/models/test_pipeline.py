@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
-from fastnabla.config.model_sections import ModelConfig
-from fastnabla.models.pipeline import encode_prompts, pipeline_of, use_scheduler
+from fastnabla.config.model_sections import ModelConfig, SamplerConfig
+from fastnabla.models.pipeline import encode_prompts, pipeline_of
+from fastnabla.models.sampler import use_sampler
 from fastnabla.testbed import pipeline_folder
-from fastnabla.transition import TransitionTable
 
 TESTBED = ModelConfig(name="testbed", dtype="float32")
 
@@ -42,16 +42,16 @@ def test_sampler_takes_the_noise_schedule_that_came_with_the_model(kind: str, sh
     pipeline = pipeline_of(TESTBED)
     alphas = pipeline.scheduler.alphas_cumprod
     pipeline.scheduler = shipped.from_config(pipeline.scheduler.config)
-    use_scheduler(pipeline, kind)
+    table = use_sampler(pipeline, SamplerConfig(scheduler=kind, steps=20))
     assert torch.equal(pipeline.scheduler.alphas_cumprod, alphas)
-    assert len(TransitionTable.from_scheduler(pipeline.scheduler, 20)) == 20
+    assert len(table) == 20
 
 
 def test_scheduler_of_another_kind_of_model_is_refused() -> None:
     pipeline = pipeline_of(TESTBED)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler, is not supported"):
-        use_scheduler(pipeline, "ddim")
+        use_sampler(pipeline, SamplerConfig())
 
 
 def test_first_condition_is_the_empty_prompt() -> None:
