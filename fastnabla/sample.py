@@ -48,7 +48,8 @@ def sample_run(config: SampleConfig) -> Path:
     import torch
 
     from fastnabla.config.train import load_run
-    from fastnabla.models.pipeline import pipeline_of, use_scheduler
+    from fastnabla.models.pipeline import pipeline_of
+    from fastnabla.models.sampler import NoiseFloor, use_sampler
     from fastnabla.models.saved_policy import load_policy, require_policy
     from fastnabla.prompts.loading import checked_prompt
     from fastnabla.run.pictures import save_grid
@@ -64,7 +65,7 @@ def sample_run(config: SampleConfig) -> Path:
     require_policy(weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = pipeline_of(run.model).to(device)
-    use_scheduler(pipeline, run.sampler.scheduler)
+    table = use_sampler(pipeline, run.sampler)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
 
     def images() -> torch.Tensor:
@@ -82,6 +83,7 @@ def sample_run(config: SampleConfig) -> Path:
                     guidance_scale=run.sampler.guidance_scale,
                     eta=run.sampler.eta,
                     generator=generators,
+                    callback_on_step_end=NoiseFloor(pipeline, table, run.sampler, generators),
                     output_type="pt",
                 ).images.float()
             )

@@ -99,7 +99,7 @@ def _ddim_columns(scheduler: Any, eta: float) -> dict[str, Tensor]:
         raise ValueError(
             f"scheduler setting timestep_spacing={scheduler.config.timestep_spacing!r} with {len(timestep)} steps: the "
             f"timesteps are not {stride} apart, so a step does not end where the next begins. Set "
-            "timestep_spacing='leading' or a number of steps that divides num_train_timesteps."
+            "timestep_spacing='leading' (in a run: sampler.spacing), or a number of steps that divides num_train_timesteps."
         )
     now, then = alphas[timestep], alphas[timestep_next]
     variance = eta**2 * ((1 - then) / (1 - now) * (1 - now / then))

@@ -65,8 +65,8 @@ class TransitionTable:
                 raise ValueError(
                     f"TransitionTable.{field.name}[{row}] = {column[row].item()} at timestep {self.timestep[row].item()}: "
                     "this step has no density or no prediction of the clean sample. Usual causes: a schedule that ends "
-                    "at timestep 0 (set steps_offset=1 or timestep_spacing='trailing'), zero terminal SNR with "
-                    "epsilon-prediction (set rescale_betas_zero_snr=False), or eta > 1 (a step's noise may exceed that of "
+                    "at timestep 0 (set steps_offset=1 or timestep_spacing='trailing'; in a run: sampler.spacing), "
+                    "zero terminal SNR with epsilon-prediction (set rescale_betas_zero_snr=False), or eta > 1 (a step's noise may exceed that of "
                     "the state it leads to)."
                 )
 
@@ -86,6 +86,26 @@ class TransitionTable:
                 output, or eta is not positive and finite.
         """
         return cls(**scheduler_coefficients(scheduler, num_inference_steps, eta))
+
+    def with_min_sigma(self, min_sigma: float) -> "TransitionTable":
+        """The table with every σ_i raised to at least `min_sigma`. The means are unchanged.
+
+        It bounds |b|/σ², the factor between outputs and scores, which is largest in the last steps. These are tilted only
+        through their noise: the output can change by at most (σ²/b) ∇log F. The price is that finished samples keep noise of
+        this standard deviation, in units of the states. If it raises earlier steps too, their states have more noise than
+        the network expects at ᾱ. `alpha_bar` and the noising kernel do not change, so the kernel no longer reverses the
+        raised steps.
+
+        Raises:
+            ValueError: `min_sigma` is not positive, or not below the largest σ.
+        """
+        largest = self.sigma.max().item()
+        if not 0 < min_sigma < largest:
+            raise ValueError(
+                f"min_sigma = {min_sigma}: must be positive and below the largest σ of the sampler, {largest:.3g}, which "
+                "leaves some steps as they are; lower it."
+            )
+        return dataclasses.replace(self, sigma=self.sigma.clamp(min=min_sigma))
 
     def is_chain(self) -> bool:
         """Whether every step ends where the next begins, with the same timestep and the same clean prediction."""

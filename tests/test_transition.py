@@ -141,6 +141,24 @@ def test_scheduler_is_not_changed():
     assert torch.equal(scheduler.timesteps, before)
 
 
+def test_a_bound_of_sigma_bounds_the_scores():
+    """The last two of 20 "leading" steps, 51 → 1 → 0, lose their weight."""
+    table = ddim_table(20)
+    bounded = table.with_min_sigma(0.1)
+    weight, before = ((t.b / t.sigma**2).abs() for t in (bounded, table))
+    assert before[18] > 130 and before[19] > 45
+    torch.testing.assert_close(weight[18:], table.b[18:].abs() / 0.01)
+    assert torch.equal(weight[:18], before[:18]) and weight.max() < 25
+    assert table.sigma[19] < 0.03  # not changed in place
+    assert bounded.packed(torch.device("cpu"))[18, 3] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("least", [0.0, -1.0, float("nan"), float("inf"), 0.7])
+def test_rejects_a_bound_that_is_no_bound(least):
+    with pytest.raises(ValueError, match=rf"min_sigma = {least}: must be positive and below the largest σ.*, 0\.644"):
+        ddim_table(20).with_min_sigma(least)
+
+
 def test_rows_broadcast_in_the_precision_of_the_state():
     table = ddim_table()
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):

@@ -13,6 +13,8 @@ from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import MemoryConfig, OptimizerConfig, RolloutConfig
 from fastnabla.objective.settings import Objective
 
+ScheduleName = Literal["log-snr", "stable-diffusion"]
+
 
 def _adamw(learning_rate: float) -> OptimizerConfig:
     return OptimizerConfig(learning_rate=learning_rate, beta2=0.95, weight_decay=0.0, schedule="cosine")
@@ -43,7 +45,17 @@ class AnalyticConfig:
     run: Path | None = None
     """Run folder, which must not exist. None: the next free runs/analytic-2d-residual-db-001, …"""
     steps: int = 50
-    """T, the number of sampler steps. Each step changes the signal-to-noise ratio by the same factor."""
+    """T, the number of sampler steps."""
+    schedule: ScheduleName = "log-snr"
+    """Noise schedule. "log-snr": each step changes the signal-to-noise ratio by the same factor. "stable-diffusion": that
+    of Stable Diffusion, whose last steps have little noise."""
+    spacing: Literal["leading", "trailing"] | None = None
+    """Which of the 1000 timesteps are used, as sampler.spacing of `python -m fastnabla.train`. None: "trailing" for
+    log-snr, "leading" for stable-diffusion."""
+    min_sigma: float | None = None
+    """Lower bound of every step's standard deviation, as sampler.min_sigma of `python -m fastnabla.train`. The reference
+    and the target have the noise that it adds to finished samples. They are exact if it raises the last step alone. If it
+    raises earlier steps too, they assume that the mode of a sample does not change in these steps."""
     width: int = 128
     """Width of the hidden layers of both perceptrons."""
     flow_learning_rate: float = 3e-3
@@ -109,7 +121,7 @@ class AnalyticConfig:
             method=self.method,
             updates=self.updates,
             seed=self.seed,
-            sampler=SamplerConfig(steps=self.steps, guidance_scale=1.0),
+            sampler=SamplerConfig(steps=self.steps, guidance_scale=1.0, spacing=self.spacing, min_sigma=self.min_sigma),
             objective=objective,
             direct=self.direct,
             policy_gradient=self.policy_gradient,

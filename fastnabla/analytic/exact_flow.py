@@ -17,7 +17,8 @@ class ExactFlow(nn.Module):
     residual ∇-DB (arXiv 2412.07775) in the limit of infinitely many steps.
 
     Args:
-        reference, target: distributions of finished samples, whose ᾱ is that of timestep 0.
+        reference, target: distributions of finished samples, whose ᾱ is that of timestep 0, without the noise that a
+            lower bound of σ adds.
         alphas: ᾱ by timestep, float64.
         network: the policy's network, which predicts the x̂0 of the look-ahead reward.
         reward: the reward that the method sees.

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from fastnabla.analytic.added_noise import added_variance
 from fastnabla.analytic.config import AnalyticConfig
 from fastnabla.analytic.exact_flow import ExactFlow
 from fastnabla.analytic.networks import MixtureNetwork, PerceptronFlow
 from fastnabla.analytic.prior import reward_for_method
 from fastnabla.analytic.problems import PROBLEMS
-from fastnabla.analytic.scheduler import alpha_bars, log_snr_scheduler
+from fastnabla.analytic.scheduler import alpha_bars, noise_scheduler
 from fastnabla.config.methods import METHODS
 from fastnabla.methods.registry import STEPS
 from fastnabla.models.build import Networks
@@ -47,8 +48,8 @@ class Experiment:
     `fastnabla.training.trainer.Trainer`, and the same classes except for the networks.
 
     `reference` and `target` are the exact distributions of finished samples before and after finetuning. `reference` is the
-    mixture with the noise that is left at the end of the sampler. `target` is its tilt by β times γ at the end. `reward` is
-    the problem's reward; `method_reward` is the reward that the method sees.
+    mixture with the noise that is left at the end of the sampler, and that `min_sigma` adds. `target` is its tilt by β times
+    γ at the end. `reward` is the problem's reward; `method_reward` is the reward that the method sees.
 
     Args:
         config: configuration of the run.
@@ -62,26 +63,29 @@ class Experiment:
         self.config, self.reward = config, problem.reward
 
         # The sampler, the exact distributions, and the reward that the method sees.
-        self.table = TransitionTable.from_scheduler(log_snr_scheduler(), config.steps)
+        alphas = alpha_bars(config.schedule)
+        self.table = TransitionTable.from_scheduler(noise_scheduler(config.schedule, config.spacing), config.steps)
         last = self.table.alpha_bar_next[-1]
         beta = config.objective.beta * reward_weight(last, config.objective.gamma).item()
-        self.reference = problem.mixture.diffused(last.item())
+        self.reference = ideal = problem.mixture.diffused(last.item())
+        if config.min_sigma is not None:
+            unbounded, self.table = self.table, self.table.with_min_sigma(config.min_sigma)
+            self.reference = ideal.noised(added_variance(problem.mixture, unbounded, self.table))
         self.target = self.reference.tilted(problem.reward, beta)
         scaled = problem.reward * config.reward_factor
         self.method_reward = reward_for_method(config.method, scaled, self.reference, beta)
 
         # Policy and flow.
         self.sample_shape = (config.dimension, 1, 1)
-        arguments = (problem.mixture, alpha_bars(), config.width)
+        arguments = (problem.mixture, alphas, config.width)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(config.seed, "weights"))
             conditions = Conditions(torch.zeros(1 + len(PROMPTS), 1, 1))
             self.policy = Policy(MixtureNetwork(*arguments), conditions, guidance_scale=None, rank=0)
             self.flow = PerceptronFlow(*arguments) if training.has_flow else None
         if config.exact_flow:
-            self.flow = ExactFlow(
-                self.reference, self.target, alpha_bars(), self.policy.unet, self.method_reward, config.objective
-            )
+            target = self.target if config.min_sigma is None else ideal.before_noise(self.reference, self.target)
+            self.flow = ExactFlow(ideal, target, alphas, self.policy.unet, self.method_reward, config.objective)
         self.decoder = IdentityDecoder()
         networks = Networks(
             policy=self.policy,

@@ -61,6 +61,21 @@ class GaussianMixture:
         stds = (alpha_bar * self.stds.square() + 1 - alpha_bar).sqrt()
         return GaussianMixture(self.weights, math.sqrt(alpha_bar) * self.means, stds)
 
+    def noised(self, variance: Tensor) -> "GaussianMixture":
+        """The distribution of ``x + ξ`` with Gaussian noise ξ of `variance`, `[K, D]` or `[K, 1]`, by component."""
+        return GaussianMixture(self.weights, self.means, (self.stds.square() + variance).sqrt())
+
+    def before_noise(self, noised: "GaussianMixture", tilted: "GaussianMixture") -> "GaussianMixture":
+        """The distribution of x given that ``x + ξ``, with the distribution `noised`, has the distribution `tilted` instead.
+
+        Both mixtures have the components of this one. Given a component, x and x + ξ are jointly Gaussian: x has mean
+        ``m + κ (x + ξ − m)`` and variance ``κ v``, with v the variance of ξ and ``κ = s²/(s² + v)``.
+        """
+        gain = (self.stds / noised.stds).square()
+        means = self.means + gain * (tilted.means - noised.means)
+        variances = gain * (noised.stds.square() - self.stds.square()) + (gain * tilted.stds).square()
+        return GaussianMixture(tilted.weights, means, variances.sqrt())
+
     def tilted(self, reward: QuadraticReward, beta: float) -> "GaussianMixture":
         """``p(x) exp(β r(x)) / Z``: completing the square shifts, narrows and re-weights each component.
 

@@ -54,20 +54,42 @@ class ModelConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class SamplerConfig:
-    """How trajectories are sampled, in training and in evaluation."""
+    """How trajectories are sampled, in training and in evaluation. docs/stable-diffusion.md has the effect of spacing and
+    min_sigma on the last steps."""
 
     scheduler: Literal["ddim", "sde-dpmsolver++"] = "ddim"
     """"ddim": DDIM with noise, which is DDPM for η = 1. "sde-dpmsolver++": first-order SDE-DPM-Solver++."""
     steps: int = 50
     """T, the number of network evaluations per trajectory. Fewer steps train faster but give worse images."""
+    spacing: Literal["leading", "trailing", "linspace"] | None = None
+    """Which of the trained timesteps are used: diffusers' timestep_spacing. "leading" ends with two short steps, such as
+    51 → 1 → 0 of 20 steps. "trailing" starts at the noisiest timestep, ends with one step, such as 49 → 0, and needs a
+    number of steps that divides the trained ones. "linspace" is for sde-dpmsolver++. None: the checkpoint's, for Stable
+    Diffusion "leading"."""
     eta: float = 1.0
     """η, the scale of DDIM's noise. > 0; 1 is DDPM."""
+    min_sigma: float | None = None
+    """Lower bound of every step's standard deviation σ, in units of the latents, which have variance about 1. The means
+    stay. The score of a step, and so a residual of ∇-DB, is proportional to b/σ²: with 20 "leading" steps 134 in step
+    51 → 1, where σ is 0.04, and 1.3 to 7 before. A bound of 0.1 makes that 22. A step is tilted only through its noise,
+    by at most (σ²/b) ∇log F in the network's output, so it can also be tilted more. The price: finished samples of the
+    pretrained and the finetuned model keep noise of this standard deviation. Not for db and dag, which need DDPM's
+    variances. None: no bound."""
     guidance_scale: float = 5.0
     """w of classifier-free guidance. 1 turns guidance off and halves the cost."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 2, "sampler.steps", self.steps, "must be at least 2.")
         require_positive("sampler", self, "eta", "guidance_scale")
+        if self.min_sigma is not None:
+            require_positive("sampler", self, "min_sigma")
+        require(
+            (self.scheduler, self.spacing) != ("ddim", "linspace"),
+            "sampler.spacing",
+            self.spacing,
+            'ends at timestep 0, where a DDIM step has no noise; use "leading", "trailing", or sampler.scheduler = '
+            "sde-dpmsolver++.",
+        )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

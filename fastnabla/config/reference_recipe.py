@@ -25,6 +25,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("residual-db", "db"),
     "model.tiny_decoder": (None,),
     "sampler.scheduler": ("ddim",),
+    "sampler.spacing": (None,),
+    "sampler.min_sigma": (None,),
     "objective.reward_gradient": ("lookahead",),
     "objective.gamma": ("alpha_bar", "sqrt_alpha_bar"),
     "objective.weighting": ("score",),

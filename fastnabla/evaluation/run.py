@@ -174,10 +174,11 @@ class RunEvaluation:
         components, name = self.components, REFERENCE_FILE.format(group)
         model = dataclasses.asdict(components.config.model)
         del model["tiny_decoder"]
+        sampler = dataclasses.asdict(components.config.sampler)
         key = {
             "fastnabla": fastnabla.__version__,
             "model": model,
-            "sampler": dataclasses.asdict(components.config.sampler),
+            "sampler": {name: value for name, value in sampler.items() if value is not None},
             "prompts": texts,
             "seed": self.options.seed,
         }

@@ -12,14 +12,9 @@ from fastnabla.models.compiling import compiled
 from fastnabla.models.decoder import Decoder
 from fastnabla.models.flow import build_flow
 from fastnabla.models.model_config import Pipeline
-from fastnabla.models.pipeline import (
-    encode_prompts,
-    latent_shape,
-    load_tiny_decoder,
-    text_encoders,
-    use_scheduler,
-)
+from fastnabla.models.pipeline import encode_prompts, latent_shape, load_tiny_decoder, text_encoders
 from fastnabla.models.policy import Policy
+from fastnabla.models.sampler import use_sampler
 from fastnabla.prompts import RunPrompts
 from fastnabla.transition import TransitionTable
 from fastnabla.utils.seeding import seed_of
@@ -56,8 +51,7 @@ def build_networks(
     Raises:
         ValueError: the requested sampler, tiny decoder or attention is not available.
     """
-    use_scheduler(pipeline, config.sampler.scheduler)
-    table = TransitionTable.from_scheduler(pipeline.scheduler, config.sampler.steps, config.sampler.eta)
+    table = use_sampler(pipeline, config.sampler)
     pipeline.to(device)
     policy_seed, flow_seed = (seed_of(config.seed, "weights", number) for number in range(2))
     with torch.random.fork_rng(devices=[]):

@@ -1,15 +1,9 @@
-"""diffusers pipelines: loading, schedulers, prompt embeddings, sizes."""
+"""diffusers pipelines: loading, prompt embeddings, sizes."""
 
 from collections.abc import Sequence
 
 import torch
-from diffusers import (
-    AutoencoderTiny,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -81,28 +75,6 @@ def load_tiny_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:
             f"model.tiny_decoder = {name!r}: cannot be loaded as a diffusers AutoencoderTiny ({error}). Give a local "
             f"folder, or a Hub id downloaded with: hf download {name}"
         ) from error
-
-
-def use_scheduler(pipeline: Pipeline, kind: str) -> None:
-    """Give `pipeline` the scheduler `kind` ("ddim" or "sde-dpmsolver++"), keeping its noise schedule.
-
-    Raises:
-        ValueError: the pipeline's scheduler does not describe a discrete variance-preserving diffusion.
-    """
-    config = pipeline.scheduler.config
-    if "beta_schedule" not in config or "prediction_type" not in config:
-        raise ValueError(
-            f"the model's scheduler, {type(pipeline.scheduler).__name__}, is not supported: a DDIM or SDE-DPM-Solver++ "
-            "sampler needs its beta_schedule and prediction_type."
-        )
-    if kind == "ddim":
-        absent = {"clip_sample": False, "set_alpha_to_one": False}
-        changes = {name: value for name, value in absent.items() if name not in config}
-        pipeline.scheduler = DDIMScheduler.from_config(config, **changes)
-    else:
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
-            config, algorithm_type="sde-dpmsolver++", solver_order=1, final_sigmas_type="sigma_min"
-        )
 
 
 @torch.no_grad()

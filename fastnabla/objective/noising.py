@@ -36,10 +36,11 @@ def check_is_ddpm(table: TransitionTable, method: str) -> None:
     now, then, scale, std = table.alpha_bar, table.alpha_bar_next, table.noising_scale, table.noising_std
     of_x, of_clean = scale * (1 - then) / (1 - now), then.sqrt() * std**2 / (1 - now)
     expected = (of_x + of_clean * table.c, of_clean * table.d, std * ((1 - then) / (1 - now)).sqrt())
-    for column, value in zip((table.a, table.b, table.sigma), expected, strict=True):
+    remedies = ("eta = 1", "eta = 1", "min_sigma = None")  # eta changes means too, min_sigma does not
+    for column, value, remedy in zip((table.a, table.b, table.sigma), expected, remedies, strict=True):
         if not torch.allclose(column, value, rtol=1e-9, atol=1e-12):
             raise ValueError(
-                f"method = {method!r}: DDPM's noising kernel reverses DDPM's steps only; set sampler.eta = 1."
+                f"method = {method!r}: DDPM's noising kernel reverses DDPM's steps only; set sampler.{remedy}."
             )
 
 

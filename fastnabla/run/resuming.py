@@ -38,7 +38,7 @@ LAGGING = (
     "of the new length, or one with 0, which can be extended later."
 )
 
-INTRODUCED: dict[str, Any] = {"deterministic": False}
+INTRODUCED: dict[str, Any] = {"deterministic": False, "sampler.spacing": None, "sampler.min_sigma": None}
 """Fields that older versions lack, and the value that matches those versions. A field with this value is not part of the
 fingerprint, so checkpoints of those versions fit."""
 BEFORE_CONFIGURATION = {".lock", ".prompts.json.partial", "prompts.json", ".config.json.partial"}

@@ -35,6 +35,9 @@ def test_objective_weights_must_be_finite_and_not_negative(name: str, value: flo
     [
         (lambda: SamplerConfig(eta=0.0), "sampler.eta = 0.0"),
         (lambda: SamplerConfig(steps=1), "sampler.steps = 1"),
+        (lambda: SamplerConfig(min_sigma=0.0), "sampler.min_sigma = 0.0"),
+        (lambda: SamplerConfig(min_sigma=float("nan")), "sampler.min_sigma = nan"),
+        (lambda: SamplerConfig(spacing="linspace"), "sampler.spacing = 'linspace': ends at timestep 0.*trailing"),
         (lambda: RolloutConfig(trajectories=10, updates=4), "rollout.updates = 4: must divide"),
         (lambda: RolloutConfig(fraction=0.0), "rollout.fraction = 0.0"),
         (lambda: MemoryConfig(output_block=100), "memory.output_block = 100"),

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastnabla import rewards
 from fastnabla.config.methods import METHODS
-from fastnabla.config.model_sections import FlowConfig, LoraConfig, RewardConfig
+from fastnabla.config.model_sections import FlowConfig, LoraConfig, RewardConfig, SamplerConfig
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.reference_recipe import CHOICES, DEPARTURES
 from fastnabla.config.train import TrainConfig, from_json, to_json
@@ -62,6 +62,8 @@ def test_sets_the_departures_alone(name: str) -> None:
         ({"rollout": RolloutConfig(fraction=0.5, replay=3)}, r"rollout\.replay = 3 \(it has 1\)"),
         ({"rollout": RolloutConfig(fraction=0.5, draw="runs")}, r"rollout\.draw = 'runs' \(it has stratified or uniform\)"),
         ({"optimizer": OptimizerConfig(applications=3)}, r"optimizer\.applications = 3 \(it has 2\)"),
+        ({"sampler": SamplerConfig(spacing="trailing")}, r"sampler\.spacing = 'trailing' \(it has None\)"),
+        ({"sampler": SamplerConfig(min_sigma=0.1)}, r"sampler\.min_sigma = 0\.1 \(it has None\)"),
         ({"lora": LoraConfig(rank=0)}, r"lora\.rank = 0 \(it has a LoRA\)"),
         ({"optimizer": OptimizerConfig(warmup=1, schedule="linear")}, r"schedule = 'linear'.*warmup = 1"),
     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from fastnabla import sample, train
@@ -45,6 +46,25 @@ def test_train_then_sample(capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("runs/testbed-002").exists()
 
 
+def test_sampler_s_last_steps_are_those_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    """`fastnabla.sample` starts at the timestep at which training did."""
+    command = [*QUICK, "--sampler.spacing", "trailing", "--sampler.min-sigma", "0.1"]
+    assert train.main([*command, "--dry-run"]) == 0
+    assert '"spacing": "trailing"' in capsys.readouterr().out
+    assert train.main(command) == 0
+    seen = []
+    forward = UNet2DConditionModel.forward
+
+    def record(unet: UNet2DConditionModel, x: torch.Tensor, timestep: torch.Tensor, *others, **named):
+        seen.append(int(timestep))
+        return forward(unet, x, timestep, *others, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UNet2DConditionModel, "forward", record)
+        assert sample.main(["runs/testbed-001", "-n", "1"]) == 0
+    assert seen == [999, 749, 499, 249] * 2  # pretrained and finetuned
+
+
 def test_dry_run_prints_configuration_and_cost_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -60,6 +80,11 @@ def test_dry_run_prints_configuration_and_cost_and_writes_nothing(capsys: pytest
         (["--prompts.source", "missing.txt"], "prompts.source"),
         (["--evaluation.probe", "nonsense"], "evaluation.probe"),
         (["--sampler.eta", "0"], "sampler.eta"),
+        (["--sampler.spacing", "linspace"], "sampler.spacing"),
+        (["--sampler.spacing", "trailing", "--sampler.steps", "30"], "sampler.spacing"),
+        (["--sampler.min-sigma", "0"], "sampler.min_sigma"),
+        (["--sampler.min-sigma", "1"], "min_sigma"),
+        (["--sampler.min-sigma", "0.1", "--method", "db"], "sampler.min_sigma"),
         (["--rollout.fraction", "0.01"], "rollout.fraction"),
         (["--rollout.fraction", "0.15"], "rollout.fraction"),
         (["--rollout.updates", "3"], "rollout.updates"),

@@ -14,7 +14,8 @@ from fastnabla.config.training_sections import ComputeConfig, EvaluationConfig, 
 from fastnabla.cost.shapes import shapes_of
 from fastnabla.models.build import build_networks
 from fastnabla.models.model_config import vae_dtype
-from fastnabla.models.pipeline import encode_prompts, pipeline_of, use_scheduler
+from fastnabla.models.pipeline import encode_prompts, pipeline_of
+from fastnabla.models.sampler import use_sampler
 from fastnabla.prompts import RunPrompts
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.rollout import sample
@@ -43,7 +44,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def plain_images(pipeline: DiffusionPipeline, config: TrainConfig) -> torch.Tensor:
     """What diffusers makes of `PROMPTS`, with the sampler of `config`."""
-    use_scheduler(pipeline, config.sampler.scheduler)
+    use_sampler(pipeline, config.sampler)
     return pipeline(
         PROMPTS,
         num_inference_steps=config.sampler.steps,

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
 from fastnabla.config.model_sections import ModelConfig
-from fastnabla.models.pipeline import encode_prompts, pipeline_of, use_scheduler
+from fastnabla.models.pipeline import encode_prompts, pipeline_of
 from fastnabla.testbed import pipeline_folder
-from fastnabla.transition import TransitionTable
 
 TESTBED = ModelConfig(name="testbed", dtype="float32")
 
@@ -34,24 +32,6 @@ def test_pipeline_without_a_part_is_refused(copy: Path, part: str) -> None:
     (copy / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=rf"model\.name = .*{part}"):
         pipeline_of(ModelConfig(name=str(copy)))
-
-
-@pytest.mark.parametrize("kind", ["ddim", "sde-dpmsolver++"])
-@pytest.mark.parametrize("shipped", [PNDMScheduler, EulerDiscreteScheduler])
-def test_sampler_takes_the_noise_schedule_that_came_with_the_model(kind: str, shipped: type) -> None:
-    pipeline = pipeline_of(TESTBED)
-    alphas = pipeline.scheduler.alphas_cumprod
-    pipeline.scheduler = shipped.from_config(pipeline.scheduler.config)
-    use_scheduler(pipeline, kind)
-    assert torch.equal(pipeline.scheduler.alphas_cumprod, alphas)
-    assert len(TransitionTable.from_scheduler(pipeline.scheduler, 20)) == 20
-
-
-def test_scheduler_of_another_kind_of_model_is_refused() -> None:
-    pipeline = pipeline_of(TESTBED)
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler, is not supported"):
-        use_scheduler(pipeline, "ddim")
 
 
 def test_first_condition_is_the_empty_prompt() -> None:

@@ -94,3 +94,9 @@ def test_only_ddpm_is_reversed(eta):
     table = TransitionTable.from_scheduler(DDIMScheduler(**DDIM), STEPS, eta)
     with pytest.raises(ValueError, match=r"method = 'db'.*set sampler\.eta = 1"):
         check_is_ddpm(table, "db")
+
+
+def test_other_variances_are_not_reversed():
+    table = TABLES["epsilon"].with_min_sigma(0.1)
+    with pytest.raises(ValueError, match=r"method = 'dag'.*set sampler\.min_sigma = None"):
+        check_is_ddpm(table, "dag")
