@@ -11,10 +11,10 @@ from fastnabla.objective.settings import Objective
 
 
 class ExactFlow(nn.Module):
-    """``g(x) = ∇log p*(x) − ∇log p_ref(x) − β γ ∇r(x̂0(x))``, with the interface of `fastnabla.models.flow`. No parameters.
+    """``g(x) = λ (∇log p*(x) − ∇log p_ref(x)) − β γ ∇r(x̂0(x))``, with the interface of `fastnabla.models.flow`. No parameters.
 
-    p* and p_ref are the target and the pretrained distribution at the noise level of x. Their ratio is the flow F of
-    residual ∇-DB (arXiv 2412.07775) in the limit of infinitely many steps.
+    p* and p_ref are the target and the pretrained distribution at the noise level of x. Their ratio, to the power of
+    λ, is the flow F of residual ∇-DB (arXiv 2412.07775) in the limit of infinitely many steps.
 
     Args:
         reference, target: distributions of finished samples, whose ᾱ is that of timestep 0, without the noise that a
@@ -22,7 +22,7 @@ class ExactFlow(nn.Module):
         alphas: ᾱ by timestep, float64.
         network: the policy's network, which predicts the x̂0 of the look-ahead reward.
         reward: the reward that the method sees.
-        objective: provides β and γ.
+        objective: provides β, γ and λ.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ExactFlow(nn.Module):
         """g `[N, D, 1, 1]` at states `x [N, D, 1, 1]` and `timestep [N]`, in the dtype of x. Prompts are ignored."""
         alpha_bar = self.alphas[timestep]
         state, left = x.detach().flatten(1).double(), alpha_bar / self.alphas[0]
-        flow = self.target.score(state, left) - self.reference.score(state, left)
+        flow = self.objective.prior_weight * (self.target.score(state, left) - self.reference.score(state, left))
         weight = self.objective.beta * reward_weight(alpha_bar, self.objective.gamma)
         return (flow - weight[:, None] * self._reward_score(x, timestep, alpha_bar)).to(x.dtype).view_as(x)
 

@@ -48,14 +48,14 @@ class Experiment:
     `fastnabla.training.trainer.Trainer`, and the same classes except for the networks.
 
     `reference` and `target` are the exact distributions of finished samples before and after finetuning. `reference` is the
-    mixture with the noise that is left at the end of the sampler, and that `min_sigma` adds. `target` is its tilt by β times
-    γ at the end. `reward` is the problem's reward; `method_reward` is the reward that the method sees.
+    mixture with the noise that is left at the end of the sampler, and that `min_sigma` adds. `target` is its tilt by β/λ
+    times γ at the end. `reward` is the problem's reward; `method_reward` is the reward that the method sees.
 
     Args:
         config: configuration of the run.
 
     Raises:
-        ValueError: the sampler's settings or the number of drawn transitions are invalid.
+        ValueError: the sampler's settings or the number of drawn transitions are invalid, or there is no target.
     """
 
     def __init__(self, config: AnalyticConfig) -> None:
@@ -66,7 +66,9 @@ class Experiment:
         alphas = alpha_bars(config.schedule)
         self.table = TransitionTable.from_scheduler(noise_scheduler(config.schedule, config.spacing), config.steps)
         last = self.table.alpha_bar_next[-1]
-        beta = config.objective.beta * reward_weight(last, config.objective.gamma).item()
+        if training.target_beta is None:
+            raise ValueError("objective.prior_weight = 0.0: leaves no prior, so there is no target; set it above 0.")
+        beta = training.target_beta * reward_weight(last, config.objective.gamma).item()
         self.reference = ideal = problem.mixture.diffused(last.item())
         if config.min_sigma is not None:
             unbounded, self.table = self.table, self.table.with_min_sigma(config.min_sigma)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fastnabla.comparison.plan import PlannedRun
-from fastnabla.evaluation.options import FILE, EvaluationOptions
+from fastnabla.evaluation.options import FILE, FORMAT, EvaluationOptions
 from fastnabla.evaluation.report import evaluate_run
 
 
@@ -30,9 +30,9 @@ def evaluate_all(
 
 
 def stored_evaluation(folder: Path, options: EvaluationOptions) -> dict[str, Any] | None:
-    """The results stored in the run folder, if they were measured with these options; otherwise None."""
+    """The results stored in the run folder, if they were measured with these options by this version; otherwise None."""
     if not (folder / FILE).exists():
         return None
     result = json.loads((folder / FILE).read_text(encoding="utf-8"))
     wanted = {name: value for name, value in dataclasses.asdict(options).items() if (name, value) != ("probe", None)}
-    return result if result["settings"].items() >= wanted.items() else None
+    return result if result["settings"].items() >= {**wanted, "format": FORMAT}.items() else None

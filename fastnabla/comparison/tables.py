@@ -57,13 +57,17 @@ def target_sheets(evaluations: Mapping[str, Sequence[dict[str, Any]]]) -> list[S
 
 def _target_sheet(group: str, evaluations: Mapping[str, Sequence[dict[str, Any]]]) -> Sheet:
     of_variant = {m: [r["groups"][group] for r in results] for m, results in evaluations.items()}
-    names = list(next(iter(of_variant.values()))[0]["targets"]["tilted"]["floor"])
+    targets = {variant: [each["targets"]["tilted"] for each in seen] for variant, seen in of_variant.items()}
+    names = next((list(first["floor"]) for first, *_ in targets.values() if first is not None), [])
     rows = []
     for variant, seen in of_variant.items():
-        targets = [each["targets"]["tilted"] for each in seen]
-        numbers = [[target["beta"] for target in targets], [target["ess"] for target in targets]]
-        numbers.append([each["divergence"]["nats"] for each in seen])
-        rows.append([variant, *(_cell(Spread.of(each)) for each in numbers), *(_gap(name, targets) for name in names)])
+        found = targets[variant]
+        divergence = _cell(Spread.of([each["divergence"]["nats"] for each in seen]))
+        if found[0] is None:  # so for all seeds, which have the same λ
+            rows.append([variant, "none: λ = 0", "", divergence, *("" for _ in names)])
+            continue
+        numbers = [_cell(Spread.of([target[name] for target in found])) for name in ("beta", "ess")]
+        rows.append([variant, *numbers, divergence, *(_gap(name, found) for name in names)])
     prompts = "training prompts" if group == "trained" else "held-out prompts"
     title = (
         f"Distances from the tilted target, {prompts}: pretrained → finetuned (finite-sample floor), means over seeds"

@@ -241,6 +241,18 @@ class TrainConfig:
         depends on the flow network, so it cannot be cached."""
         return METHODS[self.method].has_reference and self.rollout.epochs > 1 and not self.follows_reference
 
+    @property
+    def target_beta(self) -> float | None:
+        """β of the target p_ref · exp(β r) that the method is made for: objective.beta over objective.prior_weight (λ), if
+        the method uses λ. None for λ = 0, which leaves no prior.
+
+        Divided by λ, the conditions of residual ∇-DB, ``λ (s_θ − s_ref) = ∇log F̃(x')`` on average over the policy's x' and
+        ``λ (s̄_θ − s̄_ref) = −∇log F̃(x)``, are those of λ = 1 for the flow ``∇log F̃ / λ``, whose terminal value is
+        βγ∇r / λ.
+        """
+        weight = 1.0 if "objective.prior_weight" in METHODS[self.method].without else self.objective.prior_weight
+        return self.objective.beta / weight if weight > 0 else None
+
 
 def _is_path(path: Path) -> bool:
     """Whether `path` is valid on Linux: no null character, and no name or path that is too long."""

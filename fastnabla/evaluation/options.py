@@ -6,6 +6,8 @@ from fastnabla.run.weights import WeightsName
 
 FILE = "evaluation.json"
 """Results of the raw weights, in the run folder."""
+FORMAT = 2
+"""Version of the results. It changes with the meaning or the names of the numbers; a comparison repeats older evaluations."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -49,7 +49,7 @@ def _table(group: str, results: Sequence[dict[str, Any]]) -> Table:
     columns = []
     for result in results:
         table.add_column(_label(Path(result["run"])), justify="right")
-        columns.append(_cells(result["groups"][group]) if group in result["groups"] else {})
+        columns.append(_cells(result["groups"][group], result["settings"]) if group in result["groups"] else {})
     for section in ("", "tilted", "same_reward"):
         labels = dict.fromkeys(label for cells in columns for place, label in cells if place == section)
         for label in labels:
@@ -63,7 +63,7 @@ def _label(run: Path) -> str:
     return escape(printable(run.name))
 
 
-def _cells(group: dict[str, Any]) -> dict[tuple[str, str], str]:
+def _cells(group: dict[str, Any], settings: dict[str, Any]) -> dict[tuple[str, str], str]:
     """The column of a run: section and label → text."""
     before, after = group["pretrained"], group["finetuned"]
     cells = {("", name): f"{before[name]:.4g} → {after[name]:.4g}" for name in after}
@@ -72,7 +72,8 @@ def _cells(group: dict[str, Any]) -> dict[tuple[str, str], str]:
     for section, title in (("tilted", "target"), ("same_reward", "target of equal reward")):
         target = group["targets"][section]
         if target is None:
-            cells[section, f"{title}: β"] = "out of reach"
+            no_prior = section == "tilted" and settings["target_beta"] is None
+            cells[section, f"{title}: β"] = "none: λ = 0" if no_prior else "out of reach"
             continue
         cells[section, f"{title}: β"] = f"{target['beta']:.4g}"
         cells[section, f"{title}: effective samples"] = f"{target['ess']:.0f} of {target['reference_samples']}"

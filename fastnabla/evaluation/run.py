@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastnabla
 from fastnabla.config.train import load_run
-from fastnabla.evaluation.options import EvaluationOptions
+from fastnabla.evaluation.options import FORMAT, EvaluationOptions
 from fastnabla.evaluation.reference_samples import reference_latents
 from fastnabla.metrics.divergence import TrajectoryDivergence
 from fastnabla.metrics.evaluation import Evaluator
@@ -94,9 +94,11 @@ class RunEvaluation:
             "run": str(self.run),
             "settings": settings
             | {
+                "format": FORMAT,
                 "probe": config.evaluation.probe,
                 "beta": config.objective.beta,
                 "prior_weight": config.objective.prior_weight,
+                "target_beta": config.target_beta,
             },
             "groups": {name: self._measure_group(name, numbers) for name, numbers in self.groups().items()},
         }
@@ -140,11 +142,12 @@ class RunEvaluation:
         }
 
     def _targets(self, reference: Measures, models: dict[str, Measures]) -> dict[str, Any]:
-        """The target at the run's β, or the largest β that can be estimated, and the target with the finetuned model's
-        reward."""
+        """The target at the run's β (`TrainConfig.target_beta`), or the largest β that can be estimated, and the target with
+        the finetuned model's reward. None for one that does not exist or cannot be estimated."""
         most = beta_for_ess(reference.reward, reference.prompt, self.options.ess)
+        own = self.components.config.target_beta
         betas = {
-            "tilted": min(most, self.components.config.objective.beta),
+            "tilted": None if own is None else min(most, own),
             "same_reward": beta_for_reward(
                 reference.reward, reference.prompt, models["finetuned"].reward.mean().item()
             ),

@@ -161,39 +161,42 @@ def distances(samples: WeightedSamples, target: WeightedSamples) -> dict[str, fl
     return found
 
 
-def finite_sample_floor(reference: Measures, beta: float, samples: int, splits: int = 8) -> dict[str, float]:
-    """The `distances`, in absolute value, that a perfect sampler would have because samples are finite.
+def finite_sample_floor(reference: Measures, beta: float, samples: int, replicates: int = 32) -> dict[str, float]:
+    """The `distances`, in absolute value, that a perfect sampler would have on average because samples are finite.
 
-    The reference samples are split into two disjoint halves. `samples` per prompt are drawn by weight from one half and
-    compared with the target estimated from the other half. The result is averaged over random `splits`. A perfect sampler's
-    distance to the target estimated from all reference samples is at most as large on average, and at least about half as
-    large: it has the same noise from `samples` draws, and a quarter of the variance added here by estimating the target.
+    This is the bootstrap (Efron 1979), with the weighted reference samples in the role of the true target. Each replicate
+    draws `samples` per prompt from them by weight: those of a perfect sampler. It draws as many reference samples as there
+    are, uniformly, and re-weights them: the estimate of the target. Both draws are with replacement, and the distance between
+    them is averaged over the replicates. A mean then varies by 1/samples + 1/ESS, as when fresh samples are compared with the
+    estimated target.
+
+    Other schemes do not have this variance. Draws by weight from one half of the reference samples, compared with the other
+    half, add the noise of the halves, about 4/ESS in place of 1/ESS. Draws without replacement from a half are exact only if
+    each sample's chance of being drawn, ``samples · w``, is at most 1 for the largest weight w of the half, which seldom
+    holds at a β worth measuring. Beyond it they are biased towards the prior.
+
+    The bootstrap knows only the reference samples that exist. With few effective samples, the floor of the Fréchet distance is
+    too low: by about 15% at 27 effective samples per prompt. This errs on the strict side.
 
     Args:
         reference: reference samples.
         beta: β of the target.
         samples: samples per prompt.
-        splits: number of random splits.
-
-    Raises:
-        ValueError: a prompt has fewer than 4 reference samples.
+        replicates: number of bootstrap replicates. The floor's own standard error is at most about 0.75 / √replicates of it.
     """
     generator = torch.Generator().manual_seed(0)
     groups = [(reference.prompt == number).nonzero()[:, 0] for number in reference.prompt.unique()]
-    if min(map(len, groups)) < 4:
-        raise ValueError("tilted target: the floor needs at least 4 reference samples per prompt.")
+    weights = [(beta * reference.reward[rows]).softmax(0) for rows in groups]
     total: dict[str, float] = {}
-    for _ in range(splits):
-        drawn, rest = [], []
-        for rows in groups:
-            half, other = rows[torch.randperm(len(rows), generator=generator)].tensor_split(2)
-            weights = (beta * reference.reward[half]).softmax(0)
-            drawn.append(half[torch.multinomial(weights, samples, replacement=True, generator=generator)])
-            rest.append(other)
+    for _ in range(replicates):
+        drawn, again = [], []
+        for rows, weight in zip(groups, weights, strict=True):
+            drawn.append(rows[torch.multinomial(weight, samples, replacement=True, generator=generator)])
+            again.append(rows[torch.randint(len(rows), (len(rows),), generator=generator)])
         sampler = WeightedSamples.tilted(reference[torch.cat(drawn)], 0)
-        target = WeightedSamples.tilted(reference[torch.cat(rest)], beta)
+        target = WeightedSamples.tilted(reference[torch.cat(again)], beta)
         for name, value in distances(sampler, target).items():
-            total[name] = total.get(name, 0.0) + abs(value) / splits
+            total[name] = total.get(name, 0.0) + abs(value) / replicates
     return total
 
 

@@ -15,7 +15,7 @@ class Objective:
     """Residual ∇-DB. Plain ∇-DB uses all settings except λ; DAG-DB uses β, γ and κ."""
 
     beta: float = 1000.0
-    """β, the reward scale: the target distribution is p_ref · exp(β r). ≥ 0."""
+    """β, the reward scale: the target distribution is p_ref · exp(β r), or p_ref · exp(β r / λ) with λ ≠ 1. ≥ 0."""
     reward_gradient: RewardGradient = "lookahead"
     """Where ∇r is taken. "lookahead": at the one-step prediction of the clean sample, through the UNet (the paper).
     "lookahead_detached": the same without the UNet's Jacobian; saves one pass, but the direction is biased at high noise.
@@ -28,7 +28,8 @@ class Objective:
     """Units of the residuals. "score": 1/σ, unchanged (the paper; late steps dominate). "sigma": multiplied by the step's
     σ, so that each step is in units of its own noise."""
     prior_weight: float = 1.0
-    """λ, weight of the pretrained policy's score. ≥ 0; 1 keeps the prior unchanged."""
+    """λ, weight of the pretrained policy's score. ≥ 0. The target is p_ref · exp(β r / λ); with 0 there is no prior, and no
+    target."""
     reverse_weight: float = 1.0
     """ρ, weight of the reverse residual, which trains the flow network. ≥ 0; 0 saves two passes."""
     reverse_target: ReverseTarget = "policy"

@@ -10,6 +10,7 @@ from fastnabla.analytic.config import AnalyticConfig, settings
 from fastnabla.analytic.experiment import Experiment
 from fastnabla.analytic.training import measure, updates
 from fastnabla.config.training_sections import RolloutConfig
+from fastnabla.objective.balance import reward_weight, score_residual
 
 ROLLOUT = RolloutConfig(trajectories=128, fraction=0.5, updates=1, batch=128)
 
@@ -43,6 +44,54 @@ def test_the_target_s_score_solves_it_and_better_with_shorter_steps():
     assert fine < coarse / 15
     for factor in (0.0, -1.0, 0.5, 2.0):
         assert first_loss(100, factor) > 10 * fine, factor
+
+
+@pytest.mark.parametrize("prior_weight", [1.0, 0.5, 2.0])
+def test_with_lambda_the_solution_is_the_target_at_beta_over_lambda(prior_weight: float):
+    """The forward residual's mean over the policy's own x', from antithetic pairs, vanishes up to the discretisation error.
+    It does not at half or twice the change."""
+    objective = dataclasses.replace(AnalyticConfig().objective, beta=0.5, prior_weight=prior_weight)
+    experiment = Experiment(settings("residual-db", steps=100, exact_flow=True, objective=objective, rollout=ROLLOUT))
+    flow, table, generator = experiment.flow, experiment.table, torch.Generator().manual_seed(0)
+    clean = experiment.target.sample(256, generator)
+    noise, other = torch.randn(2, *clean.shape, dtype=torch.float64, generator=generator)
+
+    def whole_flow(x: Tensor, timestep: Tensor, alpha_bar: Tensor) -> Tensor:
+        weight = objective.beta * reward_weight(alpha_bar, objective.gamma)
+        return flow(x, timestep, None) + (weight[:, None] * flow._reward_score(x, timestep, alpha_bar)).view_as(x)
+
+    def left_over(factor: float, step: int) -> float:
+        timestep = table.timestep[step].expand(len(clean))
+        left = (flow.alphas[timestep] / flow.alphas[0])[:, None]
+        x = (left.sqrt() * clean + (1 - left).sqrt() * noise)[..., None, None]
+        rows = table.rows(torch.full((len(x),), step), x)
+        o_ref = experiment.policy.unet.perceptron(x, timestep)[0]
+        o = ExactPolicy(experiment, factor)(x, timestep, None)[0].detach()
+        residual, total = torch.zeros_like(x), torch.zeros_like(x)
+        for sign in (1, -1):
+            x_next = rows.a * x + rows.b * o + sign * rows.sigma * other[..., None, None]
+            h = whole_flow(x_next, rows.timestep_next, rows.alpha_bar_next.flatten())
+            residual += score_residual(o, o_ref, x, x_next, rows, prior_weight) - h
+            total += h
+        return (residual.norm() / total.norm()).item()
+
+    for step in (30, 60, 90):
+        assert left_over(1.0, step) < 0.15, step
+        assert left_over(0.5, step) > 0.4 and left_over(2.0, step) > 0.8, step
+    # At the end ∇log F̃ is βγ∇r, and λ of the change of the score.
+    x, first = clean[..., None, None], torch.zeros(len(clean), dtype=torch.int64)
+    change = flow.target.score(clean, torch.ones(len(clean)).double()) - flow.reference.score(
+        clean, torch.ones(len(clean)).double()
+    )
+    gradient = torch.autograd.functional.jacobian(lambda x: experiment.reward(x, ()).sum(), x).flatten(1)
+    gamma = reward_weight(flow.alphas[first], objective.gamma)[:, None]
+    torch.testing.assert_close(prior_weight * change, objective.beta * gamma * gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_lambda_of_zero_has_no_target():
+    objective = dataclasses.replace(AnalyticConfig().objective, prior_weight=0.0)
+    with pytest.raises(ValueError, match=r"objective\.prior_weight = 0\.0: leaves no prior"):
+        Experiment(settings("residual-db", objective=objective))
 
 
 def test_it_is_learned_without_the_flow():

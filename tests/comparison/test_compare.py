@@ -290,6 +290,8 @@ def test_evaluations_are_made_once_and_share_reference_samples(done: Path, monke
     run = done / made[0]
     assert evaluations.stored_evaluation(run, options) == found[0]
     assert evaluations.stored_evaluation(run, dataclasses.replace(options, seed=1)) is None
+    monkeypatch.setattr(evaluations, "FORMAT", evaluations.FORMAT + 1)
+    assert evaluations.stored_evaluation(run, options) is None, "results of another version"
 
 
 def test_dry_run_writes_nothing(

@@ -9,6 +9,7 @@ from fastnabla.config.fields import dotted
 from fastnabla.config.methods import METHODS, MethodName
 from fastnabla.config.train import TrainConfig
 from fastnabla.methods.registry import STEPS
+from fastnabla.objective.settings import Objective
 
 
 def test_every_method_has_a_name_needs_and_a_step() -> None:
@@ -45,6 +46,23 @@ def test_values_that_a_method_does_not_allow(method: str, name: str, value: obje
     TrainConfig(**{section: changed})
     with pytest.raises(ValueError, match=rf"{section}\.{field} = {value!r}: .*{message}"):
         TrainConfig(method=method, **{section: changed})
+
+
+@pytest.mark.parametrize(
+    ("method", "prior_weight", "expected"),
+    [
+        ("residual-db", 1.0, 3.0),
+        ("residual-db", 0.5, 6.0),
+        ("residual-db", 0.0, None),
+        ("draft", 0.5, 3.0),
+        ("dag", 0.0, 3.0),
+    ],
+)
+def test_the_target_of_a_method_is_tilted_by_beta_over_lambda(
+    method: MethodName, prior_weight: float, expected: float | None
+) -> None:
+    objective = Objective(beta=3.0, prior_weight=prior_weight)
+    assert TrainConfig(method=method, objective=objective).target_beta == expected
 
 
 def test_an_unknown_method_is_refused() -> None:

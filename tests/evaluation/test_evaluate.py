@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from fastnabla import evaluate
+from fastnabla.comparison.tables import target_sheets
 from fastnabla.config.model_sections import LoraConfig, PromptConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import OptimizerConfig
 from fastnabla.evaluation.options import FILE, EvaluationOptions
+from fastnabla.evaluation.report import result_tables
 from fastnabla.evaluation.run import REFERENCE_NOISE, RunEvaluation
 from fastnabla.models.saved_policy import read_policy
 from fastnabla.run.checkpoint import newest_checkpoint
@@ -137,6 +140,26 @@ def test_all_parameters_are_read_exactly_and_evaluated(tmp_path: Path) -> None:
     assert all(torch.equal(parameter, read[name]) for name, parameter in trainer.policy.trained().items())
     found = evaluation.measure()["groups"]["trained"]
     assert found["divergence"]["nats"] > 0 and found["finetuned"]["reward"] != found["pretrained"]["reward"]
+
+
+@pytest.mark.parametrize(("prior_weight", "beta"), [(0.5, 0.02), (0.0, None)])
+def test_the_target_is_tilted_by_beta_over_lambda(
+    prior_weight: float, beta: float | None, run: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(run, tmp_path / "run")
+    saved = json.loads((folder / "config.json").read_text())
+    saved["objective"] |= {"beta": 0.01, "prior_weight": prior_weight}
+    (folder / "config.json").write_text(json.dumps(saved))
+    result = RunEvaluation(folder, OPTIONS).measure()
+    assert result["settings"]["target_beta"] == beta
+    target = result["groups"]["trained"]["targets"]["tilted"]
+    assert (target and target["beta"]) == beta
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(result_tables([result])[0])
+    (sheet, *_) = target_sheets({"a": [result], "b": [results(run)]})
+    columns = dict(zip(sheet.columns, sheet.rows[0], strict=True))
+    assert ("none: λ = 0" in capture.get()) == (columns["β"] == "none: λ = 0") == (beta is None)
 
 
 def test_weights_of_another_rank_are_refused(run: Path, tmp_path: Path) -> None:

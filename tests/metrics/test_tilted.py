@@ -212,39 +212,50 @@ def drawn(count: int, seed: int, shift: float = 0.0) -> Measures:
     return measures(x, hue=torch.special.ndtr(x), dark=(x > 0).double(), features=x[:, None])
 
 
-@pytest.mark.parametrize("samples", [20, 600])
-def test_a_perfect_sampler_scores_at_most_the_floor_and_half_at_least(samples: int) -> None:
-    """The bounds that `finite_sample_floor` documents, averaged over 60 samplers and sets of reference samples, with a
-    standard error of about a tenth. The cases are few samples, whose own noise dominates, and more samples than the target's
-    effective sample size."""
-    beta = 0.8
-    found: dict[str, float] = {}
-    floors: dict[str, float] = {}
+@pytest.mark.parametrize(("samples", "beta"), [(20, 0.8), (600, 0.8), (100, 1.2), (150, 0.0)])
+def test_the_floor_is_the_mean_distance_of_fresh_exact_draws(samples: int, beta: float) -> None:
+    """Within four standard errors, over 60 sets of reference samples and 8 perfect samplers for each. The cases are few
+    samples, whose own noise dominates; more samples than the target has effective ones; few effective samples; and β = 0,
+    where the floor is the distance of two disjoint sets."""
+    exact: dict[str, list[float]] = {}
+    floors: dict[str, list[float]] = {}
     for seed in range(60):
         reference = drawn(600, seed)
         target = WeightedSamples.tilted(reference, beta)
-        perfect = WeightedSamples.tilted(drawn(samples, 1000 + seed, shift=beta), 0)
-        for name, value in distances(perfect, target).items():
-            found[name] = found.get(name, 0) + abs(value) / 60
+        perfect = [WeightedSamples.tilted(drawn(samples, 1000 + 8 * seed + i, shift=beta), 0) for i in range(8)]
+        found = [distances(sampler, target) for sampler in perfect]
+        for name in found[0]:
+            exact.setdefault(name, []).append(sum(abs(each[name]) for each in found) / 8)
         for name, value in finite_sample_floor(reference, beta, samples).items():
-            floors[name] = floors.get(name, 0) + value / 60
-    names = {"reward_gap", "dark_grounds_gap", "hue_total_variation", "hue_wasserstein", "frechet"}
-    assert found.keys() == floors.keys() == names
-    for name in names - {"frechet"}:
-        assert 0.4 < found[name] / floors[name] < 1.1, name
-    assert 0.15 < found["frechet"] / floors["frechet"] < 1.1  # a squared distance
-    prior = distances(WeightedSamples.tilted(drawn(600, 5000), 0), target)
-    assert abs(prior["reward_gap"]) > 2.5 * floors["reward_gap"], "the prior is told from the target"
+            floors.setdefault(name, []).append(value)
+    assert exact.keys() == floors.keys()
+    assert exact.keys() == {"reward_gap", "dark_grounds_gap", "hue_total_variation", "hue_wasserstein", "frechet"}
+    for name, values in exact.items():
+        a, b = torch.tensor(values), torch.tensor(floors[name])
+        error = (a.var() / len(a) + b.var() / len(b)).sqrt().item()
+        assert b.mean().item() == pytest.approx(a.mean().item(), abs=4 * error), name
+        assert error < 0.25 * a.mean(), f"{name}: too few draws to tell"
+
+
+@pytest.mark.parametrize("samples", [50, 400])
+def test_the_floor_of_a_mean_is_that_of_two_disjoint_sets(samples: int) -> None:
+    """With β = 0 the gap of two means of N(0, 1) is normal with variance 1/n + 1/N: its mean size is √(2/π) times the root.
+    The reference samples' own variance takes the place of 1."""
+    reference = drawn(400, 3)
+    variance = reference.reward.var(correction=0).item() * (1 / samples + 1 / 400)
+    floor = finite_sample_floor(reference, 0.0, samples, replicates=2000)["reward_gap"]
+    assert floor == pytest.approx(math.sqrt(2 / math.pi * variance), rel=4 * 0.75 / math.sqrt(2000))
 
 
 def test_floors_fall_with_the_square_root_of_the_samples() -> None:
-    few, many = (finite_sample_floor(drawn(n, 1), 0.5, n, splits=16) for n in (200, 20_000))
+    few, many = (finite_sample_floor(drawn(n, 1), 0.5, n) for n in (200, 20_000))
     assert few["hue_total_variation"] / many["hue_total_variation"] == pytest.approx(10, rel=0.3)
 
 
-def test_a_floor_needs_four_samples_of_each_prompt() -> None:
-    with pytest.raises(ValueError, match="at least 4"):
-        finite_sample_floor(measures(torch.zeros(7), torch.tensor([0, 0, 0, 0, 1, 1, 1])), 0.0, 2)
+def test_the_prior_is_told_from_the_target_by_its_floor() -> None:
+    reference = drawn(600, 0)
+    gap = distances(WeightedSamples.tilted(drawn(600, 1), 0), WeightedSamples.tilted(reference, 0.8))["reward_gap"]
+    assert abs(gap) > 5 * finite_sample_floor(reference, 0.8, 600)["reward_gap"]
 
 
 def test_measures_are_selected_and_joined_row_by_row() -> None:

@@ -9,6 +9,7 @@ from fastnabla.objective.balance import (
     forward_balance,
     reverse_balance,
     reverse_cotangent,
+    reverse_residual,
     reward_weight,
     score_residual,
 )
@@ -60,6 +61,21 @@ def test_unguide_is_the_adjoint_of_guide(guidance):
     cotangent = randn(3, 2, seed=1, dtype=torch.float64)
     torch.testing.assert_close(guide(pair, guidance), guided(pair, guidance), **EXACT)
     torch.testing.assert_close((guide(pair, guidance) * cotangent).sum(), (pair * unguide(cotangent, guidance)).sum())
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_the_reverse_condition_with_lambda_is_that_of_one_for_the_flow_and_reward_over_lambda(batch, weight):
+    rows, *_ = batch
+    score, score_ref, flow, reward = (randn(*SHAPE, seed=seed, dtype=torch.float64) for seed in range(4))
+
+    def residual(prior_weight: float, beta: float, flow: Tensor) -> Tensor:
+        objective = Objective(beta=beta, prior_weight=prior_weight)
+        scores = (score, score_ref, rows, flow, reward, None, None)
+        return reverse_residual(*scores, objective=objective, guidance_scale=None)
+
+    torch.testing.assert_close(
+        residual(weight, 3.0, flow), weight * residual(1.0, 3.0 / weight, flow / weight), **EXACT
+    )
 
 
 def test_reward_weight():

@@ -164,7 +164,8 @@ def test_the_evaluations_table_shows_run_names_as_they_are() -> None:
     group["targets"] = {"tilted": None, "same_reward": None}
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(result_tables([{"run": "runs/[red]\x1b[2J", "groups": {"trained": group}}])[0])
+        result = {"run": "runs/[red]\x1b[2J", "settings": {"target_beta": 1.0}, "groups": {"trained": group}}
+        console.print(result_tables([result])[0])
     assert "[red]\\x1b[2J" in capture.get() and "reward_[red]:x" in capture.get()
 
 
