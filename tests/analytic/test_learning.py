@@ -14,7 +14,7 @@ BALANCE = {"residual-db": 120, "db": 80, "dag": 80, "adjoint": 80}
 CLIMB = ("refl", "draft", "draft-lv", "ddpo")
 
 
-def configuration(method: str, length: int, **objective: float) -> AnalyticConfig:
+def configuration(method: str, length: int, **objective: float | str) -> AnalyticConfig:
     """A configuration with 20 steps and small networks."""
     rollout = RolloutConfig(trajectories=128, fraction=0.5, updates=4, batch=128)
     config = settings(method, updates=length, steps=20, width=64, samples=1000, rollout=rollout)
@@ -42,7 +42,8 @@ def test_every_method_is_learned_with():
     ("method", "factor", "objective", "reaches"),
     [
         *((method, factor, {}, factor == 1) for method in BALANCE for factor in (1.0, -1.0, 0.4, 3.0)),
-        ("residual-db", 1.0, {"reverse_weight": 0.0}, False),
+        ("residual-db", 1.0, {"reverse_target": "policy"}, True),
+        ("residual-db", 1.0, {"reverse_target": "policy", "reverse_weight": 0.0}, False),
     ],
 )
 def test_balance_reaches_the_target_and_only_as_it_is(method, factor, objective, reaches):
