@@ -62,10 +62,10 @@ class SamplerConfig:
     steps: int = 50
     """T, the number of network evaluations per trajectory. Fewer steps train faster but give worse images."""
     spacing: Literal["leading", "trailing", "linspace"] | None = None
-    """Which of the trained timesteps are used: diffusers' timestep_spacing. "leading" ends with two short steps, such as
-    51 → 1 → 0 of 20 steps. "trailing" starts at the noisiest timestep, ends with one step, such as 49 → 0, and needs a
-    number of steps that divides the trained ones. "linspace" is for sde-dpmsolver++. None: the checkpoint's, for Stable
-    Diffusion "leading"."""
+    """Which of the trained timesteps are used: diffusers' timestep_spacing. DDIM's last steps of 20 are 51 → 1 → 0 with
+    "leading", and 49 → 0 with "trailing". "trailing" starts at the noisiest timestep, and DDIM then needs a number of
+    steps that divides the trained ones. "linspace" is for sde-dpmsolver++. None: the checkpoint's, for Stable Diffusion
+    "leading"."""
     eta: float = 1.0
     """η, the scale of DDIM's noise. > 0; 1 is DDPM."""
     min_sigma: float | None = None

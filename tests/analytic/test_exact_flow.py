@@ -31,8 +31,9 @@ class ExactPolicy(nn.Module):
         return (known + 0 * sum(parameter.sum() for parameter in self.perceptron.parameters()),)  # "trained"
 
 
-def first_loss(steps: int, factor: float) -> float:
-    experiment = Experiment(settings("residual-db", steps=steps, exact_flow=True, rollout=ROLLOUT, updates=1))
+def first_loss(steps: int, factor: float, **changes) -> float:
+    config = settings("residual-db", steps=steps, exact_flow=True, rollout=ROLLOUT, updates=1, **changes)
+    experiment = Experiment(config)
     experiment.policy.unet.forward = ExactPolicy(experiment, factor).forward
     return next(iter(updates(experiment)))["loss_forward"]
 
@@ -92,6 +93,14 @@ def test_lambda_of_zero_has_no_target():
     objective = dataclasses.replace(AnalyticConfig().objective, prior_weight=0.0)
     with pytest.raises(ValueError, match=r"objective\.prior_weight = 0\.0: leaves no prior"):
         Experiment(settings("residual-db", objective=objective))
+
+
+def test_the_target_s_score_solves_it_with_another_last_step():
+    """Stable Diffusion's schedule, with the noise of the last steps raised."""
+    sampler = {"schedule": "stable-diffusion", "spacing": "trailing", "min_sigma": 0.09}
+    solved = first_loss(100, 1.0, **sampler)
+    for factor in (0.0, 0.5, 2.0):
+        assert first_loss(100, factor, **sampler) > 5 * solved, factor
 
 
 def test_it_is_learned_without_the_flow():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
@@ -114,6 +115,28 @@ def test_targets_of_the_problems_by_importance_sampling(dimension):
         spread = (weights[:, None] * (values - expected)).square().sum(0).sqrt()
         assert (error.abs() / spread).max() < 4
     assert (target.weights / problem.mixture.weights).log().abs().max() > math.log(1.8)  # there is something to learn
+
+
+def test_before_noise_by_integration_over_the_noise():
+    """x given that x + ξ is tilted has the density p(x) E exp(β r(x + ξ)) / Z; ξ by Gauss-Hermite quadrature."""
+    p, reward, beta, variance = mixture(1), rewards(1)[1], 1.5, torch.tensor([[0.3]], dtype=F64)
+    noised = p.noised(variance)
+    found = p.before_noise(noised, noised.tilted(reward, beta))
+    x, cell = grid(1, 20_001)
+    nodes, weights = (torch.from_numpy(values) for values in np.polynomial.hermite_e.hermegauss(60))
+    tilt = (beta * reward((x + variance.sqrt() * nodes).view(-1, 1), ())).view(len(x), -1).exp() @ weights
+    expected = p.log_prob(x) + tilt.log()
+    expected = expected - expected.logsumexp(0) - math.log(cell)
+    near = expected > -30
+    torch.testing.assert_close(found.log_prob(x)[near], expected[near], rtol=1e-8, atol=1e-8)
+
+
+def test_noised_is_of_the_sum():
+    """A diffused mixture, scaled back, is the mixture with noise of variance (1 − ᾱ)/ᾱ."""
+    p = mixture(2)
+    diffused, noised = p.diffused(0.8), p.noised(torch.tensor([[0.25]], dtype=F64))
+    torch.testing.assert_close(noised.stds, diffused.stds / math.sqrt(0.8), **EXACT)
+    assert torch.equal(noised.means, p.means) and torch.equal(noised.weights, p.weights)
 
 
 def test_a_tilt_without_normalisation_is_refused():

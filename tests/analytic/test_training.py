@@ -103,6 +103,10 @@ def test_equal_seeds_give_equal_runs(tmp_path, monkeypatch):
         (["--optimizer.ema", "0.9"], "optimizer.ema"),
         (["--method", "dag", "--flow-learning-rate", "0"], "flow.kind"),
         (["--method", "db", "--objective.beta", "0"], "objective.beta"),
+        (["--method", "db", "--min-sigma", "0.1"], "min_sigma"),
+        (["--min-sigma", "0"], "min_sigma"),
+        (["--min-sigma", "2"], "min_sigma"),
+        (["--spacing", "trailing", "--steps", "30"], "timestep_spacing"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(arguments, field, tmp_path, monkeypatch, capsys):
