@@ -108,8 +108,8 @@ CURVES = (
 )
 COST = "1 U is a pass of the UNet over the guided rows of a transition. Rollouts count, evaluations do not."
 COLUMNS = (
-    "transitions: the number of transitions trained on, or of trajectories for adjoint, refl, draft and draft-lv, which sample within "
-    "the step. seconds: rollouts and updates only. prior_distance: the pretrained model's value is the floor set by the "
+    "transitions: the number of transitions trained on, or of trajectories for adjoint, refl, draft and draft-lv, which "
+    "sample within the step. seconds: rollouts and updates only. prior_distance: the pretrained model's value is the floor set by the "
     "finite number of samples."
 )
 FRONTS = (

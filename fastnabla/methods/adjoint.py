@@ -1,34 +1,26 @@
 """The training step of Adjoint Matching (Domingo-Enrich et al., arXiv 2409.08861), with lean adjoints and no flow network.
 
-It has the target of residual ∇-DB, ``p_ref exp(βγ r)``, as the optimum of a control problem. A step of the sampler is
-``P_θ(x_{i+1} | x_i) = N(μ_θ, σ_i² I)`` with ``μ_θ(x_i) = a_i x_i + b_i o_θ(x_i)``. Over such policies, minimise
+It has the target of residual ∇-DB, ``p_ref exp(βγ r)``, as the optimum of a control problem: minimise
 
-    J = E_θ[ −βγ r(x_T) + Σ_i KL(P_θ(· | x_i) ‖ P_ref(· | x_i)) ],      KL = ‖μ_θ − μ_ref‖² / 2σ_i²
+    E_θ[ −βγ r(x_T) + Σ_i KL(P_θ(· | x_i) ‖ P_ref(· | x_i)) ],        P(· | x_i) = N(a_i x_i + b_i o(x_i), σ_i² I)
 
-**The optimum.** Let V_i(x) be the least cost from x_i = x on, V_T = −βγ r. The optimal mean minimises
-``‖μ − μ_ref‖²/2σ_i² + E V_{i+1}(μ + σ_i ε)``, so that ``(μ* − μ_ref)/σ_i² = −E ∇V_{i+1}(x_{i+1})``. By the envelope theorem only
-μ_ref's dependence on x counts in ∇V_i: ``∇V_i = −(∂μ_ref/∂x)ᵀ (μ* − μ_ref)/σ_i² = (∂μ_ref/∂x)ᵀ E ∇V_{i+1}(x_{i+1})``.
-Unrolled, ``∇V_i(x_i) = −E[adj_i]`` over optimal trajectories, with the *lean adjoint* of a trajectory
+A trajectory of the current policy, without gradient, has *lean adjoints*. They go backwards through the reference policy
+alone, J_ref being the Jacobian of its guided output:
 
     adj_T = βγ ∇r(x_T),      adj_i = (∂μ_ref/∂x)ᵀ adj_{i+1} = a_i adj_{i+1} + J_ref(x_i)ᵀ b_i adj_{i+1}
 
-J_ref is the Jacobian of the guided output o_ref. The policy's own Jacobian is left out, and no limit of small steps is taken.
-
-**The regression.** The mean of adj_{i+1} given x_i is learned by least squares, over trajectories of the current policy that
-carry no gradient:
+The policy regresses on them, at the last step and at drawn ones:
 
     ‖ σ_i [ (b_i/σ_i²)(o_θ − o_ref)(x_i) − adj_{i+1} ] ‖²
 
-At the optimum the bracket has mean zero at every x_i, so the optimum is a fixed point. It is exact for the discrete sampler.
-With the samplers' fixed σ_i it is the best Gaussian policy; p_ref exp(βγ r) itself needs small steps, and a memoryless
-sampler, in which x_T is independent of x_0: η = 1.
+The bracket has mean zero at every x_i exactly at the optimum, for the discrete sampler too: no small steps are assumed.
+`docs/objectives.md` derives this by the envelope theorem.
 
-**Conventions.** The paper minimises a cost, so its adjoint ã is −adj, and g = −βγ r. Its loss ``‖ 2(v_θ − v_ref)/σ + σ ã ‖²`` is
-the one above per unit of time: its control u is ``(b_i/σ_i)(o_θ − o_ref)`` over √Δt, and its σ is σ_i over √Δt. γ, which it
-does not have, is `objective.gamma` at x_T, a number close to 1, as in residual ∇-DB: both methods then have the same target.
-γ = "constant" is the paper's.
+Conventions: the paper's adjoint is that of a cost, so it is −adj. Its loss ``‖ 2(v_θ − v_ref)/σ(t) + σ(t) ã ‖²`` is the one above
+over the time step Δt, with ``σ_i² = σ(t)² Δt``. γ is `objective.gamma` at x_T, a number close to 1, so that the target is that of
+residual ∇-DB with the same settings. "constant" is the paper's.
 
-A trajectory of T steps with K regressed steps takes T U for sampling, 2 T − 1 for its adjoints and 2 K for the regression.
+A trajectory of T steps with K regressed ones takes T U for sampling, 2 T − 1 for the adjoints and 2 K for the regression.
 """
 
 from collections.abc import Sequence
