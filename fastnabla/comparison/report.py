@@ -54,7 +54,10 @@ class Report:
 
     def sheets(self) -> list[Sheet]:
         """All tables."""
-        return [final_sheet(self.points), matched_sheet(self.points), *target_sheets(self.evaluations)]
+        samples = self.plan.samples
+        return [
+            final_sheet(self.points, samples), matched_sheet(self.points, samples), *target_sheets(self.evaluations)
+        ]  # fmt: skip
 
     def write(self, folder: Path) -> None:
         """Write all files into `folder`. Nothing is written before a run has been evaluated after an update."""

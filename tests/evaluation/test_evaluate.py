@@ -15,9 +15,12 @@ from fastnabla.comparison.tables import target_sheets
 from fastnabla.config.model_sections import LoraConfig, PromptConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import OptimizerConfig
+from fastnabla.evaluation import run as run_module
 from fastnabla.evaluation.options import FILE, EvaluationOptions
 from fastnabla.evaluation.report import result_tables
 from fastnabla.evaluation.run import REFERENCE_NOISE, RunEvaluation
+from fastnabla.metrics.diversity import hue_entropy_ceiling
+from fastnabla.models.decoder import Decoder
 from fastnabla.models.saved_policy import read_policy
 from fastnabla.run.checkpoint import newest_checkpoint
 from fastnabla.training.trainer import Trainer
@@ -63,7 +66,8 @@ def test_results_are_complete(run: Path) -> None:
                 "reward", "reward_std", "reward_area", "reward_classifier", "pairwise_distance", "vendi", "hue_entropy",
                 "dark_grounds", "accuracy", "frechet_to_reference", "frechet_to_reference_within_prompts",
             }  # fmt: skip
-        assert group["divergence"]["nats"] > 0
+        assert group["divergence"]["nats"] > group["divergence"]["without_last_two"] > 0
+        assert group["hue_entropy_ceiling"] == hue_entropy_ceiling(3)
         assert sum(group["divergence"]["by_step"]) == pytest.approx(group["divergence"]["nats"])
         target = group["targets"]["tilted"]
         assert 0 < target["beta"] < 200
@@ -81,8 +85,35 @@ def test_the_table_has_a_column_a_run(run: Path, tmp_path: Path, capsys: pytest.
     assert evaluate.main([str(run), str(other), *QUICK]) == 0
     printed = capsys.readouterr().out
     assert "other-run" in printed and "held-out prompts" in printed and "hue_total_variation" in printed
+    assert "share of its ceiling" in printed and "without the last two steps" in printed
     assert not list(other.glob("reference-*"))
     assert {**results(other), "run": ""} == {**results(run), "run": ""}
+
+
+def test_a_run_beside_it_shares_its_reference_samples_in_a_later_evaluation(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = copy_of(run, run.parent / "beside")
+    original = RunEvaluation._sample
+
+    def watched(self, numbers, samples, noise, recorder=None):
+        assert noise != REFERENCE_NOISE
+        return original(self, numbers, samples, noise, recorder)
+
+    monkeypatch.setattr(RunEvaluation, "_sample", watched)
+    assert RunEvaluation(beside, OPTIONS).measure()["groups"] == results(run)["groups"]
+    assert not list(beside.glob("reference-*"))
+    shutil.rmtree(beside)
+
+
+def test_only_one_prompt_s_images_are_decoded_at_a_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, original = [], Decoder.decode
+    monkeypatch.setattr(
+        Decoder, "decode", lambda self, latents: decoded.append(len(latents)) or original(self, latents)
+    )
+    monkeypatch.setattr(run_module, "REFERENCE_CHUNK", 5)
+    RunEvaluation(run, OPTIONS).measure()
+    assert max(decoded) == 5 and decoded.count(3) >= 4 * 2
 
 
 def test_reference_samples_are_kept_for_their_seed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
