@@ -130,15 +130,13 @@ class RunEvaluation:
 
     def _measure_samples(self, latents: Tensor, texts: list[str]) -> tuple[Measures, dict[str, float]]:
         """Measures and metrics of `latents [P, n, C, H, W]`. Only one prompt's images are in memory at a time."""
-        components, chunk, parts, from_images = self.components, self.components.config.memory.decode_chunk, [], []
+        components, parts, from_images = self.components, [], []
+        probe, chunk = components.probe, components.config.memory.decode_chunk
         for number, (own, text) in enumerate(zip(latents, texts, strict=True)):
-            images, prompt, repeated = (
-                components.decoder.decode(own),
-                torch.full((len(own),), number),
-                [text] * len(own),
-            )
-            parts.append(measure_images(images, prompt, repeated, components.reward, components.probe, chunk))
-            from_images.append(image_metrics(images, prompt, repeated, components.probe, chunk))
+            images = components.decoder.decode(own)
+            prompt, prompts = torch.full((len(own),), number), [text] * len(own)
+            parts.append(measure_images(images, prompt, prompts, components.reward, probe, chunk))
+            from_images.append(image_metrics(images, prompt, prompts, probe, chunk))
         measures = self._required(concatenate(parts))
         means = {name: sum(each[name] for each in from_images) / len(texts) for name in from_images[0]}
         return measures, summary(measures) | means
