@@ -46,7 +46,6 @@ def test_the_summary_in_closed_form() -> None:
         1,
     )
     each = 0.5 * (table.b / table.sigma).square() * difference[0].square().sum()
-    assert each[-2:].sum() > 0.5 * each.sum(), "the last two steps have most of it"
     found = divergence_summary(steps)
     assert found["by_step"] == pytest.approx((2 * each).tolist())  # the mean of 0, …, 4 is 2, their variance 2.5
     assert found["nats"] == pytest.approx(2 * each.sum().item())
