@@ -31,7 +31,7 @@ def document(
     parts = [*_setup(plan, points, remarks), page.heading("Reward against cost")]
     parts += [
         page.picture(plots["reward"], f"{CURVES} {COST}"),
-        page.table(final_sheet(points)),
+        page.table(final_sheet(points, plan.samples)),
         page.paragraph(COLUMNS),
     ]
     if "fronts" in plots:
@@ -39,7 +39,8 @@ def document(
             page.heading("Reward against diversity and distance from the prior"),
             page.picture(plots["fronts"], FRONTS),
         ]
-    parts += [page.heading("At equal reward"), page.paragraph(MATCHED), page.table(matched_sheet(points))]
+    matched_table = page.table(matched_sheet(points, plan.samples))
+    parts += [page.heading("At equal reward"), page.paragraph(MATCHED), matched_table]
     parts += _grids(plan, points)
     if evaluations:
         parts += [page.heading("Distance from the tilted target"), page.paragraph(TARGET)]
@@ -109,8 +110,8 @@ CURVES = (
 COST = "1 U is a pass of the UNet over the guided rows of a transition. Rollouts count, evaluations do not."
 COLUMNS = (
     "transitions: the number of transitions trained on, or of trajectories for adjoint, refl, draft and draft-lv, which "
-    "sample within the step. seconds: rollouts and updates only. prior_distance: the pretrained model's value is the floor set by the "
-    "finite number of samples."
+    "sample within the step. seconds: rollouts and updates only. prior_distance: the pretrained model's value is the floor "
+    "set by the finite number of samples. hue_entropy: its ceiling is the mean of as many samples with uniform hues."
 )
 FRONTS = (
     "Changes during training relative to the pretrained model (star) on the same prompts and noise. Points are means over "

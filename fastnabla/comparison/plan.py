@@ -86,6 +86,11 @@ class Plan:
         return dataclasses.replace(self, runs=tuple(known[name] for name in dict.fromkeys(names)))
 
     @property
+    def samples(self) -> int:
+        """Samples per prompt of an evaluation, the same for all runs."""
+        return self.runs[0].config.evaluation.samples
+
+    @property
     def common_settings(self) -> list[str]:
         """Fields that all variants change, as "FIELD = VALUE". If the values differ, the most common one is given."""
         first, *_ = given = list(self.settings.values())

@@ -54,7 +54,8 @@ class Report:
 
     def sheets(self) -> list[Sheet]:
         """All tables."""
-        return [final_sheet(self.points), matched_sheet(self.points), *target_sheets(self.evaluations)]
+        points, samples = self.points, self.plan.samples
+        return [final_sheet(points, samples), matched_sheet(points, samples), *target_sheets(self.evaluations)]
 
     def write(self, folder: Path) -> None:
         """Write all files into `folder`. Nothing is written before a run has been evaluated after an update."""

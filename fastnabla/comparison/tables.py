@@ -7,6 +7,8 @@ from typing import Any
 
 from fastnabla.comparison.points import Point
 from fastnabla.comparison.summary import Mean, Spread, common_rewards, last, matched, pretrained
+from fastnabla.evaluation.report import DIVERGENCES
+from fastnabla.metrics.diversity import hue_entropy_ceiling
 
 METRICS = ("reward", "pairwise_distance", "hue_entropy", "vendi", "prior_distance", "dark_grounds", "accuracy")
 """Metrics shown as columns, if available."""
@@ -31,18 +33,19 @@ def _markdown_cell(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|")
 
 
-def final_sheet(points: Sequence[Point]) -> Sheet:
-    """The pretrained model, and each variant at the end of training."""
+def final_sheet(points: Sequence[Point], samples: int) -> Sheet:
+    """The pretrained model, and each variant at the end of training, evaluated on `samples` per prompt."""
     means = {variant: last(points, variant) for variant in _variants(points)}
-    return _sheet("At the end of training", {"pretrained": pretrained(points), **means})
+    return _sheet("At the end of training", {"pretrained": pretrained(points), **means}, samples)
 
 
-def matched_sheet(points: Sequence[Point]) -> Sheet:
-    """The pretrained model, and each variant at the evaluation nearest to the highest reward that all methods reach."""
+def matched_sheet(points: Sequence[Point], samples: int) -> Sheet:
+    """The pretrained model, and each variant at the evaluation nearest to the highest reward that all methods reach. The
+    evaluations have `samples` per prompt."""
     nearest, reward = matched(points), _cell(Spread.of(list(common_rewards(points).values())))
     means = {variant: Mean.of([p for p in nearest if p.variant == variant]) for variant in _variants(points)}
     title = f"At the evaluation nearest to the highest reward that every method reaches, {reward}"
-    return _sheet(title, {"pretrained": pretrained(points), **means})
+    return _sheet(title, {"pretrained": pretrained(points), **means}, samples)
 
 
 def target_sheets(evaluations: Mapping[str, Sequence[dict[str, Any]]]) -> list[Sheet]:
@@ -62,17 +65,17 @@ def _target_sheet(group: str, evaluations: Mapping[str, Sequence[dict[str, Any]]
     rows = []
     for variant, seen in of_variant.items():
         found = targets[variant]
-        divergence = _cell(Spread.of([each["divergence"]["nats"] for each in seen]))
+        divergence = [_cell(Spread.of([each["divergence"][name] for each in seen])) for name in DIVERGENCES.values()]
         if found[0] is None:  # so for all seeds, which have the same λ
-            rows.append([variant, "none: λ = 0", "", divergence, *("" for _ in names)])
+            rows.append([variant, "none: λ = 0", "", *divergence, *("" for _ in names)])
             continue
         numbers = [_cell(Spread.of([target[name] for target in found])) for name in ("beta", "ess")]
-        rows.append([variant, *numbers, divergence, *(_gap(name, found) for name in names)])
+        rows.append([variant, *numbers, *divergence, *(_gap(name, found) for name in names)])
     prompts = "training prompts" if group == "trained" else "held-out prompts"
     title = (
         f"Distances from the tilted target, {prompts}: pretrained → finetuned (finite-sample floor), means over seeds"
     )
-    return Sheet(title, ["method", "β", "effective samples", "KL along trajectories, nats", *names], rows)
+    return Sheet(title, ["method", "β", "effective samples", *DIVERGENCES, *names], rows)
 
 
 def _gap(name: str, targets: Sequence[dict[str, Any]]) -> str:
@@ -86,17 +89,19 @@ def _variants(points: Sequence[Point]) -> list[str]:
     return list(dict.fromkeys(point.variant for point in points))
 
 
-def _sheet(title: str, means: dict[str, Mean]) -> Sheet:
-    names = [name for name in METRICS if all(name in mean.metrics for mean in means.values())]
-    rows = [
-        [
-            label,
-            *(_cell(mean.metrics[name]) for name in names),
-            *(_cell(getattr(mean, name), places=0) for name in SPENT),
-        ]
-        for label, mean in means.items()
-    ]
-    return Sheet(title, ["method", *names, *SPENT], rows)
+def _sheet(title: str, means: dict[str, Mean], samples: int) -> Sheet:
+    columns = {
+        name: [_cell(mean.metrics[name]) for mean in means.values()]
+        for name in METRICS
+        if all(name in mean.metrics for mean in means.values())
+    }
+    if "hue_entropy" in columns and samples > 1:
+        ceiling = hue_entropy_ceiling(samples)
+        shares = [dataclasses.astuple(mean.metrics["hue_entropy"]) for mean in means.values()]
+        label = f"hue_entropy, % of its ceiling for {samples} samples a prompt, {ceiling:.3f}"
+        columns[label] = [_cell(Spread(*(100 * value / ceiling for value in share)), places=1) for share in shares]
+    columns |= {name: [_cell(getattr(mean, name), places=0) for mean in means.values()] for name in SPENT}
+    return Sheet(title, ["method", *columns], list(zip(means, *columns.values(), strict=True)))
 
 
 def _cell(spread: Spread, places: int | None = None) -> str:

@@ -4,6 +4,7 @@ Drawing them is most of an evaluation's work, and they are the same for all runs
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+logger = logging.getLogger("fastnabla")
 
 LATENTS = "latents"
 BLOCK = 64
@@ -35,11 +38,17 @@ def reference_latents(
         draw: sample numbers → latents `[P, n, C, H, W]`. A number must always give the same sample.
 
     Raises:
-        ValueError: a file is damaged.
+        ValueError: the file at `path` is damaged. Those of other runs are left out, with a warning.
     """
     written = json.dumps(key, sort_keys=True)
-    found = [latents for file in (path, *others) if (latents := _read(file, written)) is not None]
-    known = max(found, key=lambda latents: latents.shape[1], default=None)
+    counts = {path: _count(path, written)}
+    for file in others:
+        try:
+            counts.setdefault(file, _count(file, written))
+        except ValueError as error:
+            logger.warning("%s", error)
+    longest = max(counts, key=counts.__getitem__)
+    known = _read(longest, min(count, counts[longest])) if counts[longest] else None
     have = 0 if known is None else known.shape[1]
     for start in range(have, count, BLOCK):
         drawn = draw(range(start, min(start + BLOCK, count))).cpu()
@@ -49,15 +58,26 @@ def reference_latents(
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-    return known[:, :count]
+    return known
 
 
-def _read(path: Path, key: str) -> Tensor | None:
-    """The latents in the file `path`. None if the file does not exist or has another key."""
+def _count(path: Path, key: str) -> int:
+    """Samples per prompt in the file `path`: 0 if it does not exist or has another key.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     if not path.is_file():
-        return None
+        return 0
     try:
         with safe_open(path, "pt") as file:
-            return file.get_tensor(LATENTS) if (file.metadata() or {}).get("key") == key else None
+            same = (file.metadata() or {}).get("key") == key
+            return file.get_slice(LATENTS).get_shape()[1] if same else 0
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} cannot be read ({error}); remove it to draw the samples again.") from error
+
+
+def _read(path: Path, count: int) -> Tensor:
+    """The first `count` latents of each prompt in the file `path`."""
+    with safe_open(path, "pt") as file:
+        return file.get_slice(LATENTS)[:, :count]

@@ -16,6 +16,12 @@ from fastnabla.utils.console import progress_bar
 from fastnabla.utils.durable import write_file
 from fastnabla.utils.printable import printable
 
+DIVERGENCES = {
+    "KL along trajectories, nats": "nats",
+    "KL along trajectories without the last two steps, nats": "without_last_two",
+}
+"""Label → name in the results."""
+
 
 def evaluate_run(run: Path, options: EvaluationOptions, others: Sequence[Path], console: Console) -> dict[str, Any]:
     """Measure one run, write the results into its folder and return them.
@@ -67,8 +73,13 @@ def _cells(group: dict[str, Any], settings: dict[str, Any]) -> dict[tuple[str, s
     """The column of a run: section and label → text."""
     before, after = group["pretrained"], group["finetuned"]
     cells = {("", name): f"{before[name]:.4g} → {after[name]:.4g}" for name in after}
+    ceiling = group["hue_entropy_ceiling"]
+    shares = " → ".join(f"{model['hue_entropy'] / ceiling:.1%}" for model in (before, after))
+    cells["", "hue_entropy, share of its ceiling"] = f"{shares} (of {ceiling:.3f})"
     divergence = group["divergence"]
-    cells["", "KL along trajectories, nats"] = f"{divergence['nats']:.4g} ± {divergence['standard_error']:.2g}"
+    for label, name in DIVERGENCES.items():
+        error = divergence["standard_error" if name == "nats" else f"{name}_standard_error"]
+        cells["", label] = f"{divergence[name]:.4g} ± {error:.2g}"
     for section, title in (("tilted", "target"), ("same_reward", "target of equal reward")):
         target = group["targets"][section]
         if target is None:

@@ -12,8 +12,9 @@ import fastnabla
 from fastnabla.config.train import load_run
 from fastnabla.evaluation.options import FORMAT, EvaluationOptions
 from fastnabla.evaluation.reference_samples import reference_latents
-from fastnabla.metrics.divergence import TrajectoryDivergence
-from fastnabla.metrics.evaluation import Evaluator
+from fastnabla.metrics.divergence import TrajectoryDivergence, divergence_summary
+from fastnabla.metrics.diversity import hue_entropy_ceiling
+from fastnabla.metrics.evaluation import image_metrics, summary
 from fastnabla.metrics.measures import Measures, concatenate, has_direction, measure_images
 from fastnabla.metrics.prior import frechet_between, mean_frechet_distance
 from fastnabla.metrics.tilted import (
@@ -43,7 +44,7 @@ class RunEvaluation:
     Args:
         run: folder of `python -m fastnabla.train`.
         options: number of samples and other options.
-        others: folders of other runs, whose reference samples may be reused.
+        others: folders of other runs, whose reference samples may be reused, besides those in the folder that holds `run`.
 
     Raises:
         ValueError: the folder is not a run that has reached an evaluation, or its model, reward or probe cannot be built.
@@ -110,36 +111,35 @@ class RunEvaluation:
         divergence = TrajectoryDivergence(
             components.policy, components.table, torch.tensor(numbers).repeat_interleave(options.samples_per_prompt)
         )
-        recorder: Recorder | None = None
-
-        def sampler(rows: Tensor, noise: int) -> Tensor:
-            count = options.samples_per_prompt
-            return self._sample(numbers, range(count), noise, recorder).flatten(0, 1)
-
-        evaluator = Evaluator(
-            sampler,
-            components.decoder,
-            components.reward,
-            components.probe,
-            texts,
-            options.samples_per_prompt,
-            components.config.memory.decode_chunk,
-        )
         # Sample both models from the same noise; only the finetuned one's divergence is recorded.
-        models, summaries = {}, {}
+        samples = range(options.samples_per_prompt)
         with components.policy.pretrained_weights():
-            images = {"pretrained": evaluator.images(POLICY_NOISE)}
-        recorder = divergence
-        images["finetuned"] = evaluator.images(POLICY_NOISE)
-        for model, seen in images.items():
-            models[model] = self._required(evaluator.measures(seen))
-            summaries[model] = evaluator.summary(seen, models[model]) | _prior_distances(models[model], reference)
+            latents = {"pretrained": self._sample(numbers, samples, POLICY_NOISE)}
+        latents["finetuned"] = self._sample(numbers, samples, POLICY_NOISE, divergence)
+        models, summaries = {}, {}
+        for model, finished in latents.items():
+            models[model], summaries[model] = self._measure_samples(finished, texts)
+            summaries[model] |= _prior_distances(models[model], reference)
         return {
             "prompts": texts,
             **summaries,
-            "divergence": _divergence(divergence.steps),
+            "divergence": divergence_summary(divergence.steps),
+            "hue_entropy_ceiling": hue_entropy_ceiling(options.samples_per_prompt),
             "targets": self._targets(reference, models),
         }
+
+    def _measure_samples(self, latents: Tensor, texts: list[str]) -> tuple[Measures, dict[str, float]]:
+        """Measures and metrics of `latents [P, n, C, H, W]`. Only one prompt's images are in memory at a time."""
+        components, parts, from_images = self.components, [], []
+        probe, chunk = components.probe, components.config.memory.decode_chunk
+        for number, (own, text) in enumerate(zip(latents, texts, strict=True)):
+            images = components.decoder.decode(own)
+            prompt, prompts = torch.full((len(own),), number), [text] * len(own)
+            parts.append(measure_images(images, prompt, prompts, components.reward, probe, chunk))
+            from_images.append(image_metrics(images, prompt, prompts, probe, chunk))
+        measures = self._required(concatenate(parts))
+        means = {name: sum(each[name] for each in from_images) / len(texts) for name in from_images[0]}
+        return measures, summary(measures) | means
 
     def _targets(self, reference: Measures, models: dict[str, Measures]) -> dict[str, Any]:
         """The target at the run's β (`TrainConfig.target_beta`), or the largest β that can be estimated, and the target with
@@ -191,7 +191,7 @@ class RunEvaluation:
                 return self._sample(numbers, samples, REFERENCE_NOISE)
 
         # Draw or read the samples, then decode and measure them in chunks.
-        others = [run / name for run in self.others]
+        others = [run / name for run in self.others] + sorted(self.run.absolute().parent.glob(f"*/{name}"))
         latents = reference_latents(self.run / name, others, key, self.options.reference_samples, draw)
         prompt = torch.arange(len(numbers)).repeat_interleave(latents.shape[1])
         parts = []
@@ -250,14 +250,4 @@ def _prior_distances(samples: Measures, reference: Measures) -> dict[str, float]
         "frechet_to_reference_within_prompts": mean_frechet_distance(
             samples.features, samples.prompt, reference.features, reference.prompt
         ),
-    }
-
-
-def _divergence(steps: Tensor) -> dict[str, Any]:
-    """Summary of the KL by trajectory and step `[N, T]`: mean and standard error over trajectories, and mean per step."""
-    total = steps.sum(1)
-    return {
-        "nats": total.mean().item(),
-        "standard_error": (total.std() / len(total) ** 0.5).item(),
-        "by_step": steps.mean(0).tolist(),
     }

@@ -8,6 +8,8 @@ with guided outputs o. By the chain rule, the expectation of the sum over a poli
 trajectory distributions. It bounds the divergence of the finished samples from above.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,23 @@ from fastnabla.transition import TransitionRows, TransitionTable
 def step_divergence(o: Tensor, o_ref: Tensor, rows: TransitionRows) -> Tensor:
     """KL of each policy step from the reference step `[N]`, in nats, from the guided outputs `[N, …]` of both."""
     return (0.5 * (rows.b / rows.sigma * (full(o) - full(o_ref))).square()).flatten(1).sum(1)
+
+
+def divergence_summary(steps: Tensor) -> dict[str, Any]:
+    """Summary of the KL of N trajectories by step `[N, T]`, in nats.
+
+    - "nats", "standard_error": mean over trajectories of the sum over steps, and its standard error.
+    - "without_last_two", "without_last_two_standard_error": the same without the last two steps. b/σ is far larger there with
+      "leading" spacing, so that they can have most of the sum.
+    - "by_step": mean of each step, a list of T.
+    """
+
+    def mean(total: Tensor) -> tuple[float, float]:
+        return total.mean().item(), (total.std() / len(total) ** 0.5).item()
+
+    names = ("nats", "standard_error", "without_last_two", "without_last_two_standard_error")
+    values = (*mean(steps.sum(1)), *mean(steps[:, :-2].sum(1)))
+    return dict(zip(names, values, strict=True)) | {"by_step": steps.mean(0).tolist()}
 
 
 class TrajectoryDivergence:

@@ -26,7 +26,7 @@ def hue_histogram(hues: Tensor, weights: Tensor) -> Tensor:
 def hue_entropy(hues: Tensor, prompt: Tensor) -> float:
     """Entropy of the hues over 12 bins, relative to its maximum and averaged over prompts.
 
-    n images of a prompt have at most log n of entropy, so compare only equal counts.
+    n images of a prompt have at most log n of entropy, so compare only equal counts, or shares of `hue_entropy_ceiling`.
 
     Args:
         hues: `mean_hue` of each image `[B]`, in turns.
@@ -38,6 +38,18 @@ def hue_entropy(hues: Tensor, prompt: Tensor) -> float:
         share = hue_histogram(own, torch.ones(len(own), device=own.device)) / len(own)
         entropies.append(-torch.special.xlogy(share, share).sum().item() / math.log(HUE_BINS))
     return sum(entropies) / len(entropies)
+
+
+def hue_entropy_ceiling(samples: int) -> float:
+    """The expected `hue_entropy` of `samples` images per prompt with uniform hues: below 1, and 0 for one image.
+
+    With k ~ Binomial(n, 1/12) images in each of the 12 bins it is ``−12 E[k/n log(k/n)] / log 12``.
+    """
+    k = torch.arange(1, samples + 1, dtype=torch.float64)
+    binomial = torch.distributions.Binomial(samples, torch.tensor(1 / HUE_BINS, dtype=torch.float64))
+    share = k / samples
+    terms = binomial.log_prob(k).exp() * torch.special.xlogy(share, share)
+    return -HUE_BINS * terms.sum().item() / math.log(HUE_BINS) + 0.0  # 0.0, not -0.0
 
 
 def pairwise_distance(features: Tensor, prompt: Tensor) -> float:

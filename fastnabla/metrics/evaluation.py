@@ -73,23 +73,43 @@ class Evaluator:
 
     def measure(self, images: Tensor) -> dict[str, float]:
         """Metrics of `images`, in the order of `images()`, by name."""
-        return self.summary(images, self.measures(images))
-
-    @torch.no_grad()
-    def summary(self, images: Tensor, measures: Measures) -> dict[str, float]:
-        """Metrics of `images` by name, given their `measures`."""
-        metrics = {"reward": measures.total.mean().item(), "reward_std": measures.total.std().item()}
-        metrics |= {f"reward_{name}": values.mean().item() for name, values in measures.parts.items()}
-        metrics["hue_entropy"] = hue_entropy(measures.hue, self.prompt)
-        metrics["dark_grounds"] = measures.dark.mean().item()
-        if hasattr(self.probe, "distance"):
-            metrics["pairwise_distance"] = mean_distance(images, self.prompt, self.probe.distance, self.chunk)
-        elif measures.features is not None:
-            metrics["pairwise_distance"] = pairwise_distance(measures.features, self.prompt)
-        if measures.features is not None:
-            metrics["vendi"] = mean_vendi_score(measures.features, self.prompt)
+        measures = self.measures(images)
+        metrics = summary(measures)
         if self.prior_features is not None:
             metrics["prior_distance"] = frechet_distance(measures.features, self.prior_features)
-        if hasattr(self.probe, "accuracy"):
-            metrics["accuracy"] = self.probe.accuracy(images, self.prompts)
-        return metrics
+        return metrics | image_metrics(images, self.prompt, self.prompts, self.probe, self.chunk)
+
+
+def summary(measures: Measures) -> dict[str, float]:
+    """Metrics by name that follow from the measures of each sample."""
+    metrics = {"reward": measures.total.mean().item(), "reward_std": measures.total.std().item()}
+    metrics |= {f"reward_{name}": values.mean().item() for name, values in measures.parts.items()}
+    metrics["hue_entropy"] = hue_entropy(measures.hue, measures.prompt)
+    metrics["dark_grounds"] = measures.dark.mean().item()
+    if measures.features is not None:
+        metrics["pairwise_distance"] = pairwise_distance(measures.features, measures.prompt)
+        metrics["vendi"] = mean_vendi_score(measures.features, measures.prompt)
+    return metrics
+
+
+@torch.no_grad()
+def image_metrics(
+    images: Tensor, prompt: Tensor, texts: Sequence[str], probe: Any | None, chunk: int | None = None
+) -> dict[str, float]:
+    """Metrics by name that the probe computes from the images themselves. A "pairwise_distance" replaces that of features.
+
+    All are means over prompts with equally many samples, so prompts can also be passed one by one.
+
+    Args:
+        images: `[N, 3, H, W]` in [0, 1].
+        prompt: their prompt numbers `[N]`.
+        texts: their N prompts.
+        probe: see `fastnabla.metrics.probes`, or None.
+        chunk: largest number of pairs of images compared at once; None for all pairs of a prompt.
+    """
+    metrics = {}
+    if hasattr(probe, "distance"):
+        metrics["pairwise_distance"] = mean_distance(images, prompt, probe.distance, chunk)
+    if hasattr(probe, "accuracy"):
+        metrics["accuracy"] = probe.accuracy(images, texts)
+    return metrics

@@ -38,7 +38,7 @@ class RunFiles:
     def __init__(
         self, folder: Path, config: TrainConfig, prompts: RunPrompts, state: TrainState, world: World, resume: bool
     ) -> None:
-        self.folder, self.world = folder, world
+        self.folder, self.world, self.samples = folder, world, config.evaluation.samples
         self.checkpoints = Checkpoints(folder, state, fingerprint(config, prompts), config.checkpoint_keep, world)
         self.start = self.checkpoints.load() if resume else Progress()
         """The progress that the run starts from."""
@@ -82,7 +82,7 @@ class RunFiles:
 
     def write_table(self) -> Table:
         """Write table.md, the pretrained against the finetuned model. Returns the table."""
-        table = final_table(self.tracker.records)
+        table = final_table(self.tracker.records, self.samples)
         if self.world.is_main:
             write_file(self.folder / "table.md", markdown(table))
         return table

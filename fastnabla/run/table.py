@@ -5,9 +5,16 @@ from typing import Any
 from rich.markup import escape, render
 from rich.table import Table
 
+from fastnabla.metrics.diversity import hue_entropy_ceiling
 
-def final_table(records: list[dict[str, Any]]) -> Table:
-    """The first and the last evaluation in `records`, side by side."""
+
+def final_table(records: list[dict[str, Any]], samples: int) -> Table:
+    """The first and the last evaluation in `records`, side by side. Hue entropy is also given as a share of its ceiling.
+
+    Args:
+        records: the run's metric records.
+        samples: samples per prompt of an evaluation.
+    """
     evaluations = sorted((r for r in records if r["phase"] == "evaluate"), key=lambda record: record["update"])
     first, last = evaluations[0], evaluations[-1]
     table = Table(title=f"pretrained and finetuned model after {last['update']} updates, same prompts and noise")
@@ -24,6 +31,10 @@ def final_table(records: list[dict[str, Any]]) -> Table:
             elif first.get("reward_std"):
                 change = f"{(value - before) / first['reward_std']:+.2f} std of pretrained"
         table.add_row(escape(name), decimals(before) if measure in first else "", decimals(value), change)
+        if measure == "hue_entropy" and samples > 1:
+            ceiling = hue_entropy_ceiling(samples)
+            shares = ("" if each is None else f"{each / ceiling:.1%}" for each in (before, value))
+            table.add_row(f"{name}, share of its ceiling for {samples} samples, {ceiling:.3f}", *shares, "")
     return table
 
 

@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 
 from fastnabla.comparison import figures, page
-from fastnabla.cost.budget import measured_passes, measured_rows, update_passes, updates_within
 from fastnabla.comparison.plan import Plan, make_plan
 from fastnabla.comparison.points import Point, seconds_by_update
 from fastnabla.comparison.settings import METHOD_SETTINGS, method_config, method_settings
 from fastnabla.comparison.summary import Mean, Spread, changes, common_rewards, front, matched
-from fastnabla.comparison.tables import Sheet
+from fastnabla.comparison.tables import Sheet, final_sheet, matched_sheet
 from fastnabla.config.methods import METHODS, MethodName
 from fastnabla.config.presets import PRESETS
+from fastnabla.cost.budget import measured_passes, measured_rows, update_passes, updates_within
+from fastnabla.metrics.diversity import hue_entropy_ceiling
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.draws import DRAWS
 from tests.integration.test_methods import config_of
@@ -215,6 +216,20 @@ def test_pictures_tell_all_variants_apart() -> None:
     points = [point(variant, 0, update, reward=update) for variant in variants for update in (0, 6)]
     tall, flat = (Image.open(io.BytesIO(figures.reward_curves(some))).size for some in (points, points[:4]))
     assert tall[0] == flat[0] and tall[1] > flat[1]  # by the lines of the legend
+
+
+def test_hue_entropy_is_also_given_as_a_share_of_its_ceiling() -> None:
+    ceiling = hue_entropy_ceiling(16)
+    points = [
+        point("a", seed, update, reward=1.0, hue_entropy=share * ceiling)
+        for seed, shares in enumerate(((1.0, 0.8), (1.0, 0.9)))
+        for update, share in enumerate(shares)
+    ]
+    for sheet in (final_sheet(points, 16), matched_sheet(points, 16)):
+        (column,) = [i for i, name in enumerate(sheet.columns) if "ceiling for 16 samples a prompt, 0.836" in name]
+        assert [row[column] for row in sheet.rows] == ["100.0", "85.0 [80.0, 90.0]"]
+        assert sheet.rows[0][sheet.columns.index("hue_entropy")] == "0.8362"
+    assert not any("ceiling" in name for name in final_sheet(points, 1).columns)
 
 
 def test_texts_of_tables_are_escaped() -> None:

@@ -15,9 +15,12 @@ from fastnabla.comparison.tables import target_sheets
 from fastnabla.config.model_sections import LoraConfig, PromptConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import OptimizerConfig
+from fastnabla.evaluation import run as run_module
 from fastnabla.evaluation.options import FILE, EvaluationOptions
 from fastnabla.evaluation.report import result_tables
 from fastnabla.evaluation.run import REFERENCE_NOISE, RunEvaluation
+from fastnabla.metrics.diversity import hue_entropy_ceiling
+from fastnabla.models.decoder import Decoder
 from fastnabla.models.saved_policy import read_policy
 from fastnabla.run.checkpoint import newest_checkpoint
 from fastnabla.training.trainer import Trainer
@@ -63,7 +66,8 @@ def test_results_are_complete(run: Path) -> None:
                 "reward", "reward_std", "reward_area", "reward_classifier", "pairwise_distance", "vendi", "hue_entropy",
                 "dark_grounds", "accuracy", "frechet_to_reference", "frechet_to_reference_within_prompts",
             }  # fmt: skip
-        assert group["divergence"]["nats"] > 0
+        assert group["divergence"]["nats"] > group["divergence"]["without_last_two"] > 0
+        assert group["hue_entropy_ceiling"] == hue_entropy_ceiling(3)
         assert sum(group["divergence"]["by_step"]) == pytest.approx(group["divergence"]["nats"])
         target = group["targets"]["tilted"]
         assert 0 < target["beta"] < 200
@@ -83,6 +87,32 @@ def test_the_table_has_a_column_a_run(run: Path, tmp_path: Path, capsys: pytest.
     assert "other-run" in printed and "held-out prompts" in printed and "hue_total_variation" in printed
     assert not list(other.glob("reference-*"))
     assert {**results(other), "run": ""} == {**results(run), "run": ""}
+
+
+def test_a_run_beside_it_shares_its_reference_samples_in_a_later_evaluation(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = copy_of(run, run.parent / "beside")
+    original = RunEvaluation._sample
+
+    def watched(self, numbers, samples, noise, recorder=None):
+        assert noise != REFERENCE_NOISE
+        return original(self, numbers, samples, noise, recorder)
+
+    monkeypatch.setattr(RunEvaluation, "_sample", watched)
+    assert RunEvaluation(beside, OPTIONS).measure()["groups"] == results(run)["groups"]
+    assert not list(beside.glob("reference-*"))
+    shutil.rmtree(beside)
+
+
+def test_only_one_prompt_s_images_are_decoded_at_a_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, original = [], Decoder.decode
+    monkeypatch.setattr(
+        Decoder, "decode", lambda self, latents: decoded.append(len(latents)) or original(self, latents)
+    )
+    monkeypatch.setattr(run_module, "REFERENCE_CHUNK", 5)
+    groups = RunEvaluation(run, OPTIONS).measure()["groups"]
+    assert max(decoded) == 5 and decoded.count(3) >= 2 * sum(len(group["prompts"]) for group in groups.values())
 
 
 def test_reference_samples_are_kept_for_their_seed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +187,7 @@ def test_the_target_is_tilted_by_beta_over_lambda(
     console = Console(width=200)
     with console.capture() as capture:
         console.print(result_tables([result])[0])
+    assert "share of its ceiling" in capture.get() and "without the last two steps" in capture.get()
     (sheet, *_) = target_sheets({"a": [result], "b": [results(run)]})
     columns = dict(zip(sheet.columns, sheet.rows[0], strict=True))
     assert ("none: λ = 0" in capture.get()) == (columns["β"] == "none: λ = 0") == (beta is None)

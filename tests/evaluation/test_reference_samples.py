@@ -68,6 +68,15 @@ def test_files_of_another_key_are_not_used(tmp_path: Path) -> None:
     assert torch.equal(reference_latents(path, [], {**KEY, "seed": 1}, 3, draw), draw(range(3)))
 
 
+def test_a_damaged_file_of_another_run_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own, other, damaged = (tmp_path / name for name in ("own", "other", "damaged"))
+    damaged.write_bytes(b"cut off")
+    reference_latents(other, [], KEY, 5, draw)
+    with caplog.at_level("WARNING", "fastnabla"):
+        assert torch.equal(reference_latents(own, [damaged, other], KEY, 5, never), draw(range(5)))
+    assert "damaged' cannot be read" in caplog.text
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "reference.safetensors"
     path.write_bytes(b"cut off")

@@ -180,7 +180,7 @@ def test_any_records(records: list, tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, "none", {}, 2**40)
     tracker.last_in_a_row("skipped")
     tracker.log("evaluate", 2**41, {"reward": 1.0, "reward_std": 0.0, "vendi": float("nan")})
-    final_table(tracker.records)
+    final_table(tracker.records, 8)
 
 
 def test_edited_prompts_are_refused(

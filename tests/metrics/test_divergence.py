@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
-from fastnabla.metrics.divergence import TrajectoryDivergence, step_divergence
+from fastnabla.metrics.divergence import TrajectoryDivergence, divergence_summary, step_divergence
 from fastnabla.objective.gaussian import guide
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.draws import draw_stratified
@@ -30,6 +30,29 @@ def steps_of(o, o_ref, x, step):
     """The two policies' distributions of x', as torch distributions."""
     a, b, sigma = (getattr(TABLE, name)[step] for name in ("a", "b", "sigma"))
     return tuple(Independent(Normal(a * x + b * output, sigma), 3) for output in (o, o_ref))
+
+
+def test_the_summary_in_closed_form() -> None:
+    """Outputs that differ by a constant d: step t has (b/σ)² ‖d‖² / 2, in all trajectories. Trajectory n has n times it."""
+    x, o, difference = randn(3, 5, *SHAPE, dtype=torch.float64)
+    difference = difference[:1].expand_as(o)
+    table = ddim_table(10)
+    scale = torch.arange(5, dtype=torch.float64)
+    steps = torch.stack(
+        [
+            scale * step_divergence(o + difference, o, table.rows(torch.full((5,), step), x))
+            for step in range(len(table))
+        ],
+        1,
+    )
+    each = 0.5 * (table.b / table.sigma).square() * difference[0].square().sum()
+    found = divergence_summary(steps)
+    assert found["by_step"] == pytest.approx((2 * each).tolist())  # the mean of 0, …, 4 is 2, their variance 2.5
+    assert found["nats"] == pytest.approx(2 * each.sum().item())
+    assert found["standard_error"] == pytest.approx((2.5 / 5) ** 0.5 * each.sum().item())
+    assert found["without_last_two"] == pytest.approx(2 * each[:-2].sum().item())
+    assert found["without_last_two_standard_error"] == pytest.approx((2.5 / 5) ** 0.5 * each[:-2].sum().item())
+    assert divergence_summary(steps[:, :2])["without_last_two"] == 0
 
 
 @pytest.mark.parametrize("step", range(4))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastnabla.metrics.diversity import hue_entropy, mean_hue, pairwise_distance
+from fastnabla.metrics.diversity import hue_entropy, hue_entropy_ceiling, mean_hue, pairwise_distance
 from fastnabla.metrics.prior import frechet_distance
 from fastnabla.metrics.probes import build_probe
 from fastnabla.testbed.silhouettes import hsv_to_rgb
@@ -26,6 +26,22 @@ def test_hue_entropy_of_one_hue_is_zero_and_of_all_is_one() -> None:
     prompt = torch.zeros(24, dtype=torch.long)
     assert hue_entropy(torch.full((24,), 0.3), prompt) == 0
     assert hue_entropy((torch.arange(24) % 12 + 0.5) / 12, prompt) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("samples", [2, 12, 16, 100])
+def test_the_ceiling_is_the_mean_hue_entropy_of_uniform_hues(samples: int) -> None:
+    """Within four standard errors, over 4,000 prompts."""
+    hues = torch.rand(4000, samples, generator=torch.Generator().manual_seed(0))
+    own = torch.tensor([hue_entropy(each, torch.zeros(samples)) for each in hues])
+    error = 4 * own.std().item() / len(own) ** 0.5
+    assert hue_entropy_ceiling(samples) == pytest.approx(own.mean().item(), abs=error)
+
+
+def test_the_ceiling_in_closed_form() -> None:
+    assert hue_entropy_ceiling(1) == 0
+    assert hue_entropy_ceiling(2) == pytest.approx(11 / 12 * math.log(2) / math.log(12))  # two bins, or one
+    assert hue_entropy_ceiling(12) == pytest.approx(0.783, abs=5e-4)
+    assert 0.999 < hue_entropy_ceiling(5000) < 1
 
 
 def test_hue_entropy_is_within_prompts() -> None:

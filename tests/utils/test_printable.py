@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastnabla import sample, train
 from fastnabla.evaluation.report import result_tables
+from fastnabla.metrics.divergence import divergence_summary
 from fastnabla.run import pictures
 from fastnabla.run.folder import create_run_folder
 from fastnabla.run.pictures import save_curves, save_grid
@@ -150,7 +151,7 @@ def test_rewards_of_any_name_reach_tensorboard_and_the_tables(tmp_path: Path) ->
     tracker.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert len(events.Tags()["scalars"]) == len(NAMES) + 2
-    table = final_table(tracker.records)
+    table = final_table(tracker.records, 8)
     assert "rollout_reward_[red]:x\\|y" in markdown(table) and "`" not in markdown(table)
     console = Console(width=200)
     with console.capture() as capture:
@@ -159,8 +160,9 @@ def test_rewards_of_any_name_reach_tensorboard_and_the_tables(tmp_path: Path) ->
 
 
 def test_the_evaluations_table_shows_run_names_as_they_are() -> None:
-    model = {"reward_[red]:x": 1.0}
-    group = {"pretrained": model, "finetuned": model, "divergence": {"nats": 1.0, "standard_error": 0.1}}
+    model = {"reward_[red]:x": 1.0, "hue_entropy": 0.5}
+    divergence = divergence_summary(torch.ones(2, 4))
+    group = {"pretrained": model, "finetuned": model, "divergence": divergence, "hue_entropy_ceiling": 0.8}
     group["targets"] = {"tilted": None, "same_reward": None}
     console = Console(width=200)
     with console.capture() as capture:
@@ -183,7 +185,7 @@ def test_what_is_not_finite_is_null_and_everything_reads_it(tmp_path: Path) -> N
     assert tracker.last_in_a_row("skipped") == 1
     assert [record["reward"] for record in tracker.records if "reward" in record] == [1.0, None]
     save_curves(tmp_path / "curves.png", tracker.records)
-    assert "not finite" in markdown(final_table(tracker.records))
+    assert "not finite" in markdown(final_table(tracker.records, 8))
 
 
 def test_records_with_nan_of_earlier_versions_are_read(tmp_path: Path) -> None:
