@@ -24,6 +24,7 @@ def test_fields_of_a_method_exist(method: str) -> None:
 REFUSED = [
     ("db", "sampler.eta", 0.5, "method = 'db' .* η = 1"),
     ("db", "objective.prior_weight", 0.5, "leave it at 1"),
+    ("db", "objective.reverse_target", "reference", "has no pretrained policy to follow; use policy"),
     ("refl", "reward.normalise", True, "method = 'refl' has no rollout"),
     ("refl", "rollout.replay", 1, "leave it at 0"),
     ("draft", "rollout.epochs", 2, "leave it at 1"),
