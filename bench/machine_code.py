@@ -28,6 +28,8 @@ from triton.backends.nvidia.driver import CudaDriver
 from fastnabla.kernels.forward_balance import forward_balance
 from fastnabla.kernels.gaussian_log_prob import gaussian_log_prob
 from fastnabla.kernels.guided_step import guided_step
+from fastnabla.kernels.reference_balance import reference_balance
+from fastnabla.kernels.reference_cotangent import reference_cotangent
 from fastnabla.kernels.reverse_balance import reverse_balance
 from fastnabla.kernels.reverse_cotangent import reverse_cotangent
 
@@ -81,6 +83,17 @@ def _reverse_balance(dtype: torch.dtype, last: bool) -> None:
     ).sum().backward()
 
 
+def _reference_cotangent(dtype: torch.dtype, last: bool) -> None:
+    output, flow, x = _states(2, dtype, last), _states(1, dtype, last), _states()
+    reference_cotangent(output, *_steps(), x, flow, x, guidance_scale=5.0, beta=1.0, gamma="alpha_bar")
+
+
+def _reference_balance(dtype: torch.dtype, last: bool) -> None:
+    flow, flow_next, x = _states(1, dtype, last).requires_grad_(), _states(1, dtype, last), _states()
+    settings = {"beta": 1.0, "gamma": "alpha_bar", "by_sigma": True, "at_prediction": True}
+    reference_balance(x, *_steps(), flow, x, flow_next, x, **settings).sum().backward()
+
+
 def _gaussian_log_prob(dtype: torch.dtype, last: bool) -> None:
     output, x = _states(2, dtype, last).requires_grad_(), _states().requires_grad_()
     gaussian_log_prob(output, x, x, *_steps(), guidance_scale=5.0).sum().backward()
@@ -99,6 +112,8 @@ CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
     "forward_balance": _forward_balance,
     "reverse_cotangent": _reverse_cotangent,
     "reverse_balance": _reverse_balance,
+    "reference_cotangent": _reference_cotangent,
+    "reference_balance": _reference_balance,
     "gaussian_log_prob": _gaussian_log_prob,
     "guided_step": _guided_step,
 }

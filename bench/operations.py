@@ -21,8 +21,8 @@ SETTINGS = {"objective": Objective(beta=100.0, trust_region_weight=1.0), "guidan
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-3}
 """Tolerance by dtype: norm of a result's error relative to its norm. The published algorithm loses digits by subtracting whole
 scores. A bfloat16 gradient has a rounding error of up to 4e-3 in each element."""
-WITH_BACKWARD = ("forward_balance", "reverse_balance", "gaussian_log_prob")
-OPERATIONS = (*WITH_BACKWARD, "reverse_cotangent", "guided_step")
+WITH_BACKWARD = ("forward_balance", "reverse_balance", "reference_balance", "gaussian_log_prob")
+OPERATIONS = (*WITH_BACKWARD, "reverse_cotangent", "reference_cotangent", "guided_step")
 
 
 def whole(operation: str) -> str:
@@ -42,10 +42,14 @@ def bytes_moved(operation: str, shape: tuple[int, ...], batch: int, direction: s
         "forward_balance": ((2 * pair + 4 * state + one) + 2 * state, 2 * state + (pair + one)),
         # two pairs, two products, ∂r/∂x̂0, g; the gradient of g
         "reverse_balance": ((2 * pair + 3 * state + one) + state, state + one),
+        # product, ∇r(x'), ∂r/∂x̂0, g, g'; the gradient of g
+        "reference_balance": ((3 * state + 2 * one) + state, state + one),
         # pair, x, x'; e. Only the pair's gradient
         "gaussian_log_prob": ((pair + 2 * state) + state, state + pair),
         # pair, x, x', ∂r/∂x̂0; pair
         "reverse_cotangent": ((pair + 3 * state) + pair, 0),
+        # ∇r(x'), g', ∂r/∂x̂0; pair
+        "reference_cotangent": ((2 * state + one) + pair, 0),
         # pair, x, ε; x', o
         "guided_step": ((pair + 2 * state) + 2 * state, 0),
     }
@@ -96,6 +100,13 @@ def call(operations: ObjectiveOps, operation: str, t: dict[str, Any]) -> tuple[t
     if operation == "reverse_balance":
         outputs = (t["output"].detach(), t["output_ref"])
         loss = run(*t["products"], t["rows"], t["flow"], None, t["reward"], outputs, **SETTINGS)
+        return (loss,), [t["flow"]]
+    if operation == "reference_cotangent":
+        scores = (t["reward"], t["flow"].detach(), t["reward"])
+        return (run(t["output_ref"], t["rows"], *scores, **SETTINGS),), []
+    if operation == "reference_balance":
+        scores = (t["reward"], t["flow"].detach(), None, t["reward"])
+        loss = run(t["products"][0], t["rows"], t["flow"], *scores, objective=SETTINGS["objective"])
         return (loss,), [t["flow"]]
     results = run(t["output"], t["output_ref"], *states, t["reward"], t["flow"], t["output_old"], **SETTINGS)
     return tuple(getattr(results, name) for name in ForwardBalance.__dataclass_fields__), [t["output"], t["flow"]]

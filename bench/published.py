@@ -3,7 +3,8 @@
 Residual ∇-DB as in arXiv 2412.07775. As in the authors' code, the scores of both policies are computed whole, as
 ``−(x' − μ)/σ²``, and then subtracted, and the losses are separate mean squares, with masks for last rows. Everything is plain
 torch with autograd. Signatures, results and precision are those of `fastnabla.objective.ops.PLAIN`. The statistics are
-computed too, so that the compared work is the same.
+computed too, so that the compared work is the same. The paper has no operations like those of `reference_target.py`, for which
+the baseline is their specification.
 
 The baseline gets improvements that cost nothing: coefficients are gathered once, as rows `[N, 1, 1, 1]`; means are
 ``a x + b o``, while the authors' sampler goes through the predicted clean sample; and there are no unnecessary copies.

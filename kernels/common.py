@@ -102,6 +102,18 @@ def write_pair(pointer, o, o_conditional, b_cotangent, w, mask, GUIDED: tl.const
 
 
 @triton.jit
+def next_flow_score(
+    reward_score_next, flow_next, o_reward, o_flow, mask, table, i_step, num_steps, beta, GAMMA: tl.constexpr
+):
+    """``h(x') = βγ'∇r(x') + g(x')`` of a tile, without g in the last step or if `flow_next` is None."""
+    scale = beta * reward_weight(coefficient(table, i_step, num_steps, ALPHA_BAR_NEXT), GAMMA)
+    b_score = scale * read(reward_score_next, o_reward, mask)
+    if flow_next is not None:
+        b_score += tl.where(i_step == num_steps - 1, 0.0, read(flow_next, o_flow, mask))
+    return b_score
+
+
+@triton.jit
 def total(b_values):
     """Sum of a tile, in an order that depends on its shape alone."""
     return tl.sum(tl.sum(b_values, 1), 0)

@@ -58,18 +58,24 @@ class Layout(NamedTuple):
         """One program per tile."""
         return (self.rows * self.tiles,)
 
-    def arguments(self, table: Tensor, step_index: Tensor, guidance_scale: float | None) -> dict[str, Any]:
+    def tile_arguments(self, table: Tensor, step_index: Tensor) -> dict[str, Any]:
         """Arguments that all kernels by tile have."""
         return {
             "table": table,
             "step_index": step_index,
-            "num_rows": self.rows,
             "num_steps": table.shape[0],
             "positions": self.positions,
             "num_tiles": self.tiles,
+            **self.constants,
+        }
+
+    def arguments(self, table: Tensor, step_index: Tensor, guidance_scale: float | None) -> dict[str, Any]:
+        """Arguments that all kernels by tile with output pairs have."""
+        return {
+            **self.tile_arguments(table, step_index),
+            "num_rows": self.rows,
             "w": guidance_scale or 0.0,
             "GUIDED": guidance_scale is not None,
-            **self.constants,
         }
 
     def empty(self, name: str, like: Tensor) -> Tensor:

@@ -86,24 +86,25 @@ class Exact:
             x, x_next = (state.double().requires_grad_() for state in (one.x, one.x_next))
             yield int(one.step_index), x, x_next, one.model_output.double(), one.prompt
 
+    def reward_score(
+        self, state: Tensor, o: Tensor, i: int, prompt: Tensor, trajectory: Tensor, objective: Objective, after: bool
+    ) -> Tensor:
+        """∇R at the state x of step i, or at the state it ends in; o is the output there that predicts the clean sample."""
+        clean = self.clean(state, o.detach() if objective.reward_gradient == "lookahead_detached" else o, i, after)
+        if objective.reward_gradient == "terminal":
+            ends = self.transitions.step_index == len(self.table) - 1
+            end = self.transitions.x_next[ends & (self.transitions.trajectory == trajectory)][:1]
+            state = clean = end.double().requires_grad_()
+        score = grad(self.reward(clean, prompt).sum(), state, retain_graph=True)
+        alpha_bar = self.at("alpha_bar_next" if after else "alpha_bar", i)
+        return objective.beta * gamma_of(alpha_bar, objective.gamma) * score
+
     @sdpa_kernel(SDPBackend.MATH)  # has second derivatives
     def balance_loss(self, objective: Objective, noising: bool = False) -> Tensor:
         """The mean loss of residual ∇-DB over all transitions; with `noising` that of plain ∇-DB."""
         total, last_step, second = 0, len(self.table) - 1, objective.reverse_second_order
-        ends = self.transitions.step_index == last_step
         for (i, x, x_next, o_old, prompt), trajectory in zip(self.rows(), self.transitions.trajectory, strict=True):
-
-            def reward_score(state: Tensor, o: Tensor, after: bool, i=i, prompt=prompt, slot=trajectory) -> Tensor:
-                clean = self.clean(
-                    state, o.detach() if objective.reward_gradient == "lookahead_detached" else o, i, after
-                )
-                if objective.reward_gradient == "terminal":
-                    end = self.transitions.x_next[ends & (self.transitions.trajectory == slot)][:1]
-                    state = clean = end.double().requires_grad_()
-                score = grad(self.reward(clean, prompt).sum(), state, retain_graph=True)
-                alpha_bar = self.at("alpha_bar_next" if after else "alpha_bar", i)
-                return objective.beta * gamma_of(alpha_bar, objective.gamma) * score
-
+            of_reward = (i, prompt, trajectory, objective)
             unit = self.at("sigma", i) if objective.weighting == "sigma" else 1.0
             o, o_next = self.output(x, i, prompt), self.output(x_next, i, prompt, after=True)
             log_prob = self.log_prob(x, x_next, o, i)
@@ -113,7 +114,7 @@ class Exact:
                 log_ref = self.log_prob(x, x_next, self.output(x, i, prompt, reference=True), i)
             score = grad(log_prob, x_next, create_graph=True)
             forward = score - objective.prior_weight * grad(log_ref, x_next, retain_graph=True)
-            forward = forward - reward_score(x_next, o_next, True)
+            forward = forward - self.reward_score(x_next, o_next, *of_reward, after=True)
             loss = objective.trust_region_weight * (o - o_old).square().mean()
             if self.flow is not None:
                 g_next = self.flow_at(x_next.detach(), i, prompt, after=True)
@@ -123,10 +124,35 @@ class Exact:
                     forward = forward - g_next
                     score = grad(log_prob, x, create_graph=second, retain_graph=True)
                     reverse = objective.prior_weight * (score - grad(log_ref, x, retain_graph=True))
-                    reverse = reverse + self.flow_at(x.detach(), i, prompt) + reward_score(x, o, False)
+                    reverse = reverse + self.flow_at(x.detach(), i, prompt)
+                    reverse = reverse + self.reward_score(x, o, *of_reward, after=False)
                     loss = loss + objective.reverse_weight * (unit * reverse).square().mean()
             total = total + (loss + (unit * forward).square().mean()) / len(self.transitions)
         return total
+
+    def reference_target_loss(self, objective: Objective) -> Tensor:
+        """The mean loss over all transitions of residual ∇-DB with a flow that follows the reference."""
+        total, last_step = 0, len(self.table) - 1
+        for (i, x, x_next, o_old, prompt), trajectory in zip(self.rows(), self.transitions.trajectory, strict=True):
+            of_reward = (i, prompt, trajectory, objective)
+            unit = self.at("sigma", i) if objective.weighting == "sigma" else 1.0
+            o_ref, o_ref_next = (
+                self.output(state, i, prompt, after=after, reference=True)
+                for state, after in ((x, False), (x_next, True))
+            )
+            h_next = self.reward_score(x_next, o_ref_next, *of_reward, after=True)
+            if i != last_step:
+                h_next = h_next + self.flow_at(x_next.detach(), i, prompt, after=True).detach()
+            o = self.output(x.detach(), i, prompt)
+            score = grad(self.log_prob(x.detach(), x_next, o, i), x_next, create_graph=True)
+            score_ref = grad(self.log_prob(x, x_next, o_ref, i), x_next, retain_graph=True)
+            forward = score - objective.prior_weight * score_ref - h_next
+            mean_ref = self.at("a", i) * x + self.at("b", i) * o_ref
+            h = self.flow_at(x.detach(), i, prompt) + self.reward_score(x, o_ref, *of_reward, after=False)
+            reverse = h - grad((mean_ref * h_next).sum(), x)
+            loss = (unit * forward).square().mean() + objective.reverse_weight * (unit * reverse).square().mean()
+            total = total + loss + objective.trust_region_weight * (o - o_old).square().mean()
+        return total / len(self.transitions)
 
 
 def grad(scalar: Tensor, x: Tensor, **options: bool) -> Tensor:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastnabla.methods.nabla_db import BalanceStep
+from fastnabla.methods.reference_target import ReferenceTargetStep
 from fastnabla.models.conditions import Conditions
 from fastnabla.models.decoder import Decoder
 from fastnabla.models.lora import ADAPTER
@@ -94,7 +95,8 @@ class GoldenStep:
         prompts = [str(i) for i in range(self.meta["batch_size"])]
         objective = dataclasses.replace(self.objective, **changes)
         networks = (self.policy, self.flow, self.decoder, self.reward)
-        return BalanceStep(*networks, prompts, self.table, objective, micro_batch, backend, reuse_passes, noising)
+        step = ReferenceTargetStep if self.flow and objective.reverse_target == "reference" else BalanceStep
+        return step(*networks, prompts, self.table, objective, micro_batch, backend, reuse_passes, noising)
 
     def without_flow(self) -> "GoldenStep":
         """With g ≡ 0. There are no golden numbers for it."""

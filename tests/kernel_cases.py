@@ -31,7 +31,7 @@ OBJECTIVE, GUIDANCE_SCALE = Objective(beta=2.0, prior_weight=0.5, trust_region_w
 PAIRS = ("output", "output_ref")
 TENSORS = (
     *(*PAIRS, "x", "x_next", "flow", "reward_score", "pixel_score", "output_old", "score", "score_ref"),
-    *("reward_score_next", "flow_next"),
+    *("reward_score_next", "flow_next", "vjp"),
 )
 MIXED = ("output", "output_ref", "flow", "flow_next")
 """What a network in channels-last makes, while the states that it was given are contiguous."""
@@ -185,6 +185,7 @@ class Case:
             "score_ref": score + normal(0.3),
             "reward_score_next": normal(),
             "flow_next": normal(),
+            "vjp": normal(),
         }
         dtypes = dict.fromkeys(PAIRS, self.output_dtype) | dict.fromkeys(("flow", "flow_next"), self.flow_dtype)
         tensors = {

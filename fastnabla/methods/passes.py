@@ -16,25 +16,34 @@ Residual ∇-DB, passes per transition:
 | differentiating the policy's product  | second order                                | 2     |       |
 | the reward's own product at x         | second order with "lookahead"               | 1     |       |
 
-In total, U per inner transition, by `objective.reward_gradient`. The reverse residual needs a flow and ρ > 0; "forward" is
-without it. L is the number of adjacent transitions that share passes (`reuse_passes`): the policy's pass at x also serves
-the transition that ends in x, for one more vector-Jacobian product with "lookahead".
+In total, U per transition, by `objective.reward_gradient`. The reverse residual needs a flow and ρ > 0; "forward" is without
+it, and "reference" has one that follows the reference (`objective.reverse_target`):
 
-| reward_gradient      | reverse | forward | second order | reverse, reused | forward, reused |
-|----------------------|---------|---------|--------------|-----------------|-----------------|
-| "lookahead"          | 7       | 5       | 10           | 6 + 2 / L       | 4 + 2 / L       |
-| "lookahead_detached" | 6       | 4       | 8            | 5 + 1 / L       | 3 + 1 / L       |
-| "terminal"           | 5       | 3       | 7            | 5               | 3               |
+| inner transition     | reverse | forward | second order | reference |
+|----------------------|---------|---------|--------------|-----------|
+| "lookahead"          | 7       | 5       | 10           | 6         |
+| "lookahead_detached" | 6       | 4       | 8            | 5         |
+| "terminal"           | 5       | 3       | 7            | 4         |
+| last transition      | 3       | 3       | 3            | 4         |
 
-A last transition takes 3 U. Plain ∇-DB and later inner epochs of residual ∇-DB run no passes of the reference. They take 2 U
-less per inner transition (1 U less in the forward columns) and 1 U less per last transition.
+With `reuse_passes`, L adjacent transitions share passes: the pass at x that predicts a clean sample also serves the
+transition that ends in x, for one more vector-Jacobian product with "lookahead".
+
+| reused, inner        | reverse   | forward   | second order | reference |
+|----------------------|-----------|-----------|--------------|-----------|
+| "lookahead"          | 6 + 2 / L | 4 + 2 / L | 9 + 2 / L    | 5 + 2 / L |
+| "lookahead_detached" | 5 + 1 / L | 3 + 1 / L | 7 + 1 / L    | 4 + 1 / L |
+| "terminal"           | 5         | 3         | 7            | 4         |
+
+Plain ∇-DB and later inner epochs of residual ∇-DB run no passes of the reference. They take 2 U less per inner transition
+(1 U less in the forward columns) and 1 U less per last transition. Under "reference", later inner epochs take as many passes
+as the first, because the reference's product depends on φ.
+
+Under "reference", the reference predicts the clean samples, so its passes at x' and their products replace the policy's. The
+policy's product at x is not taken, and the last transition has a reverse residual too.
 
 An inner transition with look-ahead takes 2 decodes with backward, or 1 without the reverse residual. If passes are reused,
-it takes 1 + 1 / L, or 1. With "terminal" it takes none. A last transition takes one.
-
-If the flow follows the reference (`objective.reverse_target`), the policy's vector-Jacobian product is not taken: an inner
-transition takes 1 U less than under "reverse" and "reverse, reused". A last transition has a reverse residual, and takes 4 U
-and with look-ahead 2 decodes. Later inner epochs take as many passes as the first, because the product depends on φ.
+it takes 1 + 1 / L, or 1. With "terminal" it takes none. A last transition takes one, or 2 under "reference" with look-ahead.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The operations of `gaussian.py` and `balance.py`, with the same signatures, computed by Triton kernels.
+"""The operations of `gaussian.py`, `balance.py` and `reference_target.py`, with the same signatures, computed by Triton kernels.
 
 Tensors are float32, bfloat16 or float16 in any mixture, contiguous or channels-last. The arithmetic is float32. The
 kernels take the table and the step indices of `rows`, so coefficients are never broadcast over the states.
@@ -9,11 +9,12 @@ from torch import Tensor
 from fastnabla.kernels import forward_balance as forward_kernel
 from fastnabla.kernels import gaussian_log_prob as log_prob_kernel
 from fastnabla.kernels import guided_step as step_kernel
+from fastnabla.kernels import reference_balance as reference_kernel
+from fastnabla.kernels import reference_cotangent as reference_cotangent_kernel
 from fastnabla.kernels import reverse_balance as reverse_kernel
 from fastnabla.kernels import reverse_cotangent as cotangent_kernel
 from fastnabla.objective.balance import ForwardBalance
 from fastnabla.objective.ops import ObjectiveOps
-from fastnabla.objective.reference_target import reference_balance, reference_cotangent
 from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionRows
 
@@ -115,6 +116,55 @@ def reverse_balance(
         by_sigma=objective.weighting == "sigma",
         at_prediction=reward_score is None,
         **_scalars(objective, guidance_scale),
+    )
+
+
+def reference_cotangent(
+    output: Tensor,
+    rows: TransitionRows,
+    reward_score_next: Tensor,
+    flow_next: Tensor | None = None,
+    pixel_score: Tensor | None = None,
+    *,
+    objective: Objective,
+    guidance_scale: float | None,
+) -> Tensor:
+    """As `reference_target.reference_cotangent`."""
+    return reference_cotangent_kernel.reference_cotangent(
+        output,
+        *_steps(rows, output),
+        reward_score_next,
+        flow_next,
+        pixel_score,
+        guidance_scale=guidance_scale,
+        beta=objective.beta,
+        gamma=objective.gamma,
+    )
+
+
+def reference_balance(
+    vjp: Tensor,
+    rows: TransitionRows,
+    flow: Tensor,
+    reward_score_next: Tensor,
+    flow_next: Tensor | None = None,
+    reward_score: Tensor | None = None,
+    pixel_score: Tensor | None = None,
+    *,
+    objective: Objective,
+) -> Tensor:
+    """As `reference_target.reference_balance`."""
+    return reference_kernel.reference_balance(
+        vjp,
+        *_steps(rows, vjp),
+        flow,
+        reward_score_next,
+        flow_next,
+        pixel_score if reward_score is None else reward_score,
+        beta=objective.beta,
+        gamma=objective.gamma,
+        by_sigma=objective.weighting == "sigma",
+        at_prediction=reward_score is None,
     )
 
 

@@ -28,6 +28,7 @@ REFUSED = [
     ("adjoint", "sampler.eta", 0.5, "method = 'adjoint' .* η = 1"),
     ("adjoint", "reward.normalise", True, "method = 'adjoint' has no rollout"),
     ("adjoint", "rollout.epochs", 2, "leave it at 1"),
+    ("db", "objective.reverse_target", "reference", "has no pretrained policy to follow; use policy"),
     ("refl", "reward.normalise", True, "method = 'refl' has no rollout"),
     ("refl", "rollout.replay", 1, "leave it at 0"),
     ("draft", "rollout.epochs", 2, "leave it at 1"),

@@ -59,6 +59,10 @@ def test_sets_the_departures_alone(name: str) -> None:
     [
         ({"objective": Objective(weighting="sigma")}, r"objective\.weighting = 'sigma' \(it has score\)"),
         ({"objective": Objective(gamma="constant")}, r"objective\.gamma = 'constant' \(it has alpha_bar or sqrt_alpha_bar\)"),
+        (
+            {"objective": Objective(reverse_target="reference")},
+            r"objective\.reverse_target = 'reference' \(it has policy\)",
+        ),
         ({"rollout": RolloutConfig(fraction=0.5, replay=3)}, r"rollout\.replay = 3 \(it has 1\)"),
         ({"rollout": RolloutConfig(fraction=0.5, draw="runs")}, r"rollout\.draw = 'runs' \(it has stratified or uniform\)"),
         ({"optimizer": OptimizerConfig(applications=3)}, r"optimizer\.applications = 3 \(it has 2\)"),

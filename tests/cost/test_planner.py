@@ -21,6 +21,7 @@ from fastnabla.cost.planner import (
     unit_costs,
 )
 from fastnabla.cost.reward_bytes import RewardBytes
+from fastnabla.objective.settings import ReverseTarget
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.utils.tensor_bytes import LiveBytes
@@ -146,8 +147,20 @@ def test_complete_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert chosen is not None and opened.memory == chosen.settings(MemoryConfig())
 
 
-@pytest.mark.parametrize(("micro_batch", "chunk", "rank"), [(4, 1, 4), (4, 4, 4), (1, 8, 4), (1, 1, 0)])
-def test_measured_step(micro_batch: int, chunk: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("micro_batch", "chunk", "rank", "target"),
+    [
+        (4, 1, 4, "policy"),
+        (4, 4, 4, "policy"),
+        (1, 8, 4, "policy"),
+        (1, 1, 0, "policy"),
+        (4, 1, 4, "reference"),
+        (4, 4, 4, "reference"),
+    ],
+)
+def test_measured_step(
+    micro_batch: int, chunk: int, rank: int, target: ReverseTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a micro-step of the testbed takes is the larger of the planned phases: to 3% as measured, by backward passes and
     by decoding. Their sum would be a decode more."""
     config = small(
@@ -155,6 +168,7 @@ def test_measured_step(micro_batch: int, chunk: int, rank: int, monkeypatch: pyt
         lora=LoraConfig(rank=rank),
         rollout=RolloutConfig(trajectories=2 * micro_batch, fraction=0.5, updates=2),
         memory=MemoryConfig(micro_batch=micro_batch, decode_chunk=chunk),
+        objective=dataclasses.replace(small().objective, reverse_target=target),
     )
     trainer = Trainer.from_config(config)
     monkeypatch.setattr("fastnabla.cost.unit_costs.TEXT_LENGTH", trainer.policy.conditions.text.shape[1])

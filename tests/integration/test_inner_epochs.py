@@ -198,6 +198,23 @@ def test_the_planned_bytes_are_the_cache_s() -> None:
     )
 
 
+def test_a_target_that_follows_the_reference_has_no_cache(tmp_path: Path) -> None:
+    """Its product depends on the flow, so each inner epoch takes the planned passes; resumed between two, the run is the same."""
+    config = inner(objective=dataclasses.replace(tiny().objective, reverse_target="reference"))
+    trainer = without_pictures(Trainer.from_config(config))
+    assert trainer.components.buffer.reference is None
+    assert cache_bytes(config, torch.Size((4, 8, 8)), 2) == 0 < cache_bytes(inner(), torch.Size((4, 8, 8)), 2)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir(), stopped.mkdir()
+    trainer.train(whole)
+    assert STEPS["residual-db"].cost(config).passes == {"inner": 6, "last": 4}
+    for record in records_of(whole):
+        assert all(record[f"passes_{kind}"] == passes for kind, passes in (("inner", 6), ("last", 4)))
+    stop_after(without_pictures(Trainer.from_config(config)), stopped, 3)
+    without_pictures(Trainer.from_config(config)).train(stopped, resume=True)
+    assert_same_result(stopped, whole)
+
+
 def stop_after(trainer: Trainer, folder: Path, updates: int) -> None:
     """Train until a signal comes in update number `updates`."""
     update, stop, calls = trainer.optimizer.update, StopSignals(), []

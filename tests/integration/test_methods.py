@@ -23,6 +23,13 @@ from tests.faults import assert_same_result, without_pictures
 from tests.training.test_trainer import small, train
 
 OTHERS = [name for name in METHODS if name != "residual-db"]
+RUNS = {name: {"method": name} for name in OTHERS} | {
+    "reference target": {
+        "method": "residual-db",
+        "objective": dataclasses.replace(small().objective, reverse_target="reference"),
+    }
+}
+"""Test's name → settings. `tests/training/test_trainer.py` runs residual ∇-DB as it is by default."""
 
 
 def config_of(method: str, **changes) -> TrainConfig:
@@ -37,21 +44,21 @@ def records_of(folder: Path) -> list[dict]:
     return [record for record in records if record["phase"] == "train"]
 
 
-@pytest.mark.parametrize("method", OTHERS)
-def test_run(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+def test_run(settings: dict, tmp_path: Path) -> None:
     """Complete; and stopped between two updates of a rollout and resumed, bit for bit the same."""
-    config = config_of(method)
+    config = config_of(**settings)
     run = train(config, tmp_path / "run")
     records = records_of(run)
     assert [record["update"] for record in records] == [1, 2, 3, 4]
     weights = load_file(run / "lora/pytorch_lora_weights.safetensors")
     assert any(weight.any() for name, weight in weights.items() if "lora_B" in name or "lora.up" in name)
 
-    cost = STEPS[method].cost(config)
+    cost = STEPS[config.method].cost(config)
     for number, record in enumerate(records):
         passes = {kind: record[f"passes_{kind}"] for kind in cost.rows}
         planned = dict(cost.passes)
-        if method == "refl":  # the plan is the average over the draws of its steps
+        if config.method == "refl":  # the plan is the average over the draws of its steps
             draws = [late_step(seed_of(0, "draws", 2 * number + i), 2, 4) for i in range(2)]
             planned["trajectory"] = sum(draws) / 2 + 2
         assert passes == planned
@@ -101,7 +108,7 @@ def test_bfloat16_networks_train_a_float32_lora(method: str, tmp_path: Path) -> 
 OTHER_VALUES = {
     "objective": {
         "gamma": "sqrt_alpha_bar", "reward_gradient": "terminal", "weighting": "score", "prior_weight": 0.5, "reverse_weight": 3.0,
-        "reverse_second_order": True, "trust_region_weight": 30.0,
+        "reverse_second_order": True, "reverse_target": "reference", "trust_region_weight": 30.0,
     },
     "direct": {"k": 3, "late": 0.9, "redraws": 3},
     "policy_gradient": {"clip": 0.3, "advantage_clip": 0.1, "window": 3, "min_count": 2},
@@ -114,16 +121,20 @@ OTHER_VALUES = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_settings_without_a_part_in_a_method_change_nothing(method: str, tmp_path: Path) -> None:
-    config, others = config_of(method), {}
+    config, others, changed = config_of(method), {}, []
     for name in METHODS[method].without:
         section, _, field = name.partition(".")
         others.setdefault(section, {})[field] = OTHER_VALUES[section][field]
+    if target := others.get("objective", {}).pop("reverse_target", None):  # alone: it contradicts the second order
+        objective = dataclasses.replace(config.objective, reverse_target=target)
+        changed.append(dataclasses.replace(config, objective=objective))
     for section, values in others.items():
         assert all(getattr(getattr(config, section), field) != value for field, value in values.items())
         others[section] = dataclasses.replace(getattr(config, section), **values)
-    changed = dataclasses.replace(config, **others)
-    first, second = train(config, tmp_path / "as it is"), train(changed, tmp_path / "changed")
-    assert_same_result(first, second)
+    changed.append(dataclasses.replace(config, **others))
+    expected = train(config, tmp_path / "as it is")
+    for number, other in enumerate(changed):
+        assert_same_result(train(other, tmp_path / f"changed {number}"), expected)
 
 
 def test_settings_without_a_part_in_a_method_are_refused_on_its_command_line() -> None:

@@ -17,6 +17,8 @@ from fastnabla.kernels.forward_balance import forward_balance, forward_balance_o
 from fastnabla.kernels.gaussian_log_prob import gaussian_log_prob_backward_op, gaussian_log_prob_op
 from fastnabla.kernels.guided_step import guided_step_op
 from fastnabla.kernels.launching import TILE, check_steps, layout
+from fastnabla.kernels.reference_balance import reference_balance_op
+from fastnabla.kernels.reference_cotangent import reference_cotangent_op
 from fastnabla.kernels.reverse_balance import reverse_balance_op
 from fastnabla.kernels.reverse_cotangent import reverse_cotangent_op
 from fastnabla.objective.backend import _say, select
@@ -34,7 +36,7 @@ flow = channels_last(randn(*SHAPE, seed=5, dtype=BF16))
 upstream = torch.ones(3)
 steps, table = torch.tensor([1, 4, 9]), ddim_table(10).packed(CPU)
 
-STATES = (x, x_next, table, steps)
+STATES, REFERENCE = (x, x_next, table, steps), (x, table, steps)
 GUIDED, BARE = (5.0, 1.0, "alpha_bar", 0.5), (None, 1.0, "constant", 1.0)
 CALLS = {
     "forward_balance": (forward_balance_op, (pair, pair, *STATES, score, flow, x, *GUIDED, True, 1.0, True)),
@@ -44,6 +46,16 @@ CALLS = {
     "reverse_balance_bare": (reverse_balance_op, (*STATES, flow, score, None, None, *BARE, False, False, False)),
     "reverse_cotangent": (reverse_cotangent_op, (pair, *STATES, score, *GUIDED)),
     "reverse_cotangent_bare": (reverse_cotangent_op, (single, *STATES, None, *BARE)),
+    "reference_balance": (reference_balance_op, (*REFERENCE, flow, score, flow, x, 1.0, "alpha_bar", True, True, True)),
+    "reference_balance_bare": (
+        reference_balance_op,
+        (*REFERENCE, flow, score, None, x, 1.0, "constant", False, False, False),
+    ),
+    "reference_cotangent": (reference_cotangent_op, (pair, table, steps, score, flow, x, 5.0, 1.0, "alpha_bar")),
+    "reference_cotangent_bare": (
+        reference_cotangent_op,
+        (single, table, steps, score, None, None, None, 1.0, "constant"),
+    ),
     "log_prob": (gaussian_log_prob_op, (pair, flow, x_next, table, steps, 5.0, True)),
     "log_prob_bare": (gaussian_log_prob_op, (single, *STATES, None, False)),
     "log_prob_backward": (gaussian_log_prob_backward_op, (upstream, x, pair, *STATES, 5.0, [True] * 3)),

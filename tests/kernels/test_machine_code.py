@@ -17,6 +17,8 @@ KERNELS = {  # compiled anew in every variant of a case; sum_tiles and scale are
     "forward_balance": {"forward_balance"},
     "reverse_cotangent": {"reverse_cotangent"},
     "reverse_balance": {"reverse_balance"},
+    "reference_cotangent": {"reference_cotangent"},
+    "reference_balance": {"reference_balance"},
     "gaussian_log_prob": {"gaussian_log_prob", "gaussian_log_prob_backward"},
     "guided_step": {"guided_step"},
 }

@@ -1,6 +1,7 @@
-"""The table of passes in `fastnabla.methods.passes` is what is planned, and what the step counts."""
+"""The tables of passes in `fastnabla.methods.passes` are what is planned, and what the step counts."""
 
 import functools
+import itertools
 
 import pytest
 
@@ -13,66 +14,70 @@ GOLDEN = next(folder for folder in STEP_SETS if (folder / "flow").exists())
 load_once = functools.cache(load_step)
 LENGTH = 2
 """L of `adjacent`: of six inner transitions, three have a next state in which another one starts."""
+REWARD_GRADIENTS = ("lookahead", "lookahead_detached", "terminal")
 COLUMNS = {
     "reverse": {},
     "forward": {"reverse_weight": 0.0},
     "second order": {"reverse_second_order": True},
-    "reverse, reused": {},
-    "forward, reused": {"reverse_weight": 0.0},
+    "reference": {"reverse_target": "reference"},
 }
 
 
-def table() -> dict[tuple[str, str], float]:
-    """U per inner transition in the docstring, by reward gradient and column."""
+def table(heading: str) -> dict[tuple[str, str], float]:
+    """U per transition in the table of the docstring that begins with `heading`, by row and column."""
     lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in passes.__doc__.splitlines()]
-    header = next(cells for cells in lines if cells[0] == "reward_gradient")
+    start = next(i for i, cells in enumerate(lines) if cells[0] == heading)
     found = {}
-    for cells in lines:
-        if cells[0].startswith('"'):
-            for column, cell in zip(header[1:], cells[1:], strict=True):
-                whole, _, part = cell.partition("+")
-                found[cells[0].strip('"'), column] = int(whole) + (int(part.split("/")[0]) / LENGTH if part else 0)
+    for name, *values in itertools.takewhile(lambda cells: len(cells) > 1, lines[start + 2 :]):
+        for column, cell in zip(lines[start][1:], values, strict=True):
+            whole, _, part = cell.partition("+")
+            found[name.strip('"'), column] = int(whole) + (int(part.split("/")[0]) / LENGTH if part else 0)
     return found
 
 
-def test_the_table_is_complete():
-    assert table().keys() == {
-        (reward_gradient, column)
-        for reward_gradient in ("lookahead", "lookahead_detached", "terminal")
-        for column in COLUMNS
-    }
+PASSES, REUSED = table("inner transition"), table("reused, inner")
+LAST = {column: PASSES.pop(("last transition", column)) for column in COLUMNS}
 
 
-@pytest.mark.parametrize("noising", [False, True], ids=["residual", "plain"])
-@pytest.mark.parametrize(("cell", "expected"), table().items(), ids=str)
-def test_passes(cell, expected, noising):
-    reward_gradient, column = cell
-    golden, reused = load_once(GOLDEN), "reused" in column
+def test_the_tables_are_complete():
+    assert PASSES.keys() == REUSED.keys() == set(itertools.product(REWARD_GRADIENTS, COLUMNS))
+
+
+@pytest.mark.parametrize("reused", [False, True], ids=["apart", "reused"])
+@pytest.mark.parametrize(
+    ("method", "reward_gradient", "column"),
+    [("residual-db", *cell) for cell in PASSES] + [("db", *cell) for cell in PASSES if cell[1] != "reference"],
+)
+def test_passes(method, reward_gradient, column, reused):
+    noising = method == "db"
+    golden = load_once(GOLDEN)
     settings = COLUMNS[column] | {"reward_gradient": reward_gradient}
     step = golden.step(100, reuse_passes=reused, noising=noising, **settings)
-    inner = expected - noising * (1 if "forward" in column else 2)
-    run = LENGTH if reused else 1
-    assert planned_passes(step.objective, True, run, noising=noising) == (inner, 3 - noising)
+    inner = (REUSED if reused else PASSES)[reward_gradient, column] - noising * (1 if column == "forward" else 2)
+    last, run = LAST[column] - noising, LENGTH if reused else 1
+    assert planned_passes(step.objective, True, run, noising=noising) == (inner, last)
     report = step(adjacent(golden) if reused else golden.transitions)
-    assert report.passes == pytest.approx({"inner": inner, "last": 3 - noising})
+    assert report.passes == pytest.approx({"inner": inner, "last": last})
     if not noising:
-        assert planned_passes(step.objective, True, run, cached=True) == planned_passes(
-            step.objective, True, run, noising=True
-        )
+        later = planned_passes(step.objective, True, run, cached=True)
+        same = column == "reference"
+        assert later == ((inner, last) if same else planned_passes(step.objective, True, run, noising=True))
 
 
 @pytest.mark.parametrize(
-    ("reward_gradient", "reverse_weight", "run", "decodes"),
+    ("reward_gradient", "column", "run", "decodes"),
     [
-        ("lookahead", 1.0, 1, 2),
-        ("lookahead", 0.0, 1, 1),
-        ("lookahead_detached", 1.0, LENGTH, 1 + 1 / LENGTH),
-        ("lookahead", 0.0, LENGTH, 1),
-        ("terminal", 1.0, 1, 0),
+        ("lookahead", "reverse", 1, (2, 1)),
+        ("lookahead", "forward", 1, (1, 1)),
+        ("lookahead_detached", "reverse", LENGTH, (1 + 1 / LENGTH, 1)),
+        ("lookahead", "forward", LENGTH, (1, 1)),
+        ("terminal", "reverse", 1, (0, 1)),
+        ("lookahead", "reference", 1, (2, 2)),
+        ("lookahead_detached", "reference", LENGTH, (1 + 1 / LENGTH, 2)),
+        ("terminal", "reference", 1, (0, 1)),
     ],
 )
-def test_decodes(reward_gradient, reverse_weight, run, decodes):
-    """As the docstring says; `test_sharing` counts them."""
-    golden = load_once(GOLDEN)
-    step = golden.step(4, reward_gradient=reward_gradient, reverse_weight=reverse_weight)
-    assert planned_decodes(step.objective, True, run) == (decodes, 1)
+def test_decodes(reward_gradient, column, run, decodes):
+    """As the docstring says; `test_sharing` and `test_reference_target` count them."""
+    step = load_once(GOLDEN).step(4, reward_gradient=reward_gradient, **COLUMNS[column])
+    assert planned_decodes(step.objective, True, run) == decodes

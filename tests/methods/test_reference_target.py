@@ -1,0 +1,154 @@
+"""The step whose flow follows the reference: its gradients against their definition in float64, and what they depend on."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastnabla.methods.passes import planned_decodes
+from fastnabla.methods.reference_target import ReferenceTargetStep
+from fastnabla.objective.settings import Objective
+from tests.checks import BACKENDS, assert_gradients
+from tests.exact import Exact
+from tests.golden import STEP_SETS, GoldenStep, load_step
+from tests.methods.test_sharing import batch as adjacent
+from tests.methods.test_sharing import gradients
+
+GOLDEN = next(folder for folder in STEP_SETS if (folder / "flow").exists())
+REWARD_GRADIENTS = ("lookahead", "lookahead_detached", "terminal")
+load_once = functools.cache(load_step)
+
+
+def step_of(golden: GoldenStep, micro_batch: int = 100, backend: str = "torch", **changes) -> ReferenceTargetStep:
+    return golden.step(micro_batch, backend, reverse_target="reference", **changes)
+
+
+def parts(found: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gradients of the LoRA and of the flow."""
+    lora, flow = ({n: g for n, g in found.items() if n.startswith(f"grad.{part}.")} for part in ("lora", "flow"))
+    assert len(lora) + len(flow) == len(found) and lora and flow
+    return lora, flow
+
+
+def differs(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return any(not torch.allclose(one[name], gradient, rtol=0.1) for name, gradient in other.items())
+
+
+@pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
+@pytest.mark.parametrize(
+    "changes",
+    [{"reverse_weight": 3.0}, {"prior_weight": 1.0, "gamma": "alpha_bar", "weighting": "sigma"}],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients(backend, changes, reward_gradient):
+    """Against the definition in float64, with guidance; micro-batches of inner and of last transitions."""
+    golden = load_once(GOLDEN)
+    step = step_of(golden, 4, backend, reward_gradient=reward_gradient, **changes)
+    assert golden.policy.guidance_scale == 5.0 and isinstance(step, ReferenceTargetStep)
+    actual, exact = gradients(golden, step, golden.transitions), Exact(golden)
+    assert_gradients(actual, exact.gradients(golden, exact.reference_target_loss(step.objective)))
+
+
+def test_losses():
+    """The report's sum is the loss; the terminal term is 0, because the target counts g(x_T) as 0."""
+    golden = load_once(GOLDEN)
+    step = step_of(golden, 4, reverse_weight=3.0)
+    losses = step(golden.transitions).losses
+    exact = Exact(golden).reference_target_loss(step.objective).item()
+    assert losses["loss"].item() == pytest.approx(exact, rel=1e-4)
+    assert losses["terminal"] == 0 < losses["reverse"]
+    assert losses["loss"].item() == pytest.approx(sum(losses[n].item() for n in losses if n != "loss"))
+
+
+@pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
+def test_the_forward_residual_trains_the_policy_and_the_reverse_one_the_flow(reward_gradient):
+    golden = load_step(GOLDEN)
+    settings = {"reward_gradient": reward_gradient}
+    lora, flow = parts(gradients(golden, step_of(golden, **settings), golden.transitions))
+
+    lora_, flow_ = parts(gradients(golden, step_of(golden, reverse_weight=2.0, **settings), golden.transitions))
+    assert_gradients(lora_, lora)
+    assert_gradients(flow_, {name: 2 * gradient for name, gradient in flow.items()})
+
+    changed = {"prior_weight": 1.0, "trust_region_weight": 0.0} | settings
+    lora_, flow_ = parts(gradients(golden, step_of(golden, **changed), golden.transitions))
+    assert differs(lora_, lora)
+    assert_gradients(flow_, flow)
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in golden.policy.trainable():
+            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    lora_, flow_ = parts(gradients(golden, step_of(golden, **settings), golden.transitions))
+    assert differs(lora_, lora)
+    assert_gradients(flow_, flow)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reuse_passes", [False, True], ids=["apart", "reused"])
+@pytest.mark.parametrize("micro_batch", [100, 4, 1])
+@pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
+def test_micro_batches_and_shared_passes_give_the_same_gradients(reward_gradient, micro_batch, reuse_passes, backend):
+    golden = load_once(GOLDEN)
+    transitions = adjacent(golden)
+    expected = gradients(golden, step_of(golden, reward_gradient=reward_gradient), transitions)
+    changes = {"reward_gradient": reward_gradient, "reuse_passes": reuse_passes}
+    actual = gradients(golden, step_of(golden, micro_batch, backend, **changes), transitions)
+    assert_gradients(actual, expected)
+
+
+@pytest.mark.parametrize("reuse_passes", [False, True], ids=["apart", "reused"])
+@pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
+def test_decodes(reward_gradient, reuse_passes):
+    """As planned; `test_passes` counts the passes."""
+    golden, decoded = load_once(GOLDEN), []
+
+    class Counter(nn.Module):
+        def forward(self, images, prompts):
+            decoded.extend(prompts)
+            return golden.reward(images, prompts)
+
+    counted = dataclasses.replace(golden, reward=Counter())
+    step = step_of(counted, reward_gradient=reward_gradient, reuse_passes=reuse_passes)
+    step(adjacent(golden))
+    inner, last = planned_decodes(step.objective, True, 2 if reuse_passes else 1)
+    assert len(decoded) == 6 * inner + 3 * last
+
+
+def test_the_flow_is_not_used_at_finished_samples():
+    """g(x) and g(x') of inner transitions, g(x) of last ones."""
+    golden, calls = load_once(GOLDEN), []
+
+    class Counter(nn.Module):
+        unet = golden.flow.unet
+
+        def forward(self, x, timestep, embeddings):
+            calls.extend((t, torch.is_grad_enabled()) for t in timestep.tolist())
+            return golden.flow(x, timestep, embeddings)
+
+    transitions = adjacent(golden)
+    step_of(dataclasses.replace(golden, flow=Counter()))(transitions)
+    steps, last = transitions.step_index, len(golden.table) - 1
+    expected = [(t, True) for t in golden.table.timestep[steps].tolist()]
+    expected += [(t, False) for t in golden.table.timestep_next[steps[steps != last]].tolist()]
+    assert sorted(calls) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reverse_second_order": True}, r"objective\.reverse_second_order = True: .* leave it False, or use 'policy'"),
+        (
+            {"reverse_weight": 0.0},
+            r"objective\.reverse_weight = 0\.0: nothing else trains the flow .* --flow\.kind none",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict(changes, message):
+    Objective(**changes)
+    with pytest.raises(ValueError, match=message):
+        Objective(reverse_target="reference", **changes)
