@@ -33,8 +33,8 @@ class RolloutConfig:
     epochs: int = 1
     """Inner epochs: passes over the same trajectories, each of `updates` updates. From the second pass on the
     trajectories are split anew. The drawn steps stay the same, so the reference network's outputs are cached: a
-    transition of a later epoch saves 2 of 7 passes. More epochs reuse samples, but these are increasingly
-    off-policy."""
+    transition of a later epoch saves 2 of 7 passes (none with objective.reverse_target = reference). More epochs
+    reuse samples, but these are increasingly off-policy."""
     replay: int = 0
     """Age, in rollouts, of the rollout that is trained on. 0: the newest (on-policy). 1: the previous one, as in the
     reference implementation, where this is undocumented. Each older rollout needs memory for one more."""
