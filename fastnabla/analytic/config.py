@@ -65,6 +65,8 @@ class AnalyticConfig:
     flow_learning_rate: float = 3e-3
     """Learning rate of the flow network, for methods that have one. 0 removes it (flow.kind = "none") and the reverse
     residual; ∇log F is then estimated by the look-ahead reward alone."""
+    flow_average: float | None = None
+    """Decay of an average of the flow network for its own target, as flow.average of `python -m fastnabla.train`."""
     exact_flow: bool = False
     """Give residual ∇-DB the exact ∇log F instead of training g_φ with the reverse residual. The remaining error is that of
     the policy and the sampler."""
@@ -128,7 +130,9 @@ class AnalyticConfig:
             direct=self.direct,
             policy_gradient=self.policy_gradient,
             rollout=self.rollout,
-            flow=FlowConfig(learning_rate=rate, weight_decay=0.0) if rate else FlowConfig(kind="none"),
+            flow=FlowConfig(learning_rate=rate, weight_decay=0.0, average=self.flow_average)
+            if rate
+            else FlowConfig(kind="none"),
             optimizer=self.optimizer,
             memory=MemoryConfig(micro_batch=self.rollout.trajectories * (self.drawn_steps + 1)),
         )

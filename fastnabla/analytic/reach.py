@@ -33,7 +33,9 @@ from fastnabla.cost.budget import update_passes, updates_within  # noqa: E402
 from fastnabla.run.table import markdown  # noqa: E402
 from fastnabla.utils.durable import write_file  # noqa: E402
 
-Variant = Literal["published", "reference", "adjoint", "exact-flow"]
+Variant = Literal["published", "reference", "averaged", "adjoint", "exact-flow"]
+AVERAGE = 0.95
+"""Decay of the average in "averaged"."""
 COLUMNS = ("mode masses, × floor", "sliced W₁, × floor", "width", "reward", "updates", "U / 1000")
 MEASURES = (*DISTANCES, "mode_width", "reward")
 
@@ -46,8 +48,9 @@ class ReachConfig:
     folder: Path = Path("runs/reach")
     """Output folder. It gets a folder per run, table.md and curves.png."""
     variants: tuple[Variant, ...] = get_args(Variant)
-    """published: residual ∇-DB with the paper's reverse residual. reference: its flow follows the pretrained model. adjoint:
-    Adjoint Matching. exact-flow: the exact flow instead of a learned one."""
+    """published: residual ∇-DB with the paper's reverse residual. reference: its flow follows the pretrained model. averaged:
+    the same, with an average of the flow in the target. adjoint: Adjoint Matching. exact-flow: the exact flow instead of a
+    learned one."""
     dimension: int = 16
     """2 or 16, as for `python -m fastnabla.analytic`."""
     steps: tuple[int, ...] = (50, 100)
@@ -72,10 +75,11 @@ class ReachConfig:
 
     def _config(self, variant: Variant, steps: int, seed: int, updates: int) -> AnalyticConfig:
         config = settings("adjoint" if variant == "adjoint" else "residual-db")
-        own: dict[str, Any] = {"exact_flow": True} if variant == "exact-flow" else {}
-        if variant in ("published", "reference"):
-            target = "policy" if variant == "published" else "reference"
-            own["objective"] = dataclasses.replace(config.objective, reverse_target=target)
+        own: dict[str, Any] = {
+            "published": {"objective": dataclasses.replace(config.objective, reverse_target="policy")},
+            "averaged": {"flow_average": AVERAGE},
+            "exact-flow": {"exact_flow": True},
+        }.get(variant, {})
         common = {name: getattr(self, name) for name in ("dimension", "samples")}
         every = max(1, updates // 8)
         return dataclasses.replace(

@@ -68,6 +68,7 @@ def updates(experiment: Experiment) -> Iterator[dict[str, float]]:
         trajectories = learning_order(config.seed, rollout_index, config.rollout)[place]
         report = experiment.step(source.select(rollout_index, trajectories, again=place >= config.rollout.updates))
         norms = experiment.optimizer.update()
+        experiment.step.after_update()
         losses = {f"loss_{name}": value for name, value in report.losses.items()}
         numbers = {name: value.item() for name, value in (report.statistics | norms | losses).items()}
         yield rollout | numbers | {"passes": counter.rows - before}

@@ -121,9 +121,15 @@ class FlowConfig:
     """Learning rate of φ."""
     weight_decay: float = 1e-2
     """Decoupled weight decay of φ."""
+    average: float | None = None
+    """Decay per update of an exponential moving average of φ. h(x') is computed with the average, which is the target if
+    objective.reverse_target = reference. It keeps the flow's errors from being fed back at once. None: φ itself."""
 
     def __post_init__(self) -> None:
         require_positive("flow", self, "learning_rate")
+        require(
+            self.average is None or 0 < self.average < 1, "flow.average", self.average, "must be in (0, 1), or None."
+        )
         require(
             0 <= self.weight_decay < math.inf,
             "flow.weight_decay",

@@ -107,6 +107,9 @@ class Accumulation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
 
+    def after_update(self) -> None:
+        """Called after each update of the weights."""
+
     @property
     def path(self) -> str:
         """How gradients are computed, in words."""

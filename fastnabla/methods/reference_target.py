@@ -5,6 +5,9 @@ through the reference alone (`fastnabla.objective.reference_target`). So the pol
 vector-Jacobian products are the frozen network's.
 """
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,13 +15,38 @@ from fastnabla.methods.accumulation import PartResult
 from fastnabla.methods.micro_batches import MicroBatch
 from fastnabla.methods.nabla_db import BalanceStep
 from fastnabla.methods.reward_scores import RewardScores, predicted_scores, unshared_scores
+from fastnabla.optim.ema import WeightAverage
 from fastnabla.trajectories.transitions import Transitions
 from fastnabla.transition import TransitionRows
 
 
 class ReferenceTargetStep(BalanceStep):
     """As `BalanceStep`, with a flow. The last transition has a reverse residual too, through which the reward enters, and
-    no terminal term: the target counts g(x_T) as 0."""
+    no terminal term: the target counts g(x_T) as 0.
+
+    Args:
+        average: decay of an average of φ with which g(x') is computed; None for φ itself.
+        others: those of `BalanceStep`.
+    """
+
+    def __init__(self, *others: Any, average: float | None = None, **named: Any) -> None:
+        super().__init__(*others, **named)
+        parameters = dict(self.flow.named_parameters())
+        self.average = None if average is None else WeightAverage(parameters, average)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Accumulation.state_dict`: the average of φ."""
+        return {} if self.average is None else {"average": self.average.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `Accumulation.load_state_dict`."""
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+    def after_update(self) -> None:
+        """As `Accumulation.after_update`: average in the new φ."""
+        if self.average is not None:
+            self.average.update()
 
     def gradients(self, part: MicroBatch, total: int, terminal: dict[int, Tensor] | None = None) -> PartResult:
         """As `BalanceStep.gradients`."""
@@ -26,10 +54,10 @@ class ReferenceTargetStep(BalanceStep):
         rows = self.table.rows(batch.step_index, batch.x)
         states = (batch.x, batch.x_next, rows)
 
-        # The flow network is not used at x_T.
-        flow = self._flow_values(batch.x, rows.timestep, batch.prompt)
-        with torch.no_grad():
+        # Flow: g(x') is a constant. The network is not used at x_T.
+        with torch.no_grad(), contextlib.nullcontext() if self.average is None else self.average.applied():
             flow_next = None if part.last else self._flow_values(batch.x_next, rows.timestep_next, batch.prompt)
+        flow = self._flow_values(batch.x, rows.timestep, batch.prompt)
 
         # Reference: o_ref, reward scores, and the product that carries the next flow score back.
         with self.policy.pretrained_weights():

@@ -48,8 +48,7 @@ def _trajectories(config: TrainConfig) -> dict[str, float]:
 
 def _balance(noising: bool) -> MethodStep:
     def build(config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]) -> Accumulation:
-        step = ReferenceTargetStep if config.follows_reference else BalanceStep
-        return step(
+        arguments = (
             networks.policy,
             networks.flow,
             networks.gradient_decoder,
@@ -59,9 +58,11 @@ def _balance(noising: bool) -> MethodStep:
             config.objective,
             config.memory.micro_batch,
             config.backend,
-            reuse_passes=config.rollout.draw == "runs",
-            noising=noising,
+            config.rollout.draw == "runs",
         )
+        if config.follows_reference:
+            return ReferenceTargetStep(*arguments, average=config.flow.average)
+        return BalanceStep(*arguments, noising)
 
     def cost(config: TrainConfig) -> StepCost:
         rows, objective, with_flow, run, unshared = _transitions(config), config.objective, config.has_flow, 1, 1.0

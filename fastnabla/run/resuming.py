@@ -38,7 +38,13 @@ LAGGING = (
     "of the new length, or one with 0, which can be extended later."
 )
 
-INTRODUCED: dict[str, Any] = {"deterministic": False, "sampler.spacing": None, "sampler.min_sigma": None}
+INTRODUCED: dict[str, Any] = {
+    "deterministic": False,
+    "sampler.spacing": None,
+    "sampler.min_sigma": None,
+    "objective.reverse_target": "policy",
+    "flow.average": None,
+}
 """Fields that older versions lack, and the value that matches those versions. A field with this value is not part of the
 fingerprint, so checkpoints of those versions fit."""
 BEFORE_CONFIGURATION = {".lock", ".prompts.json.partial", "prompts.json", ".config.json.partial"}

@@ -171,8 +171,10 @@ class Trainer:
         self.done += 1
         with self.policy.updating():
             norms = self.optimizer.update(functools.partial(self.guard.accepts, self.done, report))
-        if self.ema is not None and not self.guard.skipped:
-            self.ema.update()
+        if not self.guard.skipped:
+            self.step.after_update()
+            if self.ema is not None:
+                self.ema.update()
         self.progress.advance()
 
         # Record.
