@@ -155,6 +155,7 @@ def test_complete_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
         (1, 8, 4, "policy"),
         (1, 1, 0, "policy"),
         (4, 1, 4, "reference"),
+        (4, 4, 4, "reference"),
     ],
 )
 def test_measured_step(
