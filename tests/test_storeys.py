@@ -40,7 +40,7 @@ HEIGHT = {name: -height for height, names in enumerate(STOREYS) for name in name
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path != PACKAGE / "__init__.py" and "kernels" not in path.parts
+    if path != PACKAGE / "__init__.py" and "kernels" not in path.relative_to(PACKAGE).parts
 }
 
 

