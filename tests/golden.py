@@ -88,6 +88,7 @@ class GoldenStep:
         backend: Backend = "auto",
         *,
         reuse_passes: bool = False,
+        average: float | None = None,
         noising: bool = False,
         **changes: Any,
     ) -> BalanceStep:
@@ -95,8 +96,10 @@ class GoldenStep:
         prompts = [str(i) for i in range(self.meta["batch_size"])]
         objective = dataclasses.replace(self.objective, **changes)
         networks = (self.policy, self.flow, self.decoder, self.reward)
-        step = ReferenceTargetStep if self.flow and objective.reverse_target == "reference" else BalanceStep
-        return step(*networks, prompts, self.table, objective, micro_batch, backend, reuse_passes, noising)
+        arguments = (*networks, prompts, self.table, objective, micro_batch, backend, reuse_passes)
+        if self.flow and objective.reverse_target == "reference":
+            return ReferenceTargetStep(*arguments, average=average)
+        return BalanceStep(*arguments, noising)
 
     def without_flow(self) -> "GoldenStep":
         """With g ≡ 0. There are no golden numbers for it."""

@@ -91,6 +91,7 @@ METHODS: dict[str, Method] = {
         | {
             "objective.prior_weight": ((1,), "has no pretrained policy to weight; leave it at 1."),
             "objective.reverse_target": (("policy",), "has no pretrained policy to follow; use policy."),
+            "flow.average": ((None,), "has no target that follows the pretrained policy; leave it None."),
         },
     ),
     "adjoint": Method(
@@ -120,7 +121,11 @@ METHODS: dict[str, Method] = {
     "dag": Method(
         has_flow=True,
         without=(*_objective_but("gamma", "trust_region_weight"), *_DIRECT, *_POLICY_GRADIENT),
-        only=_NOISING | {"flow.kind": (("unet", "conv"), "learns a flow; choose unet or conv.")},
+        only=_NOISING
+        | {
+            "flow.kind": (("unet", "conv"), "learns a flow; choose unet or conv."),
+            "flow.average": ((None,), "has no target that follows the pretrained policy; leave it None."),
+        },
     ),
 }
 """Name (`--method`) → what it needs."""

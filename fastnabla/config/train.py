@@ -124,11 +124,11 @@ class TrainConfig:
             f"must be at most sampler.steps = {self.sampler.steps}.",
         )
         require(
-            self.flow.average is None or self.follows_reference,
+            self.flow.average is None or self.method != "residual-db" or self.follows_reference,
             "flow.average",
             self.flow.average,
-            "only a target that follows the reference is computed with it; use --method residual-db, a flow, and "
-            "--objective.reverse-target reference, or leave it None.",
+            "only a target that follows the reference is computed with it; use --objective.reverse-target reference and a flow, "
+            "or leave it None.",
         )
         require(
             not (self.memory.shard and self.lora.rank),

@@ -112,7 +112,7 @@ OTHER_VALUES = {
     },
     "direct": {"k": 3, "late": 0.9, "redraws": 3},
     "policy_gradient": {"clip": 0.3, "advantage_clip": 0.1, "window": 3, "min_count": 2},
-    "flow": {"kind": "unet", "start": "random", "learning_rate": 0.1, "weight_decay": 0.3},
+    "flow": {"kind": "unet", "start": "random", "learning_rate": 0.1, "weight_decay": 0.3, "average": 0.5},
     "rollout": {"fraction": 0.25, "draw": "uniform"},
     "memory": {"buffer": "pinned", "output_block": 64},
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """The step whose flow follows the reference: its gradients against their definition in float64, and what they depend on."""
 
+import copy
 import dataclasses
 import functools
 
@@ -116,6 +117,38 @@ def test_decodes(reward_gradient, reuse_passes):
     step(adjacent(golden))
     inner, last = planned_decodes(step.objective, True, 2 if reuse_passes else 1)
     assert len(decoded) == 6 * inner + 3 * last
+
+
+def test_an_average_of_the_flow_is_the_target():
+    """g(x') is that of the average, and g(x) that of φ itself; the average is part of the step's state."""
+    golden = load_step(GOLDEN)
+    step, parameters = step_of(golden, average=0.5), list(golden.flow.parameters())
+    generator, seen = torch.Generator().manual_seed(0), []
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        seen.append(copy.deepcopy(golden.flow))
+        step.after_update()
+    average = copy.deepcopy(golden.flow)
+    with torch.no_grad():
+        for mean, first, second in zip(*(network.parameters() for network in (average, *seen)), strict=True):
+            mean.copy_((0.5 * first + second) / 1.5)
+
+    class Both(nn.Module):
+        unet, average = golden.flow.unet, (average,)
+
+        def forward(self, x, timestep, embeddings):
+            network = golden.flow if torch.is_grad_enabled() else self.average[0]
+            return network(x, timestep, embeddings)
+
+    both = step_of(dataclasses.replace(golden, flow=Both()))
+    expected = gradients(golden, both, golden.transitions)
+    assert_gradients(gradients(golden, step, golden.transitions), expected)
+    restored = step_of(golden, average=0.5)
+    restored.load_state_dict(step.state_dict())
+    assert_gradients(gradients(golden, restored, golden.transitions), expected)
+    assert differs(gradients(golden, step_of(golden), golden.transitions), expected)
 
 
 def test_the_flow_is_not_used_at_finished_samples():
