@@ -65,9 +65,9 @@ class TransitionTable:
                 raise ValueError(
                     f"TransitionTable.{field.name}[{row}] = {column[row].item()} at timestep {self.timestep[row].item()}: "
                     "this step has no density or no prediction of the clean sample. Usual causes: a schedule that ends "
-                    "at timestep 0 (set steps_offset=1 or timestep_spacing='trailing'; in a run: sampler.spacing), "
-                    "zero terminal SNR with epsilon-prediction (set rescale_betas_zero_snr=False), or eta > 1 (a step's noise may exceed that of "
-                    "the state it leads to)."
+                    "at timestep 0 (set steps_offset=1 or timestep_spacing='trailing'; in a run: sampler.spacing), zero "
+                    "terminal SNR with epsilon-prediction (set rescale_betas_zero_snr=False), or eta > 1 (a step's noise "
+                    "may exceed that of the state it leads to)."
                 )
 
     @classmethod

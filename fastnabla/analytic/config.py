@@ -105,6 +105,15 @@ class AnalyticConfig:
             )
         if not math.isfinite(self.reward_factor):
             raise ValueError(f"reward_factor = {self.reward_factor}: must be finite.")
+        if self.flow_average is not None and (self.exact_flow or not self.flow_learning_rate):
+            raise ValueError(
+                f"flow_average = {self.flow_average}: no flow is trained with exact_flow = True or flow_learning_rate = 0; leave "
+                "it out."
+            )
+        if self.exact_flow and self.objective.prior_weight == 0:
+            raise ValueError(
+                "objective.prior_weight = 0.0: leaves no prior, so there is no exact flow; set it above 0."
+            )
         if self.exact_flow and (self.method, self.objective.reward_gradient) != ("residual-db", "lookahead"):
             raise ValueError(
                 "exact_flow = True: needs method = residual-db and objective.reward_gradient = lookahead, not "
@@ -119,7 +128,7 @@ class AnalyticConfig:
             ValueError: the settings do not fit the method.
         """
         rate, objective = self.flow_learning_rate, self.objective
-        if self.exact_flow:
+        if self.exact_flow or not rate:
             objective = dataclasses.replace(objective, reverse_target="policy", reverse_weight=0.0)
         return TrainConfig(
             method=self.method,

@@ -66,9 +66,16 @@ class Experiment:
         alphas = alpha_bars(config.schedule)
         self.table = TransitionTable.from_scheduler(noise_scheduler(config.schedule, config.spacing), config.steps)
         last = self.table.alpha_bar_next[-1]
-        if training.target_beta is None:
-            raise ValueError("objective.prior_weight = 0.0: leaves no prior, so there is no target; set it above 0.")
-        beta = training.target_beta * reward_weight(last, config.objective.gamma).item()
+        # An exact flow is not trained, so its target is known with any λ.
+        target_beta = (
+            config.objective.beta / config.objective.prior_weight if config.exact_flow else training.target_beta
+        )
+        if target_beta is None:
+            raise ValueError(
+                f"objective.prior_weight = {config.objective.prior_weight}: no target is known with it; use 1, or a positive "
+                "value with objective.reverse_target = reference."
+            )
+        beta = target_beta * reward_weight(last, config.objective.gamma).item()
         self.reference = ideal = problem.mixture.diffused(last.item())
         if config.min_sigma is not None:
             unbounded, self.table = self.table, self.table.with_min_sigma(config.min_sigma)

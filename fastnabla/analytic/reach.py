@@ -6,6 +6,7 @@ and exact draws.
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -29,6 +30,7 @@ from fastnabla.analytic.experiment import Experiment  # noqa: E402
 from fastnabla.analytic.measures import DISTANCES, effective_number, floors  # noqa: E402
 from fastnabla.analytic.scheduler import alpha_bars  # noqa: E402
 from fastnabla.analytic.training import measure, train  # noqa: E402
+from fastnabla.config.train import to_json  # noqa: E402
 from fastnabla.cost.budget import update_passes, updates_within  # noqa: E402
 from fastnabla.run.table import markdown  # noqa: E402
 from fastnabla.utils.durable import write_file  # noqa: E402
@@ -46,7 +48,7 @@ class ReachConfig:
     to the target. A stopped command continues where it was: finished runs are kept."""
 
     folder: Path = Path("runs/reach")
-    """Output folder. It gets a folder per run, table.md and curves.png."""
+    """Output folder. It gets a folder per run, and table-STEPS.md and curves-STEPS.png for each number of steps."""
     variants: tuple[Variant, ...] = get_args(Variant)
     """published: residual ∇-DB with the paper's reverse residual. reference: its flow follows the pretrained model. averaged:
     the same, with an average of the flow in the target. adjoint: Adjoint Matching. exact-flow: the exact flow instead of a
@@ -88,11 +90,12 @@ class ReachConfig:
 
 
 def run(config: AnalyticConfig, folder: Path, console: Console) -> list[dict[str, Any]]:
-    """Train in `folder`, unless it has the records of a finished run. Returns the records of the evaluations, each with
-    the "passes" so far.
+    """Train in `folder`, unless a run of the same configuration has finished there. Returns the records of the evaluations,
+    each with the "passes" so far.
 
     Raises:
         FloatingPointError: the loss is not finite.
+        ValueError: the folder has a finished run of another configuration.
     """
     finished = folder / "evaluations.json"
     if not finished.exists():
@@ -104,6 +107,10 @@ def run(config: AnalyticConfig, folder: Path, console: Console) -> list[dict[str
             if record["phase"] == "evaluate":
                 evaluations.append(record | {"passes": passes})
         write_file(finished, json.dumps(evaluations))
+    elif (folder / "config.json").read_text(encoding="utf-8") != to_json(config):
+        raise ValueError(
+            f"folder = {str(folder.parent)!r}: {folder.name} is a run with other settings; use another folder."
+        )
     return json.loads(finished.read_text(encoding="utf-8"))
 
 
@@ -121,7 +128,9 @@ def exact_rows(experiment: Experiment) -> dict[str, dict[str, float]]:
     return {"pretrained": pretrained, "exact score of the target": score, "exact draws": draws}
 
 
-def row(name: str, runs: Sequence[dict[str, float]], floor: dict[str, float], updates: str = "") -> tuple[str, ...]:
+def row(
+    name: str, runs: Sequence[dict[str, float]], floor: dict[str, float], seeds: str = "", updates: str = ""
+) -> tuple[str, ...]:
     """A row of the table: means over `runs`, and [lowest, highest] of several."""
 
     def cell(key: str) -> str:
@@ -131,7 +140,7 @@ def row(name: str, runs: Sequence[dict[str, float]], floor: dict[str, float], up
         return mean if len(runs) == 1 else f"{mean} [{min(values):.{decimals}f}, {max(values):.{decimals}f}]"
 
     passes = runs[0].get("passes", 0)
-    return (name, *map(cell, MEASURES), updates, f"{passes / 1000:,.0f}" if passes else "")
+    return (name, seeds, *map(cell, MEASURES), updates, f"{passes / 1000:,.0f}" if passes else "")
 
 
 def save_curves(path: Path, curves: dict[str, list[list[dict[str, Any]]]], floor: dict[str, float]) -> None:
@@ -151,46 +160,50 @@ def save_curves(path: Path, curves: dict[str, list[list[dict[str, Any]]]], floor
     plt.close(figure)
 
 
+def results(config: ReachConfig, steps: int, console: Console) -> bool:
+    """Train all runs of `steps` sampler steps, seed by seed, and write their table and curves after each. Prints the table.
+    Returns whether all runs finished.
+
+    Raises:
+        ValueError: see `run`.
+    """
+    experiment = Experiment(config.run_config("published", steps, 0))
+    exact, floor = exact_rows(experiment), floors(experiment.target, config.samples)
+    curves: dict[str, list[list[dict[str, Any]]]] = {variant: [] for variant in config.variants}
+    for seed, variant in itertools.product(range(config.seeds), config.variants):
+        try:
+            folder = config.folder / f"{variant}-{steps}-seed-{seed}"
+            curves[variant].append(run(config.run_config(variant, steps, seed), folder, console))
+        except FloatingPointError as error:
+            print_error(error)
+        title = f"{config.dimension}-D, {steps} steps, {config.samples} samples"
+        table = Table("", "seeds", *COLUMNS, title=title)
+        for name in ("pretrained", "exact score of the target"):
+            table.add_row(*row(name, [exact[name]], floor))
+        for name, runs in curves.items():
+            if runs:
+                updates = str(config.run_config(name, steps, 0).updates)
+                table.add_row(*row(name, [records[-1] for records in runs], floor, str(len(runs)), updates))
+        table.add_row(*row("exact draws", [exact["exact draws"]], floor))
+        write_file(config.folder / f"table-{steps}.md", markdown(table))
+        save_curves(config.folder / f"curves-{steps}.png", curves, floor)
+    console.print(markdown(table), markup=False, soft_wrap=True)
+    return all(len(runs) == config.seeds for runs in curves.values())
+
+
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
     console = Console()
     try:
         config = tyro.cli(ReachConfig, prog="python -m fastnabla.analytic.reach", args=arguments)
-        plan = {
-            (steps, seed, variant): config.run_config(variant, steps, seed)
-            for steps in config.steps
-            for seed in range(config.seeds)
-            for variant in config.variants
-        }
+        for steps, variant in itertools.product(config.steps, config.variants):
+            config.run_config(variant, steps, 0)
+        complete = [results(config, steps, console) for steps in config.steps]
     except ValueError as error:
         print_error(error)
         return 2
-    for steps in config.steps:
-        experiment = Experiment(config.run_config("published", steps, 0))
-        exact, floor = exact_rows(experiment), floors(experiment.target, config.samples)
-        curves: dict[str, list[list[dict[str, Any]]]] = {}
-        for (of, seed, variant), run_config in plan.items():
-            if of != steps:
-                continue
-            try:
-                records = run(run_config, config.folder / f"{variant}-{steps}-seed-{seed}", console)
-            except FloatingPointError as error:
-                print_error(error)
-                continue
-            curves.setdefault(variant, []).append(records)
-            title = f"{config.dimension}-D, {steps} steps, {config.samples} samples, seeds 0–{config.seeds - 1}"
-            table = Table("", *COLUMNS, title=title)
-            for name in ("pretrained", "exact score of the target"):
-                table.add_row(*row(name, [exact[name]], floor))
-            for name, runs in curves.items():
-                updates = plan[steps, 0, name].updates
-                table.add_row(*row(name, [records[-1] for records in runs], floor, str(updates)))
-            table.add_row(*row("exact draws", [exact["exact draws"]], floor))
-            write_file(config.folder / f"table-{steps}.md", markdown(table))
-            save_curves(config.folder / f"curves-{steps}.png", curves, floor)
-        console.print(markdown(table), markup=False, soft_wrap=True)
     console.print(f"tables and curves are in {config.folder}")
-    return 0
+    return 0 if all(complete) else 1
 
 
 if __name__ == "__main__":

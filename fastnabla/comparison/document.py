@@ -125,6 +125,7 @@ MATCHED = (
     "comparison is meaningless."
 )
 TARGET = (
-    "Distances to p_ref · exp(βr), estimated by re-weighting samples of the pretrained model. β is the run's own (objective.beta "
-    "/ objective.prior_weight), or the largest that the samples can estimate (docs/evaluation.md). The finetuned models are measured at the end of training."
+    "Distances to p_ref · exp(βr), estimated by re-weighting samples of the pretrained model. β is the run's own "
+    "(objective.beta / objective.prior_weight), or the largest that the samples can estimate (docs/evaluation.md). The "
+    "finetuned models are measured at the end of training."
 )

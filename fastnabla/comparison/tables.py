@@ -67,7 +67,7 @@ def _target_sheet(group: str, evaluations: Mapping[str, Sequence[dict[str, Any]]
         found = targets[variant]
         divergence = [_cell(Spread.of([each["divergence"][name] for each in seen])) for name in DIVERGENCES.values()]
         if found[0] is None:  # so for all seeds, which have the same λ
-            rows.append([variant, "none: λ = 0", "", *divergence, *("" for _ in names)])
+            rows.append([variant, "none for its λ", "", *divergence, *("" for _ in names)])
             continue
         numbers = [_cell(Spread.of([target[name] for target in found])) for name in ("beta", "ess")]
         rows.append([variant, *numbers, *divergence, *(_gap(name, found) for name in names)])

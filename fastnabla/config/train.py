@@ -123,6 +123,20 @@ class TrainConfig:
             self.direct.k,
             f"must be at most sampler.steps = {self.sampler.steps}.",
         )
+        follows = self.method == "residual-db" and self.objective.reverse_target == "reference"
+        require(
+            not follows or self.flow.kind != "none",
+            "objective.reverse_target",
+            "reference",
+            "is a target of the flow network, and flow.kind = none; use policy, or a flow.",
+        )
+        require(
+            not follows or self.objective.reverse_weight > 0,
+            "objective.reverse_weight",
+            self.objective.reverse_weight,
+            "nothing else trains the flow with objective.reverse_target = reference; use a positive weight, or --flow.kind none "
+            "and --objective.reverse-target policy.",
+        )
         require(
             self.flow.average is None or self.method != "residual-db" or self.follows_reference,
             "flow.average",
@@ -251,14 +265,14 @@ class TrainConfig:
     @property
     def target_beta(self) -> float | None:
         """β of the target p_ref · exp(β r) that the method is made for: objective.beta over objective.prior_weight (λ), if
-        the method uses λ. None for λ = 0, which leaves no prior.
+        the method uses λ.
 
-        Divided by λ, the conditions of residual ∇-DB, ``λ (s_θ − s_ref) = ∇log F̃(x')`` on average over the policy's x' and
-        ``λ (s̄_θ − s̄_ref) = −∇log F̃(x)``, are those of λ = 1 for the flow ``∇log F̃ / λ``, whose terminal value is
-        βγ∇r / λ.
+        None for λ = 0, which leaves no prior, and for λ ≠ 1 where the forward residual trains a flow: its target is not known
+        then (`objective/README.md`, section 5).
         """
         weight = 1.0 if "objective.prior_weight" in METHODS[self.method].without else self.objective.prior_weight
-        return self.objective.beta / weight if weight > 0 else None
+        trains_flow = self.has_flow and not self.follows_reference
+        return None if weight == 0 or (weight != 1 and trains_flow) else self.objective.beta / weight
 
 
 def _is_path(path: Path) -> bool:

@@ -215,7 +215,7 @@ def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device, ranks: i
     stored = config.rollout.trajectories * (1 + config.rollout.replay)
     return {
         "networks": (_nbytes(shapes.unet) + frozen_copy) // parts + gathered + rest,
-        "gradients": 4 * (sum(unet) // parts + sum(flow)),
+        "gradients": 4 * (sum(unet) // parts + sum(flow)) + 4 * sum(unet) * STEPS[config.method].sums_gradients,
         f"state of {config.optimizer.name}": state + expected_state_bytes(config.optimizer.name, flow),
         "average of the weights": 4 * sum(unet) // parts if config.optimizer.ema else 0,
         "average of the flow": 4 * sum(flow) if config.flow.average else 0,

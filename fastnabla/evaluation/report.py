@@ -84,7 +84,7 @@ def _cells(group: dict[str, Any], settings: dict[str, Any]) -> dict[tuple[str, s
         target = group["targets"][section]
         if target is None:
             no_prior = section == "tilted" and settings["target_beta"] is None
-            cells[section, f"{title}: β"] = "none: λ = 0" if no_prior else "out of reach"
+            cells[section, f"{title}: β"] = f"none: λ = {settings['prior_weight']:g}" if no_prior else "out of reach"
             continue
         cells[section, f"{title}: β"] = f"{target['beta']:.4g}"
         cells[section, f"{title}: effective samples"] = f"{target['ess']:.0f} of {target['reference_samples']}"

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.methods.zero_gradients import require_connected
@@ -141,16 +142,20 @@ class Accumulation:
         logger.warning("out of memory with %d rows in a micro-batch; going on with %d", size, self.micro_batch)
         return None
 
-    def _flow_values(self, states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
-        """Outputs of the flow network at `states`, `[n, C, H, W]`. Computed in bfloat16 (autocast) if the policy's dtype has
-        16 bits."""
+    def _flow_values(
+        self, states: Tensor, timestep: Tensor, prompt: Tensor, weights: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Outputs of the flow network at `states`, `[n, C, H, W]`, with other `weights` if they are given, by name. Computed
+        in bfloat16 (autocast) if the policy's dtype has 16 bits."""
         mixed = self.policy.dtype in (torch.bfloat16, torch.float16)
         rows, static = len(states), max(self.policy.static_rows, default=1)
         padded = math.ceil(rows / static) * static if self.policy.compile == "whole" else rows
         if padded > rows:
             states, timestep, prompt = pad_rows((states, timestep, prompt), padded)
         with torch.autocast(states.device.type, torch.bfloat16, enabled=mixed):
-            return self.flow(states, timestep, self.policy.conditions.of_prompts(prompt))[:rows]
+            arguments = (states, timestep, self.policy.conditions.of_prompts(prompt))
+            values = self.flow(*arguments) if weights is None else functional_call(self.flow, weights, arguments)
+            return values[:rows]
 
     def _differentiate(self, loss: Tensor) -> list[Tensor]:
         """Gradients of a scalar, by parameter. They are zero where it does not depend on a parameter of the flow, or of a

@@ -13,8 +13,8 @@ The policy regresses on them, at the last step and at drawn ones:
 
     ‖ σ_i [ (b_i/σ_i²)(o_θ − o_ref)(x_i) − adj_{i+1} ] ‖²
 
-The bracket has mean zero at every x_i exactly at the optimum, for the discrete sampler too: no small steps are assumed.
-`docs/objectives.md` derives this by the envelope theorem.
+At the optimum the bracket has mean zero at every x_i, for the discrete sampler too: no small steps are assumed. With large steps
+other policies may have this property as well. `docs/objectives.md` derives it by the envelope theorem.
 
 Conventions: the paper's adjoint is that of a cost, so it is −adj. Its loss ``‖ 2(v_θ − v_ref)/σ(t) + σ(t) ã ‖²`` is the one above
 over the time step Δt, with ``σ_i² = σ(t)² Δt``. γ is `objective.gamma` at x_T, a number close to 1, so that the target is that of

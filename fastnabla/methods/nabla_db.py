@@ -27,7 +27,7 @@ from fastnabla.objective import second_order
 from fastnabla.objective.balance import ForwardBalance
 from fastnabla.objective.gaussian import guide
 from fastnabla.objective.noising import check_is_ddpm, noising_output, noising_reverse
-from fastnabla.objective.settings import Backend, Objective
+from fastnabla.objective.settings import Backend, Objective, ReverseTarget
 from fastnabla.trajectories.reference_cache import CachedRows
 from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from fastnabla.transition import TransitionRows, TransitionTable
@@ -59,8 +59,12 @@ class BalanceStep(Accumulation):
 
     Raises:
         ValueError: `reuse_passes`, and a step of `table` does not end where the next begins; `noising`, and the steps are
-            not DDPM's; second order, and the policy's network has no second derivatives.
+            not DDPM's; second order, and the policy's network has no second derivatives; another step computes
+            `objective.reverse_target`.
     """
+
+    reverse_target: ReverseTarget = "policy"
+    """The `objective.reverse_target` that this step computes."""
 
     def __init__(
         self,
@@ -83,6 +87,11 @@ class BalanceStep(Accumulation):
         if reuse_passes and not table.is_chain():
             raise ValueError(
                 "reuse_passes = True: a step of the sampler does not end where the next begins, so no passes can be shared."
+            )
+        if flow is not None and objective.reverse_target != self.reverse_target:
+            raise ValueError(
+                f"objective.reverse_target = {objective.reverse_target!r}: {type(self).__name__} computes {self.reverse_target!r}; "
+                "use fastnabla.methods.reference_target.ReferenceTargetStep for 'reference'."
             )
         if noising:
             check_is_ddpm(table, "db")

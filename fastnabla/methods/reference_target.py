@@ -5,19 +5,21 @@ through the reference alone (`fastnabla.objective.reference_target`). So the pol
 vector-Jacobian products are the frozen network's.
 """
 
-import contextlib
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastnabla.methods.accumulation import PartResult
 from fastnabla.methods.micro_batches import MicroBatch
 from fastnabla.methods.nabla_db import BalanceStep
 from fastnabla.methods.reward_scores import RewardScores, predicted_scores, unshared_scores
+from fastnabla.models.decoder import Decoder, RewardFunction
+from fastnabla.models.policy import Policy
+from fastnabla.objective.settings import Backend, Objective
 from fastnabla.optim.ema import WeightAverage
 from fastnabla.trajectories.transitions import Transitions
-from fastnabla.transition import TransitionRows
+from fastnabla.transition import TransitionRows, TransitionTable
 
 
 class ReferenceTargetStep(BalanceStep):
@@ -25,23 +27,42 @@ class ReferenceTargetStep(BalanceStep):
     no terminal term: the target counts g(x_T) as 0.
 
     Args:
+        policy, flow, decoder, reward, prompts, table, objective, micro_batch, backend, reuse_passes: as for `BalanceStep`.
         average: decay of an average of φ with which g(x') is computed; None for φ itself.
-        others: those of `BalanceStep`.
     """
 
-    def __init__(self, *others: Any, average: float | None = None, **named: Any) -> None:
-        super().__init__(*others, **named)
-        parameters = dict(self.flow.named_parameters())
+    reverse_target = "reference"
+
+    def __init__(
+        self,
+        policy: Policy,
+        flow: nn.Module,
+        decoder: Decoder,
+        reward: RewardFunction,
+        prompts: Sequence[str],
+        table: TransitionTable,
+        objective: Objective,
+        micro_batch: int,
+        backend: Backend = "auto",
+        reuse_passes: bool = False,
+        average: float | None = None,
+    ) -> None:
+        super().__init__(policy, flow, decoder, reward, prompts, table, objective, micro_batch, backend, reuse_passes)
+        parameters = dict(flow.named_parameters())
         self.average = None if average is None else WeightAverage(parameters, average)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor]:
         """As `Accumulation.state_dict`: the average of φ."""
-        return {} if self.average is None else {"average": self.average.state_dict()}
+        if self.average is None:
+            return {}
+        state = self.average.state_dict()
+        return {"updates": torch.tensor(state["updates"])} | state["average"]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """As `Accumulation.load_state_dict`."""
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            average = {name: state[name] for name in self.average.average}
+            self.average.load_state_dict({"updates": int(state["updates"]), "average": average})
 
     def after_update(self) -> None:
         """As `Accumulation.after_update`: average in the new φ."""
@@ -54,10 +75,11 @@ class ReferenceTargetStep(BalanceStep):
         rows = self.table.rows(batch.step_index, batch.x)
         states = (batch.x, batch.x_next, rows)
 
-        # Flow: g(x') is a constant. The network is not used at x_T.
-        with torch.no_grad(), contextlib.nullcontext() if self.average is None else self.average.applied():
-            flow_next = None if part.last else self._flow_values(batch.x_next, rows.timestep_next, batch.prompt)
-        flow = self._flow_values(batch.x, rows.timestep, batch.prompt)
+        # g(x') is a constant. The flow network is not used at x_T.
+        flow_next, weights = None, None if self.average is None else self.average.average
+        if not part.last:
+            with torch.no_grad():
+                flow_next = self._flow_values(batch.x_next, rows.timestep_next, batch.prompt, weights)
 
         # Reference: o_ref, reward scores, and the product that carries the next flow score back.
         with self.policy.pretrained_weights():
@@ -70,6 +92,7 @@ class ReferenceTargetStep(BalanceStep):
         )
 
         # Reverse residual, g(x) + ∇R(x) − (∂μ_ref/∂x)ᵀ h(x'). It trains φ alone.
+        flow = self._flow_values(batch.x, rows.timestep, batch.prompt)
         scores = (reward.at_next, flow_next, reward.at_current, reward.at_prediction)
         reverse = self.ops.reference_balance(vjp, rows, flow, *scores, objective=self.objective)
         return self._part_result(part, batch, total, forward, self.objective.reverse_weight * reverse)

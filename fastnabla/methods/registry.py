@@ -33,6 +33,8 @@ class MethodStep:
     """What one update's step costs."""
     graphs: Callable[[TrainConfig], int] = lambda config: 1
     """The number of UNet graphs that are alive at once for each row of a micro-batch."""
+    sums_gradients: bool = False
+    """Whether a micro-batch keeps a sum of the policy's gradients, beside those that it adds to it."""
 
 
 def _transitions(config: TrainConfig) -> dict[str, float]:
@@ -191,7 +193,7 @@ def _dag_cost(config: TrainConfig) -> StepCost:
 STEPS: dict[str, MethodStep] = {
     "residual-db": _balance(noising=False),
     "db": _balance(noising=True),
-    "adjoint": MethodStep(build=_build_adjoint, cost=_adjoint_cost),
+    "adjoint": MethodStep(build=_build_adjoint, cost=_adjoint_cost, sums_gradients=True),
     "refl": _direct(
         ending=lambda config: late_prediction(config.direct.first_late(config.sampler.steps)), passes=_refl_passes
     ),

@@ -27,7 +27,10 @@ def use_sampler(pipeline: Pipeline, config: SamplerConfig) -> TransitionTable:
             f"sampler.spacing = {config.spacing!r} with sampler.scheduler = {config.scheduler!r} and sampler.steps = "
             f"{config.steps}: {error}"
         ) from error
-    return table if config.min_sigma is None else table.with_min_sigma(config.min_sigma)
+    try:
+        return table if config.min_sigma is None else table.with_min_sigma(config.min_sigma)
+    except ValueError as error:
+        raise ValueError(f"sampler.{error}") from error
 
 
 def _scheduler(pipeline: Pipeline, config: SamplerConfig) -> DDIMScheduler | DPMSolverMultistepScheduler:

@@ -91,7 +91,7 @@ def test_with_lambda_the_solution_is_the_target_at_beta_over_lambda(prior_weight
 
 def test_lambda_of_zero_has_no_target():
     objective = dataclasses.replace(AnalyticConfig().objective, prior_weight=0.0)
-    with pytest.raises(ValueError, match=r"objective\.prior_weight = 0\.0: leaves no prior"):
+    with pytest.raises(ValueError, match=r"objective\.prior_weight = 0\.0: no target is known with it"):
         Experiment(settings("residual-db", objective=objective))
 
 

@@ -54,8 +54,12 @@ def test_tables_and_continuation(tmp_path, capsys):
     (folder / "reference-10-seed-1" / "evaluations.json").unlink()
     assert main([*quick, "adjoint"]) == 0
     table = (folder / "table-10.md").read_text()
-    assert "123.00]" in table and "| adjoint | " in table
+    assert "123.00]" in table and "| adjoint | 2 | " in table
     capsys.readouterr()
+
+    # Runs of other settings are not taken for these.
+    assert main([*quick, "--samples=128"]) == 2
+    assert "reference-10-seed-0 is a run with other settings" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_setting_that_does_not_fit_is_an_error(tmp_path, capsys):

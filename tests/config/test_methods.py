@@ -7,6 +7,7 @@ import pytest
 
 from fastnabla.config.fields import dotted
 from fastnabla.config.methods import METHODS, MethodName
+from fastnabla.config.model_sections import FlowConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.methods.registry import STEPS
 from fastnabla.objective.settings import Objective
@@ -56,7 +57,7 @@ def test_values_that_a_method_does_not_allow(method: str, name: str, value: obje
     ("method", "prior_weight", "expected"),
     [
         ("residual-db", 1.0, 3.0),
-        ("residual-db", 0.5, 6.0),
+        ("residual-db", 0.5, None),
         ("residual-db", 0.0, None),
         ("draft", 0.5, 3.0),
         ("dag", 0.0, 3.0),
@@ -67,6 +68,16 @@ def test_the_target_of_a_method_is_tilted_by_beta_over_lambda(
 ) -> None:
     objective = Objective(beta=3.0, prior_weight=prior_weight)
     assert TrainConfig(method=method, objective=objective).target_beta == expected
+
+
+@pytest.mark.parametrize(("prior_weight", "expected"), [(1.0, 3.0), (0.5, 6.0), (0.0, None)])
+def test_lambda_has_a_known_target_if_the_forward_residual_trains_no_flow(
+    prior_weight: float, expected: float | None
+) -> None:
+    objective = Objective(beta=3.0, prior_weight=prior_weight)
+    follows = dataclasses.replace(objective, reverse_target="reference")
+    assert TrainConfig(objective=follows).target_beta == expected
+    assert TrainConfig(objective=objective, flow=FlowConfig(kind="none")).target_beta == expected
 
 
 def test_an_unknown_method_is_refused() -> None:

@@ -87,7 +87,11 @@ def test_without_a_spacing_it_is_the_model_s(pipeline: Pipeline, spacing: str) -
             r"sampler\.spacing = 'leading' .*sigma\[49\] = 0.*steps_offset=1",
         ),
         ({"steps_offset": 0}, {}, r"sigma\[49\] = 0.0 at timestep 0.*in a run: sampler\.spacing"),
-        ({}, {"min_sigma": 0.5}, r"min_sigma = 0\.5: must be positive and below the largest σ of the sampler, 0\.454"),
+        (
+            {},
+            {"min_sigma": 0.5},
+            r"sampler\.min_sigma = 0\.5: must be positive and below the largest σ of the sampler, 0\.454",
+        ),
     ],
     ids=["not a divisor", "no offset", "the model's own", "all steps alike"],
 )
