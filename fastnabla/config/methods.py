@@ -45,6 +45,8 @@ class Method:
 _DIRECT = names_of("direct", Direct)
 _POLICY_GRADIENT = names_of("policy_gradient", PolicyGradient)
 _FLOW = names_of("flow", FlowConfig)
+_FOLLOWING = ("objective.reverse_target", "flow.average")
+"""Fields of a flow that follows the pretrained policy."""
 _NOISING = {
     "sampler.eta": ((1,), "uses DDPM's noising process as the backward policy, which needs η = 1; set it to 1."),
 }
@@ -86,12 +88,10 @@ METHODS: dict[str, Method] = {
     "residual-db": Method(has_flow=True, has_reference=True, without=_DIRECT + _POLICY_GRADIENT),
     "db": Method(
         has_flow=True,
-        without=_DIRECT + _POLICY_GRADIENT,
+        without=(*_DIRECT, *_POLICY_GRADIENT, *_FOLLOWING),
         only=_NOISING
         | {
             "objective.prior_weight": ((1,), "has no pretrained policy to weight; leave it at 1."),
-            "objective.reverse_target": (("policy",), "has no pretrained policy to follow; use policy."),
-            "flow.average": ((None,), "has no target that follows the pretrained policy; leave it None."),
         },
     ),
     "adjoint": Method(
@@ -120,12 +120,8 @@ METHODS: dict[str, Method] = {
     ),
     "dag": Method(
         has_flow=True,
-        without=(*_objective_but("gamma", "trust_region_weight"), *_DIRECT, *_POLICY_GRADIENT),
-        only=_NOISING
-        | {
-            "flow.kind": (("unet", "conv"), "learns a flow; choose unet or conv."),
-            "flow.average": ((None,), "has no target that follows the pretrained policy; leave it None."),
-        },
+        without=(*_objective_but("gamma", "trust_region_weight"), *_DIRECT, *_POLICY_GRADIENT, "flow.average"),
+        only=_NOISING | {"flow.kind": (("unet", "conv"), "learns a flow; choose unet or conv.")},
     ),
 }
 """Name (`--method`) → what it needs."""

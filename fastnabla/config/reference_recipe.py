@@ -36,6 +36,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "rollout.epochs": (1,),
     "lora.targets": (LORA_TARGETS,),
     "flow.kind": ("unet", "none"),
+    "flow.average": (None,),
     "optimizer.name": ("adamw",),
     "optimizer.schedule": ("constant",),
     "optimizer.warmup": (0,),

@@ -218,7 +218,7 @@ def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device, ranks: i
         "gradients": 4 * (sum(unet) // parts + sum(flow)) + 4 * sum(unet) * STEPS[config.method].sums_gradients,
         f"state of {config.optimizer.name}": state + expected_state_bytes(config.optimizer.name, flow),
         "average of the weights": 4 * sum(unet) // parts if config.optimizer.ema else 0,
-        "average of the flow": 4 * sum(flow) if config.flow.average else 0,
+        "average of the flow": 4 * sum(flow) if config.follows_reference and config.flow.average else 0,
         "trajectory buffer": 0 if _is_pinned(config, device) else _stored_bytes(config, costs),
         "reference network's outputs": cache_bytes(config, torch.Size(shapes.sample_shape), stored),
         "CUDA context (assumed)": CUDA_CONTEXT if device.type == "cuda" or config.vram else 0,

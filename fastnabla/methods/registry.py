@@ -20,6 +20,7 @@ from fastnabla.methods.passes import StepCost, planned_decodes, planned_passes
 from fastnabla.methods.reference_target import ReferenceTargetStep
 from fastnabla.models.build import Networks
 from fastnabla.models.decoder import RewardFunction
+from fastnabla.objective.settings import Objective
 from fastnabla.trajectories.draws import expected_draws
 
 
@@ -48,6 +49,12 @@ def _trajectories(config: TrainConfig) -> dict[str, float]:
     return {"trajectory": config.rollout.trajectories // config.rollout.updates}
 
 
+def objective_of(config: TrainConfig) -> Objective:
+    """The objective, whose target follows the reference only where there is one to follow."""
+    target = "reference" if config.follows_reference else "policy"
+    return dataclasses.replace(config.objective, reverse_target=target)
+
+
 def _balance(noising: bool) -> MethodStep:
     def build(config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]) -> Accumulation:
         arguments = (
@@ -57,7 +64,7 @@ def _balance(noising: bool) -> MethodStep:
             reward,
             prompts,
             networks.table,
-            config.objective,
+            objective_of(config),
             config.memory.micro_batch,
             config.backend,
             config.rollout.draw == "runs",
@@ -67,7 +74,7 @@ def _balance(noising: bool) -> MethodStep:
         return BalanceStep(*arguments, noising)
 
     def cost(config: TrainConfig) -> StepCost:
-        rows, objective, with_flow, run, unshared = _transitions(config), config.objective, config.has_flow, 1, 1.0
+        rows, objective, with_flow, run, unshared = _transitions(config), objective_of(config), config.has_flow, 1, 1.0
         if config.rollout.draw == "runs":
             run = config.drawn_steps
             unshared += (run - 1) / (config.sampler.steps - 1)  # runs that wrap around to the first step
