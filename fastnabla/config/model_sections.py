@@ -122,8 +122,9 @@ class FlowConfig:
     weight_decay: float = 1e-2
     """Decoupled weight decay of φ."""
     average: float | None = None
-    """Decay per update of an exponential moving average of φ. h(x') is computed with the average, which is the target if
-    objective.reverse_target = reference. It keeps the flow's errors from being fed back at once. None: φ itself."""
+    """For objective.reverse_target = reference, whose target is the flow itself at the next state: the decay per update of
+    an exponential moving average of φ, with which g(x') is computed. It keeps the flow's errors from being fed back at
+    once and growing. None: φ itself. Without effect on other targets."""
 
     def __post_init__(self) -> None:
         require_positive("flow", self, "learning_rate")

@@ -123,26 +123,11 @@ class TrainConfig:
             self.direct.k,
             f"must be at most sampler.steps = {self.sampler.steps}.",
         )
-        follows = self.method == "residual-db" and self.objective.reverse_target == "reference"
         require(
-            not follows or self.flow.kind != "none",
-            "objective.reverse_target",
-            "reference",
-            "is a target of the flow network, and flow.kind = none; use policy, or a flow.",
-        )
-        require(
-            not follows or self.objective.reverse_weight > 0,
+            not self.follows_reference or self.objective.reverse_weight > 0,
             "objective.reverse_weight",
             self.objective.reverse_weight,
-            "nothing else trains the flow with objective.reverse_target = reference; use a positive weight, or --flow.kind none "
-            "and --objective.reverse-target policy.",
-        )
-        require(
-            self.flow.average is None or self.method != "residual-db" or self.follows_reference,
-            "flow.average",
-            self.flow.average,
-            "only a target that follows the reference is computed with it; use --objective.reverse-target reference and a flow, "
-            "or leave it None.",
+            "nothing else trains the flow with objective.reverse_target = reference; use a positive weight, or --flow.kind none.",
         )
         require(
             not (self.memory.shard and self.lora.rank),

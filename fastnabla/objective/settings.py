@@ -37,7 +37,7 @@ class Objective:
     paper). "reference": the flow at the next state, carried back through the pretrained network, which also predicts the
     clean sample for "lookahead". It does not lag behind the policy, and on the analytic testbed it reaches the target more
     closely. An inner transition takes one pass less, the last one more. It assumes that the current policy sampled the
-    transitions, and may need flow.average to be stable."""
+    transitions, and may need flow.average to be stable. Without a flow network it has no effect."""
     reverse_second_order: bool = False
     """Train θ with the reverse residual too, through second derivatives of the UNet. It costs three more passes, attention
     that keeps its matrices, more than twice the memory, and plain torch; networks cannot be compiled, checkpointed or use

@@ -29,7 +29,6 @@ REFUSED = [
     ("adjoint", "sampler.eta", 0.5, "method = 'adjoint' .* η = 1"),
     ("adjoint", "reward.normalise", True, "method = 'adjoint' has no rollout"),
     ("adjoint", "rollout.epochs", 2, "leave it at 1"),
-    ("residual-db", "flow.average", 0.9, "only a target that follows the reference is computed with it"),
     ("refl", "reward.normalise", True, "method = 'refl' has no rollout"),
     ("refl", "rollout.replay", 1, "leave it at 0"),
     ("draft", "rollout.epochs", 2, "leave it at 1"),

@@ -133,16 +133,18 @@ def test_an_average_of_the_flow_is_the_target():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         seen.append(copy.deepcopy(golden.flow))
         step.after_update()
-    average = copy.deepcopy(golden.flow)
+    averaged = copy.deepcopy(golden.flow)
     with torch.no_grad():
-        for mean, first, second in zip(*(network.parameters() for network in (average, *seen)), strict=True):
+        for mean, first, second in zip(*(network.parameters() for network in (averaged, *seen)), strict=True):
             mean.copy_((0.5 * first + second) / 1.5)
 
     class Both(nn.Module):
-        unet, average = golden.flow.unet, (average,)
+        def __init__(self):
+            super().__init__()
+            self.unet, self.other = golden.flow.unet, (averaged,)
 
         def forward(self, x, timestep, embeddings):
-            network = golden.flow if torch.is_grad_enabled() else self.average[0]
+            network = golden.flow if torch.is_grad_enabled() else self.other[0]
             return network(x, timestep, embeddings)
 
     both = step_of(dataclasses.replace(golden, flow=Both()))
@@ -180,8 +182,7 @@ def test_settings_that_contradict():
         Objective(reverse_target="reference", reverse_second_order=True)
     objective = Objective(reverse_target="reference")
     assert TrainConfig(objective=objective).follows_reference
-    with pytest.raises(ValueError, match=r"objective\.reverse_target = 'reference': .* flow\.kind = none"):
-        TrainConfig(objective=objective, flow=FlowConfig(kind="none"))
+    assert not TrainConfig(objective=objective, flow=FlowConfig(kind="none")).follows_reference
     with pytest.raises(ValueError, match=r"objective\.reverse_weight = 0\.0: nothing else trains the flow"):
         TrainConfig(objective=dataclasses.replace(objective, reverse_weight=0.0))
     golden = load_once(GOLDEN)
