@@ -69,7 +69,7 @@ def test_pretrained_samples_are_the_mixtures(dimension):
 
 
 def test_the_step_trains_policy_and_flow():
-    """For residual ∇-DB: network passes as counted in `fastnabla.methods.nabla_db`, and rewards of finished samples in the
+    """For residual ∇-DB: network passes as counted in `fastnabla.methods.passes`, and rewards of finished samples in the
     buffer."""
     subject = experiment(rollout=RolloutConfig(trajectories=8, fraction=0.5, updates=2))
     subject.source.collect(0)
@@ -77,7 +77,7 @@ def test_the_step_trains_policy_and_flow():
     last = batch.step_index == len(subject.table) - 1
     torch.testing.assert_close(batch.reward[last], subject.reward(batch.x_next[last], ()))
     report = subject.step(subject.source.select(0, torch.arange(8)))
-    assert report.passes == {"inner": 7, "last": 3}
+    assert report.passes == {"inner": 6, "last": 4}
     for parameters in (subject.policy.trainable(), list(subject.flow.parameters())):
         assert all(parameter.grad.isfinite().all() for parameter in parameters)
         assert any(parameter.grad.any() for parameter in parameters)

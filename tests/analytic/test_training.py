@@ -1,5 +1,6 @@
 """The analytic testbed's command lines, from the configuration to the files of a run."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -71,7 +72,8 @@ def test_rollouts_are_learned_from_late_and_again_as_in_the_trainer():
     """Two rollouts, each trained on in two inner epochs and one rollout late: both are sampled before the first update. A
     rollout has 24 transitions. Inner ones cost 7 U, and 5 U in the second epoch; last ones cost 3 U, and 2 U."""
     rollout = RolloutConfig(trajectories=8, fraction=0.5, updates=1, epochs=2, replay=1)
-    subject = Experiment(settings("residual-db", updates=4, steps=4, width=8, rollout=rollout))
+    objective = dataclasses.replace(settings("residual-db").objective, reverse_target="policy")
+    subject = Experiment(settings("residual-db", updates=4, steps=4, width=8, rollout=rollout, objective=objective))
     passes = [record["passes"] for record in updates(subject)]
     passes[0] -= 2 * 8 * 4
     for first, again in (passes[:2], passes[2:]):

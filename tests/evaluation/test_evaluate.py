@@ -178,7 +178,7 @@ def test_the_target_is_tilted_by_beta_over_lambda(
 ) -> None:
     folder = copy_of(run, tmp_path / "run")
     saved = json.loads((folder / "config.json").read_text())
-    saved["objective"] |= {"beta": 0.01, "prior_weight": prior_weight}
+    saved["objective"] |= {"beta": 0.01, "prior_weight": prior_weight, "reverse_target": "reference"}
     (folder / "config.json").write_text(json.dumps(saved))
     result = RunEvaluation(folder, OPTIONS).measure()
     assert result["settings"]["target_beta"] == beta
@@ -190,7 +190,7 @@ def test_the_target_is_tilted_by_beta_over_lambda(
     assert "share of its ceiling" in capture.get() and "without the last two steps" in capture.get()
     (sheet, *_) = target_sheets({"a": [result], "b": [results(run)]})
     columns = dict(zip(sheet.columns, sheet.rows[0], strict=True))
-    assert ("none: λ = 0" in capture.get()) == (columns["β"] == "none: λ = 0") == (beta is None)
+    assert ("none: λ = 0" in capture.get()) == (columns["β"] == "none for its λ") == (beta is None)
 
 
 def test_weights_of_another_rank_are_refused(run: Path, tmp_path: Path) -> None:
