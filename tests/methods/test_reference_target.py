@@ -93,7 +93,7 @@ def test_the_forward_residual_trains_the_policy_and_the_reverse_one_the_flow(rew
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reuse_passes", [False, True], ids=["apart", "reused"])
-@pytest.mark.parametrize("micro_batch", [100, 4, 1])
+@pytest.mark.parametrize("micro_batch", [4, 1])
 @pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
 def test_micro_batches_and_shared_passes_give_the_same_gradients(reward_gradient, micro_batch, reuse_passes, backend):
     golden = load_once(GOLDEN)
