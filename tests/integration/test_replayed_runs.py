@@ -94,7 +94,7 @@ def test_updates_learn_from_what_the_policy_one_rollout_before_sampled(tmp_path:
         slots.append(set(trainer.components.buffer.slots()[-2:].tolist()))
         return metrics
 
-    for name in ("ops", "micro_batch", "replicated", "state_dict", "load_state_dict"):
+    for name in ("ops", "micro_batch", "replicated", "state_dict", "load_state_dict", "after_update"):
         setattr(watched, name, getattr(step, name))
     trainer.step = watched
     collect = trainer.source.rollout
