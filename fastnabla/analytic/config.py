@@ -11,17 +11,13 @@ from fastnabla.config.methods import MethodName
 from fastnabla.config.model_sections import FlowConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import MemoryConfig, OptimizerConfig, RolloutConfig
-from fastnabla.objective.settings import Objective, ReverseTarget
+from fastnabla.objective.settings import Objective
 
 ScheduleName = Literal["log-snr", "stable-diffusion"]
 
 
 def _adamw(learning_rate: float) -> OptimizerConfig:
     return OptimizerConfig(learning_rate=learning_rate, beta2=0.95, weight_decay=0.0, schedule="cosine")
-
-
-def _objective(reverse_target: ReverseTarget) -> Objective:
-    return Objective(beta=0.6, reverse_target=reverse_target, reverse_weight=300.0, trust_region_weight=0.0)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -77,7 +73,11 @@ class AnalyticConfig:
     """Updates between evaluations."""
     samples: int = 4096
     """Samples per evaluation. More samples lower the Monte-Carlo floor, so smaller errors become visible."""
-    objective: Objective = dataclasses.field(default_factory=lambda: _objective("reference"))
+    objective: Objective = dataclasses.field(
+        default_factory=lambda: Objective(
+            beta=0.6, reverse_target="reference", reverse_weight=300.0, trust_region_weight=0.0
+        )
+    )
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: _adamw(1e-2))
     rollout: RolloutConfig = dataclasses.field(
         default_factory=lambda: RolloutConfig(trajectories=128, fraction=0.2, updates=8, batch=1024)
@@ -154,7 +154,7 @@ class AnalyticConfig:
 
 SETTINGS: dict[MethodName, dict[str, Any]] = {
     "residual-db": {},
-    "db": {"objective": _objective("policy"), "optimizer": _adamw(5e-3), "flow_learning_rate": 1e-2},
+    "db": {"optimizer": _adamw(5e-3), "flow_learning_rate": 1e-2},
     "adjoint": {"optimizer": _adamw(1e-2)},
     "refl": {"optimizer": _adamw(1e-3)},
     "draft": {"optimizer": _adamw(1e-3), "direct": Direct(k=10)},

@@ -89,10 +89,7 @@ METHODS: dict[str, Method] = {
     "db": Method(
         has_flow=True,
         without=(*_DIRECT, *_POLICY_GRADIENT, *_FOLLOWING),
-        only=_NOISING
-        | {
-            "objective.prior_weight": ((1,), "has no pretrained policy to weight; leave it at 1."),
-        },
+        only=_NOISING | {"objective.prior_weight": ((1,), "has no pretrained policy to weight; leave it at 1.")},
     ),
     "adjoint": Method(
         stores=False,
