@@ -14,6 +14,7 @@ TESTBED = "testbed"
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """Projections of the UNet's attention layers."""
 PromptDraw = Literal["cycles", "independent"]
+BadLines = Literal["refuse", "skip"]
 Preprocess = Literal["official", "reference"]
 Precision = Literal["float32", "tf32", "bf16"]
 
@@ -184,9 +185,17 @@ class PromptConfig:
     """The prompts."""
 
     source: str = ""
-    """A set: simple-animals, compositions or photos-and-paintings, or the testbed's animals and animals-phrased. A
-    UTF-8 text file with one prompt per line. A field of JSON lines, FILE.jsonl:FIELD. A column of a data set on the
-    Hugging Face Hub, hf:OWNER/NAME:COLUMN or hf:OWNER/NAME:COLUMN:SPLIT."""
+    """A set: simple-animals, compositions or photos-and-paintings, or the testbed's animals and animals-phrased. A file,
+    FILE or FILE:COLUMN: one prompt per line, JSON, JSON Lines, CSV or TSV. A data set on the Hugging Face Hub,
+    hf:OWNER/NAME, hf:OWNER/NAME:COLUMN or hf:OWNER/NAME:COLUMN:SPLIT. docs/prompts.md describes the formats."""
+    column: str | None = None
+    """Column of a table, or field of JSON, that has the prompts, for sources that do not name one themselves as
+    FILE:COLUMN. Keys of nested JSON are joined by dots; * is all keys. None: the one called prompt or prompts, in any
+    case."""
+    bad_lines: BadLines = "refuse"
+    """What to do with prompts that are empty, are not text, are longer than 10,000 characters or contain control
+    characters, and with lines that cannot be read. "refuse": an error counts them and names the first five. "skip": leave
+    them out, with a warning."""
     template: tuple[str, ...] = ()
     """Texts with one {} each, such as "a photo of {}". Every prompt is inserted into every template."""
     held_out: float = 0.0
@@ -196,7 +205,8 @@ class PromptConfig:
     """How prompts are assigned to trajectories. "cycles": each prompt once, in random order, then all again in another
     order. "independent": each trajectory gets a random prompt."""
     evaluation: str | None = None
-    """Source of separate prompts to evaluate, in the format of prompts.source. The templates apply to them too."""
+    """Source of separate prompts to evaluate, in the format of prompts.source. The column, the templates and bad_lines
+    apply to them too."""
 
     def __post_init__(self) -> None:
         require(0 <= self.held_out < 1, "prompts.held_out", self.held_out, "must be in [0, 1).")
@@ -206,3 +216,4 @@ class PromptConfig:
             self.held_out,
             "leave it at 0 if prompts.evaluation is given, which names the prompts to evaluate.",
         )
+        require(self.column != "", "prompts.column", "", "must name a column; leave it out for the default.")

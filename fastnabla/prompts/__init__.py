@@ -2,6 +2,7 @@
 
 from fastnabla.prompts.length import warn_truncated
 from fastnabla.prompts.loading import load_prompts
+from fastnabla.prompts.look import look
 from fastnabla.prompts.order import assign_prompts, used_prompts
 from fastnabla.prompts.sets import PROMPT_SETS
 from fastnabla.prompts.split import RunPrompts, prompts_of, split_prompts
@@ -11,6 +12,7 @@ __all__ = [
     "RunPrompts",
     "assign_prompts",
     "load_prompts",
+    "look",
     "prompts_of",
     "split_prompts",
     "used_prompts",

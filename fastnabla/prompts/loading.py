@@ -3,53 +3,71 @@
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from fastnabla.prompts.readers import read_hub, read_json_lines, read_lines
+from fastnabla.config.model_sections import BadLines
+from fastnabla.prompts.entries import Entries, Unreadable
+from fastnabla.prompts.files import read_file
+from fastnabla.prompts.hub import read_hub
 from fastnabla.prompts.sets import PROMPT_SETS
 from fastnabla.utils.printable import CONTROL
 
 MAX_PROMPT = 10_000
 """Longest prompt, in characters. No text encoder reads this many."""
+MAX_NAMED = 5
+"""Bad lines that a message names."""
 
-_HUB = re.compile(r"hf:([^:]+):([^:]+)(?::(.+))?")
-_JSON_LINES = re.compile(r"(.+\.jsonl)(?::(.+))?", re.DOTALL)
+logger = logging.getLogger("fastnabla")
+_HUB = re.compile(r"hf:([^:]+)(?::([^:]*)(?::(.+))?)?")
 
 
-def load_prompts(source: str, templates: Sequence[str] = (), field: str = "prompts.source") -> list[str]:
+def load_prompts(
+    source: str,
+    templates: Sequence[str] = (),
+    field: str = "prompts.source",
+    column: str | None = None,
+    bad_lines: BadLines = "refuse",
+) -> list[str]:
     """Load the unique prompts of a source, in its order.
 
-    Surrounding white space is stripped and blank prompts are skipped. Duplicates are dropped, with one warning.
+    Surrounding white space is stripped. Duplicates are dropped, with one warning.
 
     Args:
         source: one of the following.
 
             - One of the `PROMPT_SETS`.
-            - ``hf:OWNER/NAME:COLUMN`` or ``hf:OWNER/NAME:COLUMN:SPLIT``: a column of a data set on the Hugging Face hub.
-              The default split is train.
-            - ``FILE.jsonl`` or ``FILE.jsonl:FIELD``: a field of a JSON Lines file. The default field is prompt.
-            - Any other UTF-8 text file, with one prompt per line.
+            - ``hf:OWNER/NAME``, ``hf:OWNER/NAME:COLUMN`` or ``hf:OWNER/NAME:COLUMN:SPLIT``: a column of a data set on the
+              Hugging Face Hub. The default split is train. An empty ``COLUMN`` is `column`.
+            - ``FILE`` or ``FILE:COLUMN``: see `fastnabla.prompts.files.read_file`.
 
         templates: texts with one ``{}`` each. Every prompt is inserted into every template, and the results for one prompt
             are adjacent.
         field: name of the configuration field, for messages.
+        column: column or field that has the prompts, unless `source` names it. None: the one called prompt or prompts.
+        bad_lines: what happens to prompts that are not text, are empty, are longer than `MAX_PROMPT` or contain a control
+            character, and to lines that cannot be read. "skip" leaves them out, with one warning.
 
     Raises:
-        ValueError: the source cannot be read or has no prompts; a prompt is not text, is longer than `MAX_PROMPT` or
-            contains a control character; or a template does not contain exactly one ``{}``.
+        ValueError: the source cannot be read or has no prompts; it has bad lines, which are counted, and the first
+            `MAX_NAMED` named; or a template does not contain exactly one ``{}``.
     """
     templates = [_checked_template(template) for template in templates] or ["{}"]
     try:
-        prompts = list(_entries(source))
+        prompts, bad = _checked(_read(source, column))
+        if bad and (bad_lines == "refuse" or not prompts):
+            raise ValueError(_refusal(bad, len(prompts)))
+        if not prompts:
+            raise ValueError("has no prompts; write one per line.")
     except (ValueError, OSError) as error:
         raise ValueError(f"{field} = {source!r}: {error}") from error
-    if not prompts:
-        raise ValueError(f"{field} = {source!r}: has no prompts; write one per line.")
+    if bad:
+        total = len(prompts) + len(bad)
+        logger.warning("%s = %r: skipped bad lines, %d of %d; the first: %s", field, source, len(bad), total, bad[0])
     filled = [template.replace("{}", prompt) for prompt in prompts for template in templates]
     unique = list(dict.fromkeys(filled))
     if len(unique) < len(filled):
-        logging.getLogger("fastnabla").warning(
+        logger.warning(
             "%s = %r: dropped %d of %d prompts, which are duplicates",
             field,
             source,
@@ -59,33 +77,60 @@ def load_prompts(source: str, templates: Sequence[str] = (), field: str = "promp
     return unique
 
 
-def _entries(source: str) -> Iterator[str]:
-    """Yield the checked prompts of `source`, without blank ones."""
-    for place, value in _read(source):
+def _checked(entries: Entries) -> tuple[list[str], list[str]]:
+    """The valid prompts, and "place: reason" of each bad line."""
+    prompts, bad = [], []
+    for place, value in entries:
         try:
+            if isinstance(value, Unreadable):
+                raise ValueError(value.reason)
             prompt = checked_prompt(value)
+            if not prompt:
+                raise ValueError("is empty.")
+            prompts.append(prompt)
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        if prompt:
-            yield prompt
+            bad.append(f"{place}: {error}")
+    return prompts, bad
 
 
-def _read(source: str) -> Iterator[tuple[str, Any]]:
+def _refusal(bad: Sequence[str], good: int) -> str:
+    named = "".join(f"\n  {line}" for line in bad[:MAX_NAMED])
+    more = f"\n  and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+    remedy = "\nCorrect them, or leave them out with --prompts.bad-lines skip." if good else ""
+    return f"bad lines, {len(bad)} of {len(bad) + good}:{named}{more}{remedy}"
+
+
+def _read(source: str, column: str | None) -> Entries:
     if source in PROMPT_SETS:
-        return ((f"prompt {i}", prompt) for i, prompt in enumerate(PROMPT_SETS[source]))
+        if column is not None:
+            raise ValueError(
+                f"a set has no column {column!r}; leave prompts.column out, or name the column of the other source behind "
+                "its name, as in FILE:COLUMN."
+            )
+        return [(f"prompt {number}", prompt) for number, prompt in enumerate(PROMPT_SETS[source], 1)]
     if source.startswith("hf:"):
         hub = _HUB.fullmatch(source)
         if hub is None:
             raise ValueError("write hf:OWNER/NAME:COLUMN, or hf:OWNER/NAME:COLUMN:SPLIT.")
-        return read_hub(hub[1], hub[2], hub[3] or "train")
-    json_lines = _JSON_LINES.fullmatch(source)
-    path = json_lines[1] if json_lines else source
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"no such file, and not one of the sets {', '.join(PROMPT_SETS)}. Give a UTF-8 text file with one prompt per "
-            "line, FILE.jsonl:FIELD, or hf:OWNER/NAME:COLUMN."
-        )
-    return read_json_lines(path, json_lines[2] or "prompt") if json_lines else read_lines(path)
+        return read_hub(hub[1], hub[2] or column, hub[3] or "train")
+    path, own = _path_and_column(source)
+    return read_file(path, column if own is None else own)
+
+
+def _path_and_column(source: str) -> tuple[str, str | None]:
+    """Split FILE:COLUMN. Both may contain colons, so FILE is the longest part that is a file."""
+    path = source
+    while not os.path.isfile(path):
+        path, colon, _ = path.rpartition(":")
+        if not colon:
+            raise ValueError(
+                f"no such file, and not one of the sets {', '.join(PROMPT_SETS)}. Give a text file with one prompt per line, "
+                "a JSON, JSON Lines, CSV or TSV file, FILE:COLUMN, or hf:OWNER/NAME:COLUMN."
+            )
+    column = source[len(path) + 1 :] if path != source else None
+    if column == "":
+        raise ValueError("write a column after the colon, as in FILE:COLUMN, or leave the colon out.")
+    return path, column
 
 
 def checked_prompt(value: Any) -> str:
@@ -100,6 +145,8 @@ def checked_prompt(value: Any) -> str:
     if len(prompt) > MAX_PROMPT:
         raise ValueError(f"has {len(prompt)} characters; shorten it to at most {MAX_PROMPT}.")
     control = CONTROL.search(prompt)
+    if control and "\udc80" <= control[0] <= "\udcff":
+        raise ValueError(f"not UTF-8 text (byte 0x{ord(control[0]) - 0xDC00:02X}); save the file as UTF-8.")
     if control:
         raise ValueError(f"contains the control character U+{ord(control[0]):04X}; remove it.")
     return prompt

@@ -1,6 +1,7 @@
 """The prompts that a run trains on, and those that it evaluates."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -111,7 +112,7 @@ def prompts_of(config: PromptConfig, most_evaluated: int, seed: int) -> RunPromp
     Without `held_out` and `evaluation`, training prompts are evaluated.
 
     Args:
-        config: the sources, the templates of both, and the fraction that is held out.
+        config: the sources, the column, templates and treatment of bad lines of both, and the fraction that is held out.
         most_evaluated: largest number of evaluated prompts; the first ones are taken.
         seed: seed of the run.
 
@@ -119,9 +120,10 @@ def prompts_of(config: PromptConfig, most_evaluated: int, seed: int) -> RunPromp
         ValueError: see `load_prompts` and `split_prompts`.
     """
     held_out, evaluation = config.held_out, config.evaluation
-    trained = load_prompts(config.source, config.template)
+    load = functools.partial(load_prompts, templates=config.template, column=config.column, bad_lines=config.bad_lines)
+    trained = load(config.source)
     if evaluation is not None:
-        evaluated = load_prompts(evaluation, config.template, field="prompts.evaluation")
+        evaluated = load(evaluation, field="prompts.evaluation")
         seen = set(trained).intersection(evaluated)
         if seen:
             logging.getLogger("fastnabla").warning(

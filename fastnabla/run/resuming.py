@@ -44,6 +44,8 @@ INTRODUCED: dict[str, Any] = {
     "sampler.min_sigma": None,
     "objective.reverse_target": "policy",
     "flow.average": None,
+    "prompts.column": None,
+    "prompts.bad_lines": "refuse",
 }
 """Fields that older versions lack, and the value that matches those versions. A field with this value is not part of the
 fingerprint, so checkpoints of those versions fit."""

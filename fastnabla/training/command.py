@@ -15,7 +15,7 @@ from fastnabla.cost.update_cost import cost_table, measured_rate, update_cost
 from fastnabla.distributed.devices import device_of
 from fastnabla.distributed.launch import RankInfo
 from fastnabla.distributed.world import LostProcess, World, log_as
-from fastnabla.prompts import RunPrompts
+from fastnabla.prompts import RunPrompts, look, prompts_of
 from fastnabla.run.folder import create_run_folder
 from fastnabla.run.lock import locked
 from fastnabla.run.resuming import AUTO, is_unbegun, run_to_resume, updates_of
@@ -66,8 +66,8 @@ def _run(config: TrainConfig, world: World) -> int:
     console = Console(quiet=not world.is_main)
     try:
         start = world.broadcast(lambda: _start(config, world, console))
-        config, prompts = from_json(start["config"]), start["prompts"]
-        trainer = _built(config, None if prompts is None else RunPrompts.from_json(prompts), world)
+        config = from_json(start["config"])
+        trainer = _built(config, RunPrompts.from_json(start.pop("prompts")), world)
         if config.dry_run:
             if world.is_main:
                 _print_costs(trainer, start["plan"], console)
@@ -80,22 +80,22 @@ def _run(config: TrainConfig, world: World) -> int:
     kernels = trainer.step.ops.name
     print_plain(console, f"writing to {run}; {kernels} between network passes, on {trainer.components.device}{many}")
     command = f"python -m fastnabla.train --resume {shlex.quote(str(run))}"
-    status = train_to_the_end(trainer, run, console, prompts is not None, command)
+    status = train_to_the_end(trainer, run, console, start["resumed"], command)
     if status == 0:
         print_plain(console, f"samples, curves, LoRA and metrics are in {run}")
     return status
 
 
 def _start(config: TrainConfig, world: World, console: Console) -> dict[str, Any]:
-    """What depends on folders and free memory, as JSON data: rank 0 determines it for all ranks.
+    """What depends on files and free memory, as JSON data: rank 0 determines it for all ranks.
 
     Args:
         config: the command line's.
         world: the run's processes.
-        console: where to print notes and the memory plan.
+        console: where to print notes, the memory plan and a look at the prompts.
 
     Raises:
-        ValueError: the run cannot be started or resumed.
+        ValueError: the run cannot be started or resumed, or its prompts cannot be loaded.
     """
     run, resume = config.run, run_to_resume(config)
     if resume is not None:
@@ -113,15 +113,22 @@ def _start(config: TrainConfig, world: World, console: Console) -> dict[str, Any
     config, plan = planned(config, device_of(config), world.local_size, world.size)
     if plan is not None:
         console.print(plan.table())
+    prompts = (
+        prompts_of(config.prompts, config.evaluation.prompts, config.seed)
+        if resume is None
+        else RunPrompts.load(run / "prompts.json")
+    )
+    print_plain(console, look(prompts))
     return {
         "config": to_json(config),
         "plan": None if plan is None else dataclasses.asdict(plan),
         "run": None if run is None else str(run),
-        "prompts": None if resume is None else RunPrompts.load(run / "prompts.json").to_json(),
+        "resumed": resume is not None,
+        "prompts": prompts.to_json(),
     }
 
 
-def _built(config: TrainConfig, prompts: RunPrompts | None, world: World) -> Trainer:
+def _built(config: TrainConfig, prompts: RunPrompts, world: World) -> Trainer:
     """The trainer.
 
     Raises:

@@ -1,10 +1,12 @@
 """Any input gives clean prompts or a ValueError."""
 
 import json
+import re
 import sys
 import unicodedata
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -12,13 +14,12 @@ from hypothesis import strategies as st
 
 from fastnabla.prompts import load_prompts, split_prompts
 from fastnabla.prompts.loading import MAX_PROMPT
-from fastnabla.prompts.readers import MAX_LINE
 
 RIGHT_TO_LEFT = "אבגدهو\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 CONTROL = "\0\a\b\t\n\v\f\r\x1b\x1c\x7f\x85\u2028\u2029\ufeff\ud800"
 ODD = st.text(st.sampled_from(RIGHT_TO_LEFT + CONTROL + "{}a \u200d\xa0é猫👩") | st.characters(), max_size=30)
 LINE_ENDS = st.sampled_from([b"\n", b"\r\n", b"\r", b"\n\n", b""])
-HUGE = st.sampled_from([MAX_PROMPT - 1, MAX_PROMPT, MAX_PROMPT + 1, MAX_LINE, 3 * MAX_LINE]).map(lambda n: b"x" * n)
+HUGE = st.sampled_from([MAX_PROMPT - 1, MAX_PROMPT, MAX_PROMPT + 1, 1 << 20]).map(lambda n: b"x" * n)
 LINES = st.binary(max_size=40) | ODD.map(lambda text: text.encode("utf-8", "surrogatepass")) | HUGE
 FILES = st.lists(st.tuples(LINES, LINE_ENDS), max_size=6).map(lambda parts: b"".join(a + b for a, b in parts))
 JSON = st.recursive(
@@ -62,7 +63,7 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bytes], st
 def test_text_files(write: Callable[[str, bytes], str], content: bytes):
     prompts = prompts_or_error(write("prompts.txt", content))
     if prompts is not None:
-        lines = {line.strip() for line in content.decode("utf-8-sig").split("\n")}
+        lines = {line.strip() for line in re.split("\r\n|\r|\n", content.decode("utf-8-sig"))}
         assert set(prompts) == lines - {""}
 
 
@@ -70,8 +71,19 @@ def test_text_files(write: Callable[[str, bytes], str], content: bytes):
 def test_json_lines(write: Callable[[str, bytes], str], content: bytes):
     prompts = prompts_or_error(write("prompts.jsonl", content))
     if prompts is not None:
-        rows = [json.loads(line) for line in content.decode("utf-8-sig").split("\n") if line.strip()]
-        assert set(prompts) == {row["prompt"].strip() for row in rows} - {""}
+        rows = [json.loads(line) for line in re.split("\r\n|\r|\n", content.decode("utf-8-sig")) if line.strip()]
+        assert prompts == list(dict.fromkeys(row["prompt"].strip() for row in rows))
+
+
+@given(name=st.sampled_from(["a.txt", "a.json", "a.csv", "a.tsv", "a.txt:prompt"]), value=JSON, content=FILES)
+@example(name="a.json", value=[["prompt"]], content=b'{"prompt":' * 900 + b"1" + b"}" * 900)
+@example(name="a.csv", value=None, content=b'prompt\n"' + b"x" * 200_000)
+def test_any_file(write: Callable[[str, bytes], str], name: str, value: Any, content: bytes):
+    name, _, column = name.partition(":")
+    for data in (json.dumps(value, indent=1).encode(), content):
+        source = write(name, data)
+        for chosen in (None, "*", column or None):
+            prompts_or_error(f"{source}:{chosen}" if chosen else source)
 
 
 @given(values=st.lists(ODD | JSON, max_size=5))
@@ -83,7 +95,7 @@ def test_hub_columns(values: list):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "datasets", stub)
         prompts = prompts_or_error("hf:someone/prompts:prompt")
-    assert prompts is None or set(prompts) == {value.strip() for value in values} - {""}
+    assert prompts is None or set(prompts) == {value.strip() for value in values}
 
 
 @given(

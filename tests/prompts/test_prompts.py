@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastnabla.prompts import PROMPT_SETS, load_prompts, readers
+from fastnabla.prompts import PROMPT_SETS, files, load_prompts
 from fastnabla.prompts.loading import MAX_PROMPT
-from fastnabla.prompts.readers import MAX_LINE
 
 
 def write(folder: Path, content: bytes, name: str = "prompts.txt") -> str:
@@ -40,10 +39,11 @@ def test_sets_hold_distinct_prompts_with_the_right_article():
     [
         b"a cat\n\n  a dog  \n",
         b"a cat\r\n\r\na dog\r\n",
+        b"a cat\r\ra dog\r",
         b"\xef\xbb\xbfa cat\na dog",
         b"\n\xc2\xa0\na cat\t\n\n\na dog\n\n",
     ],
-    ids=["unix", "windows", "byte order mark", "blanks"],
+    ids=["unix", "windows", "mac os 9", "byte order mark", "blanks"],
 )
 def test_text_file_has_a_prompt_a_line(tmp_path: Path, content: bytes):
     assert load_prompts(write(tmp_path, content)) == ["a cat", "a dog"]
@@ -60,18 +60,17 @@ def test_other_scripts_are_kept(tmp_path: Path):
         (b"\n \n", "no prompts"),
         (b"", "no prompts"),
         (b"\xef\xbb\xbf", "no prompts"),
-        (b"\xff\xfe\x00", "line 1: not UTF-8"),
-        (b"a cat\n\na d\xf6g\n", "line 3: not UTF-8"),
+        (b"\xff\xfe\x00", "begins like UTF-16, but is not .*save the file as UTF-8"),
+        (b"\xff\xfe\x00\xd8a\x00", "begins like UTF-16, but is not"),
+        (b"a cat\n\na d\xf6g\n", "line 3: not UTF-8 text .byte 0xF6"),
         ("a cat\n".encode("utf-16-le"), "line 1: contains the control character U\\+0000"),
         (b"a cat\na\x1b[31m dog\n", "line 2: contains the control character U\\+001B"),
         (b"a cat\na\tdog\n", "line 2: contains the control character U\\+0009"),
-        (b"a cat\ra dog\r", "line 1: contains the control character U\\+000D"),
         ("a cat\na \x85dog\n".encode(), "line 2: contains the control character U\\+0085"),
         ("a \u202egod a\n".encode(), "line 1: contains the control character U\\+202E"),
         ("a \u2067dog\u2069\n".encode(), "line 1: contains the control character U\\+2067"),
         (b"a cat\n\xef\xbb\xbfa dog\n", "line 2: contains the control character U\\+FEFF"),
         (b"a cat\n" + b"x" * (MAX_PROMPT + 1), f"line 2: has {MAX_PROMPT + 1} characters; shorten it to at most {MAX_PROMPT}"),
-        (b"a cat\n" + b"x" * MAX_LINE + b"\na dog\n", "line 2: longer than"),
         (None, "no such file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -97,7 +96,7 @@ def test_unreadable_files_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     def refuse(path: str, mode: str):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(readers, "open", refuse, raising=False)
+    monkeypatch.setattr(files, "open", refuse, raising=False)
     with pytest.raises(ValueError, match=r"prompts\.source = .*Permission denied"):
         load_prompts(write(tmp_path, b"a cat"))
 
@@ -109,8 +108,8 @@ def test_longest_prompt_is_taken(tmp_path: Path):
 def test_json_lines(tmp_path: Path):
     rows = [
         {"prompt": "a cat", "text": "one"},
-        {"prompt": " ", "text": "two"},
-        {"prompt": "ein Hündchen", "text": "two "},
+        {"prompt": "ein Hündchen ", "text": "two"},
+        {"prompt": "a cat", "text": "two "},
     ]
     source = write(tmp_path, "\n\n".join(map(json.dumps, rows)).encode("utf-8-sig"), "prompts.jsonl")
     assert load_prompts(source) == load_prompts(source + ":prompt") == ["a cat", "ein Hündchen"]
@@ -123,8 +122,11 @@ def test_json_lines(tmp_path: Path):
         ("a dog", "not JSON"),
         ("[" * 200_000, "not JSON"),
         ("1" * 10_000, "not JSON"),
-        ('["a dog"]', "a JSON list; write one object per line"),
-        ('{"text": "a dog"}', r"no field 'prompt' among \['text'\]; write FILE.jsonl:FIELD"),
+        ('["a dog"]', "must be an object with the field 'prompt', not list"),
+        ('"a dog"', "must be an object with the field 'prompt', not str"),
+        ('{"text": "a dog"}', "no field 'prompt' among 'text'"),
+        ('{"prompt": "a dog", "prompt": "a cow"}', "prompt: appears twice"),
+        ('{"prompt": " "}', "is empty"),
         ('{"prompt": null}', "must be text, not NoneType"),
         ('{"prompt": ["a dog"]}', "must be text, not list"),
         ('{"prompt": "a\\ndog"}', r"control character U\+000A"),
@@ -142,11 +144,18 @@ def test_bad_json_lines_are_refused(tmp_path: Path, line: str, message: str):
 class HubTable:
     """The part of `datasets.Dataset` that fastnabla uses."""
 
-    def __init__(self, **columns: list) -> None:
+    def __init__(self, columns: dict[str, list]) -> None:
         self.columns, self.column_names = columns, list(columns)
 
     def __getitem__(self, column: str) -> list:
         return self.columns[column]
+
+    def flatten(self) -> "HubTable":
+        flat = {}
+        for name, values in self.columns.items():
+            fields = values[0] if isinstance(values[0], dict) else ()
+            flat |= {f"{name}.{field}": [value[field] for value in values] for field in fields} or {name: values}
+        return HubTable(flat)
 
 
 @pytest.fixture
@@ -158,7 +167,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         asked.append((name, split))
         if name != "someone/prompts":
             raise FileNotFoundError(f"Dataset {name!r} doesn't exist on the Hub")
-        return HubTable(Prompt=["a cat", "", "a dog"], score=[1, 2, 3], notes=["fine", "a\x07bell", "fine"])
+        return HubTable(
+            {
+                "Prompt": ["a cat", "a dog", "a cat"],
+                "score": [1, 2, 3],
+                "notes": ["fine", "a\x07bell", ""],
+                "info": [{"text": "one"}, {"text": "two"}, {"text": "three"}],
+            }
+        )
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     return asked
@@ -170,15 +186,29 @@ def test_hub_column(hub: list[tuple[str, str]]):
     assert hub == [("someone/prompts", "train"), ("someone/prompts", "test[:50%]")]
 
 
+def test_hub_column_by_default_or_by_prompts_column(hub: list[tuple[str, str]]):
+    assert load_prompts("hf:someone/prompts") == load_prompts("hf:someone/prompts::test") == ["a cat", "a dog"]
+    assert hub == [("someone/prompts", "train"), ("someone/prompts", "test")]
+    assert load_prompts("hf:someone/prompts", column="info.text") == ["one", "two", "three"]
+    assert load_prompts("hf:someone/prompts::test", column="info.text") == ["one", "two", "three"]
+    assert load_prompts("hf:someone/prompts:Prompt", column="info.text") == ["a cat", "a dog"]
+    assert load_prompts("hf:someone/prompts:notes", bad_lines="skip") == ["fine"]
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("hf:", "write hf:OWNER/NAME:COLUMN"),
-        ("hf:someone/prompts", "write hf:OWNER/NAME:COLUMN"),
         ("hf::Prompt", "write hf:OWNER/NAME:COLUMN"),
-        ("hf:someone/prompts:prompt", "no column 'prompt'; use one of Prompt, score, notes"),
+        (
+            "hf:someone/prompts:prompt",
+            "no column or field 'prompt'; use one of 'Prompt', 'score', 'notes', 'info.text'",
+        ),
         ("hf:someone/prompts:score", "row 0: a prompt must be text, not int"),
-        ("hf:someone/prompts:notes", r"row 1: contains the control character U\+0007"),
+        (
+            "hf:someone/prompts:notes",
+            r"bad lines, 2 of 3:\n  row 1: .* character U\+0007; remove it\.\n  row 2: is empty",
+        ),
         ("hf:someone/else:Prompt", "the split 'train' of 'someone/else' cannot be loaded .*doesn't exist"),
     ],
 )
