@@ -34,15 +34,22 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_train_then_sample(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main(QUICK) == 0
+    table = Path("animals.csv")
+    table.write_text("Prompts,Place\na cow,field\na dog,house\na bear,wood\n", encoding="utf-8")
+    assert train.main([*QUICK, "--prompts.source", str(table)]) == 0
     run = Path("runs/testbed-001")
     assert (run / "table.md").is_file()
     assert sample.main([str(run), "--prompt", "a giraffe", "a cow", "-n", "3"]) == 0
     with Image.open(run / "sample.png") as picture:
         assert picture.width > 100
     assert train.main([*QUICK, "--run", str(run)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "exists already" in printed.err
+    look = "prompts to train on: 3; evaluated: 2 of them\n  a cow\n  a dog\n  a bear\n  longest, 6 characters: a bear\n"
+    assert printed.out.count(look) == 1
+    table.unlink()  # a run keeps its prompts
     assert train.main(["--resume", str(run)]) == 0
+    assert look in capsys.readouterr().out
     assert not Path("runs/testbed-002").exists()
 
 
@@ -68,7 +75,8 @@ def test_sampler_s_last_steps_are_those_of_training(capsys: pytest.CaptureFixtur
 def test_dry_run_prints_configuration_and_cost_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert '"guidance_scale": 3.0' in printed and "training step" in printed and "243.2 × 5 + 76.8 × 3" in printed
+    assert '"guidance_scale": 3.0' in printed and "prompts to train on: 10" in printed
+    assert "training step" in printed and "243.2 × 5 + 76.8 × 3" in printed
     assert not Path("runs").exists()
 
 
@@ -95,6 +103,7 @@ def test_dry_run_prints_configuration_and_cost_and_writes_nothing(capsys: pytest
         (["--checkpoint-keep", "0"], "checkpoint_keep"),
         (["--run", "."], "run"),
         (["--tracker", "wandb"], "tracker"),
+        (["--prompts.column", "Text"], "prompts.source"),
         (["--prompts.template", "a photo"], "prompts.template"),
         (["--prompts.held-out", "0.001"], "prompts.held_out"),
         (["--prompts.held-out", "2"], "prompts.held_out"),

@@ -41,8 +41,7 @@ def written(folder: Path, name: str, content: str | bytes) -> str:
         ("a.txt", '\ufeff[\r\n  "A red ball.",\r\n  "Two grey mice."\r\n]\r\n'),
         ("a.jsonl", '["A red ball.", "Two grey mice."]\n'),
         ("a.csv", '["A red ball.", "Two grey mice."]'),
-        ("a.json", '[{"prompt": "A red ball."}, {"Prompt": 1, "prompt ": 2, "prompt": "Two grey mice."}]'.replace(
-            '"Prompt": 1, "prompt ": 2, ', "")),
+        ("a.json", '[{"prompt": "A red ball."}, {"n": 1, "prompt": "Two grey mice."}]'),
         ("a.JSON", '[{"Prompts": "A red ball.", "n": 1}, {"Prompts": "Two grey mice."}]'),
         # An object with the prompts in a key
         ("a.json", '{"prompts": ["A red ball.", "Two grey mice."], "version": "the first one"}'),
@@ -171,35 +170,49 @@ def test_ambiguous_files_are_refused_with_a_remedy(
 
 
 def test_sets_and_unnamed_columns_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a set has no column 'text'; .*FILE:COLUMN"):
+    with pytest.raises(ValueError, match=r"a set has no column 'text'; .*FILE:COLUMN"):
         load_prompts("animals", column="text")
     with pytest.raises(ValueError, match="write a column after the colon"):
         load_prompts(written(tmp_path, "a.csv", "prompt\na") + ":")
 
 
 BAD_FILES = {
-    "a.txt": "A red ball.\n\x07\nb\ufeffc\n\nTwo grey mice.\n" + "x" * (MAX_PROMPT + 1) + "\nd\te\n\u202ef\n\x1b\n\x00",
-    "a.jsonl": '{"prompt": "A red ball."}\n{"prompt": "\\u0007"}\n{"prompt": 5}\n\n{"prompt": "Two grey mice."}\n'
-    '{"text": "a"}\n{"prompt"\n[1]\n{"prompt": ""}\n"a"',
-    "a.csv": 'prompt,n\nA red ball.,1\n\x07,2\nb, c, 3\n\nTwo grey mice.,4\n,5\n"d" e,6\n"f\ng",7\nh\n\ufeffi,8',
+    "a.txt": (
+        "A red ball.\n\x07\nb\ufeffc\n\nTwo grey mice.\n" + "x" * (MAX_PROMPT + 1) + "\nd\te\n\u202ef\n\x1b\n\x00",
+        ["line 2", "line 3", "line 6", "line 7", "line 8"],
+    ),
+    "a.jsonl": (
+        '{"prompt": "A red ball."}\n{"prompt": "\\u0007"}\n{"prompt": 5}\n\n{"prompt": "Two grey mice."}\n'
+        '{"text": "a"}\n{"prompt"\n[1]\n{"prompt": ""}\n"a"',
+        ["line 2", "line 3", "line 6", "line 7", "line 8"],
+    ),
+    "a.csv": (
+        'prompt,n\nA red ball.,1\n\x07,2\nb, c, 3\n\nTwo grey mice.,4\n,5\n"d" e,6\n"f\ng",7\nh\n\ufeffi,8',
+        ["line 3", "line 4", "line 7", "line 8", "lines 9 to 10"],
+    ),
+    "a.json": (
+        '["A red ball.", "\\u0007", 5, "Two grey mice.", null, "", ["a"], "\\ud800", "a\\nb"]',
+        ["entry 2", "entry 3", "entry 5", "entry 6", "entry 7"],
+    ),
 }
-"""Files of two good prompts and seven bad ones, the first five of which are in lines 2, 3, 6, 7 and 8."""
+"""Files of two good prompts and seven bad ones, with the places of the first five."""
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_all_bad_lines_are_told_at_once(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    source = written(tmp_path, name, BAD_FILES[name])
-    with pytest.raises(ValueError, match="bad lines, 7 of 9:") as error:
+    content, places = BAD_FILES[name]
+    source = written(tmp_path, name, content)
+    with pytest.raises(ValueError, match=r"bad lines, 7 of 9:") as error:
         load_prompts(source)
     _, *named, more, remedy = str(error.value).split("\n")
-    assert [line.split(":")[0] for line in named] == [f"  line {n}" for n in (2, 3, 6, 7)] + [
-        "  lines 8 to 9" if name == "a.csv" else "  line 8"
-    ]
+    assert [line.split(":")[0].strip() for line in named] == places
     assert more == "  and 2 more" and "--prompts.bad-lines skip" in remedy
 
     assert load_prompts(source, bad_lines="skip") == TWO
     assert [(r.name, r.levelno) for r in caplog.records] == [("fastnabla", logging.WARNING)]
-    assert caplog.messages[0].startswith(f"prompts.source = {source!r}: skipped bad lines, 7 of 9; the first: line 2: ")
+    assert caplog.messages[0].startswith(
+        f"prompts.source = {source!r}: skipped bad lines, 7 of 9; the first: {places[0]}"
+    )
 
 
 def test_a_file_of_bad_lines_alone_is_refused(tmp_path: Path) -> None:
@@ -210,7 +223,7 @@ def test_a_file_of_bad_lines_alone_is_refused(tmp_path: Path) -> None:
 
 def test_an_open_quote_names_the_lines_that_it_spans(tmp_path: Path) -> None:
     content = 'prompt,n\n"a,1\nb,2\n"c",3\nd,4\n"e,5\nf,6'
-    with pytest.raises(ValueError, match="lines 2 to 4: not CSV .*\n  lines 6 to 7: not CSV"):
+    with pytest.raises(ValueError, match=r"lines 2 to 4: not CSV .*\n  lines 6 to 7: not CSV"):
         load_prompts(written(tmp_path, "a.csv", content))
 
 

@@ -1,5 +1,6 @@
 """Training, held-out and evaluated prompts."""
 
+import dataclasses
 import itertools
 import logging
 from pathlib import Path
@@ -99,3 +100,20 @@ def test_evaluating_what_is_trained_on_is_warned_of(caplog: pytest.LogCaptureFix
 def test_bad_evaluation_source_is_named():
     with pytest.raises(ValueError, match=r"^prompts\.evaluation = 'missing\.txt': no such file"):
         run_prompts("animals", evaluation="missing.txt")
+
+
+def test_column_and_bad_lines_are_those_of_both_sources(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    sources = tmp_path / "trained.csv", tmp_path / "evaluated.jsonl"
+    sources[0].write_text("id,text\n1,a cat\n2,\n3,a dog\n", encoding="utf-8")
+    sources[1].write_text('{"text": "a lynx"}\n{"text": 5}\n', encoding="utf-8")
+    config = PromptConfig(source=str(sources[0]), evaluation=str(sources[1]), column="text", bad_lines="skip")
+    assert prompts_of(config, 10, 0) == RunPrompts(texts=["a cat", "a dog", "a lynx"], trained=2, evaluated=range(2, 3))
+    assert [message.split(" = ")[0] for message in caplog.messages] == ["prompts.source", "prompts.evaluation"]
+    refused = dataclasses.replace(config, bad_lines="refuse", source="animals", column=None)
+    refused.evaluation += ":text"
+    with pytest.raises(
+        ValueError, match=r"^prompts\.evaluation = .*bad lines, 1 of 2:\n  line 2: a prompt must be text"
+    ):
+        prompts_of(refused, 10, 0)
+    with pytest.raises(ValueError, match=r"prompts\.column = ''"):
+        PromptConfig(column="")
