@@ -70,11 +70,11 @@ def _cell(row: Row, index: int, width: int, separator: str) -> str | Unreadable:
     return row[index]
 
 
-def _rows(text: str, separator: str) -> Iterator[tuple[int, list[str] | Unreadable]]:
-    """Rows that are not blank, each with the number of its first line."""
-    for number, row in _tab_separated(text) if separator == "\t" else _quoted(text, separator):
+def _rows(text: str, separator: str) -> Iterator[tuple[str, Row]]:
+    """Rows that are not blank, each with its place."""
+    for place, row in _tab_separated(text) if separator == "\t" else _quoted(text, separator):
         if isinstance(row, Unreadable) or any(cell.strip() for cell in row):
-            yield number, row
+            yield place, row
 
 
 def _quoted(text: str, separator: str) -> Iterator[tuple[str, Row]]:
