@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable
 
+WITHOUT = "leave prompts.column out. FILE:COLUMN chooses the column of one source."
+"""Remedy for a column of prompts that have none."""
+
 
 def is_default(name: str) -> bool:
     """Whether a column of this name has the prompts unless another is chosen."""

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from fastnabla.prompts.columns import column_of, is_default, listed
+from fastnabla.prompts.columns import WITHOUT, column_of, is_default, listed
 from fastnabla.prompts.entries import Entries, Unreadable
 from fastnabla.utils.typed_json import parse
 
@@ -88,7 +88,7 @@ def _of_list(values: list[tuple[str, Any]], column: str | None) -> Entries:
     if not records and column is None:
         return values
     if not records:
-        raise ValueError(f"has no fields, and so no {column!r}; leave the column out.")
+        raise ValueError(f"has no fields, and so no {column!r}; {WITHOUT}")
     if column is None or not any(_has(record, column) for record in records):
         column = column_of((name for record in records for name in record), column)
     return [(place, _field(value, column)) for place, value in values]
@@ -169,10 +169,14 @@ def _has(value: Any, column: str | None) -> bool:
 def _keys_are_prompts(value: dict[str, Any]) -> bool:
     """Whether the prompts can only be the keys of an object, with any values that tell about them."""
     parts = value.values()
-    of_values = _mostly_phrases([text for part in parts for text in _texts(part)])
+    inner_keys = _mostly_phrases([key for part in parts if isinstance(part, dict) for key in part])
+    inner_texts = _mostly_phrases([text for part in parts for text in _texts(part)])
     if _mostly_phrases(value):
-        return not of_values or all(isinstance(part, dict) for part in parts)
-    return not of_values and not any(isinstance(part, str | list) for part in parts)
+        return not inner_keys and (not inner_texts or all(isinstance(part, dict) for part in parts))
+    # Keys like identifiers: the values must be numbers, or objects of the same fields without lists and objects.
+    fields = {tuple(part) if isinstance(part, dict) else type(part) for part in parts}
+    flat = all(not isinstance(p, list | dict) for part in parts if isinstance(part, dict) for p in part.values())
+    return not inner_keys and not inner_texts and len(fields) == 1 and flat and not fields & {str, list}
 
 
 def _texts(value: Any) -> list[str]:

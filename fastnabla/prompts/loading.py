@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastnabla.config.model_sections import BadLines
+from fastnabla.prompts.columns import WITHOUT
 from fastnabla.prompts.entries import Entries, Unreadable
 from fastnabla.prompts.files import read_file
 from fastnabla.prompts.hub import read_hub
@@ -103,10 +104,7 @@ def _refusal(bad: Sequence[str], good: int) -> str:
 def _read(source: str, column: str | None) -> Entries:
     if source in PROMPT_SETS:
         if column is not None:
-            raise ValueError(
-                f"a set has no column {column!r}; leave prompts.column out, or name the column of the other source behind "
-                "its name, as in FILE:COLUMN."
-            )
+            raise ValueError(f"a set has no column {column!r}; {WITHOUT}")
         return [(f"prompt {number}", prompt) for number, prompt in enumerate(PROMPT_SETS[source], 1)]
     if source.startswith("hf:"):
         hub = _HUB.fullmatch(source)

@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Iterator
 
-from fastnabla.prompts.columns import column_of
+from fastnabla.prompts.columns import WITHOUT, column_of
 from fastnabla.prompts.entries import Entries, Unreadable
 
 SUFFIXES = (".csv", ".tsv")
@@ -32,9 +32,9 @@ def read_table(text: str, suffix: str, column: str | None) -> Entries:
         try:
             column_of(max(headers.values(), key=len), column)
         except ValueError as error:
-            remedy = "rename the file to .txt" if suffix in SUFFIXES else "leave the column out"
+            remedy = "rename the file to .txt." if suffix in SUFFIXES else WITHOUT
             raise ValueError(
-                f"{error} The first line of a table names its columns; if every line is a prompt, {remedy}."
+                f"{error} The first line of a table names its columns; if every line is a prompt, {remedy}"
             ) from error
     names = headers[separator]
     index, width = names.index(column_of(names, column)), len(names)
