@@ -9,6 +9,7 @@ import tyro
 
 from fastnabla.compare import CompareConfig
 from fastnabla.evaluate import EvaluateConfig
+from fastnabla.export import ExportConfig
 from fastnabla.sample import SampleConfig
 from fastnabla.train import parse
 
@@ -17,13 +18,13 @@ FOLDERS = ("docs", "bench", "csrc", "kernels", "fastnabla/objective", "tests/gol
 PAGES = sorted({*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))})
 PAGES.remove(ROOT / "CHANGELOG.md")  # it names what is gone
 CODE_BLOCK = re.compile(r"```.*?```", re.DOTALL)
-COMMAND = re.compile(r"-m fastnabla\.(train|sample|evaluate|compare)\b([^`\n#]*)")
+COMMAND = re.compile(r"-m fastnabla\.(train|sample|evaluate|export|compare)\b([^`\n#]*)")
 PYTHON_FILES = {"setup.py"} | {
     path.name for folder in ("fastnabla", "kernels", "bench", "tests", "docs") for path in (ROOT / folder).rglob("*.py")
 }
-THEIRS = {"hpsv2.py", "imagereward.py"}
-"""Configuration files of the reference implementation."""
-PARSERS = {"sample": SampleConfig, "evaluate": EvaluateConfig, "compare": CompareConfig}
+THEIRS = {"hpsv2.py", "imagereward.py", "convert_diffusers_to_original_sdxl.py"}
+"""Files of the reference implementation and of diffusers."""
+PARSERS = {"sample": SampleConfig, "evaluate": EvaluateConfig, "export": ExportConfig, "compare": CompareConfig}
 
 
 def name(page: Path) -> str:
