@@ -1,5 +1,9 @@
-"""The documentation: its links lead somewhere, its command lines parse, and the files and test files that it names exist."""
+"""The documentation: its links lead somewhere, its command lines parse, the files and test files that it names exist, and
+the messages that it quotes are the package's.
+"""
 
+import ast
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -77,3 +81,40 @@ def test_named_python_files_exist(page: Path) -> None:
         if not known:
             missing.append(path)
     assert set(missing) <= THEIRS
+
+
+MESSAGES = ROOT / "docs" / "troubleshooting.md"
+VARIES = "…"
+
+
+def quoted_messages() -> list[str]:
+    """Lines of the page's blocks of text."""
+    blocks = re.findall(r"```text\n(.*?)```", MESSAGES.read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@functools.cache
+def package_strings() -> str:
+    """All strings of the package, one a line, with `VARIES` in place of what is filled in."""
+    found = []
+    for path in (ROOT / "fastnabla").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        parts = [node.values for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+        parts += [[node] for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        for values in parts:
+            text = "".join(part.value if isinstance(part, ast.Constant) else VARIES for part in values)
+            found.append(re.sub(r"%[-+ #0-9.]*[sdrgf]", VARIES, text).replace("\n", " "))
+    return "\n".join(found)
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_quoted_messages_are_the_package_s(message: str) -> None:
+    """What varies in the message may be anything in the package's string."""
+    fixed = [part.strip() for part in message.split(VARIES)]
+    assert max(map(len, fixed)) >= 12, "too short to find"
+    assert re.search(".*".join(map(re.escape, fixed)), package_strings()), message
+
+
+def test_a_message_that_is_no_longer_printed_is_found() -> None:
+    with pytest.raises(AssertionError):
+        test_quoted_messages_are_the_package_s("out of memory with … rows in a micro-batch; giving up after …")
