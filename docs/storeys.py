@@ -56,7 +56,7 @@ def draw(path: Path) -> None:
         text = dict(y=y + HEIGHT / 2, va="center", color="#1a1a1a")
         weight = "bold" if bold else "normal"
         axes.text(0.22, s="  ".join(names), family="DejaVu Sans Mono", fontsize=10.5, weight=weight, **text)
-        axes.text(4.75, s=subject, family="DejaVu Sans", fontsize=9.5, **text)
+        axes.text(4.9, s=subject, family="DejaVu Sans", fontsize=9.5, **text)
     drawn = io.BytesIO()
     figure.savefig(drawn, transparent=True)
     shown = PngInfo()

@@ -1,5 +1,9 @@
-"""The documentation: its links lead somewhere, its command lines parse, and the files and test files that it names exist."""
+"""The documentation: its links lead somewhere, its command lines parse, the files and test files that it names exist, and
+the messages that it quotes are the package's.
+"""
 
+import ast
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -9,6 +13,7 @@ import tyro
 
 from fastnabla.compare import CompareConfig
 from fastnabla.evaluate import EvaluateConfig
+from fastnabla.export import ExportConfig
 from fastnabla.sample import SampleConfig
 from fastnabla.train import parse
 
@@ -17,13 +22,13 @@ FOLDERS = ("docs", "bench", "csrc", "kernels", "fastnabla/objective", "tests/gol
 PAGES = sorted({*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))})
 PAGES.remove(ROOT / "CHANGELOG.md")  # it names what is gone
 CODE_BLOCK = re.compile(r"```.*?```", re.DOTALL)
-COMMAND = re.compile(r"-m fastnabla\.(train|sample|evaluate|compare)\b([^`\n#]*)")
+COMMAND = re.compile(r"-m fastnabla\.(train|sample|evaluate|export|compare)\b([^`\n#]*)")
 PYTHON_FILES = {"setup.py"} | {
     path.name for folder in ("fastnabla", "kernels", "bench", "tests", "docs") for path in (ROOT / folder).rglob("*.py")
 }
-THEIRS = {"hpsv2.py", "imagereward.py"}
-"""Configuration files of the reference implementation."""
-PARSERS = {"sample": SampleConfig, "evaluate": EvaluateConfig, "compare": CompareConfig}
+THEIRS = {"hpsv2.py", "imagereward.py", "convert_diffusers_to_original_sdxl.py"}
+"""Files of the reference implementation and of diffusers."""
+PARSERS = {"sample": SampleConfig, "evaluate": EvaluateConfig, "export": ExportConfig, "compare": CompareConfig}
 
 
 def name(page: Path) -> str:
@@ -76,3 +81,40 @@ def test_named_python_files_exist(page: Path) -> None:
         if not known:
             missing.append(path)
     assert set(missing) <= THEIRS
+
+
+MESSAGES = ROOT / "docs" / "troubleshooting.md"
+VARIES = "…"
+
+
+def quoted_messages() -> list[str]:
+    """Lines of the page's blocks of text."""
+    blocks = re.findall(r"```text\n(.*?)```", MESSAGES.read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@functools.cache
+def package_strings() -> str:
+    """All strings of the package, one a line, with `VARIES` in place of what is filled in."""
+    found = []
+    for path in (ROOT / "fastnabla").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        parts = [node.values for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+        parts += [[node] for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        for values in parts:
+            text = "".join(part.value if isinstance(part, ast.Constant) else VARIES for part in values)
+            found.append(re.sub(r"%[-+ #0-9.]*[sdrgf]", VARIES, text).replace("\n", " "))
+    return "\n".join(found)
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_quoted_messages_are_the_package_s(message: str) -> None:
+    """What varies in the message may be anything in the package's string."""
+    fixed = [part.strip() for part in message.split(VARIES)]
+    assert max(map(len, fixed)) >= 12, "too short to find"
+    assert re.search(".*".join(map(re.escape, fixed)), package_strings()), message
+
+
+def test_a_message_that_is_no_longer_printed_is_found() -> None:
+    with pytest.raises(AssertionError):
+        test_quoted_messages_are_the_package_s("out of memory with … rows in a micro-batch; giving up after …")

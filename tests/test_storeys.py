@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 PACKAGE, PICTURE = ROOT / "fastnabla", ROOT / "docs" / "storeys.png"
 STOREYS = (
-    ("train", "sample", "evaluate", "compare", "reproduce"),
+    ("train", "sample", "evaluate", "export", "compare", "reproduce"),
     ("comparison", "analytic"),
     ("evaluation",),
     ("training",),

@@ -8,7 +8,7 @@ import pytest
 HEAVY = ("torch", "diffusers", "transformers", "peft", "matplotlib")
 
 
-@pytest.mark.parametrize("module", ["sample", "evaluate", "compare"])
+@pytest.mark.parametrize("module", ["sample", "evaluate", "export", "compare"])
 def test_help_imports_no_torch(module: str) -> None:
     code = (
         f"import sys, fastnabla.{module} as command\n"

@@ -1,0 +1,54 @@
+"""A LoRA under the names of kohya-ss/sd-scripts, which ComfyUI and AUTOMATIC1111's web UI read."""
+
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from safetensors.torch import save
+from torch import Tensor
+
+from fastnabla.utils.durable import write_file
+
+RENAMED = {
+    "lora_unet_add_embedding_linear_1.": "lora_unet_label_emb_0_0.",
+    "lora_unet_add_embedding_linear_2.": "lora_unet_label_emb_0_2.",
+}
+"""Prefixes that diffusers' converter and the readers, diffusers' own among them, spell differently: the size conditions of
+Stable Diffusion XL."""
+
+
+def to_kohya(lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA's tensors under kohya's names.
+
+    ``unet.mid_block.attentions.0.proj_in.lora_A.weight`` becomes ``lora_unet_mid_block_attentions_0_proj_in.lora_down.weight``,
+    ``lora_B`` becomes ``lora_up``, and each layer gets an ``alpha``, a scalar, equal to its rank, so the scale remains 1.
+
+    Args:
+        lora: as `fastnabla.models.saved_policy` saves it, with PEFT's names and alpha = rank.
+    """
+    tensors = convert_state_dict_to_kohya(lora)
+    for old, new in RENAMED.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def save_kohya(weights: Path, file: Path) -> None:
+    """Write the LoRA in the folder `weights` to `file`, in safetensors, under kohya's names.
+
+    Args:
+        weights: a folder that `fastnabla.models.saved_policy.save_policy` wrote.
+        file: is replaced atomically if it exists.
+
+    Raises:
+        ValueError: there is no LoRA because all parameters were trained, or it cannot be read.
+    """
+    if not (weights / "lora").is_dir():
+        raise ValueError(
+            f"{str(weights)!r} has no lora/: the run trained all parameters (lora.rank = 0). Use its unet/ as "
+            "docs/export.md describes."
+        )
+    try:
+        lora, _ = StableDiffusionPipeline.lora_state_dict(weights / "lora")
+    except OSError as error:
+        raise ValueError(f"{str(weights / 'lora')!r} cannot be read ({error}).") from error
+    write_file(file, save(to_kohya(lora), metadata={"format": "pt"}))
