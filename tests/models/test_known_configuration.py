@@ -172,6 +172,33 @@ def largest_difference(model: str) -> float:
     return (networks.decoder.decode(latents) - plain).abs().max().item()
 
 
+ALIKE: dict[str, dict[str, dict[str, Any]]] = {
+    "sd15": {
+        UNET: {
+            "addition_embed_type": "text",
+            "addition_embed_type_num_heads": 2,
+            "encoder_hid_dim_type": "text_proj",
+            "encoder_hid_dim": 16,
+            "cross_attention_dim": 12,
+        },
+        VAE: {"use_quant_conv": False, "use_post_quant_conv": False},
+        TEXT: {"hidden_act": "gelu", "use_attention_mask": True},
+        SCHEDULER: {"trained_betas": torch.linspace(1e-4, 0.01, 1000).tolist(), "prediction_type": "v_prediction"},
+    },
+    "sdxl": {
+        UNET: {"time_cond_proj_dim": 6},
+        VAE: STATISTICS | {"scaling_factor": 0.5},
+        SCHEDULER: {"rescale_betas_zero_snr": True},
+        INDEX: {"force_zeros_for_empty_prompt": False},
+    },
+}
+
+
+@pytest.mark.parametrize("family", list(ALIKE))
+def test_samples_as_plain_diffusers(family: str, tmp_path: Path) -> None:
+    assert largest_difference(save(family, ALIKE[family], tmp_path)) < 1e-5
+
+
 @pytest.mark.parametrize("size", [8, 7])
 def test_distilled_guidance_is_an_input(size: int, tmp_path: Path) -> None:
     """Of an even and an odd width. The UNet runs the conditional rows alone, and the costs are those of one row."""
