@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig
 
-from fastnabla.config.model_sections import ModelConfig
+from fastnabla.config.model_sections import ModelConfig, SamplerConfig
 from fastnabla.cost.planner import unit_costs
 from fastnabla.models.build import build_networks
 from fastnabla.models.known_configuration import FILES, require_known
@@ -160,8 +160,8 @@ def save(family: str, changes: Mapping[str, Mapping[str, Any]], folder: Path) ->
 
 
 def largest_difference(model: str) -> float:
-    """Between our images of the pretrained policy and plain diffusers'."""
-    config = config_of(model)
+    """Between our images of the pretrained policy and plain diffusers'. More guidance would magnify the rounding."""
+    config = config_of(model, sampler=SamplerConfig(steps=4, guidance_scale=2.0))
     prompts = RunPrompts(texts=PROMPTS, trained=2, evaluated=range(2))
     networks = build_networks(pipeline_of(config.model), prompts, config, torch.device("cpu"))
     with networks.policy.pretrained_weights():
@@ -246,7 +246,7 @@ POOL: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@settings(max_examples=12)
+@settings(max_examples=20)
 @given(drawn=st.lists(st.sampled_from(POOL), min_size=1, max_size=3))
 def test_samples_as_plain_diffusers_or_is_refused(
     family: str, drawn: list[tuple[str, dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory
