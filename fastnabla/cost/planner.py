@@ -179,7 +179,9 @@ def planned(
 
 def unit_costs(config: TrainConfig) -> UnitCosts:
     """Costs of the networks of `config`."""
-    return UnitCosts(shapes_of(config), guided=config.sampler.guidance_scale != 1)
+    shapes = shapes_of(config)
+    distilled = shapes.unet.config.time_cond_proj_dim is not None  # guidance is an input; see `Policy`
+    return UnitCosts(shapes, guided=config.sampler.guidance_scale != 1 and not distilled)
 
 
 def buffer_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: int) -> int:

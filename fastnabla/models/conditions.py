@@ -1,8 +1,10 @@
-"""The UNet's conditioning inputs: prompt embeddings, and Stable Diffusion XL's pooled embeddings and sizes."""
+"""The UNet's conditioning inputs: prompt embeddings, Stable Diffusion XL's pooled embeddings and sizes, and the embedding of
+the guidance scale."""
 
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 
@@ -54,3 +56,18 @@ class Conditions(nn.Module):
 
     def _rows(self, prompt: Tensor) -> Tensor:
         return prompt + 1
+
+
+def guidance_embedding(unet: nn.Module, guidance_scale: float | None) -> Tensor | None:
+    """Embedding `[time_cond_proj_dim]`, float32, of the guidance scale w, for a UNet that takes w as an input because guidance
+    was distilled into it (arXiv 2210.03142). It is the embedding of w − 1, as in diffusers' pipelines. None for other UNets.
+
+    Args:
+        unet: diffusers' `UNet2DConditionModel`.
+        guidance_scale: w; None for 1.
+    """
+    size = getattr(unet, "config", {}).get("time_cond_proj_dim")
+    if size is None:
+        return None
+    scale = torch.tensor([(1 if guidance_scale is None else guidance_scale) - 1])
+    return StableDiffusionPipeline.get_guidance_scale_embedding(None, scale, size)[0]

@@ -150,17 +150,27 @@ class Decoder(nn.Module):
                 module.weight = nn.Parameter(weight, requires_grad=False)
         self.chunk = chunk
         self.checkpoint = checkpoint
+        for name in ("latents_mean", "latents_std"):
+            values = vae.config.get(name)
+            values = None if values is None else torch.tensor(values, device=vae.device).view(1, -1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Images `[N, 3, H, W]` in [0, 1], float32 (float64 if the autoencoder is), of the sampler's scaled `latents`
         `[N, C, h, w]`."""
-        config = self.vae.config
         count = len(latents)
         (latents,) = pad_rows([latents], max(count, self._padded_to))
-        latents = latents / config.scaling_factor + (config.shift_factor or 0)
+        latents = self._unscaled(latents)
         latents = latents.to(self.vae.dtype).contiguous(memory_format=self._memory_format)
         images = self._decode(self.vae, latents, self.checkpoint)[:count].contiguous()
         return (full(images) / 2 + 0.5).clamp(0, 1)
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """The autoencoder's latents, with its latents_mean and latents_std as in `StableDiffusionXLPipeline`."""
+        config = self.vae.config
+        if self.latents_mean is None or self.latents_std is None:
+            return latents / config.scaling_factor + (config.shift_factor or 0)
+        return latents * self.latents_std / config.scaling_factor + self.latents_mean
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

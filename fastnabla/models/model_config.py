@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.utils import logging
+from transformers import CLIPTextConfig
 
 from fastnabla.config.model_sections import TESTBED, ModelConfig
 from fastnabla.models.architectures import architecture_of
+from fastnabla.models.known_configuration import require_known
 from fastnabla.testbed import pipeline_folder
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
@@ -61,18 +64,39 @@ def configurations(model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configurations of the UNet and the VAE of `model`.
 
     Raises:
-        ValueError: they cannot be read, or the pipeline is not supported.
+        ValueError: they cannot be read, the pipeline is not supported, or a setting in one of its configuration files is not
+            taken into account.
     """
     if model.random_init:
         architecture = architecture_of(model.name)
         return architecture.unet, architecture.vae
-    family_of(model)
+    is_xl = family_of(model) is StableDiffusionXLPipeline
     with loading(model):
-        unet, vae = (
-            part.load_config(source_of(model), subfolder=folder, revision=model.revision)
-            for part, folder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
-        )
-        return unet, vae
+        files = _configuration_files(model)
+    require_known(model.name, is_xl, files)
+    return files["unet/config.json"], files["vae/config.json"]
+
+
+def _configuration_files(model: ModelConfig) -> dict[str, dict[str, Any]]:
+    """The contents of the configuration files of `model`, by their names. Of the files of absent parts, only those of the
+    UNet and the VAE are read."""
+    source, revision = source_of(model), model.revision
+    index = DiffusionPipeline.load_config(source, revision=revision)
+    files = {"model_index.json": index}
+    for part, folder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"), (DDIMScheduler, "scheduler")):
+        if folder in ("unet", "vae") or _has(index, folder):
+            file = f"{folder}/{part.config_name}"
+            files[file] = part.load_config(source, subfolder=folder, revision=revision)
+    for folder in ("text_encoder", "text_encoder_2"):
+        if _has(index, folder):
+            settings, _ = CLIPTextConfig.get_config_dict(source, subfolder=folder, revision=revision)
+            # The configuration of a CLIP model with both encoders has the text encoder's inside.
+            files[f"{folder}/config.json"] = settings.get("text_config") or settings
+    return files
+
+
+def _has(index: Mapping[str, Any], part: str) -> bool:
+    return (index.get(part) or (None, None))[1] is not None
 
 
 def is_xl(unet: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from fastnabla.config.training_sections import Attention
 from fastnabla.distributed.sharding import ShardedNetwork
 from fastnabla.distributed.world import World
 from fastnabla.models.compiling import Compile, compile_blocks, compiled, pad_rows
-from fastnabla.models.conditions import Conditions
+from fastnabla.models.conditions import Conditions, guidance_embedding
 from fastnabla.models.lora import Lora, add_lora
 from fastnabla.models.pass_counter import PassCounter
 
@@ -30,7 +30,8 @@ class Policy(nn.Module):
     Args:
         unet: a frozen `UNet2DConditionModel` without adapters, in the compute dtype; it is finetuned in place.
         conditions: the prompts.
-        guidance_scale: w of classifier-free guidance; None or 1 runs only the conditional rows.
+        guidance_scale: w of classifier-free guidance; None or 1 runs only the conditional rows. A UNet into which guidance
+            was distilled (`time_cond_proj_dim`) takes w as an input, and runs only these rows too.
         rank: rank and alpha of the LoRA; 0 trains all parameters instead.
         targets: names of the layers that get a LoRA.
     """
@@ -46,8 +47,12 @@ class Policy(nn.Module):
         super().__init__()
         self.unet = unet.requires_grad_(False).eval()
         self.conditions = conditions
-        self.guidance_scale = None if guidance_scale == 1 else guidance_scale
         self.dtype = unet.dtype
+        embedding = guidance_embedding(unet, guidance_scale)
+        self.guidance_scale = None if guidance_scale == 1 or embedding is not None else guidance_scale
+        self.register_buffer(
+            "guidance_embedding", embedding if embedding is None else embedding.to(self.dtype), persistent=False
+        )
         self.pretrained: nn.Module | None = None
         self.shards: ShardedNetwork | None = None
         self.pretrained_shards: ShardedNetwork | None = None
@@ -202,10 +207,16 @@ class Policy(nn.Module):
             network = self.pretrained if self._reference and not self.is_lora else self.unet
             mixed = network.dtype != self.dtype
             with torch.autocast(x.device.type, self.dtype, enabled=mixed) if mixed else contextlib.nullcontext():
-                output = self._call(network, x, timestep, self.conditions(prompt, guided))
+                output = self._call(network, x, timestep, self._arguments(prompt))
             if padded > rows:
                 output = torch.cat([half[:rows] for half in self._halves(output)])
         return self.passes.watch(output if with_graph else output.detach(), padded)
+
+    def _arguments(self, prompt: Tensor) -> dict[str, Any]:
+        arguments = self.conditions(prompt, self.guidance_scale is not None)
+        if self.guidance_embedding is not None:
+            arguments["timestep_cond"] = self.guidance_embedding.expand(len(prompt), -1)
+        return arguments
 
     def _halves(self, output: Tensor) -> tuple[Tensor, ...]:
         return output.chunk(1 if self.guidance_scale is None else 2)
