@@ -46,13 +46,13 @@ def sampler_table(model: ModelConfig, config: SamplerConfig, steps: TransitionTa
 
 
 def unused_settings(shipped: SchedulerMixin, ours: SchedulerMixin) -> dict[str, Any]:
-    """Settings of the checkpoint's scheduler, besides its noise schedule, that differ from its defaults and from `ours`."""
+    """Settings of the checkpoint's scheduler, besides its noise schedule, that `ours` has otherwise or does not have at all.
+    Of the latter, its class's defaults are left out."""
     parameters, schedule = inspect.signature(type(shipped).__init__).parameters, noise_schedule(shipped)
-    defaults = {name: parameter.default for name, parameter in parameters.items() if name not in schedule}
     return {
         name: value
         for name, value in shipped.config.items()
-        if name in defaults and value != defaults[name] and value != ours.config.get(name)
+        if name in parameters and name not in schedule and value != ours.config.get(name, parameters[name].default)
     }
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from torch import nn
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.model_config import Pipeline
@@ -40,10 +41,19 @@ def load_single_file(
         absent |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         vae = AutoencoderKL.from_single_file(str(file), subfolder="vae", torch_dtype=dtypes["vae"], **shared)
-        return family.from_single_file(str(file), vae=vae, torch_dtype=dtypes["default"], **shared, **absent)
+        pipeline = family.from_single_file(str(file), vae=vae, torch_dtype=dtypes["default"], **shared, **absent)
     except (SingleFileComponentError, RuntimeError, ValueError, KeyError) as error:
-        why = "it has layers without weights" if "meta tensor" in str(error) else error
+        why = "it lacks weights of some layers" if "meta tensor" in str(error) else error
         raise ValueError(f"{file.name} does not fit the configuration {shared['config']!r}: {why}") from error
+    # diffusers leaves parameters that the file lacks on the meta device.
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    missing = [f"{name}.{key}" for name, part in networks.items() for key, p in part.named_parameters() if p.is_meta]
+    if missing:
+        raise ValueError(
+            f"{file.name} does not fit the configuration {shared['config']!r}: it lacks {len(missing)} of its tensors, such as "
+            f"{missing[0]}"
+        )
+    return pipeline
 
 
 def _prediction_types(model: ModelConfig, file: Path) -> tuple[str | None, str]:

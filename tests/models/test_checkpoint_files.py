@@ -149,8 +149,11 @@ def test_a_single_file_that_does_not_fit_is_refused(pipeline: Pipeline, saved: P
     tensors = load_file(saved / "single" / "cute.safetensors")
     for lacking in (".out.2.bias", ".decoder.conv_out.bias", ".final_layer_norm.bias"):
         save_file({name: w for name, w in tensors.items() if not name.endswith(lacking)}, tmp_path / "cut.safetensors")
-        with pytest.raises(ValueError, match=r"cut\.safetensors does not fit .*layers without weights"):
+        with pytest.raises(ValueError, match=r"cut\.safetensors does not fit .*it lacks"):
             pipeline_of(config_of(tmp_path / "cut.safetensors", config=str(saved / "full")))
+    half = ModelConfig(name=str(tmp_path / "cut.safetensors"), config=str(saved / "full"), dtype="float16")
+    with pytest.raises(ValueError, match=r"cut\.safetensors does not fit .*it lacks"):
+        pipeline_of(half)
 
 
 def test_other_files_are_refused_with_a_remedy(saved: Path, tmp_path: Path) -> None:

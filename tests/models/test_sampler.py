@@ -203,13 +203,17 @@ def test_the_table_says_where_every_value_is_from(tmp_path: Path) -> None:
     table = sampler_table(
         ModelConfig(name=str(model)), config, TransitionTable.from_scheduler(scheduler_of(shipped, config), 20)
     )
-    found = dict(
-        zip(table.columns[0].cells, zip(table.columns[1].cells, table.columns[2].cells, strict=True), strict=True)
-    )
-    assert found["beta_start"] == ("0.00085", "the checkpoint's noise schedule (EulerDiscreteScheduler)")
-    assert found["timesteps"] == ("951 → 901 → 851 → … → 101 → 51 → 1 → 0", "sampler.steps = 20")
-    assert found["steps_offset"] == ("1", "fastnabla") and found["clip_sample"] == ("False", "fastnabla")
-    assert found["use_karras_sigmas"][0] == "not True"
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    unused = "fastnabla; EulerDiscreteScheduler is not used to sample"
+    assert ("beta_start", "0.00085", "the checkpoint's noise schedule (EulerDiscreteScheduler)") in rows
+    assert ("timesteps", "951 → 901 → 851 → … → 101 → 51 → 1 → 0", "sampler.steps = 20") in rows
+    assert ("timestep_spacing", "leading", "sampler.spacing") in rows
+    assert ("clip_sample", "False", "fastnabla") in rows
+    assert [row for row in rows if row[2] == unused] == [
+        ("use_karras_sigmas", "not True", unused),
+        ("timestep_spacing", "not linspace", unused),
+        ("steps_offset", "not 0", unused),
+    ]
 
 
 @pytest.mark.parametrize(("kind", "spacing", "timesteps"), SPACINGS, ids=str)
