@@ -47,7 +47,7 @@ def single_file_of(model: ModelConfig) -> Path | None:
     """
     if model.name == TESTBED or model.random_init:
         return None
-    path = Path(model.name).expanduser()
+    path = Path(os.path.expanduser(model.name))  # unlike Path.expanduser, leaves an unknown user as it is
     if path.is_dir():
         path = _file_in(model, path)
     elif path.suffix.lower() not in (".safetensors", *PICKLED):
