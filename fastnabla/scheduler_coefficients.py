@@ -88,11 +88,7 @@ def _ddim_columns(scheduler: Any, eta: float) -> dict[str, Tensor]:
     """
     alphas = scheduler.alphas_cumprod.double().cpu()
     timestep = scheduler.timesteps.long().cpu()
-    if timestep.max() >= len(alphas):
-        raise ValueError(
-            f"scheduler setting steps_offset={scheduler.config.get('steps_offset')} with {len(timestep)} steps: the first "
-            f"timestep, {timestep.max()}, is beyond the last trained one, {len(alphas) - 1}. Use fewer steps."
-        )
+    _check_trained(scheduler, timestep, alphas)
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     timestep_next = (timestep - stride).clamp(min=0)
     if not torch.equal(timestep_next[:-1], timestep[1:]):
@@ -115,6 +111,7 @@ def _dpm_solver_columns(scheduler: Any, eta: float) -> dict[str, Tensor]:
     ``μ = (σ'/σ) e^{−h} x + α' (1 − e^{−2h}) x̂0`` and variance ``σ'² (1 − e^{−2h})``."""
     alphas = scheduler.alphas_cumprod.double().cpu()
     timestep = scheduler.timesteps.long().cpu()
+    _check_trained(scheduler, timestep, alphas)
     timestep_next = torch.cat([timestep[1:], timestep.new_zeros(1)])
     now, then = alphas[timestep], alphas[timestep_next]
     log_snr, log_snr_next = (0.5 * torch.log(x / (1 - x)) for x in (now, then))
@@ -124,6 +121,15 @@ def _dpm_solver_columns(scheduler: Any, eta: float) -> dict[str, Tensor]:
     a = ((1 - then) / (1 - now)).sqrt() * torch.exp(-h) + pull * c
     sigma = ((1 - then) * -torch.expm1(-2 * h)).sqrt()
     return _columns(scheduler.config.prediction_type, timestep, timestep_next, a, pull * d, sigma, alphas)
+
+
+def _check_trained(scheduler: Any, timestep: Tensor, alphas: Tensor) -> None:
+    """Check that the network was trained at the first `timestep`."""
+    if timestep.max() >= len(alphas):
+        raise ValueError(
+            f"scheduler setting steps_offset={scheduler.config.get('steps_offset')} with {len(timestep)} steps: the first "
+            f"timestep, {timestep.max()}, is beyond the last trained one, {len(alphas) - 1}. Use fewer steps."
+        )
 
 
 def _prediction(kind: str, alpha_bar: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

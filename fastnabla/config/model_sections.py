@@ -24,11 +24,15 @@ class ModelConfig:
     """The pretrained model."""
 
     name: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """Folder or Hub id of a diffusers pipeline of Stable Diffusion 1, 2 or XL, or "testbed" for the embedded model."""
+    """Folder or Hub id of a diffusers pipeline of Stable Diffusion 1, 2 or XL, a .safetensors file with a whole checkpoint of
+    one, or "testbed" for the embedded model."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. None: the default branch."""
     variant: str | None = None
-    """Variant of the weight files, such as fp16."""
+    """Variant of the weight files, such as fp16. None: those without a variant, or the only variant there is."""
+    config: str | None = None
+    """For a .safetensors file: folder or Hub id of a diffusers pipeline with its architecture and noise schedule. None: those
+    of Stable Diffusion 1.5 or XL, whichever the file's tensors fit; their configuration files must have been downloaded."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the frozen networks. The LoRA, the flow network and the loss are float32 in any case."""
     vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -62,11 +66,12 @@ class SamplerConfig:
     """"ddim": DDIM with noise, which is DDPM for η = 1. "sde-dpmsolver++": first-order SDE-DPM-Solver++."""
     steps: int = 50
     """T, the number of network evaluations per trajectory. Fewer steps train faster but give worse images."""
-    spacing: Literal["leading", "trailing", "linspace"] | None = None
-    """Which of the trained timesteps are used: diffusers' timestep_spacing. DDIM's last steps of 20 are 51 → 1 → 0 with
-    "leading", and 49 → 0 with "trailing". "trailing" starts at the noisiest timestep, and DDIM then needs a number of
-    steps that divides the trained ones. "linspace" is for sde-dpmsolver++. None: the checkpoint's, for Stable Diffusion
-    "leading"."""
+    spacing: Literal["leading", "trailing", "linspace"] | None = "leading"
+    """Which of the trained timesteps are used: diffusers' timestep_spacing. Of the checkpoint's scheduler only the noise
+    schedule is used, not its spacing. "leading" is Stable Diffusion's, with steps_offset = 1: DDIM's last steps of 20 are
+    51 → 1 → 0. "trailing": 49 → 0. It starts at the noisiest timestep, which a checkpoint with zero terminal SNR needs,
+    and DDIM then needs a number of steps that divides the trained ones. "linspace" is for sde-dpmsolver++. None: the
+    checkpoint's, as in runs of older versions."""
     eta: float = 1.0
     """η, the scale of DDIM's noise. > 0; 1 is DDPM."""
     min_sigma: float | None = None

@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("residual-db", "db"),
     "model.tiny_decoder": (None,),
     "sampler.scheduler": ("ddim",),
-    "sampler.spacing": (None,),
+    "sampler.spacing": ("leading", None),
     "sampler.min_sigma": (None,),
     "objective.reward_gradient": ("lookahead",),
     "objective.gamma": ("alpha_bar", "sqrt_alpha_bar"),

@@ -1,4 +1,4 @@
-"""Renamed fields: old command lines and the folders of old runs are read with the new names.
+"""Renamed fields and new defaults: old command lines and the folders of old runs keep their meaning.
 
 The next release drops the old names on the command line. Those in run folders stay readable, so that old runs can be
 resumed.
@@ -31,6 +31,9 @@ RENAMED: dict[str, Renamed] = {
     "reward.tf32": Renamed("reward.precision", {True: "tf32", False: "float32"}),
 }
 """Old name → new one."""
+
+BEFORE: dict[str, Any] = {"sampler.spacing": None}
+"""Field with a new default → what an older configuration without this field stands for."""
 
 
 def new_name(name: str) -> str:
@@ -80,7 +83,7 @@ def _option(name: str) -> str:
 
 
 def with_new_names(values: Any) -> Any:
-    """The JSON of a configuration, perhaps written by an older version, with new names.
+    """The JSON of a configuration, perhaps written by an older version, with new names and the defaults of its version.
 
     If the new name is present too, or the old value is not valid, the old name is kept and then refused as an unknown field.
     """
@@ -95,6 +98,10 @@ def with_new_names(values: Any) -> Any:
             continue
         value = part[field] if renamed.values is None else next(iter(known))
         values = {**values, section: {name: v for name, v in part.items() if name != field} | {new_field: value}}
+    for name, value in BEFORE.items():
+        section, _, field = name.partition(".")
+        if isinstance(values, dict) and isinstance(values.get(section), dict):
+            values = {**values, section: {field: value} | values[section]}
     return values
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,20 +16,15 @@ from diffusers import (
 from diffusers.utils import logging
 from transformers import CLIPTextConfig
 
-from fastnabla.config.model_sections import TESTBED, ModelConfig
+from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.architectures import architecture_of
 from fastnabla.models.known_configuration import require_known
-from fastnabla.testbed import pipeline_folder
+from fastnabla.models.model_source import remedy, source_of
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 FAMILIES: dict[str, type[Pipeline]] = {
     family.__name__: family for family in (StableDiffusionPipeline, StableDiffusionXLPipeline)
 }
-
-
-def source_of(model: ModelConfig) -> str | Path:
-    """Folder or Hub id of `model`."""
-    return pipeline_folder() if model.name == TESTBED else model.name
 
 
 @contextlib.contextmanager
@@ -42,8 +36,7 @@ def loading(model: ModelConfig) -> Iterator[None]:
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"model.name = {model.name!r}: cannot be loaded as a diffusers pipeline of Stable Diffusion "
-            f"({' '.join(str(error).split())}). Give a local folder with a model_index.json, 'testbed', or a Hub id "
-            f"downloaded with: hf download {model.name}"
+            f"({' '.join(str(error).split())}). {remedy(model)}"
         ) from error
 
 
@@ -53,8 +46,9 @@ def family_of(model: ModelConfig) -> type[Pipeline]:
     Raises:
         ValueError: the model is not found, or its pipeline is not supported.
     """
+    source = source_of(model)
     with loading(model):
-        name = DiffusionPipeline.load_config(source_of(model), revision=model.revision).get("_class_name")
+        name = DiffusionPipeline.load_config(source, revision=model.revision).get("_class_name")
         if name not in FAMILIES:
             raise ValueError(f"it is a {name}; supported are {', '.join(FAMILIES)}")
         return FAMILIES[name]

@@ -10,9 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.architectures import architecture_of
 from fastnabla.models.conditions import Conditions
-from fastnabla.models.model_config import Pipeline, configurations, family_of, loading, source_of, vae_dtype
+from fastnabla.models.model_config import Pipeline, configurations, family_of, loading, vae_dtype
+from fastnabla.models.model_source import single_file_of, source_of
 from fastnabla.models.prompt_cache import CAPACITY, PromptCache
 from fastnabla.models.random_init import random_pipeline
+from fastnabla.models.single_file import load_single_file
+from fastnabla.models.weight_files import variant_to_load
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -35,10 +38,15 @@ def pipeline_of(config: ModelConfig) -> Pipeline:
 def _load(config: ModelConfig, dtypes: dict[str, torch.dtype]) -> Pipeline:
     family, name = family_of(config), config.name
     absent = {"safety_checker": None, "requires_safety_checker": False} if family is StableDiffusionPipeline else {}
+    file = single_file_of(config)
+    variant = variant_to_load(config) if file is None else None
     with loading(config):
-        pipeline = family.from_pretrained(
-            source_of(config), revision=config.revision, variant=config.variant, dtype=dtypes, **absent
-        )
+        if file is not None:
+            pipeline = load_single_file(config, file, family, dtypes)
+        else:
+            pipeline = family.from_pretrained(
+                source_of(config), revision=config.revision, variant=variant, dtype=dtypes, **absent
+            )
     parts = PARTS + (("text_encoder_2", "tokenizer_2") if isinstance(pipeline, StableDiffusionXLPipeline) else ())
     missing = [part for part in parts if getattr(pipeline, part, None) is None]
     if missing:

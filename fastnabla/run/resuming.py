@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastnabla.config.fields import dotted
+from fastnabla.config.model_sections import SamplerConfig
 from fastnabla.config.renamed import with_old_names
 from fastnabla.config.train import TrainConfig, load_run
 from fastnabla.prompts import RunPrompts
@@ -39,6 +40,7 @@ LAGGING = (
 )
 
 INTRODUCED: dict[str, Any] = {
+    "model.config": None,
     "deterministic": False,
     "sampler.spacing": None,
     "sampler.min_sigma": None,
@@ -115,6 +117,8 @@ def run_to_resume(config: TrainConfig) -> tuple[Path, list[str]] | None:
     names = [name for name in ours if ours[name] != theirs[name] and name not in ("run", "resume", "dry_run")]
     # A field left open takes the run's value, which was planned or chosen by its device.
     names = [n for n in names if ours[n] is not None or not (n.startswith("memory.") or n == "reward.precision")]
+    # Older versions had no default spacing: their runs keep the checkpoint's.
+    names = [n for n in names if (n, ours[n], theirs[n]) != ("sampler.spacing", SamplerConfig().spacing, None)]
     extended = can_extend(own) and config.updates > own.updates
     refused = [name for name in names if name not in WITHOUT_EFFECT and not (name == "updates" and can_extend(own))]
     if refused:

@@ -15,6 +15,7 @@ from fastnabla.cost.update_cost import cost_table, measured_rate, update_cost
 from fastnabla.distributed.devices import device_of
 from fastnabla.distributed.launch import RankInfo
 from fastnabla.distributed.world import LostProcess, World, log_as
+from fastnabla.models.sampler_table import sampler_table
 from fastnabla.prompts import RunPrompts, look, prompts_of
 from fastnabla.run.folder import create_run_folder
 from fastnabla.run.lock import locked
@@ -151,7 +152,9 @@ def _folder(config: TrainConfig, run: str | None) -> Path:
     if run is not None and Path(run).exists():
         _extend(Path(run), config.updates)
         return Path(run)
-    return create_run_folder(None if run is None else Path(run), Path(config.model.name).name)
+    return create_run_folder(
+        None if run is None else Path(run), Path(config.model.name).name.removesuffix(".safetensors")
+    )
 
 
 def _extend(run: Path, updates: int) -> None:
@@ -167,6 +170,7 @@ def _extend(run: Path, updates: int) -> None:
 def _print_costs(trainer: Trainer, plan: dict[str, Any] | None, console: Console) -> None:
     config = trainer.config
     console.print_json(to_json(config))
+    console.print(sampler_table(config.model, config.sampler, trainer.components.table))
     costs = unit_costs(config)
     rate = measured_rate(trainer.policy, costs, config.memory.micro_batch)
     console.print(cost_table(update_cost(config, costs), plan and MemoryPlan(**plan), rate))

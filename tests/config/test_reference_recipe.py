@@ -66,7 +66,7 @@ def test_sets_the_departures_alone(name: str) -> None:
         ({"rollout": RolloutConfig(fraction=0.5, replay=3)}, r"rollout\.replay = 3 \(it has 1\)"),
         ({"rollout": RolloutConfig(fraction=0.5, draw="runs")}, r"rollout\.draw = 'runs' \(it has stratified or uniform\)"),
         ({"optimizer": OptimizerConfig(applications=3)}, r"optimizer\.applications = 3 \(it has 2\)"),
-        ({"sampler": SamplerConfig(spacing="trailing")}, r"sampler\.spacing = 'trailing' \(it has None\)"),
+        ({"sampler": SamplerConfig(spacing="trailing")}, r"sampler\.spacing = 'trailing' \(it has leading or None\)"),
         ({"sampler": SamplerConfig(min_sigma=0.1)}, r"sampler\.min_sigma = 0\.1 \(it has None\)"),
         ({"lora": LoraConfig(rank=0)}, r"lora\.rank = 0 \(it has a LoRA\)"),
         ({"optimizer": OptimizerConfig(warmup=1, schedule="linear")}, r"schedule = 'linear'.*warmup = 1"),

@@ -1,20 +1,44 @@
 """The sampler of a run: its scheduler, its table, and plain diffusers with the same noise."""
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
 
 from fastnabla.config.model_sections import ModelConfig, SamplerConfig
 from fastnabla.models.model_config import Pipeline
 from fastnabla.models.pipeline import encode_prompts, latent_shape, pipeline_of
 from fastnabla.models.policy import Policy
-from fastnabla.models.sampler import NoiseFloor, use_sampler
+from fastnabla.models.sampler import NoiseFloor, scheduler_of, use_sampler
+from fastnabla.models.sampler_table import sampler_table
+from fastnabla.testbed import pipeline_folder
 from fastnabla.trajectories.rollout import sample
+from fastnabla.transition import TransitionTable
 from fastnabla.utils.seeding import TrajectoryNoise
-from tests.checks import ddim, relative_error
+from tests.checks import STABLE_DIFFUSION, relative_error
 
 SPACINGS = [
     ("ddim", "leading", range(951, 0, -50)),
@@ -26,25 +50,170 @@ SPACINGS = [
 """Scheduler, spacing, and the timesteps of 20 steps."""
 
 
+SCHEDULE = STABLE_DIFFUSION | {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
+SAVED_WITH = [
+    (DDIMScheduler, {"clip_sample": True, "timestep_spacing": "trailing", "thresholding": True}),
+    (DDIMScheduler, {"steps_offset": 0, "set_alpha_to_one": True}),
+    (DDPMScheduler, {"variance_type": "fixed_large", "clip_sample": True}),
+    (PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 1}),
+    (EulerDiscreteScheduler, {"timestep_spacing": "linspace", "use_karras_sigmas": True, "sigma_max": 80.0}),
+    (EulerDiscreteScheduler, {"use_exponential_sigmas": True, "final_sigmas_type": "sigma_min"}),
+    (EulerAncestralDiscreteScheduler, {"steps_offset": 3}),
+    (
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True, "lambda_min_clipped": -5.1},
+    ),
+    (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "use_lu_lambdas": True}),
+    (DPMSolverSinglestepScheduler, {"thresholding": True}),
+    (DEISMultistepScheduler, {"algorithm_type": "deis"}),
+    (UniPCMultistepScheduler, {"solver_type": "bh2", "predict_x0": True}),
+    (LMSDiscreteScheduler, {"use_karras_sigmas": True}),
+    (HeunDiscreteScheduler, {"clip_sample": True, "use_beta_sigmas": True}),
+    (KDPM2DiscreteScheduler, {}),
+    (LCMScheduler, {"original_inference_steps": 50}),
+    (TCDScheduler, {}),
+]
+"""Schedulers that checkpoints of Stable Diffusion come with, and settings of each that are not the noise schedule."""
+PUBLISHED = {
+    "stable-diffusion-v1-5": (
+        PNDMScheduler,
+        STABLE_DIFFUSION
+        | {"num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1}
+        | {"trained_betas": None, "clip_sample": False},
+    ),
+    "stable-diffusion-xl-base-1.0": (
+        EulerDiscreteScheduler,
+        SCHEDULE
+        | {"clip_sample": False, "interpolation_type": "linear", "sample_max_value": 1.0, "set_alpha_to_one": False}
+        | {"skip_prk_steps": True, "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None}
+        | {"use_karras_sigmas": False},
+    ),
+}
+
+
 @pytest.fixture
 def pipeline() -> Pipeline:
     return pipeline_of(ModelConfig(name="testbed", dtype="float32"))
 
 
 @pytest.mark.parametrize("kind", ["ddim", "sde-dpmsolver++"])
-@pytest.mark.parametrize("shipped", [PNDMScheduler, EulerDiscreteScheduler])
-def test_takes_the_noise_schedule_that_came_with_the_model(pipeline: Pipeline, kind: str, shipped: type) -> None:
-    alphas = pipeline.scheduler.alphas_cumprod
-    pipeline.scheduler = shipped.from_config(pipeline.scheduler.config)
+@pytest.mark.parametrize(("shipped", "settings"), SAVED_WITH, ids=lambda value: getattr(value, "__name__", ""))
+def test_checkpoints_of_one_model_are_sampled_alike(
+    pipeline: Pipeline, kind: str, shipped: type, settings: dict, tmp_path: Path
+) -> None:
+    """Whatever scheduler they were saved with: the table of the testbed's own, to the bit, and its scheduler's settings."""
+    expected = use_sampler(pipeline, SamplerConfig(scheduler=kind, steps=20))
+    own = dict(pipeline.scheduler.config)
+    shipped.from_config(SCHEDULE | settings).save_pretrained(tmp_path)
+    pipeline.scheduler = shipped.from_pretrained(tmp_path)
     table = use_sampler(pipeline, SamplerConfig(scheduler=kind, steps=20))
-    assert torch.equal(pipeline.scheduler.alphas_cumprod, alphas)
-    assert len(table) == 20
+    for column in dataclasses.fields(table):
+        assert torch.equal(getattr(table, column.name), getattr(expected, column.name)), column.name
+    assert dict(pipeline.scheduler.config) == own
 
 
-def test_scheduler_of_another_kind_of_model_is_refused(pipeline: Pipeline) -> None:
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler, is not supported"):
+@pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-xl-base-1.0"])
+def test_ordinary_checkpoints_are_sampled_with_their_own_settings(pipeline: Pipeline, name: str) -> None:
+    """The scheduler_config.json of the published models: DDIM from it has the table of the run's DDIM."""
+    shipped, settings = PUBLISHED[name]
+    pipeline.scheduler = shipped.from_config(settings)
+    expected = TransitionTable.from_scheduler(DDIMScheduler.from_config(settings), 50)
+    table = use_sampler(pipeline, SamplerConfig())
+    for column in dataclasses.fields(table):
+        assert torch.equal(getattr(table, column.name), getattr(expected, column.name)), column.name
+
+
+@pytest.mark.parametrize("kind", ["ddim", "sde-dpmsolver++"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"prediction_type": "v_prediction"},
+        {"num_train_timesteps": 500},
+        {"trained_betas": np.linspace(1e-3, 1e-2, 1000).tolist()},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_noise_schedule_is_the_checkpoint_s(pipeline: Pipeline, kind: str, changes: dict) -> None:
+    pipeline.scheduler = EulerDiscreteScheduler(**SCHEDULE | changes)
+    betas = pipeline.scheduler.betas
+    use_sampler(pipeline, SamplerConfig(scheduler=kind, spacing="trailing"))
+    assert torch.equal(pipeline.scheduler.betas, betas)
+    assert all(pipeline.scheduler.config[name] == value for name, value in changes.items())
+
+
+def test_zero_terminal_snr_starts_from_pure_noise(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    """At ᾱ = 0 the first step is x' = −√ᾱ' v + √(1 − ᾱ') ε, whatever x is."""
+    shipped = DDIMScheduler(**SCHEDULE | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+    pipeline.scheduler = shipped
+    table = use_sampler(pipeline, SamplerConfig(spacing="trailing"))
+    signal = shipped.alphas_cumprod[979].double()
+    assert (table.a[0], table.alpha_bar[0]) == (0, 0)
+    torch.testing.assert_close(
+        torch.stack([table.b[0], table.sigma[0]]), torch.stack([-(signal**0.5), (1 - signal) ** 0.5])
+    )
+    assert not caplog.records
+    pipeline.scheduler = shipped
+    use_sampler(pipeline, SamplerConfig())
+    assert "Consider --sampler.spacing trailing" in caplog.text
+
+
+def test_without_default_spacing_a_run_of_an_older_version_has_the_checkpoint_s(pipeline: Pipeline) -> None:
+    pipeline.scheduler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing")
+    assert use_sampler(pipeline, SamplerConfig(spacing=None)).timestep[0] == 999
+    pipeline.scheduler = PNDMScheduler(
+        **SCHEDULE, steps_offset=1
+    )  # diffusers' default of the new scheduler, not of PNDM
+    assert use_sampler(pipeline, SamplerConfig(spacing=None, scheduler="sde-dpmsolver++")).timestep[0] == 999
+
+
+@pytest.mark.parametrize(
+    ("shipped", "message"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler, is not supported: it has no beta_start"),
+        (EDMEulerScheduler(), "EDMEulerScheduler, is not supported: it has no beta_start"),
+        (
+            DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+            "DPMSolverMultistepScheduler, .* flow matching",
+        ),
+        (EulerDiscreteScheduler(timestep_type="continuous"), "timestep_type = 'continuous'"),
+        (DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule = 'sigmoid' must be one of linear"),
+        (DDIMScheduler(prediction_type="score"), "prediction_type = 'score' must be one of epsilon"),
+        (DDIMScheduler(trained_betas=[0.1] * 10), "10 trained_betas for num_train_timesteps = 1000"),
+        (CogVideoXDDIMScheduler(), "CogVideoXDDIMScheduler, .* its ᾱ are not those of its betas"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_schedulers_of_other_kinds_of_model_are_refused(pipeline: Pipeline, shipped: object, message: str) -> None:
+    pipeline.scheduler = shipped
+    with pytest.raises(ValueError, match=f"the checkpoint's scheduler, .*{message}"):
         use_sampler(pipeline, SamplerConfig())
+
+
+def test_the_table_says_where_every_value_is_from(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(pipeline_folder(), tmp_path / "model"))
+    index = json.loads((model / "model_index.json").read_text()) | {
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"]
+    }
+    (model / "model_index.json").write_text(json.dumps(index))
+    shipped = EulerDiscreteScheduler(**SCHEDULE, use_karras_sigmas=True, timestep_spacing="linspace")
+    shipped.save_pretrained(model / "scheduler")
+    config = SamplerConfig(steps=20)
+    table = sampler_table(
+        ModelConfig(name=str(model)), config, TransitionTable.from_scheduler(scheduler_of(shipped, config), 20)
+    )
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    unused = "fastnabla; EulerDiscreteScheduler is not used to sample"
+    assert ("beta_start", "0.00085", "the checkpoint's noise schedule (EulerDiscreteScheduler)") in rows
+    assert ("timesteps", "951 → 901 → 851 → … → 101 → 51 → 1 → 0", "sampler.steps = 20") in rows
+    assert ("timestep_spacing", "leading", "sampler.spacing") in rows
+    assert ("clip_sample", "False", "fastnabla") in rows
+    assert [row for row in rows if row[2] == unused] == [
+        ("use_karras_sigmas", "not True", unused),
+        ("timestep_spacing", "not linspace", unused),
+        ("steps_offset", "not 0", unused),
+    ]
 
 
 @pytest.mark.parametrize(("kind", "spacing", "timesteps"), SPACINGS, ids=str)
@@ -66,13 +235,6 @@ def test_spacing_and_bound_give_the_table(pipeline: Pipeline, kind: str, spacing
         assert torch.equal(getattr(bounded, name), getattr(table, name)), name
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_without_a_spacing_it_is_the_model_s(pipeline: Pipeline, spacing: str) -> None:
-    pipeline.scheduler = ddim(timestep_spacing=spacing)
-    table = use_sampler(pipeline, SamplerConfig(steps=10))
-    assert table.timestep[0] == {"leading": 901, "trailing": 999}[spacing]
-
-
 @pytest.mark.parametrize(
     ("own", "settings", "message"),
     [
@@ -83,17 +245,25 @@ def test_without_a_spacing_it_is_the_model_s(pipeline: Pipeline, spacing: str) -
         ),
         (
             {"steps_offset": 0},
-            {"spacing": "leading"},
-            r"sampler\.spacing = 'leading' .*sigma\[49\] = 0.*steps_offset=1",
+            {"spacing": None},
+            r"sampler\.spacing = None .*sigma\[49\] = 0.*in a run: sampler\.spacing",
         ),
-        ({"steps_offset": 0}, {}, r"sigma\[49\] = 0.0 at timestep 0.*in a run: sampler\.spacing"),
+        ({"timestep_spacing": "linspace"}, {"spacing": None}, r"sampler\.spacing = None .*'leading'"),
+        (
+            {"rescale_betas_zero_snr": True},
+            {"spacing": "trailing"},
+            r"sampler\.spacing = 'trailing': starts at zero terminal SNR .*Use --sampler\.spacing leading",
+        ),
+        ({}, {"eta": 1.2}, r"sampler\.eta = 1\.2 .*eta > 1"),
+        ({}, {"steps": 1000}, r"sampler\.steps = 1000: .*1000, is beyond the last trained one"),
+        ({}, {"steps": 999, "scheduler": "sde-dpmsolver++"}, r"sampler\.steps = 999: .*1000, is beyond the last"),
         (
             {},
             {"min_sigma": 0.5},
             r"sampler\.min_sigma = 0\.5: must be positive and below the largest σ of the sampler, 0\.454",
         ),
     ],
-    ids=["not a divisor", "no offset", "the model's own", "all steps alike"],
+    ids=["divisor", "no offset", "linspace", "zero SNR", "eta", "ddim steps", "dpm steps", "all steps alike"],
 )
 def test_refuses_what_has_no_density(pipeline: Pipeline, own: dict, settings: dict, message: str) -> None:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **own)

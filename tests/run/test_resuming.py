@@ -73,7 +73,8 @@ def test_a_run_of_the_version_before_is_resumed(tf32: bool, precision: str, tmp_
         value = values[section].pop(renamed.name.partition(".")[2])
         values[section][field] = value if renamed.values is None else tf32
     own = from_json(json.dumps(values))
-    assert own == dataclasses.replace(BASE, reward=dataclasses.replace(BASE.reward, precision=precision))
+    reward, sampler = BASE.reward, dataclasses.replace(BASE.sampler, spacing=None)  # the checkpoint's spacing
+    assert own == dataclasses.replace(BASE, reward=dataclasses.replace(reward, precision=precision), sampler=sampler)
     assert fingerprint(own, PROMPTS) == FINGERPRINTS[tf32]
     assert fingerprint(BASE, PROMPTS) not in FINGERPRINTS.values()  # computed in what the device has
     run = tmp_path / "run"
@@ -83,6 +84,17 @@ def test_a_run_of_the_version_before_is_resumed(tf32: bool, precision: str, tmp_
     other = dataclasses.replace(BASE, resume=AUTO, run=run, reward=dataclasses.replace(BASE.reward, precision="bf16"))
     with pytest.raises(ValueError, match=rf"reward\.precision = '{precision}', not 'bf16'"):
         run_to_resume(other)
+    trailing = dataclasses.replace(BASE.sampler, spacing="trailing")
+    with pytest.raises(ValueError, match=r"sampler\.spacing = None, not 'trailing'"):
+        run_to_resume(dataclasses.replace(BASE, resume=AUTO, run=run, sampler=trailing))
+
+
+def test_a_null_spacing_of_an_older_version_stays() -> None:
+    values = json.loads(to_json(BASE))
+    values["sampler"]["spacing"] = None
+    own = from_json(json.dumps(values))
+    assert own.sampler.spacing is None and fingerprint(own, PROMPTS) != fingerprint(BASE, PROMPTS)
+    assert from_json(to_json(BASE)).sampler.spacing == "leading"
 
 
 @pytest.mark.parametrize("tf32", [None, 1, "true"])

@@ -1,0 +1,77 @@
+"""The weight files of a pipeline's folder, and which variant of them is loaded."""
+
+import logging
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+from fastnabla.config.model_sections import ModelConfig
+from fastnabla.models.model_source import source_of
+from fastnabla.models.safetensors_header import SafetensorsHeader
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_SHARD = r"(?:-\d+-of-\d+)?"
+WEIGHTS = re.compile(
+    rf"(?:diffusion_pytorch_model|pytorch_model|model){_SHARD}(?:\.(\w+?))?{_SHARD}\.(?:safetensors|bin)"
+)
+"""Names of weight files; the group is the variant."""
+
+logger = logging.getLogger("fastnabla")
+
+
+def variant_to_load(model: ModelConfig) -> str | None:
+    """The variant of the weights of the pipeline `model`: `model.variant`, or the only one there if there are no others.
+
+    Raises:
+        ValueError: no part has the variant, a file is damaged, or there are several variants to choose from.
+    """
+    folder = _folder_of(model)
+    if folder is None:
+        return model.variant
+    files = {part: _by_variant(folder / part) for part in PARTS if (folder / part).is_dir()}
+    variant = _variant(model, files)
+    for each in files.values():
+        for file in each.get(variant, each.get(None, [])):
+            if file.suffix == ".safetensors":
+                SafetensorsHeader.of(file, f"model.name = {model.name!r}")
+    return variant
+
+
+def _folder_of(model: ModelConfig) -> Path | None:
+    """The folder of the pipeline, which for a Hub id is in the cache; None if it is not there yet."""
+    source = source_of(model)
+    if Path(source).is_dir():
+        return Path(source)
+    index = try_to_load_from_cache(str(source), "model_index.json", revision=model.revision)
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def _by_variant(folder: Path) -> dict[str | None, list[Path]]:
+    files = defaultdict(list)
+    for path in sorted(folder.iterdir()):
+        if name := WEIGHTS.fullmatch(path.name):
+            files[name[1]].append(path)
+    return dict(files)
+
+
+def _variant(model: ModelConfig, files: dict[str, dict[str | None, list[Path]]]) -> str | None:
+    there = sorted({variant for each in files.values() for variant in each if variant is not None})
+    if model.variant is not None:
+        if files and any(files.values()) and model.variant not in there:
+            raise ValueError(
+                f"model.variant = {model.variant!r}: no part of model.name = {model.name!r} has it. "
+                f"{'There are ' + ', '.join(there) + '.' if there else 'It has no variants.'} Leave it out, or download it."
+            )
+        return model.variant
+    lacking = [each.keys() for each in files.values() if each and None not in each]
+    if not lacking:
+        return None
+    common = sorted(set.intersection(*map(set, lacking)))
+    if len(common) != 1:
+        raise ValueError(
+            f"model.name = {model.name!r}: has weights of the variants {', '.join(there)} only. Choose one with --model.variant."
+        )
+    logger.warning("model.name = %r has only weights of the variant %s, which is loaded.", model.name, common[0])
+    return common[0]
