@@ -28,6 +28,11 @@ class ModelConfig:
     """Branch, tag or commit on the Hub. None: the default branch."""
     variant: str | None = None
     """Variant of the weight files, such as fp16."""
+    height: int | None = None
+    """Height of the images, in pixels. None: the size that the UNet was trained with (its sample_size)."""
+    width: int | None = None
+    """Width of the images, in pixels. None: as for height. Both must be multiples of the pixels that the UNet's coarsest
+    level sees as one: 64 for Stable Diffusion 1 and 2, 32 for XL."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the frozen networks. The LoRA, the flow network and the loss are float32 in any case."""
     vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -50,6 +55,9 @@ class ModelConfig:
             self.random_init,
             "the testbed's weights are part of the package; use the preset stable-diffusion.",
         )
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"model.{name}", value, "must be at least 1, or None.")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

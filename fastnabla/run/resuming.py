@@ -40,6 +40,8 @@ LAGGING = (
 
 INTRODUCED: dict[str, Any] = {
     "deterministic": False,
+    "model.height": None,
+    "model.width": None,
     "sampler.spacing": None,
     "sampler.min_sigma": None,
     "objective.reverse_target": "policy",
