@@ -134,9 +134,9 @@ def _class_problems(index: Mapping[str, Any], xl: bool) -> list[str]:
         found, wanted = _class_of(index, part), CLASSES.get(part)
         if wanted is not None and found not in (None, wanted):
             advice = "; for a faster decoder use --model.tiny-decoder" if found == "AutoencoderTiny" else ""
-            problems.append(f"{part} = {found}: must be of class {wanted}{advice}")
+            problems.append(f"{part} = {found}: must be {wanted}{advice}")
         elif part.startswith("tokenizer") and found is not None and not hasattr(transformers, found):
-            problems.append(f"{part} = {found}: must be of a class of transformers, such as CLIPTokenizer")
+            problems.append(f"{part} = {found}: must be a class of transformers, such as CLIPTokenizer")
     return problems
 
 
@@ -161,6 +161,13 @@ def _channels(parts: Parts) -> Iterator[str]:
         )
     if images != 3:
         yield f"vae.out_channels = {images}: must be 3, because rewards take RGB images; use the VAE of an RGB model"
+    levels = len(parts.vae["block_out_channels"])
+    for name in ("down_block_types", "up_block_types"):
+        if len(parts.vae[name]) != levels:
+            yield (
+                f"vae.{name} = {parts.vae[name]!r}: must have {levels} blocks, one for each of vae.block_out_channels; correct "
+                "vae/config.json"
+            )
 
 
 def _conditions(parts: Parts) -> Iterator[str]:
@@ -199,10 +206,11 @@ def _texts(parts: Parts) -> Iterator[str]:
         return
     width, dims = text_width(parts.unet), {name: encoder.hidden_size for name, encoder in texts.items()}
     if width != sum(dims.values()):
-        own = " + ".join(f"{name}.hidden_size = {size}" for name, size in dims.items())
+        field = "encoder_hid_dim" if parts.unet["encoder_hid_dim"] else "cross_attention_dim"
+        own = " + ".join(f"{name}.hidden_size" for name in dims) + " = " + " + ".join(map(str, dims.values()))
+        total = f" = {sum(dims.values())}" if len(dims) > 1 else ""
         yield (
-            f"unet.cross_attention_dim = {parts.unet['cross_attention_dim']!r}: must be {own} (together "
-            f"{sum(dims.values())}); use the text encoder that the UNet was trained with"
+            f"unet.{field} = {parts.unet[field]!r}: must be {own}{total}; use the text encoder that the UNet was trained with"
         )
 
 

@@ -68,6 +68,7 @@ def test_a_bound_needs_a_probe_that_measures_it(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_testbeds_classifiers_need_its_own_size() -> None:
-    model = dataclasses.replace(small().model, height=32, width=64)
+    config, sides = tiny(), {"height": 32, "width": 64}
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, probe="testbed"))
     with pytest.raises(ValueError, match=r"evaluation\.probe = 'testbed', reward\.terms = classifier: .* 32 × 64"):
-        build_components(small(model=model))
+        build_components(dataclasses.replace(config, model=dataclasses.replace(config.model, **sides)))
