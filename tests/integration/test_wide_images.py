@@ -14,6 +14,7 @@ from fastnabla.cost.shapes import shapes_of
 from fastnabla.evaluation.options import EvaluationOptions
 from fastnabla.evaluation.run import RunEvaluation
 from fastnabla.models.build import build_networks
+from fastnabla.models.flow import build_flow
 from fastnabla.models.pipeline import pipeline_of
 from fastnabla.models.saved_policy import load_policy
 from fastnabla.prompts import RunPrompts
@@ -62,6 +63,12 @@ def test_policy_samples_what_plain_diffusers_does(config: TrainConfig) -> None:
     images = networks.decoder.decode(latents)
     assert images.shape == (2, 3, HEIGHT, WIDTH)
     torch.testing.assert_close(images, expected, rtol=0, atol=2e-5)
+
+
+def test_a_unet_as_flow_takes_sizes_that_its_levels_do_not_divide() -> None:
+    x = torch.randn(1, 4, HEIGHT // 2, WIDTH // 2)
+    flow = build_flow("unet", 4, 8, seed=0, start="random")
+    assert flow(x, torch.zeros(1), torch.randn(1, 3, 8)).shape == x.shape
 
 
 def test_a_wide_run_is_trained_sampled_evaluated_and_resumed(
