@@ -149,7 +149,7 @@ class Workload:
 
     def costs(self) -> UnitCosts:
         """Costs of the networks' passes."""
-        return UnitCosts(Shapes(*self._networks("meta"), self.dtype), guided=True)
+        return UnitCosts(Shapes(*self._networks("meta"), self.dtype, self.shape), guided=True)
 
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device).to(self.master)

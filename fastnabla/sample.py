@@ -48,6 +48,7 @@ def sample_run(config: SampleConfig) -> Path:
     import torch
 
     from fastnabla.config.train import load_run
+    from fastnabla.models.image_size import image_size
     from fastnabla.models.pipeline import pipeline_of
     from fastnabla.models.sampler import NoiseFloor, use_sampler
     from fastnabla.models.saved_policy import load_policy, require_policy
@@ -66,6 +67,7 @@ def sample_run(config: SampleConfig) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = pipeline_of(run.model).to(device)
     table = use_sampler(pipeline, run.sampler)
+    height, width = image_size(run.model, pipeline.unet.config, pipeline.vae.config)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
 
     def images() -> torch.Tensor:
@@ -79,6 +81,8 @@ def sample_run(config: SampleConfig) -> Path:
             parts.append(
                 pipeline(
                     part,
+                    height=height,
+                    width=width,
                     num_inference_steps=run.sampler.steps,
                     guidance_scale=run.sampler.guidance_scale,
                     eta=run.sampler.eta,

@@ -33,6 +33,11 @@ class ModelConfig:
     config: str | None = None
     """For a .safetensors file: folder or Hub id of a diffusers pipeline with its architecture and noise schedule. None: those
     of Stable Diffusion 1.5 or XL, whichever the file's tensors fit; their configuration files must have been downloaded."""
+    height: int | None = None
+    """Height of the images, in pixels. None: the size that the UNet was trained with (its sample_size)."""
+    width: int | None = None
+    """Width of the images, in pixels. None: as for height. Both must be multiples of the pixels that the UNet's coarsest
+    level sees as one: 64 for Stable Diffusion 1 and 2, 32 for XL."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the frozen networks. The LoRA, the flow network and the loss are float32 in any case."""
     vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -55,6 +60,9 @@ class ModelConfig:
             self.random_init,
             "the testbed's weights are part of the package; use the preset stable-diffusion.",
         )
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"model.{name}", value, "must be at least 1, or None.")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -172,7 +172,7 @@ def planned(
     shared = processes if device.type == "cpu" else 1
     budget = int(config.vram * 1e9) if config.vram is not None else free_bytes(device) // shared
     costs = unit_costs(config)
-    rewards = reward_bytes(config.reward, costs.shapes.pixels)
+    rewards = reward_bytes(config.reward, costs.shapes.image_size)
     plan = plan_memory(config, costs, budget, device, rewards, ranks)
     return dataclasses.replace(config, memory=plan.settings(memory)), plan
 

@@ -10,9 +10,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastnabla.config.train import TrainConfig
+from fastnabla.models.fitting import checked_configurations
 from fastnabla.models.flow import build_flow
+from fastnabla.models.image_size import latent_shape, vae_factor
 from fastnabla.models.lora import add_lora
-from fastnabla.models.model_config import configurations, vae_dtype
+from fastnabla.models.model_config import loading, text_width, vae_dtype
 
 TEXT_LENGTH = 77
 """Tokens of a prompt for Stable Diffusion's text encoders."""
@@ -27,37 +29,36 @@ class Shapes:
     vae: AutoencoderKL
     flow: nn.Module | None
     dtype: torch.dtype
+    sample_shape: tuple[int, int, int]
+    """(C, H, W) of the latents."""
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the latents."""
-        return self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size
-
-    @property
-    def pixels(self) -> int:
-        """Height and width of the images."""
-        return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images, in pixels."""
+        factor = vae_factor(self.vae.config)
+        return self.sample_shape[1] * factor, self.sample_shape[2] * factor
 
 
 def shapes_of(config: TrainConfig) -> Shapes:
     """The networks of `config`, from the pipeline's configuration files alone.
 
     Raises:
-        ValueError: the files cannot be read.
+        ValueError: the files cannot be read, or the pipeline's parts do not fit each other.
     """
     dtype = getattr(torch, config.model.dtype)
-    unet_config, vae_config = configurations(config.model)
+    unet_config, vae_config = checked_configurations(config.model)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config).to(dtype).requires_grad_(False)
-        vae = AutoencoderKL.from_config(vae_config).requires_grad_(False)
+        with loading(config.model):
+            unet = UNet2DConditionModel.from_config(unet_config).to(dtype).requires_grad_(False)
+            vae = AutoencoderKL.from_config(vae_config).requires_grad_(False)
         vae.to(vae_dtype(config.model, unet.config, vae.config))
         kind = config.flow.kind if config.has_flow else "none"
-        flow = build_flow(kind, unet.config.in_channels, unet.config.cross_attention_dim, seed=0)
+        flow = build_flow(kind, unet.config.in_channels, text_width(unet.config), seed=0)
     if config.lora.rank:
         add_lora(unet, config.lora.rank, config.lora.targets)
     else:
         unet.float().requires_grad_()
-    return Shapes(unet, vae, flow, dtype)
+    return Shapes(unet, vae, flow, dtype, latent_shape(config.model, unet.config, vae.config))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastnabla.cost.shapes import TEXT_LENGTH, Shapes, fake_weights
 from fastnabla.models.decoder import Decoder, decode_bytes
-from fastnabla.models.model_config import is_xl, pooled_width
+from fastnabla.models.model_config import is_xl, pooled_width, text_width
 from fastnabla.utils.tensor_bytes import LiveBytes, MovedBytes
 
 
@@ -136,7 +136,7 @@ class UnitCosts:
         rows = transitions * (2 if self.guided else 1)
         unet, dtype = self.shapes.unet, self.shapes.dtype
         x = torch.empty(rows, *self.shapes.sample_shape, device=device, dtype=dtype, requires_grad=True)
-        text = torch.empty(rows, TEXT_LENGTH, unet.config.cross_attention_dim, device=device, dtype=dtype)
+        text = torch.empty(rows, TEXT_LENGTH, text_width(unet.config), device=device, dtype=dtype)
         timestep = torch.empty(rows, device=device)
         added = None
         if is_xl(unet.config):
@@ -150,7 +150,7 @@ class UnitCosts:
 
     def _flow(self, device: str, rows: int = 1) -> tuple[Tensor, Tensor]:
         x = torch.empty(rows, *self.shapes.sample_shape, device=device)
-        text = torch.empty(rows, TEXT_LENGTH, self.shapes.unet.config.cross_attention_dim, device=device)
+        text = torch.empty(rows, TEXT_LENGTH, text_width(self.shapes.unet.config), device=device)
         return x, self.shapes.flow(x, torch.empty(rows, device=device), text)
 
 

@@ -177,6 +177,9 @@ class RunEvaluation:
         components, name = self.components, REFERENCE_FILE.format(group)
         model = dataclasses.asdict(components.config.model)
         del model["tiny_decoder"]
+        for side in ("height", "width"):  # None, as in the files of versions without them
+            if model[side] is None:
+                del model[side]
         sampler = dataclasses.asdict(components.config.sampler)
         key = {
             "fastnabla": fastnabla.__version__,

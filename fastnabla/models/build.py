@@ -11,10 +11,12 @@ from fastnabla.distributed.world import ALONE, World
 from fastnabla.models.compiling import compiled
 from fastnabla.models.decoder import Decoder
 from fastnabla.models.flow import build_flow
+from fastnabla.models.image_size import image_size, latent_shape
 from fastnabla.models.model_config import Pipeline
-from fastnabla.models.pipeline import encode_prompts, latent_shape, load_tiny_decoder, text_encoders
+from fastnabla.models.pipeline import encode_prompts, text_encoders
 from fastnabla.models.policy import Policy
 from fastnabla.models.sampler import use_sampler
+from fastnabla.models.tiny_decoder import load_tiny_decoder
 from fastnabla.prompts import RunPrompts
 from fastnabla.transition import TransitionTable
 from fastnabla.utils.seeding import seed_of
@@ -52,13 +54,15 @@ def build_networks(
         ValueError: the requested sampler, tiny decoder or attention is not available.
     """
     table = use_sampler(pipeline, config.sampler)
+    parts = (config.model, pipeline.unet.config, pipeline.vae.config)
+    size, sample_shape = image_size(*parts), latent_shape(*parts)
     pipeline.to(device)
     policy_seed, flow_seed = (seed_of(config.seed, "weights", number) for number in range(2))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(policy_seed)
         policy = Policy(
             pipeline.unet,
-            encode_prompts(pipeline, prompts.texts),
+            encode_prompts(pipeline, prompts.texts, size=size),
             config.sampler.guidance_scale,
             config.lora.rank,
             config.lora.targets,
@@ -67,9 +71,9 @@ def build_networks(
         policy.shard(world)
     for encoder in text_encoders(pipeline):
         encoder.to("cpu")
-    channels, memory = latent_shape(pipeline)[0], config.memory
+    memory = config.memory
     kind = config.flow.kind if config.has_flow else "none"
-    flow = build_flow(kind, channels, policy.conditions.width, flow_seed, config.flow.start)
+    flow = build_flow(kind, sample_shape[0], policy.conditions.width, flow_seed, config.flow.start)
     if flow is not None:
         flow.to(device)
 
@@ -90,7 +94,7 @@ def build_networks(
         decoder=decoder,
         gradient_decoder=gradient_decoder,
         table=table.to(device),
-        sample_shape=latent_shape(pipeline),
+        sample_shape=sample_shape,
     )
 
 

@@ -103,6 +103,14 @@ def pooled_width(unet: Mapping[str, Any]) -> int:
     return unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
 
 
+def text_width(unet: Mapping[str, Any]) -> int | None:
+    """Width of the text embeddings of a UNet; None if its layers differ in it."""
+    widths = unet.get("encoder_hid_dim") or unet["cross_attention_dim"]
+    if isinstance(widths, int):
+        return widths
+    return widths[0] if len(set(widths)) == 1 else None
+
+
 def vae_dtype(model: ModelConfig, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> torch.dtype:
     """The VAE's compute dtype: `model.vae_dtype`, or by default `model.dtype`.
 

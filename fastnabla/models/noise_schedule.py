@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.architectures import architecture_of
-from fastnabla.models.model_config import loading, source_of
+from fastnabla.models.model_config import loading
+from fastnabla.models.model_source import source_of
 
 ENTRIES = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")

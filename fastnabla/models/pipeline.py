@@ -3,57 +3,51 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.architectures import architecture_of
 from fastnabla.models.conditions import Conditions
-from fastnabla.models.model_config import Pipeline, configurations, family_of, loading, vae_dtype
+from fastnabla.models.fitting import checked_configurations
+from fastnabla.models.image_size import image_size
+from fastnabla.models.model_config import Pipeline, family_of, loading, vae_dtype
 from fastnabla.models.model_source import single_file_of, source_of
 from fastnabla.models.prompt_cache import CAPACITY, PromptCache
 from fastnabla.models.random_init import random_pipeline
 from fastnabla.models.single_file import load_single_file
 from fastnabla.models.weight_files import variant_to_load
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-
 
 def pipeline_of(config: ModelConfig) -> Pipeline:
     """The pipeline that `config` names, frozen: from a folder, the Hub, the package ("testbed"), or with random weights.
 
     Raises:
-        ValueError: it is not found, cannot be loaded, is not of a supported family, or lacks a component that finetuning
-            needs.
+        ValueError: it is not found, cannot be loaded, is not of a supported family, or its parts do not fit each other.
     """
-    dtypes = {"default": getattr(torch, config.dtype), "vae": vae_dtype(config, *configurations(config))}
+    dtypes = {"default": getattr(torch, config.dtype), "vae": vae_dtype(config, *checked_configurations(config))}
     pipeline = random_pipeline(architecture_of(config.name), dtypes) if config.random_init else _load(config, dtypes)
     for part in _networks(pipeline):
         part.requires_grad_(False).eval()
+    for tokenizer, encoder in zip(tokenizers(pipeline), text_encoders(pipeline), strict=True):
+        # A tokenizer whose configuration has no limit would pad prompts to 10³⁰ tokens.
+        tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def _load(config: ModelConfig, dtypes: dict[str, torch.dtype]) -> Pipeline:
-    family, name = family_of(config), config.name
+    family = family_of(config)
     absent = {"safety_checker": None, "requires_safety_checker": False} if family is StableDiffusionPipeline else {}
     file = single_file_of(config)
     variant = variant_to_load(config) if file is None else None
     with loading(config):
         if file is not None:
-            pipeline = load_single_file(config, file, family, dtypes)
-        else:
-            pipeline = family.from_pretrained(
-                source_of(config), revision=config.revision, variant=variant, dtype=dtypes, **absent
-            )
-    parts = PARTS + (("text_encoder_2", "tokenizer_2") if isinstance(pipeline, StableDiffusionXLPipeline) else ())
-    missing = [part for part in parts if getattr(pipeline, part, None) is None]
-    if missing:
-        raise ValueError(
-            f"model.name = {name!r}: the pipeline has no {', '.join(missing)}. Finetuning needs {', '.join(parts)}."
+            return load_single_file(config, file, family, dtypes)
+        return family.from_pretrained(
+            source_of(config), revision=config.revision, variant=variant, dtype=dtypes, **absent
         )
-    return pipeline
 
 
 def _networks(pipeline: Pipeline) -> list[nn.Module]:
@@ -70,25 +64,12 @@ def tokenizers(pipeline: Pipeline) -> list[PreTrainedTokenizerBase]:
     return [part for name, part in pipeline.components.items() if name.startswith("tokenizer")]
 
 
-def load_tiny_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:
-    """The `AutoencoderTiny` in the folder `name`, or of that name on the Hub.
-
-    Raises:
-        ValueError: it is not found or cannot be loaded.
-    """
-    try:
-        return AutoencoderTiny.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"model.tiny_decoder = {name!r}: cannot be loaded as a diffusers AutoencoderTiny ({error}). Give a local "
-            f"folder, or a Hub id downloaded with: hf download {name}"
-        ) from error
-
-
 @torch.no_grad()
-def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], most: int | None = None) -> Conditions:
+def encode_prompts(
+    pipeline: Pipeline, prompts: Sequence[str], most: int | None = None, size: tuple[int, int] | None = None
+) -> Conditions:
     """The UNet's conditions for `prompts`, as the pipeline itself encodes them. Stable Diffusion XL's size conditions are
-    those of an uncropped image at full size.
+    those of an uncropped image of `size`.
 
     More than `most` prompts are encoded lazily, one at a time, on the device where the text encoders are now, even if they
     are moved later. The choice depends only on the list of prompts, not on which of them a run draws, so that an extended
@@ -99,6 +80,7 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], most: int | None 
         prompts: texts, by index.
         most: up to this many prompts are encoded up front, in batches of 64; of a longer list, this many are cached. None
             for `CAPACITY`.
+        size: (H, W) of the images, in pixels; None for the UNet's own.
     """
     most = CAPACITY if most is None else most
     device = pipeline.text_encoder.device
@@ -119,22 +101,10 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], most: int | None 
     unconditional = encode([""], guided=True)[1::2]
     time_ids = None
     if len(unconditional) > 1:
-        size = image_size(pipeline)
+        size = size or image_size(ModelConfig(), pipeline.unet.config, pipeline.vae.config)
         time_ids = torch.tensor((*size, 0, 0, *size), dtype=unconditional[0].dtype, device=device)
     if len(prompts) > most:
         return PromptCache(prompts, encode_each, unconditional, time_ids, most)
     parts = [encode(list(prompts[start : start + 64]), guided=False)[::2] for start in range(0, len(prompts), 64)]
     text, *pooled = (torch.cat(column) for column in zip(unconditional, *parts, strict=True))
     return Conditions(text, *(pooled or [None]), time_ids)
-
-
-def image_size(pipeline: Pipeline) -> tuple[int, int]:
-    """(H, W) of the pipeline's images, in pixels."""
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    return side, side
-
-
-def latent_shape(pipeline: Pipeline) -> tuple[int, int, int]:
-    """(C, H, W) of the pipeline's latents."""
-    side = pipeline.unet.config.sample_size
-    return pipeline.unet.config.in_channels, side, side

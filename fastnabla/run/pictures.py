@@ -88,7 +88,7 @@ def save_grid(path: Path, columns: dict[str, Tensor], prompts: Sequence[str], pe
     """
     count = len(prompts)
     columns = {title: images.unflatten(0, (count, -1))[:, :per_prompt] for title, images in columns.items()}
-    width = sum(images.shape[1] for images in columns.values())
+    width = sum(images.shape[1] * images.shape[-1] / images.shape[-2] for images in columns.values())
     labels = [label if len(label) < 40 else label[:37] + "…" for label in map(printable, prompts)]
     figure, axes = _pyplot().subplots(
         1,

@@ -42,6 +42,8 @@ LAGGING = (
 INTRODUCED: dict[str, Any] = {
     "model.config": None,
     "deterministic": False,
+    "model.height": None,
+    "model.width": None,
     "sampler.spacing": None,
     "sampler.min_sigma": None,
     "objective.reverse_target": "policy",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnabla.config.methods import METHODS
+from fastnabla.config.model_sections import TESTBED
 from fastnabla.config.train import TrainConfig
 from fastnabla.cost.planner import planned
 from fastnabla.debug.anomaly import Anomalies
@@ -19,13 +20,15 @@ from fastnabla.metrics.evaluation import Evaluator
 from fastnabla.metrics.probes import build_probe
 from fastnabla.models.build import Networks, build_networks
 from fastnabla.models.decoder import Decoder
-from fastnabla.models.pipeline import image_size, pipeline_of, tokenizers
+from fastnabla.models.image_size import image_size
+from fastnabla.models.pipeline import pipeline_of, tokenizers
 from fastnabla.models.policy import Policy
 from fastnabla.optim.ema import WeightAverage
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.prompts import RunPrompts, prompts_of, used_prompts, warn_truncated
 from fastnabla.rewards import RewardSum, check_reward, reward_of
 from fastnabla.run.state import TrainState
+from fastnabla.testbed.silhouettes import IMAGE_SIZE
 from fastnabla.training.guards import require_measurable
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.collection import RolloutCollector, Sampler, rank_ranges
@@ -117,7 +120,9 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
 
     # Networks
     pipeline = pipeline_of(config.model)
-    check_reward(reward, prompts.texts, image_size(pipeline), device)
+    size = image_size(config.model, pipeline.unet.config, pipeline.vae.config)
+    _require_testbed_size(config, reward, size)
+    check_reward(reward, prompts.texts, size, device)
     used = used_prompts(prompts, seed, config.sampled_trajectories, config.prompts.draw).tolist()
     warn_truncated([prompts.texts[i] for i in used], *tokenizers(pipeline))
     networks = build_networks(pipeline, prompts, config, device, world)
@@ -191,6 +196,21 @@ def fix_rows(config: TrainConfig, policy: Policy, step: Accumulation, world: Wor
     if policy.compile != "none":
         most = math.ceil(max(STEPS[config.method].cost(config).rows.values()) / world.size)
         policy.static_rows = (math.ceil(most / math.ceil(most / step.micro_batch)),)
+
+
+def _require_testbed_size(config: TrainConfig, reward: RewardSum, size: tuple[int, int]) -> None:
+    """Check that the testbed's classifiers, if the run uses them, are given images of the size that they were trained on.
+
+    Raises:
+        ValueError: they are not.
+    """
+    uses = [f"evaluation.probe = {TESTBED!r}"] if config.evaluation.probe == TESTBED else []
+    uses += ["reward.terms = classifier"] if "classifier" in reward.terms else []
+    if uses and size != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(
+            f"{', '.join(uses)}: the testbed's classifier judges images of {IMAGE_SIZE} × {IMAGE_SIZE} pixels, and those of "
+            f"this run have {size[0]} × {size[1]}; choose another, or leave model.height and model.width of the testbed at None."
+        )
 
 
 def _buffer(config: TrainConfig, networks: Networks, trajectories: int, device: torch.device) -> TrajectoryBuffer:

@@ -30,28 +30,30 @@ def test_an_image_takes_what_was_said(name: str, precision: str) -> None:
     value_and_gradient(reward, image, ["0"])  # the prompt is encoded
     with LiveBytes() as memory:
         value_and_gradient(reward, image, ["0"])
-    assert image_bytes(tiny(name, options), 64, "0") == pytest.approx(memory.peak, rel=0.01, abs=1000)
+    assert image_bytes(tiny(name, options), (64, 64), "0") == pytest.approx(memory.peak, rel=0.01, abs=1000)
 
 
 def test_sizes_are_added_up() -> None:
-    one, other = (reward_bytes(RewardConfig(terms=(term,)), 512) for term in ("aesthetic=1", "pickscore=2"))
-    both = reward_bytes(RewardConfig(terms=("aesthetic=1", "pickscore=2", "area=8", "my.rewards:warm")), 512)
+    one, other = (reward_bytes(RewardConfig(terms=(term,)), (512, 512)) for term in ("aesthetic=1", "pickscore=2"))
+    both = reward_bytes(RewardConfig(terms=("aesthetic=1", "pickscore=2", "area=8", "my.rewards:warm")), (512, 512))
     assert both == RewardBytes(one.weights + other.weights, one.image + other.image)
     assert one.weights == pytest.approx(4 * 304e6, rel=0.01)  # CLIP's image tower, float32
     assert other.weights == pytest.approx(4 * 986e6, rel=0.01)
 
 
 def test_recomputing_takes_less() -> None:
-    kept, recomputed = (reward_bytes(RewardConfig(terms=("aesthetic",), checkpoint=c), 512) for c in (False, True))
+    kept, recomputed = (
+        reward_bytes(RewardConfig(terms=("aesthetic",), checkpoint=c), (512, 512)) for c in (False, True)
+    )
     assert kept.weights == recomputed.weights
     assert recomputed.image < 0.3 * kept.image
 
 
 def test_bfloat16_takes_less() -> None:
-    full, half = (reward_bytes(RewardConfig(terms=("aesthetic",), precision=p), 512) for p in ("tf32", "bf16"))
+    full, half = (reward_bytes(RewardConfig(terms=("aesthetic",), precision=p), (512, 512)) for p in ("tf32", "bf16"))
     assert half.weights == pytest.approx(0.5 * full.weights, rel=0.02)  # what is not in its layers stays float32
     assert half.image < 0.6 * full.image
 
 
 def test_no_networks_take_nothing() -> None:
-    assert reward_bytes(RewardConfig(terms=("hue",)), 512) == RewardBytes(0, 0)
+    assert reward_bytes(RewardConfig(terms=("hue",)), (512, 512)) == RewardBytes(0, 0)

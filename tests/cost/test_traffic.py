@@ -61,7 +61,7 @@ def test_sums_by_hand() -> None:
 def small_costs() -> UnitCosts:
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(TOY.unet | {"sample_size": 8}).requires_grad_(False)
-        shapes = Shapes(unet, AutoencoderKL.from_config(TOY.vae), UNetFlow(4, 16, TOY.flow), torch.float32)
+        shapes = Shapes(unet, AutoencoderKL.from_config(TOY.vae), UNetFlow(4, 16, TOY.flow), torch.float32, (4, 8, 8))
     add_lora(unet, 2, LORA_TARGETS)
     return UnitCosts(shapes, guided=True)
 

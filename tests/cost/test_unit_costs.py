@@ -26,7 +26,7 @@ def stable_diffusion(rank: int = 8, guided: bool = True) -> UnitCosts:
         add_lora(unet, rank, LORA_TARGETS)
     else:
         unet.float().requires_grad_()
-    return UnitCosts(Shapes(unet, vae, flow, torch.bfloat16), guided=guided)
+    return UnitCosts(Shapes(unet, vae, flow, torch.bfloat16, (4, 64, 64)), guided=guided)
 
 
 def test_arithmetic() -> None:

@@ -42,7 +42,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return save_tiny(request.param, tmp_path_factory.mktemp("models"))
 
 
-def plain_images(pipeline: DiffusionPipeline, config: TrainConfig) -> torch.Tensor:
+def plain_images(pipeline: DiffusionPipeline, config: TrainConfig, **size: int) -> torch.Tensor:
     """What diffusers makes of `PROMPTS`, with the sampler of `config`."""
     use_sampler(pipeline, config.sampler)
     return pipeline(
@@ -52,6 +52,7 @@ def plain_images(pipeline: DiffusionPipeline, config: TrainConfig) -> torch.Tens
         eta=config.sampler.eta,
         generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
         output_type="pt",
+        **size,
     ).images
 
 

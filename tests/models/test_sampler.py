@@ -30,7 +30,7 @@ from diffusers import (
 
 from fastnabla.config.model_sections import ModelConfig, SamplerConfig
 from fastnabla.models.model_config import Pipeline
-from fastnabla.models.pipeline import encode_prompts, latent_shape, pipeline_of
+from fastnabla.models.pipeline import encode_prompts, pipeline_of
 from fastnabla.models.policy import Policy
 from fastnabla.models.sampler import NoiseFloor, scheduler_of, use_sampler
 from fastnabla.models.sampler_table import sampler_table
@@ -275,7 +275,7 @@ def test_plain_diffusers_samples_alike_with_spacing_and_bound(pipeline: Pipeline
     """The last of four steps is raised. Of the noise after its mean the policy's sampler draws σ' ε, and diffusers σ ε and
     then √(σ'² − σ²) ε'. Everything else is the same, to float32 rounding."""
     config = SamplerConfig(steps=4, spacing="trailing", min_sigma=0.1, guidance_scale=2.0)
-    prompts, seeds, shape = ["a cat", "a dog"], [1, 2], latent_shape(pipeline)
+    prompts, seeds, shape = ["a cat", "a dog"], [1, 2], (4, 8, 8)
     policy = Policy(pipeline.unet, encode_prompts(pipeline, prompts), config.guidance_scale, 0, ())
     table = use_sampler(pipeline, config)
     with torch.no_grad():

@@ -65,3 +65,10 @@ def test_a_bound_needs_a_probe_that_measures_it(monkeypatch: pytest.MonkeyPatch)
     evaluation = EvaluationConfig(probe="testbed", stop_above_prior=2.0)
     with pytest.raises(ValueError, match="stop_above_prior"):
         build_components(dataclasses.replace(tiny(), evaluation=evaluation))
+
+
+def test_the_testbeds_classifiers_need_its_own_size() -> None:
+    config, sides = tiny(), {"height": 32, "width": 64}
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, probe="testbed"))
+    with pytest.raises(ValueError, match=r"evaluation\.probe = 'testbed', reward\.terms = classifier: .* 32 × 64"):
+        build_components(dataclasses.replace(config, model=dataclasses.replace(config.model, **sides)))

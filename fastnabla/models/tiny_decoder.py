@@ -1,0 +1,42 @@
+"""`model.tiny_decoder`: an AutoencoderTiny that decodes where the training step needs gradients."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"model.tiny_decoder = {name!r}: cannot be loaded as a diffusers AutoencoderTiny ({error}). Give a local "
+            f"folder, or a Hub id downloaded with: hf download {name}"
+        ) from error
+
+
+def load_tiny_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:
+    """The `AutoencoderTiny` in the folder `name`, or of that name on the Hub.
+
+    Raises:
+        ValueError: it is not found or cannot be loaded.
+    """
+    with _loading(name):
+        return AutoencoderTiny.from_pretrained(name, dtype=dtype)
+
+
+def tiny_decoder_config(name: str) -> dict[str, Any]:
+    """Its configuration, as in its file.
+
+    Raises:
+        ValueError: it is not found, or is not an `AutoencoderTiny`.
+    """
+    with _loading(name):
+        config = AutoencoderTiny.load_config(name)
+        if (found := config.get("_class_name")) != AutoencoderTiny.__name__:
+            raise ValueError(f"it is a {found}")
+        return config
