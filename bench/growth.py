@@ -25,6 +25,7 @@ from bench.models import MODELS, Model
 from bench.tables import markdown_table
 from bench.variants import full
 from bench.workload import DRAWN, STEPS, Workload
+from fastnabla.utils.console import quiet_libraries
 
 AXES = {"transitions": "transitions in a step", "resolution": "resolution, pixels", "micro-batch": "micro-batch"}
 Point = dict[str, Any]
@@ -159,6 +160,7 @@ def write(result: dict[str, Any], folders: list[Path]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    quiet_libraries()
     cuda = torch.cuda.is_available()
     default = "toy" if rows.is_dry() else "sd15" if cuda else "testbed"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -3,12 +3,16 @@
 import io
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from fastnabla.utils.console import quiet_libraries
 from tests.test_storeys import PICTURE, STOREYS, in_words
+
+quiet_libraries()
+
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import FancyBboxPatch  # noqa: E402
 
 COMMANDS, RUNS, PARTS, GROUND, PAPER = "#d9d7f1", "#cfe3f5", "#d3ecd2", "#e6e6e6", "#fbe3c0"
 EDGES = {COMMANDS: "#7a74c4", RUNS: "#4a86bd", PARTS: "#4f9a4d", GROUND: "#8a8a8a", PAPER: "#cf8a22"}
@@ -45,7 +49,7 @@ WIDTH, HEIGHT = 9.6, 0.36
 def draw(path: Path) -> None:
     """Draw the picture; its text chunk "storeys" says what it shows."""
     top = HEIGHT * len(STOREYS)
-    figure = plt.figure(figsize=(WIDTH, top + 0.1), dpi=150)
+    figure = Figure(figsize=(WIDTH, top + 0.1), dpi=150)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(-0.05, top + 0.05))
     axes.axis("off")
     for i, (names, (colour, subject)) in enumerate(zip(STOREYS, SUBJECTS, strict=True)):

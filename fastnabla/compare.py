@@ -12,8 +12,9 @@ from rich.console import Console
 from fastnabla.config.methods import MethodName
 from fastnabla.config.model_sections import TESTBED
 from fastnabla.config.presets import PRESETS
+from fastnabla.distributed.launch import require_single_process
 from fastnabla.evaluation.options import EvaluationOptions
-from fastnabla.utils.console import print_error, quiet_libraries
+from fastnabla.utils.console import command_console, print_error, quiet_libraries
 from fastnabla.utils.require import require
 
 
@@ -139,9 +140,10 @@ def compare(config: CompareConfig, arguments: Sequence[str], console: Console) -
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line and return the exit status."""
-    console = Console()
+    console = command_console()
     quiet_libraries()
     try:
+        require_single_process()
         config = tyro.cli(CompareConfig, args=arguments, prog="python -m fastnabla.compare")
         return compare(config, arguments, console)
     except (ValueError, FileNotFoundError) as error:

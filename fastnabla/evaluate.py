@@ -8,8 +8,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from fastnabla.distributed.launch import require_single_process
 from fastnabla.evaluation.options import EvaluationOptions, file_of
-from fastnabla.utils.console import print_error, print_plain, quiet_libraries
+from fastnabla.utils.console import command_console, print_error, print_plain, quiet_libraries
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -47,9 +48,10 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
-    console = Console()
+    console = command_console()
     quiet_libraries()
     try:
+        require_single_process()
         config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m fastnabla.evaluate")
         evaluate(config, console)
     except ValueError as error:

@@ -13,16 +13,16 @@ from typing import Literal
 
 import torch
 import tyro
-from rich.console import Console
 from torch import Tensor, nn
 
-from fastnabla.utils.console import print_error, print_plain, quiet_libraries
+from fastnabla.utils.console import command_console, print_error, print_plain, quiet_libraries
 
 quiet_libraries()
 
 from fastnabla.config.train import load_run  # noqa: E402
 from fastnabla.debug.anomaly import read_facts  # noqa: E402
 from fastnabla.debug.first_not_finite import first_not_finite  # noqa: E402
+from fastnabla.distributed.launch import require_single_process  # noqa: E402
 from fastnabla.methods.accumulation import StepReport  # noqa: E402
 from fastnabla.prompts import RunPrompts  # noqa: E402
 from fastnabla.training.build import Components, plan_and_build  # noqa: E402
@@ -121,8 +121,9 @@ def lines(diagnosis: Diagnosis) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Run the command line. Returns the exit status."""
-    console = Console()
+    console = command_console()
     try:
+        require_single_process()
         options = tyro.cli(ReproduceConfig, args=arguments, prog="python -m fastnabla.reproduce")
         facts = read_facts(options.folder)
         config = load_run(options.folder)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
+from fastnabla.distributed.launch import require_single_process
 from fastnabla.run.weights import WeightsName, weights_folder
-from fastnabla.utils.console import print_error, print_plain, quiet_libraries
+from fastnabla.utils.console import command_console, print_error, print_plain, quiet_libraries
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -104,14 +104,16 @@ def sample_run(config: SampleConfig) -> Path:
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
+    console = command_console()
     quiet_libraries()
     try:
+        require_single_process()
         config = tyro.cli(SampleConfig, args=arguments, prog="python -m fastnabla.sample")
         output = sample_run(config)
     except ValueError as error:
         print_error(error)
         return 2
-    print_plain(Console(), f"wrote {output}")
+    print_plain(console, f"wrote {output}")
     return 0
 
 

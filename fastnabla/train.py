@@ -13,8 +13,8 @@ from fastnabla.config.model_sections import TESTBED
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.renamed import with_new_options
 from fastnabla.config.train import TrainConfig
-from fastnabla.distributed.launch import RankInfo
-from fastnabla.utils.console import print_error, quiet_libraries, silenced
+from fastnabla.distributed.launch import RankInfo, launch_notes
+from fastnabla.utils.console import command_console, print_error, print_plain, quiet_libraries, silenced
 from fastnabla.utils.hidden_packages import hidden_packages
 from fastnabla.utils.require import require
 
@@ -61,10 +61,13 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 def main(arguments: list[str]) -> int:
     """Run the command line in this process, together with the other ranks if there are several. Returns the exit status."""
+    console = command_console()
     try:
         info = RankInfo.of()
         with silenced(info.rank > 0):
             config = parse(arguments)
+            for note in launch_notes(info):
+                print_plain(console, note, "yellow")
     except ValueError as error:
         print_error(error)
         return 2

@@ -4,16 +4,16 @@ import dataclasses
 import sys
 
 import tyro
-from rich.console import Console
 
 from fastnabla.run.folder import create_run_folder
-from fastnabla.utils.console import print_error, quiet_libraries
+from fastnabla.utils.console import command_console, print_error, quiet_libraries
 
 quiet_libraries()
 
 from fastnabla.analytic.config import AnalyticConfig, MethodName, settings  # noqa: E402
 from fastnabla.analytic.experiment import Experiment  # noqa: E402
 from fastnabla.analytic.training import train  # noqa: E402
+from fastnabla.distributed.launch import require_single_process  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -30,8 +30,9 @@ def parse(arguments: list[str]) -> AnalyticConfig:
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
-    console = Console()
+    console = command_console()
     try:
+        require_single_process()
         config = parse(arguments)
         experiment = Experiment(config)
         run = create_run_folder(config.run, f"analytic-{config.dimension}d-{config.method}")

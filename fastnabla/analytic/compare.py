@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from fastnabla.run.folder import create_run_folder
-from fastnabla.utils.console import print_error, quiet_libraries
+from fastnabla.utils.console import command_console, print_error, quiet_libraries
 
 quiet_libraries()
 
@@ -21,6 +20,7 @@ from fastnabla.analytic.measures import DISTANCES, effective_number, floors  # n
 from fastnabla.analytic.pictures import save_histograms  # noqa: E402
 from fastnabla.analytic.training import measure, train  # noqa: E402
 from fastnabla.config.training_sections import RolloutConfig  # noqa: E402
+from fastnabla.distributed.launch import require_single_process  # noqa: E402
 from fastnabla.run.table import markdown  # noqa: E402
 from fastnabla.utils.durable import write_file  # noqa: E402
 
@@ -68,8 +68,9 @@ def row(name: str, measures: dict[str, float], floor: dict[str, float], *costs: 
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
-    console = Console()
+    console = command_console()
     try:
+        require_single_process()
         config = tyro.cli(CompareConfig, prog="python -m fastnabla.analytic.compare", args=arguments)
         experiments = config.experiments()
         folder = create_run_folder(config.folder, f"analytic-{config.dimension}d")

@@ -5,11 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastnabla.analytic.experiment import Experiment
@@ -29,7 +26,8 @@ def save_pictures(
 
     floor = floors(experiment.target, len(before))
     evaluations = [record for record in records if record["phase"] == "evaluate"]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, (name, label) in zip(axes, LABELS.items(), strict=True):
         axis.plot([r["update"] for r in evaluations], [r[name] for r in evaluations], marker="o", label="finetuned")
         axis.axhline(floor[name], linestyle="--", color="grey", label="Monte-Carlo floor")
@@ -37,7 +35,6 @@ def save_pictures(
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(run / "curves.png", dpi=100)
-    plt.close(figure)
 
 
 def save_histograms(path: Path, samples: dict[str, Tensor], target: GaussianMixture) -> None:
@@ -46,8 +43,8 @@ def save_histograms(path: Path, samples: dict[str, Tensor], target: GaussianMixt
     exact = target.sample(count, generator_of(0, "evaluation", 0))
     panels = samples | {"exact target": exact}
     plane, rows = widest_plane(target), math.ceil(len(panels) / COLUMNS)
-    size = (10 / 3 * COLUMNS, 3.6 * rows)
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=size, sharex=True, sharey=True, layout="constrained")
+    figure = Figure(figsize=(10 / 3 * COLUMNS, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, COLUMNS, sharex=True, sharey=True)
     edges = [torch.linspace(low, high, 61).numpy() for low, high in (_range(exact @ plane[:, i]) for i in range(2))]
     for axis, (title, points) in zip(axes.flat, panels.items(), strict=False):
         x, y = (points @ plane).T.numpy()
@@ -57,7 +54,6 @@ def save_histograms(path: Path, samples: dict[str, Tensor], target: GaussianMixt
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     figure.savefig(path, dpi=100 if rows == 1 else 60)
-    plt.close(figure)
 
 
 def widest_plane(mixture: GaussianMixture) -> Tensor:

@@ -18,11 +18,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastnabla.utils.console import print_error, quiet_libraries
+from fastnabla.utils.console import command_console, print_error, quiet_libraries
 
 quiet_libraries()
 
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 from fastnabla.analytic.config import AnalyticConfig, settings  # noqa: E402
 from fastnabla.analytic.exact_score import ExactScoreNetwork  # noqa: E402
@@ -32,6 +32,7 @@ from fastnabla.analytic.scheduler import alpha_bars  # noqa: E402
 from fastnabla.analytic.training import measure, train  # noqa: E402
 from fastnabla.config.train import to_json  # noqa: E402
 from fastnabla.cost.budget import update_passes, updates_within  # noqa: E402
+from fastnabla.distributed.launch import require_single_process  # noqa: E402
 from fastnabla.run.table import markdown  # noqa: E402
 from fastnabla.utils.durable import write_file  # noqa: E402
 
@@ -145,7 +146,8 @@ def row(
 
 def save_curves(path: Path, curves: dict[str, list[list[dict[str, Any]]]], floor: dict[str, float]) -> None:
     """Plot the distances, in floors, by network passes: one line per run, one colour per variant."""
-    figure, axes = plt.subplots(1, len(DISTANCES), figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(DISTANCES))
     for axis, (key, label) in zip(axes, zip(DISTANCES, COLUMNS, strict=False), strict=True):
         for number, (name, runs) in enumerate(curves.items()):
             for place, records in enumerate(runs):
@@ -157,7 +159,6 @@ def save_curves(path: Path, curves: dict[str, list[list[dict[str, Any]]]], floor
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def results(config: ReachConfig, steps: int, console: Console) -> bool:
@@ -193,8 +194,9 @@ def results(config: ReachConfig, steps: int, console: Console) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
-    console = Console()
+    console = command_console()
     try:
+        require_single_process()
         config = tyro.cli(ReachConfig, prog="python -m fastnabla.analytic.reach", args=arguments)
         for steps, variant in itertools.product(config.steps, config.variants):
             config.run_config(variant, steps, 0)

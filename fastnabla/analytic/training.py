@@ -15,7 +15,7 @@ from fastnabla.analytic.pictures import save_pictures
 from fastnabla.config.train import to_json
 from fastnabla.run.tracker import Tracker
 from fastnabla.trajectories.sources import learning_order
-from fastnabla.utils.console import progress_bar
+from fastnabla.utils.progress import TaskProgress
 
 
 def train(experiment: Experiment, run: Path, console: Console | None = None) -> list[dict[str, Any]]:
@@ -34,16 +34,15 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
     tracker = Tracker(run, "none", {})
     before = after = experiment.evaluation_samples()
     tracker.log("evaluate", 0, measure(experiment, before))
-    with progress_bar(console) as progress:
-        task = progress.add_task("updates", total=config.updates, status="")
+    with TaskProgress(console, "updates", config.updates) as progress:
         for update, metrics in enumerate(updates(experiment), 1):
             tracker.log("train", update, metrics)
-            progress.update(task, completed=update)
+            status = None
             if update % config.evaluate_every == 0 or update == config.updates:
                 after = experiment.evaluation_samples()
                 tracker.log("evaluate", update, measure(experiment, after))
-                error = tracker.records[-1]["mode_mass_error"]
-                progress.update(task, status=f"mode-mass error {error:.3f}")
+                status = f"mode-mass error {tracker.records[-1]['mode_mass_error']:.3f}"
+            progress.advance(status=status)
     table = comparison(experiment, before, after)
     console.print(table)
     with (run / "table.txt").open("w", encoding="utf-8") as file:

@@ -6,10 +6,7 @@ import itertools
 import math
 from collections.abc import Collection, Sequence
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -18,9 +15,9 @@ from fastnabla.comparison.points import Point
 from fastnabla.comparison.summary import Mean, Spread, along_training, changes, front
 from fastnabla.config.methods import METHODS
 
-METHOD_COLOURS = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
+METHOD_COLOURS = dict(zip(METHODS, colormaps["tab10"].colors, strict=False))
 """Method → colour, the same in all plots."""
-VARIANT_COLOURS = plt.get_cmap("tab20").colors
+VARIANT_COLOURS = colormaps["tab20"].colors
 """Colours of variants, used in turn unless a method in the plot has them."""
 LEGEND_WIDTH, KEY_WIDTH = 150, 6
 """Width of a legend line and of a legend key, in characters."""
@@ -53,7 +50,8 @@ def reward_curves(points: Sequence[Point]) -> bytes:
     """
     lines = _by_variant(points)
     colours = _colours(lines)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4 + _legend_height(lines)), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 4 + _legend_height(lines)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, field, label in zip(axes, ("updates", "passes"), ("updates", "network passes, U"), strict=True):
         for variant, means in lines.items():
             x = [getattr(mean, field).mean for mean in means]
@@ -83,7 +81,8 @@ def fronts(points: Sequence[Point]) -> bytes | None:
     if not measures:
         return None
     size = (0.6 + 4.6 * len(measures), 4.6 + _legend_height(lines))
-    figure, axes = plt.subplots(1, len(measures), figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(measures), squeeze=False)
     for axis, measure in zip(axes[0], measures, strict=True):
         _front(axis, measure, lines)
     _legend(figure, axes[0][0])
@@ -146,5 +145,4 @@ def _legend(figure: Figure, axis: Axes) -> None:
 def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
     return file.getvalue()

@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -33,6 +35,8 @@ BUCKET = 2**26
 """Bytes in one all-reduce."""
 START = timedelta(minutes=5)
 """Time limit for all ranks to start."""
+SILENT = 3.0
+"""Seconds after which a process says what it waits for."""
 LIMIT = timedelta(hours=1)
 """Time limit of a collective operation, long enough for rank 0 to evaluate alone. `fastnabla.distributed.watchdog` detects
 dead ranks sooner."""
@@ -76,8 +80,9 @@ class World:
             return cls(info)
         os.environ |= {"MASTER_ADDR": info.address, "MASTER_PORT": str(info.port)}
         try:
-            store, _, _ = next(dist.rendezvous(f"env://?rank={info.rank}&world_size={info.size}", timeout=START))
-            attempt = rendezvous(store, info.rank, info.size, START)
+            with _announced_wait(info):
+                store, _, _ = next(dist.rendezvous(f"env://?rank={info.rank}&world_size={info.size}", timeout=START))
+                attempt = rendezvous(store, info.rank, info.size, START)
             backend = "gloo"
             if device.type == "cuda":
                 backend = "cpu:gloo,cuda:nccl"
@@ -87,7 +92,8 @@ class World:
         except RuntimeError as error:
             raise ValueError(
                 f"not all {info.size} processes connected to {info.address}:{info.port} within {START} ({error}). Start "
-                "all of them with torchrun, accelerate launch or srun, or set WORLD_SIZE=1 RANK=0 for a single process."
+                "all of them with torchrun, accelerate launch, mpirun or srun, or set WORLD_SIZE=1 RANK=0 for a single process. "
+                "If another job has the port, set MASTER_PORT to a free one."
             ) from error
         watchdog = Watchdog(dist.PrefixStore(attempt, store.clone()), info.rank, info.size, info.local_rank == 0)
         watchdog.start()
@@ -229,6 +235,21 @@ class World:
 
 
 ALONE = World()
+
+
+@contextlib.contextmanager
+def _announced_wait(info: RankInfo) -> Iterator[None]:
+    """If the context takes more than `SILENT` seconds, say on stderr what this process waits for."""
+    place, limit = f"{info.address}:{info.port}", f"{START.total_seconds() / 60:.0f} minutes"
+    others = f"its {info.size - 1} other processes" if info.rank == 0 else "rank 0"
+    text = f"rank {info.rank} of {info.size} waits for {others} at {place}, for at most {limit}"
+    timer = threading.Timer(SILENT, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The results file that an evaluation writes into the run folder, and tables of results."""
 
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,9 @@ from rich.table import Table
 
 from fastnabla.evaluation.options import EvaluationOptions, file_of
 from fastnabla.evaluation.run import RunEvaluation
-from fastnabla.utils.console import progress_bar
 from fastnabla.utils.durable import write_file
 from fastnabla.utils.printable import printable
+from fastnabla.utils.progress import TaskProgress
 
 DIVERGENCES = {
     "KL along trajectories, nats": "nats",
@@ -33,11 +32,9 @@ def evaluate_run(run: Path, options: EvaluationOptions, others: Sequence[Path], 
     Raises:
         ValueError: the folder is not a finished run, or a model, reward or probe cannot be built.
     """
-    with progress_bar(console) as progress:
-        evaluation = RunEvaluation(run, options, others)
-        task = progress.add_task(_label(run), total=evaluation.steps, status="")
-        result = evaluation.measure(functools.partial(progress.advance, task))
-        progress.update(task, completed=evaluation.steps)
+    evaluation = RunEvaluation(run, options, others)
+    with TaskProgress(console, printable(run.name), evaluation.steps) as progress:
+        result = evaluation.measure(progress.advance)
     write_file(run / file_of(options), json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
 

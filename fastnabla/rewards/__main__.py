@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastnabla.config.model_sections import Precision, Preprocess
+from fastnabla.distributed.launch import require_single_process
 from fastnabla.rewards import (
     PUBLISHED,
     REWARDS,
@@ -28,7 +29,7 @@ from fastnabla.rewards import (
 from fastnabla.rewards.inspection import Finding, inspect_reward
 from fastnabla.rewards.model import RewardModel
 from fastnabla.rewards.precision import precision_on
-from fastnabla.utils.console import print_error, quiet_libraries
+from fastnabla.utils.console import command_console, print_error, quiet_libraries
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 MARKS = {True: "[green]passed[/]", False: "[bold red]failed[/]", None: ""}
@@ -160,8 +161,9 @@ def list_rewards(console: Console) -> None:
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
     quiet_libraries()
-    console = Console()
+    console = command_console()
     try:
+        require_single_process()
         config = tyro.extras.subcommand_cli_from_dict(
             {"check": CheckConfig, "list": ListConfig},
             prog="python -m fastnabla.rewards",

@@ -5,17 +5,20 @@ entropy of their hues, compared with as many tinted silhouettes from the test sp
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import torch
 import tyro
 from diffusers import StableDiffusionPipeline
 
+from fastnabla.distributed.launch import require_single_process
 from fastnabla.metrics.diversity import hue_entropy, mean_hue
 from fastnabla.run.pictures import save_grid
 from fastnabla.testbed import pipeline_folder
 from fastnabla.testbed.classifier import load_classifier
 from fastnabla.testbed.silhouettes import ANIMALS, caption, load_masks, tint
+from fastnabla.utils.console import command_console, print_error, quiet_libraries
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -70,6 +73,20 @@ def report(config: ReportConfig) -> dict[str, float]:
         }
 
 
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
+    console = command_console()
+    quiet_libraries()
+    config = tyro.cli(ReportConfig, args=arguments, prog="python -m fastnabla.testbed")
+    try:
+        require_single_process()
+    except ValueError as error:
+        print_error(error)
+        return 2
+    for name, value in report(config).items():
+        console.print(f"{name}: {value:.3f}", highlight=False)
+    return 0
+
+
 if __name__ == "__main__":
-    for name, value in report(tyro.cli(ReportConfig)).items():
-        print(f"{name}: {value:.3f}")
+    sys.exit(main(sys.argv[1:]))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import tyro
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +25,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastnabla.testbed import networks as build
 from fastnabla.testbed.classifier import AnimalClassifier
 from fastnabla.testbed.silhouettes import ANIMALS, PHRASINGS, caption, load_masks, tint
+from fastnabla.utils.console import command_console, quiet_libraries
+from fastnabla.utils.progress import TaskProgress
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -78,9 +80,7 @@ def run_stage(
         for key, part in state.items():
             part.load_state_dict(saved[key])
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task(name, total=steps, completed=first)
+    with TaskProgress(Console(), name, steps, first) as progress:
         average = None
         for step in range(first, steps):
             loss = loss_of_step(step)
@@ -92,9 +92,8 @@ def run_stage(
             if ema:
                 ema.update_parameters(module)
             average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-            progress.update(task, advance=1, description=f"{name}  loss {average:.4f}")
+            progress.advance(status=f"loss {average:.4f}")
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
-                print(f"{name} step {step + 1} loss {average:.4f}", flush=True)
                 partial = path.with_suffix(".partial")
                 torch.save({"step": step + 1} | {key: part.state_dict() for key, part in state.items()}, partial)
                 partial.rename(path)
@@ -222,4 +221,6 @@ def pretrain(config: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
+    command_console()
+    quiet_libraries()
     pretrain(tyro.cli(PretrainConfig))

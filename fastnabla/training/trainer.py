@@ -24,7 +24,7 @@ from fastnabla.run.table import decimals
 from fastnabla.run.weights import is_best
 from fastnabla.training.build import Components, fix_rows, plan_and_build
 from fastnabla.training.guards import BoundPassed, Guard, passed_bound
-from fastnabla.training.progress import ProgressDisplay
+from fastnabla.training.progress import progress_display
 from fastnabla.trajectories.sources import learning_order
 
 
@@ -188,7 +188,7 @@ class Trainer:
             self.anomalies.write(self.folder, self.done, selection, before, config, self.prompts)
         self.guard.check(self.done)
         self.files.record_checkpoints()
-        self.progress.show_update(self.done, metrics["rollout_reward"])
+        self.progress.show_update(self.done, metrics)
 
     def evaluate(self) -> None:
         """Measure the policy, and write pictures and weights. The record comes last: it marks the evaluation as complete."""
@@ -208,7 +208,7 @@ class Trainer:
         best = is_best(metrics["reward"], self.tracker.records)
         write_weights(self.folder, self.policy, self.ema, best, self.world.is_main)
         self.tracker.log("evaluate", self.done, metrics, self.meter.read(0))
-        self.progress.show_status(f"evaluated reward {decimals(self.tracker.records[-1]['reward'])}")
+        self.progress.show_evaluation(self.done, decimals(self.tracker.records[-1]["reward"]))
 
     def save(self, wait: bool = False) -> None:
         """Save a checkpoint in the background, unless the newest is of this update.
@@ -235,7 +235,7 @@ class Trainer:
             clips=config.reward.clip is not None,
             spike_factor=config.spike_factor,
         )
-        self.progress = ProgressDisplay(console, config.updates, self.done)
+        self.progress = progress_display(console, config.updates, self.done)
         self.sampler.stop, self.sampler.advance = stop, self._on_step
         self.meter = GpuMeter(components.device)
         self.meter.start()

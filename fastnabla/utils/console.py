@@ -1,23 +1,42 @@
 """Terminal output of the command lines."""
 
 import contextlib
+import io
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from fastnabla.utils.printable import printable
 
 
 def quiet_libraries() -> None:
-    """Suppress the libraries' start-up messages. Call this before importing them."""
+    """Suppress the libraries' start-up messages, and make matplotlib draw to files. Call this before importing them.
+
+    Commands that a notebook starts inherit its MPLBACKEND, and matplotlib cannot be imported with the name of a backend that
+    is not installed. In the notebook's own process the variable is left alone.
+    """
+    if "IPython" not in sys.modules:
+        os.environ["MPLBACKEND"] = "agg"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def command_console() -> Console:
+    """The console of a command line.
+
+    Characters that the output's encoding lacks are escaped instead of ending the command, and every line is flushed, also to
+    a log file.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    return Console()
 
 
 @contextlib.contextmanager
@@ -26,7 +45,11 @@ def silenced(silent: bool = True) -> Iterator[None]:
     if not silent:
         yield
         return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         yield
 
 
@@ -40,17 +63,3 @@ def print_error(error: Exception | str) -> None:
 def print_plain(console: Console, text: str, style: str | None = None) -> None:
     """Print `text` literally: markup and emoji codes are not interpreted, control characters are escaped."""
     console.print(Text(printable(text)), style=style, soft_wrap=True)
-
-
-def progress_bar(console: Console) -> Progress:
-    """A progress bar with the phase, a status, and the elapsed and remaining time."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )

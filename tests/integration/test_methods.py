@@ -16,10 +16,13 @@ from fastnabla.config.train import TrainConfig, from_json, to_json
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.methods.direct import late_step
 from fastnabla.methods.registry import STEPS
+from fastnabla.run.curves import CURVES, curves
+from fastnabla.run.tracker import read_records
 from fastnabla.train import parse
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.seeding import seed_of
 from tests.faults import assert_same_result, without_pictures
+from tests.run.test_curves import assert_readable
 from tests.training.test_trainer import small, train
 
 OTHERS = [name for name in METHODS if name != "residual-db"]
@@ -39,6 +42,10 @@ def config_of(method: str, **changes) -> TrainConfig:
     return small(method=method, **changes)
 
 
+def drawn_metrics() -> set[str]:
+    return {name for _, names, _ in CURVES.values() for name in names}
+
+
 def records_of(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["phase"] == "train"]
@@ -51,6 +58,8 @@ def test_run(settings: dict, tmp_path: Path) -> None:
     run = train(config, tmp_path / "run")
     records = records_of(run)
     assert [record["update"] for record in records] == [1, 2, 3, 4]
+    assert {name for name in records[0] if re.match("loss_|norm_|grad_norm_", name)} <= drawn_metrics()
+    assert_readable(curves(read_records(run / "metrics.jsonl", config.updates)))
     weights = load_file(run / "lora/pytorch_lora_weights.safetensors")
     assert any(weight.any() for name, weight in weights.items() if "lora_B" in name or "lora.up" in name)
 

@@ -1,11 +1,40 @@
-"""Command lines parse their arguments before they import torch, so that --help and mistakes are answered at once."""
+"""Command lines start wherever they are started: with a notebook's variables, without a home, into a log file.
 
+They parse their arguments before they import torch, so that --help and mistakes are answered at once.
+"""
+
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.integration.test_cli import QUICK
+
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "peft", "matplotlib")
+COMMANDS = (
+    "fastnabla.train",
+    "fastnabla.sample",
+    "fastnabla.evaluate",
+    "fastnabla.compare",
+    "fastnabla.reproduce",
+    "fastnabla.rewards.__main__",
+    "fastnabla.testbed.__main__",
+    "fastnabla.analytic.__main__",
+    "fastnabla.analytic.compare",
+    "fastnabla.analytic.reach",
+)
+NOTEBOOK = "module://matplotlib_inline.backend_inline"
+AWKWARD = {"MPLBACKEND": NOTEBOOK, "PYTHONIOENCODING": "ascii", "TERM": "dumb", "COLUMNS": "40", "HOME": "/dev/null/x"}
+PRESENT = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "TRITON_INTERPRET")
+
+
+def awkward() -> dict[str, str]:
+    """No home, no cache folders, no locale; a notebook's variables."""
+    return {name: os.environ[name] for name in PRESENT if name in os.environ} | AWKWARD
 
 
 @pytest.mark.parametrize("module", ["sample", "evaluate", "export", "compare"])
@@ -19,3 +48,69 @@ def test_help_imports_no_torch(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: python -m fastnabla" in done.stdout
+
+
+def test_train_into_a_log_file_in_an_awkward_environment(tmp_path: Path) -> None:
+    """A line per update, in ASCII and without control characters; nothing is written outside the run."""
+    command = [sys.executable, "-m", "fastnabla.train", *QUICK, "--updates=2", "--run=run-∇"]
+    with (tmp_path / "log").open("wb") as log:
+        done = subprocess.run(command, cwd=tmp_path, env=awkward(), stdout=log, stderr=subprocess.STDOUT)
+    printed = (tmp_path / "log").read_bytes()
+    assert done.returncode == 0, printed
+    text = printed.decode("ascii")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
+    lines = re.findall(r"^update (\d)/2: reward \S+, loss \S+, \S+ s/update, 0:00:\d\d left$", text, re.MULTILINE)
+    assert lines == ["1", "2"]
+    assert (tmp_path / "run-∇" / "curves.png").is_file()
+
+
+def test_every_command_starts_with_a_notebook_s_backend() -> None:
+    """Its help can be printed in ASCII, and the libraries that draw can be imported afterwards."""
+    code = (
+        "import importlib\n"
+        f"for name in {COMMANDS}:\n"
+        "    try:\n        importlib.import_module(name).main(['--help'])\n"
+        "    except SystemExit as stop:\n        assert stop.code == 0, name\n"
+        "import matplotlib.figure, torchmetrics.image.fid\n"
+        "print(matplotlib.get_backend())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=awkward())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: python -m fastnabla") == len(COMMANDS)
+    assert done.stdout.splitlines()[-1] == "agg"
+
+
+def test_a_notebook_s_own_backend_is_left_alone() -> None:
+    code = (
+        "import os, sys, types\n"
+        "sys.modules['IPython'] = types.ModuleType('IPython')\n"
+        "from fastnabla.utils.console import quiet_libraries\n"
+        "quiet_libraries()\n"
+        "print(os.environ['MPLBACKEND'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=awkward())
+    assert done.stdout.strip() == NOTEBOOK, done.stderr
+
+
+@pytest.mark.parametrize("folder", ["fastnabla", "docs", "bench"])
+def test_pyplot_is_not_used(folder: str) -> None:
+    """pyplot chooses a window system; figures are drawn without it."""
+    users = [path for path in (ROOT / folder).rglob("*.py") if "pyplot" in path.read_text(encoding="utf-8")]
+    assert not users
+
+
+def test_a_batch_script_without_srun_runs_alone_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastnabla import train
+    from fastnabla.training import command
+
+    started = []
+    monkeypatch.setattr(command, "run_command", lambda config, info: started.append(info.size) or 0)
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "4711"}.items():
+        monkeypatch.setenv(name, value)
+    assert train.main(["testbed", "--dry-run"]) == 0
+    assert started == [1] and "runs alone, although SLURM_NTASKS = 4" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert train.main(["testbed", "--dry-run"]) == 2
+    assert "RANK = not set, WORLD_SIZE = 4" in capsys.readouterr().err
