@@ -80,7 +80,13 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         require(self.steps >= 2, "sampler.steps", self.steps, "must be at least 2.")
-        require_positive("sampler", self, "eta", "guidance_scale")
+        require_positive("sampler", self, "eta")
+        require(
+            0 < self.guidance_scale < math.inf,
+            "sampler.guidance_scale",
+            self.guidance_scale,
+            "must be positive and finite; use 1 for no guidance.",
+        )
         if self.min_sigma is not None:
             require_positive("sampler", self, "min_sigma")
         require(

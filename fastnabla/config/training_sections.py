@@ -48,7 +48,7 @@ class RolloutConfig:
             self.trajectories % self.updates == 0,
             "rollout.updates",
             self.updates,
-            f"must divide rollout.trajectories = {self.trajectories}.",
+            f"must divide rollout.trajectories = {self.trajectories}; use {math.gcd(self.trajectories, self.updates)}.",
         )
 
     @property
