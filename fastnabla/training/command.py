@@ -15,6 +15,7 @@ from fastnabla.cost.update_cost import cost_table, measured_rate, update_cost
 from fastnabla.distributed.devices import device_of
 from fastnabla.distributed.launch import RankInfo
 from fastnabla.distributed.world import LostProcess, World, log_as
+from fastnabla.models.lora_targets import check_targets
 from fastnabla.prompts import RunPrompts
 from fastnabla.run.folder import create_run_folder
 from fastnabla.run.lock import locked
@@ -110,6 +111,7 @@ def _start(config: TrainConfig, world: World, console: Console) -> dict[str, Any
         raise ValueError(
             f"run = {str(run)!r}: exists already and is never overwritten; choose another folder or remove it."
         )
+    check_targets(config.model, config.lora)  # before anything is loaded
     config, plan = planned(config, device_of(config), world.local_size, world.size)
     if plan is not None:
         console.print(plan.table())
