@@ -111,9 +111,10 @@ def _start(config: TrainConfig, world: World, console: Console) -> dict[str, Any
         raise ValueError(
             f"run = {str(run)!r}: exists already and is never overwritten; choose another folder or remove it."
         )
-    check_targets(config.model, config.lora)  # before anything is loaded
     config, plan = planned(config, device_of(config), world.local_size, world.size)
-    if plan is not None:
+    if plan is None:
+        check_targets(config.model, config.lora)  # as planning does, before anything is loaded
+    else:
         console.print(plan.table())
     return {
         "config": to_json(config),
