@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+from fastnabla.config.drawn_steps import drawn_steps
 from fastnabla.config.method_sections import Direct, PolicyGradient
 from fastnabla.config.methods import MethodName
 from fastnabla.config.model_sections import FlowConfig, SamplerConfig
@@ -96,13 +97,6 @@ class AnalyticConfig:
             raise ValueError(
                 f"optimizer.ema = {self.optimizer.ema}: the analytic testbed evaluates the raw weights; set it to None."
             )
-        drawn, stratified = self.drawn_steps, self.rollout.draw == "stratified"
-        if drawn < 1 or (self.steps % drawn if stratified else drawn >= self.steps):
-            raise ValueError(
-                f"rollout.fraction = {self.rollout.fraction}: gives {drawn} of {self.steps} steps, which must be "
-                f"{'a positive divisor of steps' if stratified else 'positive and less than steps'}; change fraction or "
-                "steps."
-            )
         if not math.isfinite(self.reward_factor):
             raise ValueError(f"reward_factor = {self.reward_factor}: must be finite.")
         if self.flow_average is not None and (self.exact_flow or not self.flow_learning_rate):
@@ -149,7 +143,7 @@ class AnalyticConfig:
     @property
     def drawn_steps(self) -> int:
         """Number of steps drawn from each trajectory, besides the last one."""
-        return int(self.steps * self.rollout.fraction + 1e-9)
+        return drawn_steps(self.steps, self.rollout.fraction)
 
 
 SETTINGS: dict[MethodName, dict[str, Any]] = {

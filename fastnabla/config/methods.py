@@ -32,6 +32,10 @@ class Method:
     only: Mapping[str, tuple[tuple[Any, ...], str]] = dataclasses.field(default_factory=dict)
     """Fields that it restricts: SECTION.FIELD → (allowed values, end of the error message for any other)."""
 
+    def accepts(self, name: str, value: Any) -> bool:
+        """Whether the field `name` has an effect on the method and may have this value."""
+        return name not in self.without and (name not in self.only or value in self.only[name][0])
+
     def check(self, values: Mapping[str, Any]) -> None:
         """Check a configuration, given as its `dotted` values.
 

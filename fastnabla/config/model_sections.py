@@ -94,7 +94,13 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         require(self.steps >= 2, "sampler.steps", self.steps, "must be at least 2.")
-        require_positive("sampler", self, "eta", "guidance_scale")
+        require_positive("sampler", self, "eta")
+        require(
+            0 < self.guidance_scale < math.inf,
+            "sampler.guidance_scale",
+            self.guidance_scale,
+            "must be positive and finite; use 1 for no guidance.",
+        )
         if self.min_sigma is not None:
             require_positive("sampler", self, "min_sigma")
         require(
@@ -114,11 +120,18 @@ class LoraConfig:
     """Rank and alpha of the LoRA, so its scale is 1. 0 trains all parameters of the UNet instead, with float32 master
     weights next to a frozen copy of the pretrained ones. Several processes then shard them (memory.shard)."""
     targets: tuple[str, ...] = LORA_TARGETS
-    """Names of the UNet layers that get an adapter. all-linear stands for every linear layer, including feed-forward
-    layers and embeddings. The default is the attention projections, as in the reference implementation."""
+    """The linear layers and 2-D convolutions of the UNet that get an adapter: names or ends of names, such as to_q or
+    attn2.to_q; regex:PATTERN for whole names, such as "regex:.*attn2.*"; all-linear for every linear layer, including
+    feed-forward layers and embeddings. The default is the attention projections, as in the reference implementation."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "lora.rank", self.rank, "must be at least 1, or 0 to train all parameters of the UNet.")
+        require(
+            bool(self.targets) or not self.rank,
+            "lora.targets",
+            self.targets,
+            "names no layer; give at least one, such as to_q, or all-linear.",
+        )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

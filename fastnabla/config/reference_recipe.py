@@ -8,6 +8,7 @@ mistakes that are not reproduced.
 from collections.abc import Mapping
 from typing import Any
 
+from fastnabla.config.methods import METHODS
 from fastnabla.config.model_sections import LORA_TARGETS, FlowConfig, PromptConfig, RewardConfig
 from fastnabla.config.training_sections import OptimizerConfig, RolloutConfig
 
@@ -73,6 +74,7 @@ def reference_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
             refused[name] = (theirs,)
     if values["lora.rank"] == 0:
         refused["lora.rank"] = ("a LoRA",)
+    refused = {name: theirs for name, theirs in refused.items() if name not in METHODS[values["method"]].without}
     if refused:
         named = ", ".join(f"{n} = {values[n]!r} (it has {' or '.join(map(str, refused[n]))})" for n in refused)
         raise ValueError(

@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from fastnabla.config.checks import check_together
+from fastnabla.config.drawn_steps import drawn_steps
 from fastnabla.config.fields import dotted
 from fastnabla.config.method_sections import Direct, PolicyGradient
 from fastnabla.config.methods import METHODS, MethodName
@@ -116,32 +118,6 @@ class TrainConfig:
                 section, _, field = name.partition(".")
                 setattr(self, section, dataclasses.replace(getattr(self, section), **{field: value}))
         values = dotted(self)
-        METHODS[self.method].check(values)
-        require(
-            self.method != "draft" or self.direct.k <= self.sampler.steps,
-            "direct.k",
-            self.direct.k,
-            f"must be at most sampler.steps = {self.sampler.steps}.",
-        )
-        require(
-            not self.follows_reference or self.objective.reverse_weight > 0,
-            "objective.reverse_weight",
-            self.objective.reverse_weight,
-            "nothing else trains the flow with objective.reverse_target = reference; use a positive weight, or --flow.kind none.",
-        )
-        require(
-            not (self.memory.shard and self.lora.rank),
-            "memory.shard",
-            self.memory.shard,
-            f"only a LoRA of a few MB is trained (lora.rank = {self.lora.rank}), which is not sharded. Leave it None, or train "
-            "all parameters with --lora.rank 0.",
-        )
-        require(
-            not (self.deterministic and self.compute.attention == "xformers"),
-            "compute.attention",
-            self.compute.attention,
-            "its backward pass may not be deterministic; use sdpa with deterministic = True.",
-        )
         for name, value in values.items():
             if type(value) is int and name != "seed":
                 require(abs(value) <= LARGEST, name, value, f"must be at most {LARGEST}.")
@@ -159,38 +135,14 @@ class TrainConfig:
         for name in ("updates", "checkpoint_every", "checkpoint_keep", "max_skipped"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1.")
         require(
-            self.updates % self.rollout.updates_per_rollout == 0,
-            "updates",
-            self.updates,
-            f"must be a multiple of rollout.updates · rollout.epochs = {self.rollout.updates_per_rollout}.",
-        )
-        require(
             self.spike_factor is None or 1 < self.spike_factor < math.inf,
             "spike_factor",
             self.spike_factor,
             "must be above 1 and finite, or None.",
         )
-        drawn, steps = self.drawn_steps, self.sampler.steps
-        require(
-            drawn >= 1,
-            "rollout.fraction",
-            self.rollout.fraction,
-            f"leaves no transition of sampler.steps = {steps}; use at least {1 / steps:g}.",
-        )
-        if self.rollout.draw == "stratified":
-            require(
-                steps % drawn == 0,
-                "rollout.fraction",
-                self.rollout.fraction,
-                f"gives {drawn} strata, which do not divide sampler.steps = {steps}; change one of them, or rollout.draw.",
-            )
-        else:
-            require(
-                drawn < steps,
-                "rollout.fraction",
-                self.rollout.fraction,
-                "must leave out at least one step, to draw the others from.",
-            )
+        method = METHODS[self.method]
+        method.check(values)
+        check_together(values, method.without)
 
     def is_sharded(self, processes: int) -> bool:
         """Whether a run of this many processes shards weights, gradients and moments."""
@@ -219,7 +171,7 @@ class TrainConfig:
     @property
     def drawn_steps(self) -> int:
         """K − 1, the number of steps drawn from each trajectory in addition to the last."""
-        return int(self.sampler.steps * self.rollout.fraction + 1e-9)
+        return drawn_steps(self.sampler.steps, self.rollout.fraction)
 
     @property
     def num_rollouts(self) -> int:

@@ -48,7 +48,7 @@ class RolloutConfig:
             self.trajectories % self.updates == 0,
             "rollout.updates",
             self.updates,
-            f"must divide rollout.trajectories = {self.trajectories}.",
+            f"must divide rollout.trajectories = {self.trajectories}; use {math.gcd(self.trajectories, self.updates)}.",
         )
 
     @property
@@ -70,7 +70,7 @@ class OptimizerConfig:
     of 0.99. All three keep tensors below 4096 elements in float32, which includes many LoRA matrices. None of them can
     be sharded."""
     learning_rate: float = 1e-3
-    """Learning rate of the LoRA."""
+    """Learning rate of the LoRA. With lora.rank 0 it is that of all parameters, which need about 1e-5."""
     beta1: float = 0.9
     """Decay of the first moment per update."""
     beta2: float = 0.999

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from fastnabla.config.fields import dotted
 from fastnabla.config.methods import METHODS
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import MemoryConfig
@@ -26,6 +27,14 @@ ENOUGH = (4, 2, 1)
 """Micro-batch sizes that are worth recomputing for, in order of preference."""
 MAX_MICRO_BATCH = 16
 """Micro-batch size beyond which a transition's passes do not get cheaper."""
+SMALLER = (
+    ("model.dtype", "float32", "bfloat16"),
+    ("flow.kind", "unet", "conv"),
+    ("flow.kind", "unet", "none"),
+    ("flow.kind", "conv", "none"),
+    ("memory.buffer", "device", "pinned"),
+)
+"""Fields, a value, and another with which a run needs less memory."""
 NO_REWARDS = RewardBytes(0, 0)
 
 
@@ -142,9 +151,17 @@ def plan_memory(
     needed = (sum(fixed.values()) + max(smallest.values())) / USABLE_FRACTION
     raise DoesNotFit(
         f"{'vram' if config.vram else 'free memory'} = {budget / 1e9:.1f} GB: the smallest settings need about "
-        f"{needed / 1e9:.1f} GB. Use a smaller model, --model.dtype bfloat16, --flow.kind conv or none, or --memory.buffer "
-        "pinned; or unset memory.micro_batch, decode_chunk and checkpoint_*, which are then planned."
+        f"{needed / 1e9:.1f} GB. Use {' or '.join(['a smaller model', *_smaller(config)])}; or unset memory.micro_batch, "
+        "decode_chunk and checkpoint_*, which are then planned."
     )
+
+
+def _smaller(config: TrainConfig) -> list[str]:
+    """Options of the method with which the run would need less memory."""
+    values, method = dotted(config), METHODS[config.method]
+    return [
+        f"--{field} {value}" for field, now, value in SMALLER if values[field] == now and method.accepts(field, value)
+    ]
 
 
 def planned(

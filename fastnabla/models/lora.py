@@ -7,6 +7,8 @@ a single addmm computes the second product and adds it to ``W x``.
 
 import dataclasses
 import functools
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from peft.tuners import lora
 from torch import Tensor, addmm, nn
 from torch.nn.functional import conv2d, linear
 
+from fastnabla.models.lora_targets import target_layers
+
 ADAPTER = "policy"
-ALL_LINEAR = "all-linear"
 
 
 @dataclasses.dataclass(slots=True)
@@ -158,26 +161,17 @@ def _accumulate_into(master: nn.Parameter, copy: Tensor) -> None:
     copy.grad = None
 
 
-def add_lora(unet: nn.Module, rank: int, targets: tuple[str, ...]) -> Lora:
+def add_lora(unet: nn.Module, rank: int, targets: Sequence[str]) -> Lora:
     """Add a LoRA to the layers of `unet` that `targets` names, with A random and B zero, float32, trainable.
 
-    `ALL_LINEAR` among the targets stands for every linear layer.
-
     Raises:
-        ValueError: a name matches no layer (from PEFT), or matches a layer that is neither linear nor a 2-D convolution.
+        ValueError: see `fastnabla.models.lora_targets.target_layers`.
     """
-    names = [target for target in targets if target != ALL_LINEAR]
-    if ALL_LINEAR in targets:
-        names += [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=names)
+    # An exact pattern: in a list of names, PEFT would take each as the end of longer names too.
+    exactly = "|".join(map(re.escape, target_layers(unet, targets)))
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=exactly)
     config._register_custom_module({nn.Linear: LoraLinear, nn.Conv2d: LoraConv2d})
     unet.add_adapter(config, adapter_name=ADAPTER)
-    for name, module in unet.named_modules():
-        if isinstance(module, lora.LoraLayer) and not isinstance(module, _LoraLayer):
-            kind = type(module.get_base_layer()).__name__
-            raise ValueError(
-                f"lora.targets names {name}, a {kind}; only linear layers and 2-D convolutions can have a LoRA."
-            )
     for name, parameter in unet.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()

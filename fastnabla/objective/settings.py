@@ -51,8 +51,3 @@ class Objective:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"objective.{name} = {value}: must be finite and not negative.")
-        if self.reverse_target == "reference" and self.reverse_second_order:
-            raise ValueError(
-                "objective.reverse_second_order = True: the reverse residual does not depend on the policy if "
-                "objective.reverse_target = 'reference'; leave it False, or use 'policy'."
-            )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fastnabla.rewards.in_float32 import InFloat32
 from fastnabla.rewards.sum import RewardFunction
 
 GRADIENT_TOLERANCE = 0.02
@@ -16,6 +17,7 @@ STEPS = (3e-2, 1e-2, 3e-3)
 DIRECTIONS = 2
 ROW_TOLERANCE = 1e-4
 PROMPT_TOLERANCE = 1e-6
+FLOAT32 = "use reward.precision float32, or compute in float32 in a reward of your own"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,6 +88,34 @@ def gradient_error(reward: RewardFunction, images: Tensor, prompts: Sequence[str
     return worst, rounding
 
 
+@torch.no_grad()
+def row_difference(reward: RewardFunction, images: Tensor, prompts: Sequence[str]) -> float:
+    """Largest difference between the rewards of images alone and in a batch, relative to the largest reward."""
+    values = reward(images, prompts)
+    rows = torch.cat([reward(images[i : i + 1], [prompts[i]]) for i in range(len(images))])
+    return (rows - values).abs().max().item() / max(values.abs().max().item(), 1e-12)
+
+
+def _rounding_is_why(error: Callable[[], float], tolerance: float, style: str) -> str:
+    """The end of a failed test's result if the reward passes in float32. "" if it fails there too, computes in float32 anyway,
+    or has operations that do not run in float32.
+
+    Args:
+        error: measures the reward again.
+        tolerance: largest error that passes.
+        style: format of the error.
+    """
+    try:
+        with InFloat32() as mode:
+            exact = error()
+    except (RuntimeError, TypeError):
+        return ""
+    if exact > tolerance or not mode.replaced:
+        return ""
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in mode.replaced))
+    return f". In float32 it is {exact:{style}}, so {names} is why; {FLOAT32}"
+
+
 def deviation(
     reward: RewardFunction, exact: RewardFunction, images: Tensor, prompts: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
@@ -137,15 +167,19 @@ def inspect_reward(
         found("gradient", f"inconclusive: too small relative to the reward's rounding (error {error:.1%})", None)
     else:
         text = f"error along random directions: {error:.1%} of its norm (limit {GRADIENT_TOLERANCE:.0%})"
+        if error > GRADIENT_TOLERANCE:
+            text += _rounding_is_why(lambda: gradient_error(reward, images, prompts)[0], GRADIENT_TOLERANCE, ".1%")
         found("gradient", text, error <= GRADIENT_TOLERANCE)
 
     # Dependence on the rest of the batch and on prompts.
     size = values.abs().max().item()
+    difference = row_difference(reward, images, prompts)
+    text = f"alone and in a batch they differ by {difference:.1e} of the value"
+    if difference > ROW_TOLERANCE:
+        text += _rounding_is_why(lambda: row_difference(reward, images, prompts), ROW_TOLERANCE, ".1e")
+    found("rows", text, difference <= ROW_TOLERANCE)
     with torch.no_grad():
-        rows = torch.cat([reward(images[i : i + 1], [prompts[i]]) for i in range(len(images))])
         swapped = reward(images, [*prompts[1:], prompts[0]])
-    difference = (rows - values).abs().max().item() / max(size, 1e-12)
-    found("rows", f"alone and in a batch they differ by {difference:.1e} of the value", difference <= ROW_TOLERANCE)
     change = (swapped - values).abs().max().item()
     found("prompts", "used" if change > PROMPT_TOLERANCE * size else "ignored", None)
 
@@ -153,6 +187,8 @@ def inspect_reward(
     if exact is not None:
         values_error, gradients_error = deviation(rounded, exact, images, prompts)
         text = f"values up to {values_error.abs().max():.2g}, gradients up to {gradients_error.max():.1%} of their norm"
+        if gradients_error.max() > GRADIENT_TOLERANCE:
+            text += f". {'bfloat16' if getattr(rounded, 'precision', None) == 'bf16' else 'TF32'} is why; {FLOAT32}"
         found("precision", f"deviation from float32: {text}", None)
     seconds, memory = cost(lambda: value_and_gradient(rounded, images, prompts), rounded, images.device)
     found("time", f"{1e3 * seconds / len(images):.1f} ms per image, forward and backward", None)

@@ -15,6 +15,7 @@ from fastnabla.cost.update_cost import cost_table, measured_rate, update_cost
 from fastnabla.distributed.devices import device_of
 from fastnabla.distributed.launch import RankInfo
 from fastnabla.distributed.world import LostProcess, World, log_as
+from fastnabla.models.lora_targets import check_targets
 from fastnabla.models.sampler_table import sampler_table
 from fastnabla.prompts import RunPrompts, look, prompts_of
 from fastnabla.run.folder import create_run_folder
@@ -112,7 +113,9 @@ def _start(config: TrainConfig, world: World, console: Console) -> dict[str, Any
             f"run = {str(run)!r}: exists already and is never overwritten; choose another folder or remove it."
         )
     config, plan = planned(config, device_of(config), world.local_size, world.size)
-    if plan is not None:
+    if plan is None:
+        check_targets(config.model, config.lora)  # as planning does, before anything is loaded
+    else:
         console.print(plan.table())
     prompts = (
         prompts_of(config.prompts, config.evaluation.prompts, config.seed)

@@ -12,11 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import EvaluationConfig
 from fastnabla.methods.accumulation import StepReport
 from fastnabla.methods.zero_gradients import REWARD_GRADIENT, require_gradient
 
 logger = logging.getLogger("fastnabla")
+
+# Settings
+
+LARGEST_FULL_RATE = 1e-4
+"""Largest learning rate of all parameters that is not warned of. diffusers' example of full finetuning has 1e-5."""
+
+
+def warn_of_learning_rate(config: TrainConfig) -> None:
+    """Log a warning if all parameters are trained with a LoRA's learning rate."""
+    rate = config.optimizer.learning_rate
+    if config.lora.rank == 0 and rate > LARGEST_FULL_RATE:
+        logger.warning(
+            "optimizer.learning_rate = %g: suits a LoRA, but lora.rank = 0 trains all parameters, and each update changes "
+            "every weight by about this much; use --optimizer.learning-rate %s",
+            rate,
+            "1e-6" if config.optimizer.name == "lion8bit" else "1e-5",
+        )
+
 
 # Updates
 

@@ -23,7 +23,7 @@ from fastnabla.run.state import Progress
 from fastnabla.run.table import decimals
 from fastnabla.run.weights import is_best
 from fastnabla.training.build import Components, fix_rows, plan_and_build
-from fastnabla.training.guards import BoundPassed, Guard, passed_bound
+from fastnabla.training.guards import BoundPassed, Guard, passed_bound, warn_of_learning_rate
 from fastnabla.training.progress import progress_display
 from fastnabla.trajectories.sources import learning_order
 
@@ -47,6 +47,7 @@ class Trainer:
         self.updates_per_rollout = self.config.rollout.updates_per_rollout
         self.done = 0
         """Updates done."""
+        warn_of_learning_rate(self.config)
 
     @classmethod
     def from_config(cls, config: TrainConfig, prompts: RunPrompts | None = None, world: World = ALONE) -> Self:

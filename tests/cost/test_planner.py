@@ -2,10 +2,12 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 import torch
 
+from fastnabla.config.methods import METHODS
 from fastnabla.config.model_sections import LoraConfig, ModelConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import MemoryConfig, RolloutConfig
@@ -132,6 +134,17 @@ def test_what_does_not_fit_fits_into_what_is_said_to_be_needed(gigabytes: int, m
     plan(needed + 0.06, **memory)
     with pytest.raises(DoesNotFit):
         plan(needed - 0.06, **memory)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_would_fit_is_within_the_method(method: str) -> None:
+    """Each option that the error names is accepted."""
+    config = TrainConfig(method=method, vram=1, model=ModelConfig(dtype="float32"))
+    with pytest.raises(DoesNotFit, match=r"Use a smaller model or --model\.dtype bfloat16") as caught:
+        plan_memory(config, stable_diffusion(), int(1e9), CPU)
+    options = dict(re.findall(r"--([\w.]+) (\w+)", str(caught.value)))
+    assert all(METHODS[method].accepts(field, value) for field, value in options.items())
+    assert ("flow.kind" in options, "memory.buffer" in options) == (METHODS[method].has_flow, METHODS[method].stores)
 
 
 def test_complete_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.sample import SampleConfig, sample_run
 from fastnabla.testbed import pipeline_folder
+from fastnabla.training.guards import warn_of_learning_rate
 from fastnabla.training.trainer import Trainer
 from tests.training.test_trainer import interrupt, small, train
 
@@ -55,6 +56,16 @@ def test_resumed_run_equals_an_uninterrupted_one(run: Path, tmp_path: Path) -> N
     assert (tmp_path / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
     ours, theirs = (UNet2DConditionModel.from_pretrained(folder / "unet").state_dict() for folder in (tmp_path, run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(1e-3, True), (1e-4, False)])
+def test_the_learning_rate_of_a_lora_is_warned_of(rate: float, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+    config = dataclasses.replace(full(), optimizer=OptimizerConfig(learning_rate=rate))
+    Trainer.from_config(config)
+    said = "optimizer.learning_rate = 0.001: suits a LoRA, but lora.rank = 0"
+    assert (said in caplog.text and "use --optimizer.learning-rate 1e-5" in caplog.text) == warned
+    warn_of_learning_rate(dataclasses.replace(config, lora=LoraConfig()))
+    assert caplog.text.count("lora.rank = 0") == warned
 
 
 def test_is_sampled(run: Path, tmp_path: Path) -> None:

@@ -177,9 +177,6 @@ def test_the_flow_is_not_used_at_finished_samples():
 
 
 def test_settings_that_contradict():
-    Objective(reverse_second_order=True)
-    with pytest.raises(ValueError, match=r"reverse_second_order = True: .* leave it False, or use 'policy'"):
-        Objective(reverse_target="reference", reverse_second_order=True)
     objective = Objective(reverse_target="reference")
     assert TrainConfig(objective=objective).follows_reference
     assert not TrainConfig(objective=objective, flow=FlowConfig(kind="none")).follows_reference

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastnabla.rewards import PUBLISHED, RewardOptions
+from fastnabla.rewards import PUBLISHED, RewardOptions, inspection
 from fastnabla.rewards.__main__ import in_float32, main, sample_images
+from fastnabla.rewards.in_float32 import InFloat32
 from fastnabla.rewards.inspection import SavedBytes, deviation, gradient_error, inspect_reward
 from tests.golden_rewards import TINY
 
@@ -58,6 +59,47 @@ def test_a_sound_reward_passes(broken: None, capsys: pytest.CaptureFixture[str])
     assert main(["check", "broken_rewards:fine", "area", "--size=32", "--batch=3", "--device=cpu", *prompts]) == 0
     printed = capsys.readouterr().out
     assert "used" in printed and "ignored" in printed and "all passed" in printed and "kept for the backward" in printed
+
+
+HALF = """
+import torch
+torch.manual_seed(0)
+first, second = torch.nn.Conv2d(3, 16, 4, 4).requires_grad_(False), torch.nn.Linear(16, 1).requires_grad_(False)
+stored = torch.nn.Linear(16, 1).to(torch.bfloat16).requires_grad_(False)
+def features(i): return first(i).tanh().mean((2, 3))
+def autocast(i, p):
+    with torch.autocast("cpu", torch.bfloat16): return second(features(i))[:, 0]
+def weights(i, p): return stored(features(i).to(torch.bfloat16))[:, 0].float()
+def cut(i, p):
+    with torch.autocast("cpu", torch.bfloat16): return second(features(i[:, :, 1:] - i[:, :, :-1].detach()))[:, 0]
+"""
+
+
+@pytest.mark.parametrize("name", ["autocast", "weights", "cut"])
+def test_half_precision_is_named_if_it_is_why(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where float32 is right; not where a part of the gradient is missing too."""
+    (tmp_path / f"half_{name}.py").write_text(HALF)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["check", f"half_{name}:{name}", "--size=32", "--device=cpu"]) == 1
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "failed" in printed
+    assert ("so bfloat16 is why; use reward.precision float32" in printed) == (name != "cut")
+
+
+def test_operations_in_float32_replace_half_precision() -> None:
+    layer, x = torch.nn.Linear(8, 8).bfloat16(), torch.rand(2, 8, requires_grad=True)
+    with InFloat32() as mode:
+        y = layer(x.bfloat16()).sum()
+        (gradient,) = torch.autograd.grad(y, x)
+    expected = layer.weight.float().sum(0).expand(2, 8)
+    assert y.dtype == gradient.dtype == torch.float32 and mode.replaced == {torch.bfloat16}
+    torch.testing.assert_close(gradient, expected)
+    with InFloat32() as mode:
+        (x * 2).sum()
+    assert not mode.replaced
 
 
 @pytest.mark.parametrize(
@@ -131,7 +173,7 @@ def test_saved_bytes_counts_each_storage_once_without_parameters() -> None:
     assert saved.total == 3 * 4 * 8 * 4  # x, y and its exponential
 
 
-def test_deviation_from_float32_is_told() -> None:
+def test_deviation_from_float32_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reward in lower precision: gradient and rows are tested in float32, on a copy of a reward of your own."""
     halved, exact = TINY["hpsv2"](RewardOptions(precision="bf16")), TINY["hpsv2"]()
     found = {finding.what: finding for finding in inspect_reward(halved, IMAGES, ["0", "1", "0"], exact)}
@@ -142,6 +184,11 @@ def test_deviation_from_float32_is_told() -> None:
     ]
     values, gradients = deviation(halved, exact, IMAGES, ["0", "1", "0"])
     assert 0 < values.abs().max() < 1e-2 and 1e-3 < gradients.min() <= gradients.max() < 5e-2
+
+    monkeypatch.setattr(inspection, "GRADIENT_TOLERANCE", 1e-3)
+    coarse = {finding.what: finding for finding in inspect_reward(halved, IMAGES, ["0", "1", "0"], exact)}
+    assert coarse["precision"].result.endswith("bfloat16 is why; " + inspection.FLOAT32)
+    assert "is why" not in found["precision"].result + coarse["gradient"].result
 
     cpu = torch.device("cpu")
     own = TINY["hpsv2"]()
