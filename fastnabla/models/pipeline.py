@@ -17,7 +17,7 @@ from fastnabla.models.model_source import single_file_of, source_of
 from fastnabla.models.prompt_cache import CAPACITY, PromptCache
 from fastnabla.models.random_init import random_pipeline
 from fastnabla.models.single_file import load_single_file
-from fastnabla.models.weight_files import variant_to_load
+from fastnabla.models.weight_files import require_whole, variant_to_load
 
 
 def pipeline_of(config: ModelConfig) -> Pipeline:
@@ -28,7 +28,7 @@ def pipeline_of(config: ModelConfig) -> Pipeline:
     """
     dtypes = {"default": getattr(torch, config.dtype), "vae": vae_dtype(config, *checked_configurations(config))}
     pipeline = random_pipeline(architecture_of(config.name), dtypes) if config.random_init else _load(config, dtypes)
-    for part in _networks(pipeline):
+    for part in networks_of(pipeline).values():
         part.requires_grad_(False).eval()
     for tokenizer, encoder in zip(tokenizers(pipeline), text_encoders(pipeline), strict=True):
         # A tokenizer whose configuration has no limit would pad prompts to 10³⁰ tokens.
@@ -45,13 +45,16 @@ def _load(config: ModelConfig, dtypes: dict[str, torch.dtype]) -> Pipeline:
     with loading(config):
         if file is not None:
             return load_single_file(config, file, family, dtypes)
-        return family.from_pretrained(
+        pipeline = family.from_pretrained(
             source_of(config), revision=config.revision, variant=variant, dtype=dtypes, **absent
         )
+    require_whole(config, networks_of(pipeline), variant)
+    return pipeline
 
 
-def _networks(pipeline: Pipeline) -> list[nn.Module]:
-    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+def networks_of(pipeline: Pipeline) -> dict[str, nn.Module]:
+    """The pipeline's networks, by part."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
 
 
 def text_encoders(pipeline: Pipeline) -> list[nn.Module]:

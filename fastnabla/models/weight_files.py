@@ -3,9 +3,11 @@
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.model_source import source_of
@@ -37,6 +39,47 @@ def variant_to_load(model: ModelConfig) -> str | None:
             if file.suffix == ".safetensors":
                 SafetensorsHeader.of(file, f"model.name = {model.name!r}")
     return variant
+
+
+def require_whole(model: ModelConfig, networks: Mapping[str, nn.Module], variant: str | None) -> None:
+    """Check that the files of a loaded pipeline have all weights of its networks.
+
+    Otherwise diffusers leaves weights on the meta device, and transformers draws them at random with a warning.
+
+    Args:
+        model: a folder, or a Hub id in the cache.
+        networks: the loaded networks, by part.
+        variant: the loaded one.
+
+    Raises:
+        ValueError: weights are missing. The message counts them for each part.
+    """
+    folder = _folder_of(model)
+    missing = {}
+    for part, network in networks.items():
+        missing[part] = [name for name, weight in network.named_parameters() if weight.is_meta]
+        if part.startswith("text_encoder") and folder is not None:
+            each = _by_variant(folder / part)
+            files = [file for file in each.get(variant, each.get(None, [])) if file.suffix == ".safetensors"]
+            stored = {
+                name for file in files for name in SafetensorsHeader.of(file, f"model.name = {model.name!r}").shapes
+            }
+            missing[part] += _not_stored(network, stored) if files else []
+    found = [f"{part}/ lacks {len(names)} weights, such as {names[0]}" for part, names in missing.items() if names]
+    if found:
+        raise ValueError(
+            f"model.name = {model.name!r}: {'; '.join(found)}. Its weight files do not fit its configuration, or are not "
+            "complete. Download them again, or correct config.json."
+        )
+
+
+def _not_stored(network: nn.Module, stored: set[str]) -> list[str]:
+    """The weights of a transformers model that are not among `stored`. Versions of transformers differ in the prefixes."""
+    return [
+        name
+        for name, _ in network.named_parameters()
+        if not any(other == name or other.endswith(f".{name}") or name.endswith(f".{other}") for other in stored)
+    ]
 
 
 def _folder_of(model: ModelConfig) -> Path | None:

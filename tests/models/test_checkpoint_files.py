@@ -175,3 +175,23 @@ def test_other_files_are_refused_with_a_remedy(saved: Path, tmp_path: Path) -> N
     shutil.copytree(saved / "full", tmp_path / "broken")
     (tmp_path / "broken/text_encoder/model.safetensors").write_bytes(b"<html>")
     refused("broken", r"text_encoder/model\.safetensors', of 6 bytes, is not a valid")
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "name"),
+    [
+        ("unet", "diffusion_pytorch_model", "conv_out.bias"),
+        ("vae", "diffusion_pytorch_model", "decoder.conv_out.bias"),
+        ("text_encoder", "model", "final_layer_norm.bias"),
+    ],
+)
+def test_a_folder_that_lacks_weights_is_refused(saved: Path, tmp_path: Path, part: str, file: str, name: str) -> None:
+    """diffusers and transformers load such a folder with a warning, and random or no values for the missing weights."""
+    shutil.copytree(saved / "full", tmp_path / "m")
+    path = tmp_path / "m" / part / f"{file}.safetensors"
+    tensors = load_file(path)
+    (lacking,) = (key for key in tensors if key.endswith(name))
+    del tensors[lacking]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{part}/ lacks 1 weights, such as \S*{name}\. .*Download them again"):
+        pipeline_of(config_of(tmp_path / "m"))
