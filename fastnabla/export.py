@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
+from fastnabla.distributed.launch import require_single_process
 from fastnabla.run.weights import WeightsName, weights_folder
-from fastnabla.utils.console import print_error, print_plain, quiet_libraries
+from fastnabla.utils.console import command_console, print_error, print_plain, quiet_libraries
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -52,13 +52,15 @@ def export_run(config: ExportConfig) -> Path:
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
     quiet_libraries()
+    console = command_console()
     try:
         config = tyro.cli(ExportConfig, args=arguments, prog="python -m fastnabla.export")
+        require_single_process()
         output = export_run(config)
     except ValueError as error:
         print_error(error)
         return 2
-    print_plain(Console(), f"wrote {output}")
+    print_plain(console, f"wrote {output}")
     return 0
 
 

@@ -14,7 +14,7 @@ from fastnabla.config.model_sections import LORA_TARGETS
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.train import to_json
 from fastnabla.models.kohya import save_kohya
-from fastnabla.models.lora import ALL_LINEAR
+from fastnabla.models.lora_targets import ALL_LINEAR
 from fastnabla.models.policy import Policy
 from fastnabla.models.random_init import random_pipeline
 from fastnabla.models.saved_policy import save_policy
