@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import diffusers
 import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, PreTrainedTokenizerBase
@@ -138,6 +139,11 @@ def _class_problems(index: Mapping[str, Any], xl: bool) -> list[str]:
             problems.append(f"{part} = {found}: must be {wanted}{advice}")
         elif part.startswith("tokenizer") and found is not None and not hasattr(transformers, found):
             problems.append(f"{part} = {found}: must be a class of transformers, such as CLIPTokenizer")
+        elif part == "scheduler" and found is not None and not hasattr(diffusers, found):
+            problems.append(
+                f"scheduler = {found}: must be a class of diffusers, such as DDIMScheduler with the noise schedule that the UNet "
+                "was trained with; correct model_index.json and scheduler/scheduler_config.json"
+            )
     return problems
 
 
