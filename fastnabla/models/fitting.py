@@ -234,8 +234,11 @@ def _tokens(parts: Parts) -> Iterator[str]:
                 f"{own}.model_max_length = {length}: the text encoder has {positions} positions; set it to {positions} in "
                 f"{own}/tokenizer_config.json"
             )
-        size = max(tokenizer.get_vocab().values()) + 1
-        if size > encoder.vocab_size:
+        vocabulary = tokenizer.get_vocab()
+        size = max(vocabulary.values()) + 1
+        if vocabulary.keys() <= set(tokenizer.all_special_tokens):  # transformers' substitute for missing files
+            yield f"{own}.vocab: has no words; its folder lacks tokenizer.json, or vocab.json and merges.txt"
+        elif size > encoder.vocab_size:
             yield (
                 f"{name}.vocab_size = {encoder.vocab_size}: the {own} has {size} tokens, and those added have no embedding; "
                 f"use the text encoder that was saved with it, or remove its added tokens"

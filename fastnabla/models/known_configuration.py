@@ -209,11 +209,17 @@ def _latent_statistics(vae: Mapping[str, Any]) -> list[str]:
 
 
 def _betas(scheduler: Mapping[str, Any]) -> list[str]:
-    """The settings of the noise schedule that are not numbers."""
-    kinds = {"num_train_timesteps": int, "beta_start": (int, float), "beta_end": (int, float)}
+    """The settings of the noise schedule that are of another type."""
+    number = ((int, float), "number")
+    kinds = {
+        "num_train_timesteps": (int, "integer"),
+        "beta_start": number,
+        "beta_end": number,
+        "beta_schedule": (str, "name"),
+    }
     return [
-        f"scheduler/scheduler_config.json: {name} = {reprlib.repr(scheduler[name])}: must be the number that the UNet was "
-        "trained with"
-        for name, kind in kinds.items()
-        if name in scheduler and not isinstance(scheduler[name], kind)
+        f"scheduler/scheduler_config.json: {name} = {reprlib.repr(scheduler[name])}: must be the {kind} that the UNet was trained "
+        "with"
+        for name, (types, kind) in kinds.items()
+        if name in scheduler and not isinstance(scheduler[name], types)
     ]

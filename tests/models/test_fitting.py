@@ -1,6 +1,7 @@
 """A pipeline whose parts do not fit each other is refused before its weights are loaded, and all misfits are named."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,15 @@ def test_parts_that_fit(folders: Path, tmp_path: Path, family: str, changes: dic
     model = changed(folders, family, tmp_path, {f: v for f, v in changes.items() if family == "sdxl" or "_2" not in f})
     unet, vae = checked_configurations(model)
     assert unet["in_channels"] == vae["latent_channels"] == 4
+
+
+@pytest.mark.parametrize(("family", "part"), [("sd15", "tokenizer"), ("sdxl", "tokenizer_2")])
+def test_a_tokenizer_without_its_files_is_refused(folders: Path, tmp_path: Path, family: str, part: str) -> None:
+    """transformers makes one for which every word is unknown."""
+    model = changed(folders, family, tmp_path, {})
+    shutil.rmtree(tmp_path / family / part)
+    with pytest.raises(ValueError, match=rf"model\.name = .*: {part}\.vocab: has no words; .* lacks tokenizer\.json"):
+        checked_configurations(model)
 
 
 def test_an_old_configuration_has_the_size_that_diffusers_gives_it(folders: Path, tmp_path: Path) -> None:
