@@ -280,4 +280,6 @@ def test_samples_as_plain_diffusers_or_is_refused(
         assert "model.name = " in str(error)
         assert any(f"{file}: {name}" in str(error) for file, values in changes.items() for name in values)
     else:
-        assert difference < 1e-5, changes
+        # Of x̂₀ at the last step, diffusers computes ε̂ with 1 − ᾱ = 9e-4 rounded to float32.
+        predicts_sample = changes.get(SCHEDULER, {}).get("prediction_type") == "sample"
+        assert difference < (2e-5 if predicts_sample else 1e-5), changes
