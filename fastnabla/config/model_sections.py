@@ -60,6 +60,12 @@ class ModelConfig:
             self.random_init,
             "the testbed's weights are part of the package; use the preset stable-diffusion.",
         )
+        require(
+            self.config is None or not (self.random_init or self.name == TESTBED),
+            "model.config",
+            self.config,
+            "is for a .safetensors file; leave it out.",
+        )
         for name in ("height", "width"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"model.{name}", value, "must be at least 1, or None.")

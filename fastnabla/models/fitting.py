@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import diffusers
 import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, PreTrainedTokenizerBase
@@ -138,6 +139,11 @@ def _class_problems(index: Mapping[str, Any], xl: bool) -> list[str]:
             problems.append(f"{part} = {found}: must be {wanted}{advice}")
         elif part.startswith("tokenizer") and found is not None and not hasattr(transformers, found):
             problems.append(f"{part} = {found}: must be a class of transformers, such as CLIPTokenizer")
+        elif part == "scheduler" and found is not None and not hasattr(diffusers, found):
+            problems.append(
+                f"scheduler = {found}: must be a class of diffusers, such as DDIMScheduler with the noise schedule that the UNet "
+                "was trained with; correct model_index.json and scheduler/scheduler_config.json"
+            )
     return problems
 
 
@@ -228,8 +234,11 @@ def _tokens(parts: Parts) -> Iterator[str]:
                 f"{own}.model_max_length = {length}: the text encoder has {positions} positions; set it to {positions} in "
                 f"{own}/tokenizer_config.json"
             )
-        size = max(tokenizer.get_vocab().values()) + 1
-        if size > encoder.vocab_size:
+        vocabulary = tokenizer.get_vocab()
+        size = max(vocabulary.values()) + 1
+        if vocabulary.keys() <= set(tokenizer.all_special_tokens):  # transformers' substitute for missing files
+            yield f"{own}.vocab: has no words; its folder lacks tokenizer.json, or vocab.json and merges.txt"
+        elif size > encoder.vocab_size:
             yield (
                 f"{name}.vocab_size = {encoder.vocab_size}: the {own} has {size} tokens, and those added have no embedding; "
                 f"use the text encoder that was saved with it, or remove its added tokens"

@@ -114,6 +114,10 @@ NOISE_SCHEDULE: Known = {
     **_any_value("""
         beta_end beta_schedule beta_start num_train_timesteps prediction_type rescale_betas_zero_snr trained_betas
     """),
+    "predict_epsilon": Only(
+        (True, None), "this version of diffusers ignores it; prediction_type = 'sample' replaces it"
+    ),
+    "sigma_data": Only((None,), "the noise schedule is that of EDM, without discrete timesteps"),
     "snr_shift_scale": Only((None, 1.0), "the samplers do not shift the signal-to-noise ratio"),
     "use_flow_sigmas": Only((False, None), "the samplers are those of diffusion, not of flow matching"),
 }
@@ -122,9 +126,9 @@ SAMPLING: Known = _any_value("""
     algorithm_type clip_sample clip_sample_range corrector_order disable_corrector dynamic_thresholding_ratio eta
     euler_at_final final_sigmas_type flow_shift interpolation_type lambda_min_clipped lower_order_final noise_sampler_seed
     original_inference_steps predict_x0 predictor_order sample_max_value set_alpha_to_one shift_terminal sigma_max sigma_min
-    skip_prk_steps solver_order solver_p solver_type steps_offset tau_func thresholding time_shift_type timestep_scaling
-    timestep_spacing timestep_type use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_karras_sigmas
-    use_lu_lambdas variance_type
+    rho sigma_schedule skip_prk_steps solver_order solver_p solver_type steps_offset tau_func tensor_format thresholding
+    time_shift_type timestep_scaling timestep_spacing timestep_type timestep_values use_beta_sigmas use_dynamic_shifting
+    use_exponential_sigmas use_karras_sigmas use_lu_lambdas variance_type
 """)
 """How images were sampled when the checkpoint was saved. `fastnabla.models.sampler` decides what of it is used."""
 
@@ -163,6 +167,7 @@ def require_known(model: str, is_xl: bool, files: Mapping[str, Mapping[str, Any]
     """
     problems = [problem for file in files for problem in _problems(file, FILES[file][is_xl], files[file])]
     problems += _latent_statistics(files.get("vae/config.json", {}))
+    problems += _betas(files.get("scheduler/scheduler_config.json", {}))
     if problems:
         found = problems[0] if len(problems) == 1 else "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
         raise ValueError(
@@ -201,3 +206,20 @@ def _latent_statistics(vae: Mapping[str, Any]) -> list[str]:
         (name,), (other,) = given, values.keys() - given
         problems.append(f"vae/config.json: {name} without {other}: diffusers decodes with both or neither")
     return problems
+
+
+def _betas(scheduler: Mapping[str, Any]) -> list[str]:
+    """The settings of the noise schedule that are of another type."""
+    number = ((int, float), "number")
+    kinds = {
+        "num_train_timesteps": (int, "integer"),
+        "beta_start": number,
+        "beta_end": number,
+        "beta_schedule": (str, "name"),
+    }
+    return [
+        f"scheduler/scheduler_config.json: {name} = {reprlib.repr(scheduler[name])}: must be the {kind} that the UNet was trained "
+        "with"
+        for name, (types, kind) in kinds.items()
+        if name in scheduler and not isinstance(scheduler[name], types)
+    ]

@@ -83,7 +83,7 @@ def _why_not(target: str, network: nn.Module, layers: dict[str, nn.Module]) -> s
     advice = []
     if text and (text != target or set(text) & set("*+?()[]{}|^$\\")):
         glob = text.strip("^$").replace("*", ".*")
-        patterns = (text, f".*{text}", glob, f".*{glob}")
+        patterns = (text, f".*{text}", glob, f".*{glob}", f".*({glob}).*")
         advice = [f"write {PATTERN}{pattern}" for pattern in patterns if _matches_pattern(pattern, layers)][:1]
     similar = difflib.get_close_matches(text.lower(), _endings(layers, text.count(".") + 2), MAX_SIMILAR)
     advice += [f"similar names: {', '.join(similar)}"] if similar else []

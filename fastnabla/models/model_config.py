@@ -33,7 +33,7 @@ def loading(model: ModelConfig) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # the libraries raise their own types, and tokenizers a plain Exception
         raise ValueError(
             f"model.name = {model.name!r}: cannot be loaded as a diffusers pipeline of Stable Diffusion "
             f"({' '.join(str(error).split())}). {remedy(model)}"
@@ -48,10 +48,14 @@ def family_of(model: ModelConfig) -> type[Pipeline]:
     """
     source = source_of(model)
     with loading(model):
-        name = DiffusionPipeline.load_config(source, revision=model.revision).get("_class_name")
-        if name not in FAMILIES:
-            raise ValueError(f"it is a {name}; supported are {', '.join(FAMILIES)}")
-        return FAMILIES[name]
+        name = str(DiffusionPipeline.load_config(source, revision=model.revision).get("_class_name"))
+    if name not in FAMILIES:
+        raise ValueError(
+            f"model.name = {model.name!r}: it is a {name}; supported are {', '.join(FAMILIES)}. If its UNet makes images from "
+            "text alone, give a copy with one of these as _class_name in model_index.json. Otherwise use the text-to-image "
+            "model that it was made from."
+        )
+    return FAMILIES[name]
 
 
 def configurations(model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,6 +11,8 @@ from fastnabla.models.safetensors_header import SafetensorsHeader
 from fastnabla.testbed import pipeline_folder
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+CONFIGURATION_FILES = (".yaml", ".yml", ".json")
+"""Ends of the names of files that describe a single file elsewhere."""
 PARTS = {
     "UNet": ("model.diffusion_model.",),
     "VAE": ("first_stage_model.",),
@@ -28,7 +30,7 @@ def source_of(model: ModelConfig) -> str | Path:
     """Folder or Hub id of the pipeline whose configuration files describe `model`.
 
     Raises:
-        ValueError: as `single_file_of`, or a single file does not tell what its configuration is.
+        ValueError: as `single_file_of`, a single file does not tell what its configuration is, or `model.config` is a file.
     """
     if model.name == TESTBED:
         return pipeline_folder()
@@ -36,7 +38,15 @@ def source_of(model: ModelConfig) -> str | Path:
     if file is None:
         return os.path.expanduser(model.name)
     header = _whole_checkpoint(model, file)
-    return _configuration_of(model, file, header) if model.config is None else os.path.expanduser(model.config)
+    if model.config is None:
+        return _configuration_of(model, file, header)
+    config = os.path.expanduser(model.config)
+    if Path(config).is_file() or config.endswith(CONFIGURATION_FILES):
+        raise ValueError(
+            f"model.config = {model.config!r}: is a file; must be the folder or Hub id of a diffusers pipeline, whose .json and "
+            ".txt files are enough."
+        )
+    return config
 
 
 def single_file_of(model: ModelConfig) -> Path | None:
@@ -75,6 +85,8 @@ def single_file_of(model: ModelConfig) -> Path | None:
 def remedy(model: ModelConfig) -> str:
     """What to do if `model` cannot be loaded."""
     if model.name == TESTBED or (file := single_file_of(model)) is None:
+        if os.path.isdir(os.path.expanduser(model.name)):
+            return "Give a folder with all files of a diffusers pipeline, as its save_pretrained writes them."
         return (
             "Give a local folder with a model_index.json, a .safetensors file, 'testbed', or a Hub id downloaded with: "
             f"hf download {model.name}"

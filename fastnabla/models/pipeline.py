@@ -39,12 +39,15 @@ def pipeline_of(config: ModelConfig) -> Pipeline:
 
 def _load(config: ModelConfig, dtypes: dict[str, torch.dtype]) -> Pipeline:
     family = family_of(config)
-    absent = {"safety_checker": None, "requires_safety_checker": False} if family is StableDiffusionPipeline else {}
+    # Parts that text-to-image does not need. Their classes may be gone from the library, as CLIPFeatureExtractor is.
+    absent = {"feature_extractor": None, "image_encoder": None}
+    if family is StableDiffusionPipeline:
+        absent |= {"safety_checker": None, "requires_safety_checker": False}
     file = single_file_of(config)
     variant = variant_to_load(config) if file is None else None
     with loading(config):
         if file is not None:
-            return load_single_file(config, file, family, dtypes)
+            return load_single_file(config, file, family, dtypes, absent)
         pipeline = family.from_pretrained(
             source_of(config), revision=config.revision, variant=variant, dtype=dtypes, **absent
         )

@@ -44,9 +44,10 @@ class SafetensorsHeader:
         """Tensors of these shapes on the meta device."""
         return {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
 
-    def prediction_type(self) -> str | None:
-        """What the network predicts, if the file says so: by a tensor `v_pred`, or in the metadata of the ModelSpec
-        standard."""
-        if "v_pred" in self.shapes:
-            return "v_prediction"
-        return {"v": "v_prediction", "epsilon": "epsilon"}.get(self.metadata.get("modelspec.prediction_type", ""))
+    def noise_schedule(self) -> dict[str, str | bool]:
+        """What the file says of the noise schedule, by diffusers' names: with tensors `v_pred` and `ztsnr`, or in the metadata
+        of the ModelSpec standard."""
+        told = {"v": "v_prediction", "epsilon": "epsilon"}.get(self.metadata.get("modelspec.prediction_type", ""))
+        kind = "v_prediction" if "v_pred" in self.shapes else told
+        said = {} if kind is None else {"prediction_type": kind}
+        return said | ({"rescale_betas_zero_snr": True} if "ztsnr" in self.shapes else {})

@@ -1,9 +1,11 @@
 """Loads a pipeline from one .safetensors file with all weights, in the layout of the original implementation."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import nn
 
@@ -13,9 +15,16 @@ from fastnabla.models.model_source import source_of
 from fastnabla.models.noise_schedule import shipped_scheduler
 from fastnabla.models.safetensors_header import SafetensorsHeader
 
+DEFAULTS = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+"""What a scheduler's configuration without these settings stands for."""
+
 
 def load_single_file(
-    model: ModelConfig, file: Path, family: type[Pipeline], dtypes: dict[str, torch.dtype]
+    model: ModelConfig,
+    file: Path,
+    family: type[Pipeline],
+    dtypes: Mapping[str, torch.dtype],
+    absent: Mapping[str, Any],
 ) -> Pipeline:
     """The pipeline in `file`, with the configuration of `model.config`, or of the model that the file is recognised as.
 
@@ -24,21 +33,14 @@ def load_single_file(
         file: of its weights.
         family: class of the pipeline.
         dtypes: of the weights, by part: "default" and "vae".
+        absent: arguments of the pipeline that leave out parts.
 
     Raises:
         ValueError: the file does not fit the configuration.
         OSError: the configuration cannot be read.
     """
-    told, configured = _prediction_types(model, file)
-    if told not in (None, configured):
-        raise ValueError(
-            f"the file says that it was trained for prediction_type = {told!r}, and its configuration has {configured!r}; give "
-            f"--model.config: the folder of a pipeline whose scheduler has {told!r}"
-        )
+    _check_noise_schedule(model, file)
     shared = {"config": str(source_of(model)), "revision": model.revision}
-    absent = {"feature_extractor": None, "image_encoder": None}
-    if family is StableDiffusionPipeline:
-        absent |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         vae = AutoencoderKL.from_single_file(str(file), subfolder="vae", torch_dtype=dtypes["vae"], **shared)
         pipeline = family.from_single_file(str(file), vae=vae, torch_dtype=dtypes["default"], **shared, **absent)
@@ -56,7 +58,12 @@ def load_single_file(
     return pipeline
 
 
-def _prediction_types(model: ModelConfig, file: Path) -> tuple[str | None, str]:
-    """What the network predicts according to the file, if it says so, and according to the configuration."""
-    told = SafetensorsHeader.of(file, f"model.name = {model.name!r}").prediction_type()
-    return told, shipped_scheduler(model).config.get("prediction_type", "epsilon")
+def _check_noise_schedule(model: ModelConfig, file: Path) -> None:
+    """Check that the configuration has the noise schedule that the file says it was trained with, if it says so."""
+    configured = DEFAULTS | dict(shipped_scheduler(model).config)
+    for setting, value in SafetensorsHeader.of(file, f"model.name = {model.name!r}").noise_schedule().items():
+        if configured[setting] != value:
+            raise ValueError(
+                f"the file says that it was trained for {setting} = {value!r}, and its configuration has "
+                f"{configured[setting]!r}; give --model.config: the folder of a pipeline whose scheduler has {value!r}"
+            )

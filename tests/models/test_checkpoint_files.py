@@ -130,6 +130,10 @@ def test_without_its_configuration_a_single_file_names_the_remedy(saved: Path, m
         pipeline_of(config_of(saved / "single"))
     with pytest.raises(ValueError, match=r"model\.config = 'x': is the configuration of a single .*leave it out"):
         pipeline_of(config_of(saved / "full", config="x"))
+    with pytest.raises(ValueError, match=r"model\.config = 'v1\.yaml': is a file; must be the folder or Hub id"):
+        pipeline_of(config_of(saved / "single", config="v1.yaml"))
+    with pytest.raises(ValueError, match=r"model\.config = 'x': is for a \.safetensors file"):
+        config_of("testbed", config="x")
 
 
 def test_a_single_file_that_does_not_fit_is_refused(pipeline: Pipeline, saved: Path, tmp_path: Path) -> None:
@@ -138,15 +142,18 @@ def test_a_single_file_that_does_not_fit_is_refused(pipeline: Pipeline, saved: P
         ValueError, match=r"cute\.safetensors does not fit the configuration .*other'.*Give another --model\.config"
     ):
         pipeline_of(config_of(saved / "single", config=str(tmp_path / "other")))
-    for metadata in ({"modelspec.prediction_type": "v"}, {"modelspec.prediction_type": "epsilon"}):
-        save_single_file(pipeline, tmp_path / "told.safetensors", metadata)
-        config = config_of(tmp_path / "told.safetensors", config=str(saved / "full"))
-        if metadata["modelspec.prediction_type"] == "epsilon":
-            assert_same_weights(pipeline_of(config), pipeline)
-        else:
-            with pytest.raises(ValueError, match=r"trained for prediction_type = 'v_prediction', .* has 'epsilon'"):
-                pipeline_of(config)
-    tensors = load_file(saved / "single" / "cute.safetensors")
+    tensors, told = load_file(saved / "single" / "cute.safetensors"), tmp_path / "told.safetensors"
+    config = config_of(told, config=str(saved / "full"))
+    save_file(tensors, told, {"modelspec.prediction_type": "epsilon"})
+    assert_same_weights(pipeline_of(config), pipeline)
+    for marks, metadata, said in (
+        ((), {"modelspec.prediction_type": "v"}, "prediction_type = 'v_prediction', .* has 'epsilon'"),
+        (("v_pred",), None, "prediction_type = 'v_prediction', .* has 'epsilon'"),
+        (("ztsnr",), None, "rescale_betas_zero_snr = True, .* has False"),
+    ):
+        save_file(tensors | {name: torch.zeros(0) for name in marks}, told, metadata)
+        with pytest.raises(ValueError, match=rf"trained for {said}"):
+            pipeline_of(config)
     for lacking in (".out.2.bias", ".decoder.conv_out.bias", ".final_layer_norm.bias"):
         save_file({name: w for name, w in tensors.items() if not name.endswith(lacking)}, tmp_path / "cut.safetensors")
         with pytest.raises(ValueError, match=r"cut\.safetensors does not fit .*it lacks"):

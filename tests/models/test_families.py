@@ -1,6 +1,7 @@
 """Every family of Stable Diffusion trains, is saved, and is loaded again by plain diffusers."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,11 @@ def test_xl_is_told_nothing_for_no_prompt_and_the_size_of_its_images(tmp_path: P
     assert conditions.time_ids.tolist() == [16, 16, 0, 0, 16, 16]
 
 
-def test_pipeline_of_another_family_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ValueError, match=r"model\.name.*it is a FluxPipeline; supported are StableDiffusionPipeline"):
+@pytest.mark.parametrize(
+    "name", ["FluxPipeline", "LatentConsistencyModelPipeline", ["pipeline", "Mine"]], ids=lambda name: name[0]
+)
+def test_pipeline_of_another_family_is_refused(name: object, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    said = rf"it is a {re.escape(str(name))}; supported are StableDiffusionPipeline.*_class_name in model_index\.json"
+    with pytest.raises(ValueError, match=rf"model\.name.*{said}"):
         Trainer.from_config(config_of(str(tmp_path), memory=MemoryConfig(micro_batch=1, decode_chunk=1)))

@@ -1,6 +1,7 @@
 """A pipeline whose parts do not fit each other is refused before its weights are loaded, and all misfits are named."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,8 @@ def changed(folders: Path, family: str, folder: Path, changes: dict[str, object]
         ("sd15", {"text_encoder.vocab_size": 300}, ["text_encoder.vocab_size = 300: "]),
         ("sd15", {"vae": ["diffusers", "AutoencoderTiny"]}, ["vae = AutoencoderTiny: ", "--model.tiny-decoder"]),
         ("sd15", {"tokenizer": [None, None], "scheduler": None}, ["has no tokenizer, scheduler: "]),
+        ("sd15", {"scheduler": ["diffusers", "NewScheduler"]}, ["scheduler = NewScheduler: must be a class of diffusers"]),
+        ("sd15", {"text_encoder.hidden_size": "16"}, ["cannot be loaded", "expected int", "all files of a diffusers pipeline"]),
         ("sdxl", {"unet.projection_class_embeddings_input_dim": 5 * 4 + 12}, ["five size conditions"]),
         ("sdxl", {"unet.projection_class_embeddings_input_dim": 6 * 4 + 16}, ["= 40: must be", "6 · 4 + 12 = 36"]),
         ("sdxl", {"unet.addition_embed_type": None}, ["unet.addition_embed_type = None: must be 'text_time'"]),
@@ -108,6 +111,15 @@ def test_parts_that_fit(folders: Path, tmp_path: Path, family: str, changes: dic
     model = changed(folders, family, tmp_path, {f: v for f, v in changes.items() if family == "sdxl" or "_2" not in f})
     unet, vae = checked_configurations(model)
     assert unet["in_channels"] == vae["latent_channels"] == 4
+
+
+@pytest.mark.parametrize(("family", "part"), [("sd15", "tokenizer"), ("sdxl", "tokenizer_2")])
+def test_a_tokenizer_without_its_files_is_refused(folders: Path, tmp_path: Path, family: str, part: str) -> None:
+    """transformers makes one for which every word is unknown."""
+    model = changed(folders, family, tmp_path, {})
+    shutil.rmtree(tmp_path / family / part)
+    with pytest.raises(ValueError, match=rf"model\.name = .*: {part}\.vocab: has no words; .* lacks tokenizer\.json"):
+        checked_configurations(model)
 
 
 def test_an_old_configuration_has_the_size_that_diffusers_gives_it(folders: Path, tmp_path: Path) -> None:

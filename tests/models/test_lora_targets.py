@@ -67,6 +67,7 @@ def test_layers_of_targets(targets: tuple[str, ...], pattern: str) -> None:
         ((".*attn2.*to_q",), r"write regex:\.\*attn2\.\*to_q;"),
         (("*.to_q",), r"write regex:\.\*\.to_q;"),
         (("attn*.to_k",), r"write regex:\.\*attn\.\*\.to_k;"),
+        (("attn1|attn2",), r"write regex:\.\*\(attn1\|attn2\)\.\*"),
         (("^to_q$",), r"write regex:\.\*to_q;"),
         (("regex:to_q",), r"write regex:\.\*to_q;"),
         (("regex:(to_q", "to_k"), r"not a regular expression \(missing \).*'to_k' matches 8 layers"),

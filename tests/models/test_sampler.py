@@ -1,8 +1,10 @@
 """The sampler of a run: its scheduler, its table, and plain diffusers with the same noise."""
 
+import copy
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -91,9 +93,17 @@ PUBLISHED = {
 }
 
 
-@pytest.fixture
-def pipeline() -> Pipeline:
+@pytest.fixture(scope="module")
+def testbed() -> Pipeline:
     return pipeline_of(ModelConfig(name="testbed", dtype="float32"))
+
+
+@pytest.fixture
+def pipeline(testbed: Pipeline) -> Iterator[Pipeline]:
+    """The testbed with its own scheduler, which tests replace."""
+    own = testbed.scheduler
+    yield testbed
+    testbed.scheduler = own
 
 
 @pytest.mark.parametrize("kind", ["ddim", "sde-dpmsolver++"])
@@ -276,7 +286,7 @@ def test_plain_diffusers_samples_alike_with_spacing_and_bound(pipeline: Pipeline
     then √(σ'² − σ²) ε'. Everything else is the same, to float32 rounding."""
     config = SamplerConfig(steps=4, spacing="trailing", min_sigma=0.1, guidance_scale=2.0)
     prompts, seeds, shape = ["a cat", "a dog"], [1, 2], (4, 8, 8)
-    policy = Policy(pipeline.unet, encode_prompts(pipeline, prompts), config.guidance_scale, 0, ())
+    policy = Policy(copy.deepcopy(pipeline.unet), encode_prompts(pipeline, prompts), config.guidance_scale, 0, ())
     table = use_sampler(pipeline, config)
     with torch.no_grad():
         finished = sample(policy, table, torch.arange(2), seeds, shape, backend="torch")
