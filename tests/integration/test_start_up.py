@@ -20,6 +20,7 @@ COMMANDS = (
     "fastnabla.sample",
     "fastnabla.evaluate",
     "fastnabla.compare",
+    "fastnabla.export",
     "fastnabla.reproduce",
     "fastnabla.rewards.__main__",
     "fastnabla.testbed.__main__",
