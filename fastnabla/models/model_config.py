@@ -34,6 +34,8 @@ def loading(model: ModelConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the libraries raise their own types, and tokenizers a plain Exception
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
         raise ValueError(
             f"model.name = {model.name!r}: cannot be loaded as a diffusers pipeline of Stable Diffusion "
             f"({' '.join(str(error).split())}). {remedy(model)}"

@@ -18,6 +18,14 @@ _BYTE_ORDER_MARKS = {  # UTF-32's begins with UTF-16's
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8-sig",
 }
+_NOT_TEXT = {
+    b"\x1f\x8b": "a gzip",
+    b"PK\x03\x04": "a zip or Excel",
+    b"PAR1": "a Parquet",
+    b"ARROW1": "an Arrow",
+    b"%PDF": "a PDF",
+}
+"""First bytes of files that are not text → what they are."""
 
 
 def read_file(path: str, column: str | None) -> Entries:
@@ -64,6 +72,9 @@ def _text(path: str) -> str:
         data = file.read(MAX_FILE + 1)
     if len(data) > MAX_FILE:
         raise ValueError(f"has more than {MAX_FILE} bytes; give a file of prompts.")
+    kind = next((kind for first, kind in _NOT_TEXT.items() if data.startswith(first)), None)
+    if kind is not None:
+        raise ValueError(f"is {kind} file; unpack or convert it to a text file, JSON, CSV or TSV.")
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")

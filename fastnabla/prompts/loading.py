@@ -121,8 +121,9 @@ def _path_and_column(source: str) -> tuple[str, str | None]:
     while not os.path.isfile(path):
         path, colon, _ = path.rpartition(":")
         if not colon:
+            what = "a folder" if os.path.isdir(source) else "no such file"
             raise ValueError(
-                f"no such file, and not one of the sets {', '.join(PROMPT_SETS)}. Give a text file with one prompt per line, "
+                f"{what}, and not one of the sets {', '.join(PROMPT_SETS)}. Give a text file with one prompt per line, "
                 "a JSON, JSON Lines, CSV or TSV file, FILE:COLUMN, or hf:OWNER/NAME:COLUMN."
             )
     column = source[len(path) + 1 :] if path != source else None

@@ -24,7 +24,7 @@ def read_table(text: str, suffix: str, column: str | None) -> Entries:
         column: see `column_of`.
 
     Raises:
-        ValueError: the first line has no such column.
+        ValueError: the first line has no such column, or several.
     """
     headers = {separator: _header(text, separator) for separator in ("\t,;" if suffix == ".tsv" else ",;\t")}
     separator = next((s for s, names in headers.items() if _has(names, column)), None)
@@ -37,7 +37,10 @@ def read_table(text: str, suffix: str, column: str | None) -> Entries:
                 f"{error} The first line of a table names its columns; if every line is a prompt, {remedy}"
             ) from error
     names = headers[separator]
-    index, width = names.index(column_of(names, column)), len(names)
+    name = column_of(names, column)
+    if names.count(name) > 1:
+        raise ValueError(f"the first line names {names.count(name)} columns {name!r}; rename the others.")
+    index, width = names.index(name), len(names)
     rows = _rows(text, separator)
     next(rows)
     return ((place, _cell(row, index, width, separator)) for place, row in rows)

@@ -162,6 +162,8 @@ def test_names_may_contain_colons(tmp_path: Path) -> None:
         ("a.csv", "A red ball, round.\nA cat.", None, "The first line of a table names its columns; if every line is a prompt, rename"),
         ("a.csv", "Prompt,prompts\na,b", None, "several columns of prompts; choose one of 'Prompt', 'prompts'"),
         ("a.csv", "prompt\n", None, "has no prompts"),
+        ("a.csv", "prompt,prompt\na,b", None, "the first line names 2 columns 'prompt'; rename the others"),
+        ("a.txt", "PAR1 and more", None, "is a Parquet file; unpack or convert it"),
     ],
 )  # fmt: skip
 def test_ambiguous_files_are_refused_with_a_remedy(
@@ -174,6 +176,8 @@ def test_ambiguous_files_are_refused_with_a_remedy(
 
 
 def test_sets_and_unnamed_columns_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a folder, and not one of the sets"):
+        load_prompts(str(tmp_path))
     with pytest.raises(ValueError, match=r"a set has no column 'text'; .*FILE:COLUMN"):
         load_prompts("animals", column="text")
     with pytest.raises(ValueError, match="write a column after the colon"):
