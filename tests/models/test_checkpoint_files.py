@@ -1,5 +1,6 @@
 """What checkpoints come as: variants of weight files, single files, damaged files."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,15 @@ def test_a_folder_with_one_variant_is_loaded_and_said_so(
     assert_same_weights(pipeline_of(config_of(saved / "half", variant="fp16")), pipeline)
     assert_same_weights(pipeline_of(config_of(saved / "full")), pipeline)
     assert not caplog.records
+
+
+def test_parts_that_transformers_has_dropped_are_not_loaded(saved: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    """Pipelines of 2022 have a CLIPFeatureExtractor, for their safety checker."""
+    model = shutil.copytree(saved / "full", tmp_path / "m")
+    index = json.loads((model / "model_index.json").read_text())
+    index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    assert_same_weights(pipeline_of(config_of(model)), pipeline)
 
 
 def test_variants(saved: Path, tmp_path: Path) -> None:

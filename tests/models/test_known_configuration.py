@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig
 
-from fastnabla.config.model_sections import ModelConfig, SamplerConfig
+from fastnabla.config.model_sections import LoraConfig, ModelConfig, SamplerConfig
 from fastnabla.cost.planner import unit_costs
 from fastnabla.models.build import build_networks
 from fastnabla.models.known_configuration import FILES, require_known
@@ -177,7 +177,8 @@ def changed(saved: Path, family: str, changes: Mapping[str, Mapping[str, Any]], 
 
 def largest_difference(model: str) -> float:
     """Between our images of the pretrained policy and plain diffusers'. More steps or guidance would magnify the rounding."""
-    config = config_of(model, sampler=SamplerConfig(steps=2, guidance_scale=2.0))
+    sampler, lora = SamplerConfig(steps=2, guidance_scale=2.0), LoraConfig(targets=("conv_in",))
+    config = config_of(model, sampler=sampler, lora=lora)
     prompts = RunPrompts(texts=PROMPTS, trained=2, evaluated=range(2))
     networks = build_networks(pipeline_of(config.model), prompts, config, torch.device("cpu"))
     with networks.policy.pretrained_weights():
