@@ -112,6 +112,13 @@ def _variant(model: ModelConfig, files: dict[str, dict[str | None, list[Path]]])
     if not lacking:
         return None
     common = sorted(set.intersection(*map(set, lacking)))
+    if not common:
+        own = "; ".join(
+            f"{part}: {', '.join(sorted(filter(None, each)))}" for part, each in files.items() if None not in each
+        )
+        raise ValueError(
+            f"model.name = {model.name!r}: no variant of the weights is there for all parts ({own}). Download one that is."
+        )
     if len(common) != 1:
         raise ValueError(
             f"model.name = {model.name!r}: has weights of the variants {', '.join(there)} only. Choose one with --model.variant."

@@ -89,6 +89,12 @@ def test_variants(saved: Path, tmp_path: Path) -> None:
     files(f"{unet}.fp16.safetensors", f"{unet}.bf16.safetensors")
     with pytest.raises(ValueError, match=r"variants bf16, fp16 only\. Choose one with --model\.variant"):
         variant()
+    files(f"{unet}.fp16.safetensors", f"{vae}.bf16.safetensors")
+    with pytest.raises(
+        ValueError, match=r"no variant .* for all parts \(unet: fp16; vae: bf16\)\. Download one that is"
+    ):
+        variant()
+    files(f"{unet}.fp16.safetensors", f"{unet}.bf16.safetensors")
     with pytest.raises(ValueError, match=r"model\.variant = 'fp8': no part of model\.name .*There are bf16, fp16"):
         variant("fp8")
     with pytest.raises(ValueError, match=r"model\.variant = 'fp16': no part .* It has no variants\. Leave it out"):
