@@ -136,7 +136,7 @@ def test_what_does_not_fit_fits_into_what_is_said_to_be_needed(gigabytes: int, m
         plan(needed - 0.06, **memory)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["residual-db", "draft", "ddpo"])
 def test_what_would_fit_is_within_the_method(method: str) -> None:
     """Each option that the error names is accepted."""
     config = TrainConfig(method=method, vram=1, model=ModelConfig(dtype="float32"))

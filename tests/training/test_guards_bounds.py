@@ -76,22 +76,11 @@ def test_a_probe_without_features_has_no_distance_from_the_prior() -> None:
         require_measurable(BOTH, Compares())
 
 
-@pytest.mark.parametrize(
-    ("option", "metric", "value"),
-    [
-        ("--evaluation.stop-below-diversity=0.999", "pairwise_distance", 0.1),
-        ("--evaluation.stop-above-prior=1.001", "prior_distance", 10.0),
-    ],
-)
 def test_a_run_that_passes_a_bound_ends_and_can_go_on(
-    option: str,
-    metric: str,
-    value: float,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The metric is what a finetuned model would have to have; all else is a run of the testbed."""
+    option, metric, value = "--evaluation.stop-above-prior=1.001", "prior_distance", 10.0
     monkeypatch.chdir(tmp_path)
     evaluate = Trainer.evaluate
 

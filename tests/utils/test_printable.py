@@ -125,7 +125,7 @@ def test_file_names_never_come_from_prompts(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_prompts_to_sample_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert sample.main(["run", "--prompt", "a cat", "\udcff"]) == 2
-    assert "U+DCFF" in capsys.readouterr().err
+    assert "not UTF-8 text (byte 0xFF)" in capsys.readouterr().err
 
 
 NAMES = ["reward_pkg.mod:fn", "reward_pkg.mod_fn", "reward_pkg_mod:fn", "reward_é:ü", "rollout_reward_[red]:x|y"]
