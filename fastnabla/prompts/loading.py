@@ -121,6 +121,8 @@ def _path_and_column(source: str) -> tuple[str, str | None]:
     while not os.path.isfile(path):
         path, colon, _ = path.rpartition(":")
         if not colon:
+            if os.path.isdir(source):
+                raise ValueError("is a folder; give a file in it.")
             raise ValueError(
                 f"no such file, and not one of the sets {', '.join(PROMPT_SETS)}. Give a text file with one prompt per line, "
                 "a JSON, JSON Lines, CSV or TSV file, FILE:COLUMN, or hf:OWNER/NAME:COLUMN."
