@@ -84,9 +84,7 @@ def test_bad_text_files_are_refused(tmp_path: Path, content: bytes | None, messa
     assert str(error.value).startswith(f"prompts.source = {source!r}: ")
 
 
-@pytest.mark.parametrize(
-    "source", ["", "no such set", "a\0b", "x" * 100_000, "hf", "nothing.jsonl:prompt", "\ud800"]
-)
+@pytest.mark.parametrize("source", ["", "no such set", "a\0b", "x" * 100_000, "hf", "nothing.jsonl:prompt", "\ud800"])
 def test_sources_that_do_not_exist_are_refused(source: str):
     with pytest.raises(ValueError, match="no such file, and not one of the sets simple-animals, "):
         load_prompts(source)
