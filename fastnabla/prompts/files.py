@@ -5,8 +5,8 @@ import os
 import re
 
 from fastnabla.prompts import json_files, tables
-from fastnabla.prompts.columns import is_default
 from fastnabla.prompts.entries import Entries
+from fastnabla.prompts.lines import read_lines
 
 MAX_FILE = 1 << 30
 """Largest file, in bytes."""
@@ -18,14 +18,14 @@ _BYTE_ORDER_MARKS = {  # UTF-32's begins with UTF-16's
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8-sig",
 }
-_NOT_TEXT = {
-    b"\x1f\x8b": "a gzip",
-    b"PK\x03\x04": "a zip or Excel",
-    b"PAR1": "a Parquet",
-    b"ARROW1": "an Arrow",
-    b"%PDF": "a PDF",
+_BINARY = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "ZIP or Excel",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
 }
-"""First bytes of files that are not text → what they are."""
+"""First bytes → format. A file that begins so and has null bytes is not text."""
 
 
 def read_file(path: str, column: str | None) -> Entries:
@@ -33,7 +33,7 @@ def read_file(path: str, column: str | None) -> Entries:
 
     Text that is JSON, or whose first line is a JSON object, is JSON. A table is never guessed from its content, because
     prompts contain commas: a file is one if it is called .csv or .tsv, or if `column` is given. Any other text has one
-    prompt per line, unless the first line looks like a header; blank lines are skipped. Line endings are \\n, \\r\\n or \\r.
+    prompt per line. Line endings are \\n, \\r\\n or \\r.
 
     Args:
         path: a file, in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
@@ -53,17 +53,7 @@ def read_file(path: str, column: str | None) -> Entries:
             return entries
     if suffix in tables.SUFFIXES or column is not None:
         return tables.read_table(text, suffix, column)
-    lines = text.split("\n")
-    _check_first(next(filter(str.strip, lines)))
-    return ((f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
-
-
-def _check_first(line: str) -> None:
-    if "\t" in line.strip() or any(is_default(cell.strip(' "')) for cell in re.split("[,;]", line)):
-        raise ValueError(
-            f"the first line, {line!r:.100}, looks like the header of a table. If it is one, choose a column with "
-            "prompts.column; otherwise, put another prompt first."
-        )
+    return read_lines(text)
 
 
 def _text(path: str) -> str:
@@ -72,10 +62,14 @@ def _text(path: str) -> str:
         data = file.read(MAX_FILE + 1)
     if len(data) > MAX_FILE:
         raise ValueError(f"has more than {MAX_FILE} bytes; give a file of prompts.")
-    kind = next((kind for first, kind in _NOT_TEXT.items() if data.startswith(first)), None)
-    if kind is not None:
-        raise ValueError(f"is {kind} file; unpack or convert it to a text file, JSON, CSV or TSV.")
+    binary = next((name for mark, name in _BINARY.items() if data.startswith(mark) and b"\0" in data), None)
+    if binary is not None:
+        raise ValueError(f"is a {binary} file; unpack it, or write its prompts to a text, JSON or CSV file.")
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError("is a pointer of Git LFS instead of the file; run: git lfs pull")
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and 3 * data.count(0) >= len(data) > 0:
+        raise ValueError("looks like UTF-16 without a byte order mark; save the file as UTF-8.")
     try:
         text = data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
     except UnicodeDecodeError as error:

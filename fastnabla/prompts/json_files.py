@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from fastnabla.prompts.columns import WITHOUT, column_of, is_default, listed
@@ -23,7 +24,7 @@ def read_json(text: str, suffix: str, column: str | None) -> Entries | None:
 
     - Of a list, each text is a prompt, or each object has one in the field `column`.
     - Of an object, the value of the key `column` has the prompts. It may also have an object per prompt, or a list of
-      them, or its keys are the prompts.
+      them, or its keys are the prompts. Of an object with numbers as keys, the values are.
     - Of JSON Lines, each line is like an element of a list.
 
     Args:
@@ -125,11 +126,11 @@ def _of_object(value: dict[str, Any], column: str | None, place: str) -> Entries
         choices = listed(f"{key}{field}" for key in (*lists, "*"))
         raise ValueError(f"has several lists of prompts; choose one with prompts.column: {choices}. * is all of them.")
     if column is not None:
-        raise ValueError(f"no key or field {column!r}; the keys are {listed(value)}.")
+        raise ValueError(f"no key or field {column!r}; use one of {listed(_choices(value))}.")
 
     # The keys, or all values
     if numbered:
-        return parts
+        return [(where, text) for where, part in parts for text in (part if isinstance(part, list) else [part])]
     if len(value) == 1 and not _mostly_phrases(value):
         (part,) = value.values()
         if isinstance(part, list) and _mostly_phrases(_texts(part)):
@@ -138,8 +139,19 @@ def _of_object(value: dict[str, Any], column: str | None, place: str) -> Entries
         return [(f"{place}entry {number}", key) for number, key in enumerate(value, 1)]
     raise ValueError(
         "an object of which the keys or the values may be the prompts. Choose a key with prompts.column, or * for all: "
-        f"{listed(value)}. If the keys are the prompts, write them as a list."
+        f"{listed(_choices(value))}. If the keys are the prompts, write them as a list."
     )
+
+
+def _choices(value: dict[str, Any]) -> Iterator[str]:
+    """The keys; for a list of objects KEY.FIELD for each field."""
+    for key, part in value.items():
+        fields = (
+            dict.fromkeys(name for item in part if isinstance(item, dict) for name in item)
+            if isinstance(part, list)
+            else {}
+        )
+        yield from (f"{key}.{name}" for name in fields) if fields else (key,)
 
 
 def _step(value: dict[str, Any], column: str | None) -> tuple[str, str | None] | None:

@@ -121,9 +121,10 @@ def _path_and_column(source: str) -> tuple[str, str | None]:
     while not os.path.isfile(path):
         path, colon, _ = path.rpartition(":")
         if not colon:
-            what = "a folder" if os.path.isdir(source) else "no such file"
+            if os.path.isdir(source):
+                raise ValueError("is a folder; give a file in it.")
             raise ValueError(
-                f"{what}, and not one of the sets {', '.join(PROMPT_SETS)}. Give a text file with one prompt per line, "
+                f"no such file, and not one of the sets {', '.join(PROMPT_SETS)}. Give a text file with one prompt per line, "
                 "a JSON, JSON Lines, CSV or TSV file, FILE:COLUMN, or hf:OWNER/NAME:COLUMN."
             )
     column = source[len(path) + 1 :] if path != source else None

@@ -16,7 +16,7 @@ _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 def read_table(text: str, suffix: str, column: str | None) -> Entries:
     """Read the prompts of a table. Blank lines are skipped.
 
-    The separator is the comma, semicolon or tab under which the first line has the column.
+    The separator is the comma, semicolon, tab or bar under which the first line has the column.
 
     Args:
         text: the file's text, with \\n as line ending.
@@ -26,7 +26,7 @@ def read_table(text: str, suffix: str, column: str | None) -> Entries:
     Raises:
         ValueError: the first line has no such column, or several.
     """
-    headers = {separator: _header(text, separator) for separator in ("\t,;" if suffix == ".tsv" else ",;\t")}
+    headers = {separator: _header(text, separator) for separator in ("\t,;|" if suffix == ".tsv" else ",;\t|")}
     separator = next((s for s, names in headers.items() if _has(names, column)), None)
     if separator is None:
         try:
@@ -34,13 +34,13 @@ def read_table(text: str, suffix: str, column: str | None) -> Entries:
         except ValueError as error:
             remedy = "rename the file to .txt." if suffix in SUFFIXES else WITHOUT
             raise ValueError(
-                f"{error} The first line of a table names its columns; if every line is a prompt, {remedy}"
+                f"{error} The first line of a table must name its columns; if every line is a prompt, {remedy}"
             ) from error
     names = headers[separator]
-    name = column_of(names, column)
+    name, width = column_of(names, column), len(names)
     if names.count(name) > 1:
-        raise ValueError(f"the first line names {names.count(name)} columns {name!r}; rename the others.")
-    index, width = names.index(name), len(names)
+        raise ValueError(f"has {names.count(name)} columns called {name!r}; rename all but the one with the prompts.")
+    index = names.index(name)
     rows = _rows(text, separator)
     next(rows)
     return ((place, _cell(row, index, width, separator)) for place, row in rows)

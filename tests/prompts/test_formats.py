@@ -1,6 +1,7 @@
 """Formats of prompt files: each is read as what it is, or refused with a remedy."""
 
 import csv
+import gzip
 import io
 import json
 import logging
@@ -53,6 +54,7 @@ def written(folder: Path, name: str, content: str | bytes) -> str:
         ("a.json", '{"001.png": {"prompt": "A red ball."}, "002.png": {"prompt": "Two grey mice.", "seed": 1}}'),
         ("a.json", '{"0": {"prompt": "A red ball."}, "1": {"prompt": "Two grey mice."}}'),
         ("a.json", '{"0": "A red ball.", "1": "Two grey mice."}'),
+        ("a.json", '{"0": ["A red ball."], "1": ["Two grey mice."]}'),
         # An object by prompt
         ("a.json", '{\n  "A red ball.": {\n    "category": "Colors"\n  },\n  "Two grey mice.": {"category": "Rare Words"}\n}'),
         ("a.txt", '{"A red ball.": 3, "Two grey mice.": null}'),
@@ -69,6 +71,7 @@ def written(folder: Path, name: str, content: str | bytes) -> str:
         ("a.CSV", '\ufeff"Category", "prompt"\r\n"a ""b"", c", "A red ball."\r\n\r\n1, Two grey mice.\r\n,\r\n'),
         ("a.csv", "Category;Prompt\nColors;A red ball.\nCounting;Two grey mice."),
         ("a.csv", "Category\tPrompt\nColors\tA red ball.\nCounting\tTwo grey mice."),
+        ("a.csv", "Category|Prompt\nColors|A red ball.\nCounting|Two grey mice."),
         ("a.csv", "prompt\nA red ball.\nTwo grey mice.,\n"),
         ("a.csv", 'note,prompt\n"two\nlines",A red ball.\n,Two grey mice.\n'),
         ("a.tsv", "Prompt\tCategory\tNote\nA red ball.\tColors\t\nTwo grey mice.\tAnimals, \"grey\" ones\t\n"),
@@ -80,7 +83,15 @@ def test_formats(tmp_path: Path, name: str, content: str | bytes) -> None:
 
 
 def test_lines_with_commas_and_brackets_are_lines(tmp_path: Path) -> None:
-    lines = ["[oil] a red ball, on grass.", "{{detailed}} mice, two of them", '"OPEN", a neon sign', '{"', "[1"]
+    lines = [
+        "[oil] a red ball, on grass.",
+        "{{detailed}} mice, two of them",
+        '"OPEN", a neon sign',
+        '{"',
+        "[1",
+        "- a",
+        "#art",
+    ]
     assert load_prompts(written(tmp_path, "a.txt", "\n".join(lines))) == lines
 
 
@@ -128,6 +139,20 @@ def test_names_may_contain_colons(tmp_path: Path) -> None:
         ("a.txt", "Prompts,Category\nA red ball.,x", None, "looks like the header of a table.*prompts.column"),
         ("a.txt", '"id";"Prompt"\n1;A red ball.', None, "looks like the header of a table"),
         ("a.txt", "caption\tn\nA red ball.\t1", None, "looks like the header of a table"),
+        ("a.txt", "Prompts:\nA red ball.", None, "looks like the header of a table"),
+        ("a.txt", "id,caption\n1,A red ball.", None, "looks like the header of a table"),
+        ("a.txt", "text\nA red ball.", None, "looks like the header of a table"),
+        ("a.txt", "# Mine\nA red ball.", None, "'# Mine', looks like a comment; remove comments"),
+        ("a.jsonc", '// Mine\n["A red ball."]', None, "looks like a comment"),
+        ("a.yaml", "- A red ball.\n- Two grey mice.", None, "begins like an item of a list; remove the dashes"),
+        ("a.txt", "1. A red ball.\n\n2. Two grey mice.", None, "begins like an item of a list"),
+        ("a.txt", '"A red ball."\n"Two grey mice."', None, "is in quotes, .* remove them, or write a JSON list"),
+        ("a.txt", "'A red ball.',\n'Two grey mice.'", None, "is in quotes"),
+        ("a.txt", "\n<!DOCTYPE html>\n<html>", None, "is HTML or XML; download the file itself"),
+        ("a.csv", "version https://git-lfs.github.com/spec/v1\nsize 3", None, "pointer of Git LFS .* git lfs pull"),
+        ("a.txt", gzip.compress(b"A red ball."), None, "is a gzip file; unpack it"),
+        ("a.csv", b"PK\x03\x04\x14\x00", None, "is a ZIP or Excel file"),
+        ("a.parquet", b"PAR1\x15\x00", None, "is a Parquet file"),
         ("a.txt", '["A red ball.",', None, "begins like JSON, but is not valid .*line 1 column 16.*as a JSON list"),
         ("a.txt", "{\n  A red ball.\n}", None, "begins like JSON, but is not valid"),
         ("a.txt", "['A red ball.', 'Two grey mice.']", None, "begins like JSON, but is not valid"),
@@ -149,7 +174,8 @@ def test_names_may_contain_colons(tmp_path: Path) -> None:
         ("a.json", '{"train": ["A red ball."], "test": ["A cat."]}', None, "Choose a key with prompts.column, or . for all: 'train', 'test'"),
         ("a.json", '{"train": [{"prompt": "a"}], "test": [{"prompt": "b"}]}', None, "several lists .*: 'train', 'test', '[*]'"),
         ("a.json", '{"train": [{"t": "a"}], "test": [{"t": "b"}]}', "t", "several lists .*: 'train.t', 'test.t', '[*].t'"),
-        ("a.json", '{"train": ["A red ball."]}', "val", "no key or field 'val'; the keys are 'train'"),
+        ("a.json", '{"train": ["A red ball."]}', "val", "no key or field 'val'; use one of 'train'"),
+        ("a.json", '{"info": {}, "annotations": [{"id": 1, "caption": "A red ball."}]}', None, "with prompts.column, .* 'info', 'annotations.id', 'annotations.caption'"),
         ("a.json", '{"001.png": {"caption": "A red ball."}}', None, "keys or the values may be the prompts"),
         ("a.json", '{"A red ball.": "A ball that is red."}', None, "keys or the values may be the prompts"),
         ("a.json", '{"Simple colours": ["A red ball."], "Rare words": ["Two mice."]}', None, "keys or the values may be"),
@@ -159,15 +185,14 @@ def test_names_may_contain_colons(tmp_path: Path) -> None:
         ("a.json", '{"model": {"lr": 1}, "data": {"seed": 2}}', None, "keys or the values may be"),
         ("a.json", '{"name": "mine", "count": 2}', None, "keys or the values may be the prompts"),
         ("a.csv", "text,label\nA cat.,1", None, "called prompt or prompts; choose one of 'text', 'label' with prompts.column"),
-        ("a.csv", "A red ball, round.\nA cat.", None, "The first line of a table names its columns; if every line is a prompt, rename"),
+        ("a.csv", "A red ball, round.\nA cat.", None, "The first line of a table must name its columns; if every line is a prompt, rename"),
         ("a.csv", "Prompt,prompts\na,b", None, "several columns of prompts; choose one of 'Prompt', 'prompts'"),
+        ("a.csv", "prompt,n,prompt\na,1,b", None, "has 2 columns called 'prompt'; rename all but the one"),
         ("a.csv", "prompt\n", None, "has no prompts"),
-        ("a.csv", "prompt,prompt\na,b", None, "the first line names 2 columns 'prompt'; rename the others"),
-        ("a.txt", "PAR1 and more", None, "is a Parquet file; unpack or convert it"),
     ],
 )  # fmt: skip
 def test_ambiguous_files_are_refused_with_a_remedy(
-    tmp_path: Path, name: str, content: str, column: str | None, message: str
+    tmp_path: Path, name: str, content: str | bytes, column: str | None, message: str
 ) -> None:
     source = written(tmp_path, name, content)
     with pytest.raises(ValueError, match=message) as error:
@@ -176,10 +201,10 @@ def test_ambiguous_files_are_refused_with_a_remedy(
 
 
 def test_sets_and_unnamed_columns_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a folder, and not one of the sets"):
-        load_prompts(str(tmp_path))
     with pytest.raises(ValueError, match=r"a set has no column 'text'; .*FILE:COLUMN"):
         load_prompts("animals", column="text")
+    with pytest.raises(ValueError, match="is a folder; give a file in it"):
+        load_prompts(str(tmp_path))
     with pytest.raises(ValueError, match="write a column after the colon"):
         load_prompts(written(tmp_path, "a.csv", "prompt\na") + ":")
 

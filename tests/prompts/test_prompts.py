@@ -63,7 +63,7 @@ def test_other_scripts_are_kept(tmp_path: Path):
         (b"\xff\xfe\x00", "begins like UTF-16, but is not .*save the file as UTF-8"),
         (b"\xff\xfe\x00\xd8a\x00", "begins like UTF-16, but is not"),
         (b"a cat\n\na d\xf6g\n", "line 3: not UTF-8 text .byte 0xF6"),
-        ("a cat\n".encode("utf-16-le"), "line 1: contains the control character U\\+0000"),
+        ("a cat\n".encode("utf-16-le"), "looks like UTF-16 without a byte order mark; save the file as UTF-8"),
         (b"a cat\na\x1b[31m dog\n", "line 2: contains the control character U\\+001B"),
         (b"a cat\na\tdog\n", "line 2: contains the control character U\\+0009"),
         ("a cat\na \x85dog\n".encode(), "line 2: contains the control character U\\+0085"),
@@ -84,11 +84,9 @@ def test_bad_text_files_are_refused(tmp_path: Path, content: bytes | None, messa
     assert str(error.value).startswith(f"prompts.source = {source!r}: ")
 
 
-@pytest.mark.parametrize(
-    "source", ["", ".", "no such set", "a\0b", "x" * 100_000, "hf", "nothing.jsonl:prompt", "\ud800"]
-)
+@pytest.mark.parametrize("source", ["", "no such set", "a\0b", "x" * 100_000, "hf", "nothing.jsonl:prompt", "\ud800"])
 def test_sources_that_do_not_exist_are_refused(source: str):
-    with pytest.raises(ValueError, match=r"(no such file|a folder), and not one of the sets simple-animals, "):
+    with pytest.raises(ValueError, match="no such file, and not one of the sets simple-animals, "):
         load_prompts(source)
 
 
