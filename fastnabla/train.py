@@ -28,16 +28,18 @@ DESCRIPTION = (
 def parse(arguments: list[str]) -> TrainConfig:
     """Parse a command line. Without a preset, the testbed's is used.
 
-    A leading ``--`` is dropped. torchrun needs one before our --run, which it would otherwise parse as its own option, and
+    The first ``--`` is dropped. torchrun needs one before our --run, which it would otherwise parse as its own option, and
     some versions of Python pass it on.
 
     Raises:
-        ValueError: a setting has no effect on the method, or was renamed and has other values now.
+        ValueError: a setting has no effect on the method, lacks its section, or was renamed and has other values now.
         SystemExit: with a message, if an option or a value is not valid, or for --help.
     """
-    if arguments[:1] == ["--"]:
-        arguments = arguments[1:]
+    if "--" in arguments:
+        place = arguments.index("--")
+        arguments = arguments[:place] + arguments[place + 1 :]
     arguments = with_new_options(arguments)
+    _check_sections(arguments)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = [TESTBED, *arguments]
     name, *options = arguments
@@ -57,6 +59,20 @@ def parse(arguments: list[str]) -> TrainConfig:
         problem = f"has no effect on method = {config.method!r}; leave it out."
         require(given[field] == before[field], field, given[field], problem)
     return config
+
+
+def _check_sections(arguments: list[str]) -> None:
+    """Refuse an option without its section. The parser would propose only one of several sections.
+
+    Raises:
+        ValueError: the message names the options of all sections.
+    """
+    fields = dotted(TrainConfig())
+    for option in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+        name = option[2:].replace("-", "_")
+        found = [f"--{field.replace('_', '-')}" for field in fields if field.endswith(f".{name}")]
+        if found and name not in fields:
+            raise ValueError(f"{option}: no such option; did you mean {' or '.join(found)}?")
 
 
 def main(arguments: list[str]) -> int:

@@ -16,6 +16,8 @@ INVALID = [
     (parse, ["testbed", "--seed", "-1"], "seed = -1"),
     (parse, ["testbed", "--updates"], "--updates"),
     (parse, ["testbed", "--method", "sft"], "--method"),
+    (parse, ["testbed", "--learning_rate=1"], "did you mean --flow.learning-rate or --optimizer.learning-rate?"),
+    (parse, ["--steps", "4"], "did you mean --sampler.steps?"),
     (parse, ["stable-difusion", "--updates", "2"], "stable-diffusion"),
     (parse, ["sd15", "testbed", "--seed", "-1"], ""),
     (rewards, ["check"], "spec"),
@@ -57,3 +59,7 @@ def test_help_is_without_them_too(command, arguments: list[str], capsys: pytest.
 def test_few_steps_of_methods_that_draw_none(method: str, preset: str, steps: str) -> None:
     """`rollout.fraction`, which leaves nothing of 4 steps, has no part in them."""
     assert parse([preset, "--method", method, "--sampler.steps", steps]).sampler.steps == int(steps)
+
+
+def test_two_dashes_before_options_are_dropped() -> None:
+    assert parse(["--", "--updates", "4"]) == parse(["testbed", "--", "--updates", "4"]) == parse(["--updates", "4"])
