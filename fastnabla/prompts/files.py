@@ -23,6 +23,7 @@ _BINARY = {
     b"PK\x03\x04": "ZIP or Excel",
     b"PAR1": "Parquet",
     b"ARROW1": "Arrow",
+    b"%PDF": "PDF",
     b"\x28\xb5\x2f\xfd": "Zstandard",
 }
 """First bytes → format. A file that begins so and has null bytes is not text."""

@@ -21,7 +21,6 @@ COMMANDS = (
     "fastnabla.evaluate",
     "fastnabla.export",
     "fastnabla.compare",
-    "fastnabla.export",
     "fastnabla.reproduce",
     "fastnabla.rewards.__main__",
     "fastnabla.testbed.__main__",

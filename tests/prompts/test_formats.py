@@ -1,7 +1,6 @@
 """Formats of prompt files: each is read as what it is, or refused with a remedy."""
 
 import csv
-import gzip
 import io
 import json
 import logging
@@ -150,7 +149,7 @@ def test_names_may_contain_colons(tmp_path: Path) -> None:
         ("a.txt", "'A red ball.',\n'Two grey mice.'", None, "is in quotes"),
         ("a.txt", "\n<!DOCTYPE html>\n<html>", None, "is HTML or XML; download the file itself"),
         ("a.csv", "version https://git-lfs.github.com/spec/v1\nsize 3", None, "pointer of Git LFS .* git lfs pull"),
-        ("a.txt", gzip.compress(b"A red ball."), None, "is a gzip file; unpack it"),
+        ("a.txt", b"\x1f\x8b\x08\x00", None, "is a gzip file; unpack it"),
         ("a.csv", b"PK\x03\x04\x14\x00", None, "is a ZIP or Excel file"),
         ("a.parquet", b"PAR1\x15\x00", None, "is a Parquet file"),
         ("a.txt", '["A red ball.",', None, "begins like JSON, but is not valid .*line 1 column 16.*as a JSON list"),
