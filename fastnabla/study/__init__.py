@@ -1,0 +1,1 @@
+"""A study: every method is tuned alike, then trained with fresh seeds, measured and compared."""

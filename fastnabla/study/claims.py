@@ -1,0 +1,58 @@
+"""One method against each other one, paired by seed."""
+
+import dataclasses
+
+from fastnabla.study.measures import MEASURES
+from fastnabla.study.results import Results
+from fastnabla.study.statistics import Difference, holm, paired
+
+LEVEL = 0.05
+"""Largest adjusted p-value of a difference that counts as found."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The difference of a measure between two methods at equal gain of the reward: the method's minus the other's."""
+
+    other: str
+    measure: str
+    difference: Difference
+    adjusted: float | None
+    """The p-value, adjusted for the whole family; None if there are too few seeds for one."""
+
+    @property
+    def verdict(self) -> str:
+        """What the difference says about the method: "better", "worse" or "not resolved".
+
+        It counts only if the adjusted p-value is below `LEVEL` and the interval does not contain 0.
+        """
+        difference = self.difference
+        if self.adjusted is None or self.adjusted >= LEVEL or difference.low <= 0 <= difference.high:
+            return "not resolved"
+        return "better" if difference.mean * MEASURES[self.measure].sign > 0 else "worse"
+
+
+def comparisons(results: Results) -> list[Comparison]:
+    """All comparisons of the protocol's claims. Methods that do not reach the gain with any seed in common are left out."""
+    claims = results.protocol.claims
+    own = results.at_gain(claims.method, claims.gain)
+    found: list[tuple[str, str, Difference]] = []
+    for contender in results.protocol.methods:
+        other = results.at_gain(contender.name, claims.gain)
+        if own is None or other is None or contender.name == claims.method:
+            continue
+        seeds = sorted(own[1].keys() & other[1].keys())
+        for measure in claims.measures if seeds else ():
+            pairs = ((own[1][seed].measures[measure], other[1][seed].measures[measure]) for seed in seeds)
+            found.append((contender.name, measure, paired([a - b for a, b in pairs])))
+    tested = [difference.p for *_, difference in found if difference.p is not None]
+    adjusted = iter(holm(tested))
+    return [
+        Comparison(
+            other=other,
+            measure=measure,
+            difference=difference,
+            adjusted=None if difference.p is None else next(adjusted),
+        )
+        for other, measure, difference in found
+    ]

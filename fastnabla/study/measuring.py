@@ -1,0 +1,239 @@
+"""Samples the runs of a study and measures the samples. Nothing is sampled twice.
+
+The noise of a sample is given by the run's seed, its prompt and its number. So all methods, all scales of the LoRA and the
+pretrained model share the noise of a seed, and their differences are paired. Seeds have different noise, so the spread over
+seeds contains the error of finite samples.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fastnabla.config.train import load_run
+from fastnabla.metrics.divergence import TrajectoryDivergence, divergence_summary
+from fastnabla.metrics.measures import concatenate, measure_images
+from fastnabla.metrics.probes import build_probe
+from fastnabla.models.saved_policy import read_policy
+from fastnabla.prompts import RunPrompts, load_prompts
+from fastnabla.study.plan import StudyRun
+from fastnabla.study.protocol import Protocol
+from fastnabla.study.samples import Samples, read_samples, write_samples
+from fastnabla.training.build import plan_and_build
+from fastnabla.trajectories.rollout import Recorder, sample
+from fastnabla.utils.durable import write_file
+from fastnabla.utils.progress import TaskProgress
+from fastnabla.utils.seeding import seed_of
+
+MEASURED = "study"
+"""Folder of the measured samples within a run folder."""
+NOISE, REFERENCE_NOISE = 2, 1
+"""Numbers of the noise; 0 and 1 are those of `fastnabla.evaluate`."""
+REFERENCE_SEED = 0
+DIVERGENCE_FILE = "divergence.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A file of samples."""
+
+    path: Path
+    scale: float
+    """Factor of the LoRA; 0 is the pretrained model."""
+    samples: int
+    """Per prompt."""
+    seed: int
+    held_out: bool = False
+    noise: int = NOISE
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the samples depend on, besides the run's weights."""
+        return {name: getattr(self, name) for name in ("scale", "samples", "seed", "held_out", "noise")}
+
+    def read(self) -> Samples | None:
+        """The samples, if they have been measured."""
+        return read_samples(self.path, self.key)
+
+
+def end_part(run: StudyRun, protocol: Protocol) -> Part:
+    """The samples at the end of training."""
+    samples = protocol.measurement.samples if run.is_final else protocol.tuning.samples
+    return Part(path=_path(run, "scale-1"), scale=1.0, samples=samples, seed=run.seed)
+
+
+def scale_parts(run: StudyRun, protocol: Protocol) -> list[Part]:
+    """The samples of a final run at the other scales, in increasing order."""
+    count = protocol.measurement.scale_samples
+    return [
+        Part(path=_path(run, f"scale-{scale:g}"), scale=scale, samples=count, seed=run.seed)
+        for scale in sorted(protocol.measurement.scales)
+    ]
+
+
+def held_out_part(run: StudyRun, protocol: Protocol) -> Part | None:
+    """The samples of prompts that the run was not trained on, if the protocol names any."""
+    if protocol.measurement.held_out is None:
+        return None
+    count = protocol.measurement.held_out_samples
+    return Part(path=_path(run, "held-out"), scale=1.0, samples=count, seed=run.seed, held_out=True)
+
+
+def pretrained_part(part: Part, folder: Path) -> Part:
+    """The pretrained model's samples from the same noise as `part`, which belong to the study's `folder`."""
+    name = f"{'held-out' if part.held_out else 'trained'}-{part.samples}-seed-{part.seed}"
+    return dataclasses.replace(part, path=folder / "pretrained" / f"{name}.safetensors", scale=0.0)
+
+
+def reference_part(protocol: Protocol, folder: Path) -> Part:
+    """The pretrained model's samples from other noise, which stand for the prior."""
+    path, count = folder / "pretrained" / "reference.safetensors", protocol.measurement.reference_samples
+    return Part(path=path, scale=0.0, samples=count, seed=REFERENCE_SEED, noise=REFERENCE_NOISE)
+
+
+def parts_of(run: StudyRun, protocol: Protocol, folder: Path) -> list[Part]:
+    """All samples that a run needs, those of the pretrained model included."""
+    end = end_part(run, protocol)
+    if not run.is_final:
+        return [pretrained_part(end, folder), end]
+    held_out = held_out_part(run, protocol)
+    own = [end] if held_out is None else [end, held_out]
+    shared = [pretrained_part(part, folder) for part in own]
+    return [reference_part(protocol, folder), *shared, *own, *scale_parts(run, protocol)]
+
+
+def read_divergence(run: StudyRun) -> dict[str, Any] | None:
+    """The KL along the run's trajectories (`divergence_summary`), if it has been measured."""
+    path = run.folder / MEASURED / DIVERGENCE_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def is_measured(run: StudyRun, protocol: Protocol, folder: Path) -> bool:
+    """Whether all samples of the run have been measured."""
+    missing = any(part.read() is None for part in parts_of(run, protocol, folder))
+    return not missing and (read_divergence(run) is not None or not run.is_final)
+
+
+def measure_run(run: StudyRun, protocol: Protocol, folder: Path, console: Console) -> None:
+    """Sample and measure what has not been measured of a finished run.
+
+    Raises:
+        ValueError: the run's weights do not fit it, or a file is damaged.
+    """
+    missing = [part for part in parts_of(run, protocol, folder) if part.read() is None]
+    divergence = run.is_final and read_divergence(run) is None
+    if not missing and not divergence:
+        return
+    networks = _Networks(run.folder, protocol.measurement.held_out)
+    count = protocol.measurement.divergence_samples
+    total = sum(part.samples * len(networks.prompts(part.held_out)) for part in missing)
+    total += count * len(networks.prompts(False)) if divergence else 0
+    with TaskProgress(console, f"measuring {run.folder.name}", total * networks.steps) as progress:
+        for part in missing:
+            write_samples(part.path, networks.measure(part, progress.advance), part.key)
+        if divergence:
+            values = networks.divergence(run.seed, count, progress.advance)
+            write_file(run.folder / MEASURED / DIVERGENCE_FILE, json.dumps(values, allow_nan=False) + "\n")
+
+
+def _path(run: StudyRun, name: str) -> Path:
+    return run.folder / MEASURED / f"{name}.safetensors"
+
+
+class _Networks:
+    """The networks of a finished run, with its weights and with prompts that it was not trained on.
+
+    Args:
+        run: the run folder.
+        held_out: source of these prompts, or None.
+    """
+
+    def __init__(self, run: Path, held_out: str | None) -> None:
+        prompts = RunPrompts.load(run / "prompts.json")
+        seen = prompts.texts[: prompts.trained]
+        fresh = [] if held_out is None else [text for text in load_prompts(held_out) if text not in set(seen)]
+        prompts = RunPrompts(texts=seen + fresh, trained=len(seen), evaluated=range(len(seen), len(seen) + len(fresh)))
+        self.components = plan_and_build(load_run(run), prompts)
+        self.pixels = build_probe("pixels", self.components.device)
+        read_policy(self.components.policy, run)
+
+    @property
+    def steps(self) -> int:
+        """Steps of a trajectory."""
+        return len(self.components.table)
+
+    def prompts(self, held_out: bool) -> list[int]:
+        """Numbers of the measured prompts."""
+        prompts = self.components.prompts
+        most = self.components.config.evaluation.prompts
+        return list(prompts.evaluated) if held_out else list(range(prompts.trained))[:most]
+
+    def measure(self, part: Part, advance: Callable[[int], None]) -> Samples:
+        """Sample and measure a part; `advance` is called after each step with the number of trajectories."""
+        policy, lora = self.components.policy, self.components.policy.lora
+        numbers = self.prompts(part.held_out)
+        if lora is None and part.scale not in (0, 1):
+            raise ValueError("measurement.scales: only the runs of a LoRA can be scaled; leave it out.")
+        scaled = contextlib.nullcontext() if part.scale == 1 else policy.pretrained_weights()
+        if part.scale not in (0, 1):
+            scaled = lora.scaled(part.scale)
+        with scaled:
+            latents = self._sample(numbers, part, advance)
+        parts = [self._measured(own, number) for own, number in zip(latents, numbers, strict=True)]
+        correct = [each.correct for each in parts]
+        return Samples(
+            measures=concatenate([each.measures for each in parts]),
+            pixels=torch.cat([each.pixels for each in parts]),
+            correct=None if None in correct else torch.cat(correct),
+        )
+
+    @torch.no_grad()
+    def _measured(self, latents: Tensor, number: int) -> Samples:
+        """The samples `latents [n, C, H, W]` of one prompt."""
+        components, chunk = self.components, self.components.config.memory.decode_chunk
+        images, probe = components.decoder.decode(latents), components.probe
+        texts = [components.prompts.texts[number]] * len(images)
+        numbers = torch.full((len(images),), number)
+        measures = measure_images(images, numbers, texts, components.reward, probe, chunk)
+        correct = probe.is_correct(images, texts).double().cpu() if hasattr(probe, "is_correct") else None
+        return Samples(measures=measures, pixels=self.pixels.features(images).double().cpu(), correct=correct)
+
+    def divergence(self, seed: int, samples: int, advance: Callable[[int], None]) -> dict[str, Any]:
+        """The KL along `samples` trajectories of each prompt."""
+        part = Part(path=Path(), scale=1.0, samples=samples, seed=seed)
+        numbers = self.prompts(False)
+        prompt = torch.tensor(numbers).repeat_interleave(samples)
+        recorder = TrajectoryDivergence(self.components.policy, self.components.table, prompt)
+        self._sample(numbers, part, advance, recorder)
+        return divergence_summary(recorder.steps)
+
+    def _sample(
+        self, numbers: list[int], part: Part, advance: Callable[[int], None], recorder: Recorder | None = None
+    ) -> Tensor:
+        """Finished latents `[P, n, C, H, W]`."""
+        components = self.components
+        prompt = torch.tensor(numbers).repeat_interleave(part.samples)
+        seeds = [
+            seed_of(part.seed, "evaluation", part.noise, number, each)
+            for number in numbers
+            for each in range(part.samples)
+        ]
+        latents = sample(
+            components.policy,
+            components.table,
+            prompt,
+            seeds,
+            components.sample_shape,
+            batch=components.config.rollout.batch,
+            buffer=recorder,
+            slots=torch.arange(len(prompt)),
+            on_step=advance,
+            backend=components.config.backend,
+        )
+        return latents.unflatten(0, (len(numbers), part.samples))
