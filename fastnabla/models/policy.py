@@ -244,6 +244,16 @@ class Policy(nn.Module):
             if self.lora is not None:
                 self.lora.enable(True)
 
+    def scaled_lora(self, scale: float) -> contextlib.AbstractContextManager[None]:
+        """A context within which the LoRA's updates are multiplied by `scale`; see `Lora.scaled`.
+
+        Raises:
+            ValueError: all parameters are trained, so that there is no LoRA, or the scale is not finite.
+        """
+        if self.lora is None:
+            raise ValueError("a LoRA scale needs a LoRA; all parameters of this network are trained (lora.rank = 0).")
+        return self.lora.scaled(scale)
+
     @contextlib.contextmanager
     def constant_weights(self) -> Iterator[None]:
         """Within the context, outputs have no gradient with respect to the parameters, and no activations are kept for one.
