@@ -1,6 +1,7 @@
 """The path of a run's samples as its LoRA is scaled from 0, the pretrained model, through 1 and beyond."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 
@@ -21,7 +22,7 @@ def place_at(path: Sequence[Place], gain: float) -> Place | None:
         gain: > 0.
     """
     wanted = path[0].measures["reward"] + gain
-    for before, after in zip(path, path[1:], strict=False):
+    for before, after in itertools.pairwise(path):
         low, high = before.measures["reward"], after.measures["reward"]
         if low < wanted <= high:
             share = (wanted - low) / (high - low)

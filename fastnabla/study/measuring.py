@@ -176,14 +176,13 @@ class _Networks:
 
     def measure(self, part: Part, advance: Callable[[int], None]) -> Samples:
         """Sample and measure a part; `advance` is called after each step with the number of trajectories."""
-        policy, lora = self.components.policy, self.components.policy.lora
+        policy = self.components.policy
+        if part.scale == 0:
+            weights = policy.pretrained_weights()
+        else:
+            weights = contextlib.nullcontext() if part.scale == 1 else policy.scaled_lora(part.scale)
         numbers = self.prompts(part.held_out)
-        if lora is None and part.scale not in (0, 1):
-            raise ValueError("measurement.scales: only the runs of a LoRA can be scaled; leave it out.")
-        scaled = contextlib.nullcontext() if part.scale == 1 else policy.pretrained_weights()
-        if part.scale not in (0, 1):
-            scaled = lora.scaled(part.scale)
-        with scaled:
+        with weights:
             latents = self._sample(numbers, part, advance)
         parts = [self._measured(own, number) for own, number in zip(latents, numbers, strict=True)]
         correct = [each.correct for each in parts]

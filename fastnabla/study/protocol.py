@@ -15,6 +15,17 @@ from fastnabla.config.methods import METHODS
 from fastnabla.config.presets import PRESETS
 from fastnabla.utils.require import require
 
+COMPARED = (
+    "hue_entropy",
+    "joint_entropy",
+    "kernel_distance",
+    "kernel_distance_pixels",
+    "frechet",
+    "frechet_within_prompts",
+    "accuracy",
+)
+"""Names of `fastnabla.study.measures.MEASURES` of which more, or less, is better."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
@@ -79,7 +90,9 @@ class Measurement:
         _require_distinct("measurement.scales", self.scales)
         for scale in self.scales:
             good = 0 < scale < math.inf and scale != 1
-            require(good, "measurement.scales", scale, "each must be positive, finite and not 1, which is always measured.")
+            require(
+                good, "measurement.scales", scale, "each must be positive, finite and not 1, which is always measured."
+            )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +104,13 @@ class Claims:
     gain: float
     """Gain of the reward at which methods are compared, by scaling the LoRA."""
     measures: tuple[str, ...]
-    """Measures that are compared; see `fastnabla.study.measures.MEASURES`."""
+    """Measures that are compared, of `COMPARED`."""
 
     def __post_init__(self) -> None:
         require(0 < self.gain < math.inf, "claims.gain", self.gain, "must be positive and finite.")
         _require_distinct("claims.measures", self.measures)
+        for name in self.measures:
+            require(name in COMPARED, "claims.measures", name, f"must be one of {', '.join(COMPARED)}.")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +210,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return value
     kinds = (int, float) if hint is float else tuple(kind for kind in (inner or (hint,)) if kind is not type(None))
     good = isinstance(value, kinds) and not isinstance(value, bool)
-    require(good, where, value, f"must be a {kinds[-1].__name__}.")
+    require(good, where, value, f"must be of type {kinds[-1].__name__}.")
     return float(value) if hint is float else value
 
 

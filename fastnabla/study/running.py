@@ -76,7 +76,9 @@ def _chosen(protocol: Protocol, folder: Path) -> list[StudyRun]:
     results = read_tuning(protocol, folder)
     missing = [method.name for method in protocol.methods if method.name not in results]
     if missing:
-        raise ValueError(f"methods: no tuning run of {', '.join(missing)} ended; remove them, or change their settings.")
+        raise ValueError(
+            f"methods: no tuning run of {', '.join(missing)} ended; remove them, or change their settings."
+        )
     return final_runs(protocol, folder, chosen_settings(results, protocol.final.allowed_losses))
 
 

@@ -69,7 +69,7 @@ def read_samples(path: Path, key: dict[str, Any]) -> Samples | None:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("key") != json.dumps(key, sort_keys=True):
                 return None
-            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dictionary
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} cannot be read ({error}); remove it to measure again.") from error
     pixels, correct = columns.pop("pixels").double(), columns.pop("correct", None)

@@ -109,7 +109,9 @@ def held_out_sheet(results: Results) -> Sheet:
     names = {"reward": "reward", "hue_entropy": MEASURES["hue_entropy"].label, "accuracy": "accuracy"}
     names = {name: label for name, label in names.items() if all(name in run.held_out for run in results.runs)}
     rows = _rows(results, lambda runs: [_interval([run.held_out[name] for run in runs]) for name in names])
-    return Sheet("Prompts that no run was trained on: changes from the pretrained model", ["setting", *names.values()], rows)
+    return Sheet(
+        "Prompts that no run was trained on: changes from the pretrained model", ["setting", *names.values()], rows
+    )
 
 
 def cost_sheet(results: Results) -> Sheet:
