@@ -1,7 +1,8 @@
 """Probes: networks whose features measure diversity and distance from the prior.
 
 A probe is an object with ``features(images [B, 3, H, W]) → [B, D]``, or, if it can only compare images, with
-``distance(images, others) → [B]``. It may also have ``accuracy(images, prompts) → float``. The names are:
+``distance(images, others) → [B]``. It may also have ``accuracy(images, prompts) → float``, and ``is_correct(images, prompts) →
+[B]`` for the same of each image. The names are:
 
 - "testbed": the testbed's evaluation classifier, which is independent of the reward's.
 - "clip", "lpips" and "dreamsim": probes for photographs.
@@ -31,10 +32,14 @@ class TestbedProbe:
         """Penultimate layer `[B, 224]`."""
         return self.network.features(images)
 
+    def is_correct(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Whether each image is classified as its prompt's animal, bool `[B]`."""
+        wanted = torch.tensor([animal_in(prompt) for prompt in prompts], device=images.device)
+        return self.network(images).argmax(1) == wanted
+
     def accuracy(self, images: Tensor, prompts: Sequence[str]) -> float:
         """Fraction of the images that are classified as the prompt's animal."""
-        wanted = torch.tensor([animal_in(prompt) for prompt in prompts], device=images.device)
-        return (self.network(images).argmax(1) == wanted).float().mean().item()
+        return self.is_correct(images, prompts).float().mean().item()
 
 
 def build_probe(name: str, device: torch.device | str) -> Any | None:

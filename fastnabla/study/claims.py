@@ -6,9 +6,6 @@ from fastnabla.study.measures import MEASURES
 from fastnabla.study.results import Results
 from fastnabla.study.statistics import Difference, holm, paired
 
-LEVEL = 0.05
-"""Largest adjusted p-value of a difference that counts as found."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
@@ -17,19 +14,15 @@ class Comparison:
     other: str
     measure: str
     difference: Difference
-    adjusted: float | None
-    """The p-value, adjusted for the whole family; None if there are too few seeds for one."""
+    adjusted: float
+    """The p-value, adjusted for the whole family; nan if there is only one seed."""
 
     @property
     def verdict(self) -> str:
-        """What the difference says about the method: "better", "worse" or "not resolved".
-
-        It counts only if the adjusted p-value is below `LEVEL` and the interval does not contain 0.
-        """
-        difference = self.difference
-        if self.adjusted is None or self.adjusted >= LEVEL or difference.low <= 0 <= difference.high:
+        """What the difference says about the method: "better", "worse" or "not resolved" (`Difference.holds`)."""
+        if not self.difference.holds(self.adjusted):
             return "not resolved"
-        return "better" if difference.mean * MEASURES[self.measure].sign > 0 else "worse"
+        return "better" if self.difference.mean * MEASURES[self.measure].sign > 0 else "worse"
 
 
 def comparisons(results: Results) -> list[Comparison]:
@@ -45,14 +38,8 @@ def comparisons(results: Results) -> list[Comparison]:
         for measure in claims.measures if seeds else ():
             pairs = ((own[1][seed].measures[measure], other[1][seed].measures[measure]) for seed in seeds)
             found.append((contender.name, measure, paired([a - b for a, b in pairs])))
-    tested = [difference.p for *_, difference in found if difference.p is not None]
-    adjusted = iter(holm(tested))
+    adjusted = holm([difference.p for *_, difference in found])
     return [
-        Comparison(
-            other=other,
-            measure=measure,
-            difference=difference,
-            adjusted=None if difference.p is None else next(adjusted),
-        )
-        for other, measure, difference in found
+        Comparison(other=other, measure=measure, difference=difference, adjusted=p)
+        for (other, measure, difference), p in zip(found, adjusted, strict=True)
     ]

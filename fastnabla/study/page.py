@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastnabla.study.claims import LEVEL, Comparison, comparisons
+from fastnabla.study.claims import Comparison, comparisons
 from fastnabla.study.figures import fronts
 from fastnabla.study.protocol import Protocol
 from fastnabla.study.results import Results
+from fastnabla.study.statistics import LEVEL
 from fastnabla.study.tables import (
     claim_sheet,
     cost_sheet,
@@ -102,7 +103,8 @@ def _list(values: Sequence[object]) -> str:
 
 CLAIMS = (
     "A difference counts if its p-value, of a paired t-test and adjusted over this table by Holm's method, is below {level:g} and its "
-    "bootstrap interval does not contain 0. With so few seeds these intervals cover less than 95 %.\n"
+    "bootstrap interval does not contain 0. With few seeds these intervals are too short: for Gaussian differences they cover 75 % with 3, "
+    "80 % with 4 and 86 % with 6.\n"
 )
 FRONTS = (
     "Dots are seeds at the end of training. Lines are means over seeds as the LoRA is scaled at inference; the star is the pretrained "

@@ -31,10 +31,13 @@ def run_study(protocol: Protocol, folder: Path, jobs: int, command: Sequence[str
         0, or the exit status of the first run that failed or was stopped.
 
     Raises:
-        ValueError: a run's model, prompts, reward or probe cannot be built, or no tuning run ended.
+        ValueError: a folder belongs to another run, a run's model, prompts, reward or probe cannot be built, or no tuning run
+            of a method ended.
     """
     for runs in (lambda: tuning_runs(protocol, folder), lambda: _chosen(protocol, folder)):
         planned = runs()
+        for run in planned:
+            run.planned.check_folder()
         waiting = [run for run in planned if not is_complete(run, protocol, folder)]
         print_plain(console, f"{len(planned) - len(waiting)} of {len(planned)} runs are complete")
         status = _run_all(waiting, protocol, folder, jobs, command, console)
@@ -60,12 +63,13 @@ def run_named(names: Sequence[str], protocol: Protocol, folder: Path, console: C
     """`run_one` for the runs whose folders have these names, in turn.
 
     Raises:
-        ValueError: a name belongs to no run.
+        ValueError: a name belongs to no run, or a folder to another run.
     """
     every = [Setting(method.name, rate) for method in protocol.methods for rate in method.learning_rates]
     known = {run.folder.name: run for run in (*tuning_runs(protocol, folder), *final_runs(protocol, folder, every))}
     for name in names:
         require(name in known, "only", name, "is no run of the protocol; the names are METHOD,LEARNING_RATE-seed-N.")
+        known[name].planned.check_folder()
     for name in names:
         if status := run_one(known[name], protocol, folder, console):
             return status

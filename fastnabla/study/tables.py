@@ -1,5 +1,6 @@
 """The tables of a study."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
@@ -62,8 +63,8 @@ def claim_sheet(found: Sequence[Comparison], results: Results) -> Sheet:
             MEASURES[each.measure].label,
             f"{each.difference.n}",
             f"{each.difference.mean:+.3g}",
-            f"[{each.difference.low:+.3g}, {each.difference.high:+.3g}]",
-            "" if each.adjusted is None else f"{each.adjusted:.2g}",
+            "" if each.difference.n == 1 else f"[{each.difference.low:+.3g}, {each.difference.high:+.3g}]",
+            "" if math.isnan(each.adjusted) else f"{each.adjusted:.2g}",
             each.verdict,
         ]
         for each in found
