@@ -8,7 +8,7 @@ seeds contains the error of finite samples.
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastnabla.config.train import load_run
+from fastnabla.config.train import TrainConfig, load_run
 from fastnabla.metrics.divergence import TrajectoryDivergence, divergence_summary
 from fastnabla.metrics.measures import concatenate, measure_images
 from fastnabla.metrics.probes import build_probe
 from fastnabla.models.saved_policy import read_policy
-from fastnabla.prompts import RunPrompts, load_prompts
+from fastnabla.prompts import RunPrompts, load_prompts, prompts_of
 from fastnabla.study.plan import StudyRun
 from fastnabla.study.protocol import Protocol
 from fastnabla.study.samples import Samples, read_samples, write_samples
@@ -97,15 +97,21 @@ def reference_part(protocol: Protocol, folder: Path) -> Part:
     return Part(path=path, scale=0.0, samples=count, seed=REFERENCE_SEED, noise=REFERENCE_NOISE)
 
 
-def parts_of(run: StudyRun, protocol: Protocol, folder: Path) -> list[Part]:
-    """All samples that a run needs, those of the pretrained model included."""
-    end = end_part(run, protocol)
-    if not run.is_final:
-        return [pretrained_part(end, folder), end]
-    held_out = held_out_part(run, protocol)
-    own = [end] if held_out is None else [end, held_out]
-    shared = [pretrained_part(part, folder) for part in own]
-    return [reference_part(protocol, folder), *shared, *own, *scale_parts(run, protocol)]
+def own_parts(run: StudyRun, protocol: Protocol) -> list[Part]:
+    """All samples of a run."""
+    held_out = held_out_part(run, protocol) if run.is_final else None
+    scales = scale_parts(run, protocol) if run.is_final else []
+    return [end_part(run, protocol), *([] if held_out is None else [held_out]), *scales]
+
+
+def shared_parts(runs: Sequence[StudyRun], protocol: Protocol, folder: Path) -> list[Part]:
+    """The pretrained model's samples that the measures of `runs` need."""
+    parts = [reference_part(protocol, folder)] if any(run.is_final for run in runs) else []
+    for run in runs:
+        held_out = held_out_part(run, protocol) if run.is_final else None
+        own = [end_part(run, protocol), *([] if held_out is None else [held_out])]
+        parts += [pretrained_part(part, folder) for part in own]
+    return list({part.path: part for part in parts}.values())
 
 
 def read_divergence(run: StudyRun) -> dict[str, Any] | None:
@@ -114,27 +120,26 @@ def read_divergence(run: StudyRun) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def is_measured(run: StudyRun, protocol: Protocol, folder: Path) -> bool:
+def is_measured(run: StudyRun, protocol: Protocol) -> bool:
     """Whether all samples of the run have been measured."""
-    missing = any(part.read() is None for part in parts_of(run, protocol, folder))
+    missing = any(part.read() is None for part in own_parts(run, protocol))
     return not missing and (read_divergence(run) is not None or not run.is_final)
 
 
-def measure_run(run: StudyRun, protocol: Protocol, folder: Path, console: Console) -> None:
+def measure_run(run: StudyRun, protocol: Protocol, console: Console) -> None:
     """Sample and measure what has not been measured of a finished run.
 
     Raises:
         ValueError: the run's weights do not fit it, or a file is damaged.
     """
-    missing = [part for part in parts_of(run, protocol, folder) if part.read() is None]
+    missing = [part for part in own_parts(run, protocol) if part.read() is None]
     divergence = run.is_final and read_divergence(run) is None
     if not missing and not divergence:
         return
-    networks = _Networks(run.folder, protocol.measurement.held_out)
-    count = protocol.measurement.divergence_samples
-    total = sum(part.samples * len(networks.prompts(part.held_out)) for part in missing)
-    total += count * len(networks.prompts(False)) if divergence else 0
-    with TaskProgress(console, f"measuring {run.folder.name}", total * networks.steps) as progress:
+    networks = _Networks(load_run(run.folder), protocol.measurement.held_out)
+    read_policy(networks.components.policy, run.folder)
+    count = protocol.measurement.divergence_samples if divergence else 0
+    with networks.progress(f"measuring {run.folder.name}", missing, count, console) as progress:
         for part in missing:
             write_samples(part.path, networks.measure(part, progress.advance), part.key)
         if divergence:
@@ -142,31 +147,45 @@ def measure_run(run: StudyRun, protocol: Protocol, folder: Path, console: Consol
             write_file(run.folder / MEASURED / DIVERGENCE_FILE, json.dumps(values, allow_nan=False) + "\n")
 
 
+def measure_pretrained(runs: Sequence[StudyRun], protocol: Protocol, folder: Path, console: Console) -> None:
+    """Sample and measure the pretrained model for the measures of at least one run.
+
+    Raises:
+        ValueError: the model, the reward or the probe cannot be built, or a file is damaged.
+    """
+    missing = [part for part in shared_parts(runs, protocol, folder) if part.read() is None]
+    if not missing:
+        return
+    networks = _Networks(runs[0].planned.config, protocol.measurement.held_out)
+    with networks.progress("measuring the pretrained model", missing, 0, console) as progress:
+        for part in missing:
+            write_samples(part.path, networks.measure(part, progress.advance), part.key)
+
+
 def _path(run: StudyRun, name: str) -> Path:
     return run.folder / MEASURED / f"{name}.safetensors"
 
 
 class _Networks:
-    """The networks of a finished run, with its weights and with prompts that it was not trained on.
+    """The pretrained networks of a run, with its prompts and others that it is not trained on.
 
     Args:
-        run: the run folder.
-        held_out: source of these prompts, or None.
+        config: the run.
+        held_out: source of the other prompts, or None.
     """
 
-    def __init__(self, run: Path, held_out: str | None) -> None:
-        prompts = RunPrompts.load(run / "prompts.json")
-        seen = prompts.texts[: prompts.trained]
+    def __init__(self, config: TrainConfig, held_out: str | None) -> None:
+        seen = prompts_of(config.prompts, config.evaluation.prompts, config.seed).texts
         fresh = [] if held_out is None else [text for text in load_prompts(held_out) if text not in set(seen)]
         prompts = RunPrompts(texts=seen + fresh, trained=len(seen), evaluated=range(len(seen), len(seen) + len(fresh)))
-        self.components = plan_and_build(load_run(run), prompts)
+        self.components = plan_and_build(config, prompts)
         self.pixels = build_probe("pixels", self.components.device)
-        read_policy(self.components.policy, run)
 
-    @property
-    def steps(self) -> int:
-        """Steps of a trajectory."""
-        return len(self.components.table)
+    def progress(self, name: str, parts: Sequence[Part], divergence: int, console: Console) -> TaskProgress:
+        """Progress of sampling `parts`, and `divergence` trajectories of each prompt."""
+        count = sum(part.samples * len(self.prompts(part.held_out)) for part in parts)
+        count += divergence * len(self.prompts(held_out=False))
+        return TaskProgress(console, name, count * len(self.components.table))
 
     def prompts(self, held_out: bool) -> list[int]:
         """Numbers of the measured prompts."""
@@ -206,7 +225,7 @@ class _Networks:
     def divergence(self, seed: int, samples: int, advance: Callable[[int], None]) -> dict[str, Any]:
         """The KL along `samples` trajectories of each prompt."""
         part = Part(path=Path(), scale=1.0, samples=samples, seed=seed)
-        numbers = self.prompts(False)
+        numbers = self.prompts(held_out=False)
         prompt = torch.tensor(numbers).repeat_interleave(samples)
         recorder = TrajectoryDivergence(self.components.policy, self.components.table, prompt)
         self._sample(numbers, part, advance, recorder)

@@ -9,6 +9,7 @@ from fastnabla.config.train import TrainConfig
 from fastnabla.cost.budget import updates_within
 from fastnabla.run.resuming import AUTO
 from fastnabla.study.protocol import Contender, Protocol
+from fastnabla.utils.require import require
 
 RUNS = "runs"
 """Folder of all runs within the study's."""
@@ -70,7 +71,7 @@ def run_config(protocol: Protocol, contender: Contender, learning_rate: float) -
     """The configuration of a contender's runs, without folder and seed.
 
     Raises:
-        ValueError: a setting is invalid.
+        ValueError: a setting is invalid, or the seed would change the training prompts.
         SystemExit: a field does not exist or a value has the wrong type; a message is printed.
     """
     method, rate = contender.method, repr(learning_rate)
@@ -78,6 +79,12 @@ def run_config(protocol: Protocol, contender: Contender, learning_rate: float) -
     own = contender.settings | {"optimizer.learning_rate": rate}
     given += [f"{method}.{field}={value}" for field, value in own.items()]
     config = method_config(protocol.preset, method, method_settings(protocol.preset, method, given))
+    require(
+        config.prompts.held_out == 0,
+        "prompts.held_out",
+        config.prompts.held_out,
+        "runs of different seeds would have different prompts; set it to 0, and name others in measurement.held_out.",
+    )
     updates = updates_within(config, protocol.passes)
     # The run is evaluated at its beginning and its end only: `fastnabla.study.measuring` measures it.
     evaluation = dataclasses.replace(config.evaluation, every=updates)

@@ -17,6 +17,7 @@ from fastnabla.study.measuring import (
     read_divergence,
     reference_part,
     scale_parts,
+    shared_parts,
 )
 from fastnabla.study.plan import Setting, StudyRun, final_runs, tuning_runs
 from fastnabla.study.protocol import Protocol
@@ -128,7 +129,8 @@ def read_results(protocol: Protocol, folder: Path) -> Results:
     results = read_tuning(protocol, folder)
     settings = chosen_settings(results, protocol.final.allowed_losses)
     planned = final_runs(protocol, folder, settings)
-    measured = [run for run in planned if run.planned.done and is_measured(run, protocol, folder)]
+    measured = [run for run in planned if run.planned.done and is_measured(run, protocol)]
+    measured = [run for run in measured if all(part.read() for part in shared_parts([run], protocol, folder))]
     tuning = tuning_runs(protocol, folder)
     ended = sum(each.seeds for own in results.values() for each in own)
     remarks = []

@@ -9,7 +9,7 @@ from rich.console import Console
 from fastnabla.comparison.plan import PlannedRun
 from fastnabla.comparison.training import train_all, train_in_processes
 from fastnabla.study.choice import chosen_settings
-from fastnabla.study.measuring import is_measured, measure_run
+from fastnabla.study.measuring import is_measured, measure_pretrained, measure_run
 from fastnabla.study.plan import Setting, StudyRun, final_runs, tuning_runs
 from fastnabla.study.protocol import Protocol
 from fastnabla.study.results import read_tuning
@@ -38,24 +38,25 @@ def run_study(protocol: Protocol, folder: Path, jobs: int, command: Sequence[str
         planned = runs()
         for run in planned:
             run.planned.check_folder()
-        waiting = [run for run in planned if not is_complete(run, protocol, folder)]
+        waiting = [run for run in planned if not is_complete(run, protocol)]
         print_plain(console, f"{len(planned) - len(waiting)} of {len(planned)} runs are complete")
-        status = _run_all(waiting, protocol, folder, jobs, command, console)
+        measure_pretrained(planned, protocol, folder, console)
+        status = _run_all(waiting, protocol, jobs, command, console)
         if status:
             return status
     return 0
 
 
-def is_complete(run: StudyRun, protocol: Protocol, folder: Path) -> bool:
+def is_complete(run: StudyRun, protocol: Protocol) -> bool:
     """Whether the run has been trained and measured."""
-    return run.planned.done and is_measured(run, protocol, folder)
+    return run.planned.done and is_measured(run, protocol)
 
 
-def run_one(run: StudyRun, protocol: Protocol, folder: Path, console: Console) -> int:
+def run_one(run: StudyRun, protocol: Protocol, console: Console) -> int:
     """Train a run, unless it has been, and measure it. Returns the exit status."""
     status = 0 if run.planned.done else train_all([run.planned], console, lambda _: None)
     if status == 0 and run.planned.done:
-        measure_run(run, protocol, folder, console)
+        measure_run(run, protocol, console)
     return status
 
 
@@ -71,7 +72,7 @@ def run_named(names: Sequence[str], protocol: Protocol, folder: Path, console: C
         require(name in known, "only", name, "is no run of the protocol; the names are METHOD,LEARNING_RATE-seed-N.")
         known[name].planned.check_folder()
     for name in names:
-        if status := run_one(known[name], protocol, folder, console):
+        if status := run_one(known[name], protocol, console):
             return status
     return 0
 
@@ -86,14 +87,12 @@ def _chosen(protocol: Protocol, folder: Path) -> list[StudyRun]:
     return final_runs(protocol, folder, chosen_settings(results, protocol.final.allowed_losses))
 
 
-def _run_all(
-    runs: Sequence[StudyRun], protocol: Protocol, folder: Path, jobs: int, command: Sequence[str], console: Console
-) -> int:
+def _run_all(runs: Sequence[StudyRun], protocol: Protocol, jobs: int, command: Sequence[str], console: Console) -> int:
     if min(jobs, len(runs)) > 1:
         return train_in_processes([run.planned for run in runs], jobs, _with_only(command), console, lambda _: None)
     for number, run in enumerate(runs, 1):
         print_plain(console, f"run {number} of {len(runs)}: {run.folder.name}")
-        if status := run_one(run, protocol, folder, console):
+        if status := run_one(run, protocol, console):
             return status
     return 0
 
