@@ -19,7 +19,7 @@ class Direct:
     memory."""
     redraws: int = 2
     """draft-lv: n. The finished sample is noised n times to the state before the last step, and the gradient is the
-    mean over the n. Each takes a UNet graph and a decode. More redraws lower the variance."""
+    mean over the sample itself and the n. Each takes a UNet graph and a decode. More redraws lower the variance."""
     late: float = 0.25
     """refl: the fraction of final steps from which one is drawn at random to predict the clean sample. In (0, 1]."""
 

@@ -7,15 +7,17 @@ before step i of T; [brackets] carry no gradient:
 |---------------------------------------|----------------------------------------------------------------------|------------------|
 | `late_prediction` (ReFL)              | x̂0([x_i]) = c [x_i] + d o_θ([x_i]), i uniform among the late steps   | i + 2            |
 | `last_steps` (DRaFT-K)                | x_T, by x' = a x + b o_θ(x) + σ ε from [x_{T−K}] on                  | T + K            |
-| `last_step_redrawn` (DRaFT-LV)        | x', from n draws of x ~ q(x_{T−1} given [x_T])                       | T + 2 n          |
+| `last_step_redrawn` (DRaFT-LV)        | x_T, by the last step from [x_{T−1}]; and x', by the last step from  | T + 1 + 2 n      |
+|                                       | each of n draws of x ~ q(x_{T−1} given [x_T])                        |                  |
 
 ReFL is from Xu et al., arXiv 2304.05977, algorithm 1. Here their map φ of the reward is the identity, and there is no
 pretraining loss. DRaFT is from Clark et al., arXiv 2309.17400, sections 3 and 3.2. DRaFT-LV noises the finished sample
 back to the noise level of the last step's state with DDPM's noising kernel, for any η of the sampler, because DDIM's
-marginals do not depend on η. Each of the n redraws then samples the last step again.
+marginals do not depend on η. Each of the n redraws then samples the last step again. The paper adds up the gradients of the
+sample and of its n redraws (algorithm 1). Here the loss is their mean, so that its scale does not depend on n.
 
 The loss is ``−mean r``. The decoder's graph is never joined to the UNet's: ∂r/∂x is computed in chunks of images, and one
-backward pass carries it into the sampler. So the memory is that of K (or n) UNet graphs.
+backward pass carries it into the sampler. So the memory is that of K (or n + 1) UNet graphs.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,15 +55,18 @@ def last_steps(k: int) -> Ending:
 
 
 def last_step_redrawn(redraws: int) -> Ending:
-    """DRaFT-LV: the last step, from `redraws` states that are redrawn from the finished sample."""
+    """DRaFT-LV: the last step of the trajectory, and of `redraws` states that are redrawn from the finished sample."""
 
     def ending(sampling: Sampling) -> Tensor:
         last, noise = len(sampling.table) - 1, sampling.noise
-        sampling.walk(last + 1)
-        row = sampling.table.rows(torch.full((len(sampling.x),), last, device=sampling.x.device), sampling.x)
-        x = torch.cat([renoise(sampling.x, noise.draw(), row) for _ in range(redraws)])
-        steps = torch.cat([noise.draw() for _ in range(redraws)])
-        return advance(sampling.policy, sampling.table, PLAIN, last, x, steps, sampling.prompt.repeat(redraws))[0]
+        sampling.walk(last)
+        sampling.walk(last + 1, gradient=True)
+        finished = sampling.x.detach()
+        row = sampling.table.rows(torch.full((len(finished),), last, device=finished.device), finished)
+        x = torch.cat([renoise(finished, noise.draw(), row) for _ in range(redraws)])
+        steps, prompt = torch.cat([noise.draw() for _ in range(redraws)]), sampling.prompt.repeat(redraws)
+        redrawn, _ = advance(sampling.policy, sampling.table, PLAIN, last, x, steps, prompt)
+        return torch.cat([sampling.x, redrawn])
 
     return ending
 

@@ -211,8 +211,8 @@ STEPS: dict[str, MethodStep] = {
     ),
     "draft-lv": _direct(
         ending=lambda config: last_step_redrawn(config.direct.redraws),
-        passes=lambda config: config.sampler.steps + 2 * config.direct.redraws,
-        copies=lambda config: config.direct.redraws,
+        passes=lambda config: config.sampler.steps + 1 + 2 * config.direct.redraws,
+        copies=lambda config: 1 + config.direct.redraws,
     ),
     "ddpo": MethodStep(
         build=_build_ddpo,

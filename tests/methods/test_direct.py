@@ -76,17 +76,18 @@ def refl(number: int) -> tuple[Sampler, list[Tensor]]:
 
 def draft_lv(number: int) -> tuple[Sampler, list[Tensor]]:
     sampler, last = Sampler(number), STEPS - 1
-    finished = sampler.walk(STEPS).detach()
+    sample = sampler.walk(STEPS, gradient_from=last)
+    finished = sample.detach()
     share = sampler.exact.at("alpha_bar", last) / sampler.exact.at("alpha_bar_next", last)
     states = [share.sqrt() * finished + (1 - share).sqrt() * sampler.noise() for _ in range(REDRAWS)]
-    return sampler, [sampler.move(x, last) for x in states]
+    return sampler, [sample, *(sampler.move(x, last) for x in states)]
 
 
 CASES = {
     "draft-1": (last_steps(1), draft(1), STEPS + 1),
     "draft-3": (last_steps(3), draft(3), STEPS + 3),
     "draft-all": (last_steps(STEPS), draft(STEPS), 2 * STEPS),
-    "draft-lv": (last_step_redrawn(REDRAWS), draft_lv, STEPS + 2 * REDRAWS),
+    "draft-lv": (last_step_redrawn(REDRAWS), draft_lv, STEPS + 1 + 2 * REDRAWS),
     "refl": (late_prediction(LATE), refl, sum(STOPS) / COUNT + 2),
 }
 
