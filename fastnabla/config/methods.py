@@ -70,12 +70,12 @@ def _objective_but(*names: str) -> tuple[str, ...]:
     return names_of("objective", Objective, but=("beta", *names))
 
 
-def _differentiates_sampler(setting: str) -> Method:
-    """A method that differentiates the reward through the sampling in its step; `setting` is its field of `direct`."""
+def _differentiates_sampler(*settings: str) -> Method:
+    """A method that differentiates the reward through the sampling in its step; `settings` are its fields of `direct`."""
     return Method(
         stores=False,
         without=(
-            *names_of("direct", Direct, but=(setting,)),
+            *names_of("direct", Direct, but=settings),
             *_objective_but(),
             *_POLICY_GRADIENT,
             *_FLOW,
@@ -107,8 +107,8 @@ METHODS: dict[str, Method] = {
         ),
         only=_UNSTORED | _MEMORYLESS,
     ),
-    "refl": _differentiates_sampler("late"),
-    "draft": _differentiates_sampler("k"),
+    "refl": _differentiates_sampler("late", "guidance_scale"),
+    "draft": _differentiates_sampler("k", "truncation", "kl"),
     "draft-lv": _differentiates_sampler("redraws"),
     "ddpo": Method(
         without=(*_DIRECT, *_objective_but(), *_FLOW),

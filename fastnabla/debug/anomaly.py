@@ -78,7 +78,8 @@ class Anomalies:
         if self.flow is not None:
             tensors |= {f"flow.{name}": value for name, value in self.flow.state_dict().items()}
         if isinstance(selection, Trajectories):
-            facts["trajectories"] = {"noise": list(selection.noise), "draws": list(selection.draws)}
+            names = ("noise", "draws", "shared")
+            facts["trajectories"] = {name: getattr(selection, name) for name in names}
             tensors["trajectories.prompt"] = selection.prompt
         else:
             tensors |= _gathered(selection, self.step.micro_batch)

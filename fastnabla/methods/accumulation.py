@@ -185,7 +185,8 @@ class Parts:
         self.step, self.cut = step, cut
         self.losses: dict[str, list[Tensor]] = {}
         self.rows: dict[str, list[Tensor]] = {}
-        self.passes, self.counts = dict.fromkeys(step.kinds, 0), dict.fromkeys(step.kinds, 0)
+        self.passes: dict[str, float] = dict.fromkeys(step.kinds, 0)
+        self.counts = dict.fromkeys(step.kinds, 0)
         self._plan(torch.arange(count))
 
     def __iter__(self) -> Iterator[Part]:
@@ -217,7 +218,8 @@ class Parts:
         sums = {name: torch.stack(values).sum() for name, values in self.losses.items()}
         world.sum_(list(sums.values()))
         rows = _all_rows(world, {name: torch.cat(values) for name, values in self.rows.items()})
-        counts, passes = _summed(world, self.counts, self.passes)
+        passes = _summed(world, self.passes, torch.float64)
+        counts = _summed(world, self.counts, torch.int64)
         return StepReport(
             losses=sums | {"loss": torch.stack(list(sums.values())).sum()},
             rows=rows,
@@ -253,9 +255,8 @@ def _all_rows(world: World, rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole[name] for name in rows}
 
 
-def _summed(world: World, *counts: dict[str, int]) -> list[dict[str, int]]:
+def _summed(world: World, counts: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Sums of counts over the ranks; all ranks have the same names."""
-    numbers = torch.tensor([number for count in counts for number in count.values()])
+    numbers = torch.tensor(list(counts.values()), dtype=dtype)
     world.sum_([numbers])
-    sums = iter(numbers.tolist())
-    return [{name: next(sums) for name in count} for count in counts]
+    return dict(zip(counts, numbers.tolist(), strict=True))

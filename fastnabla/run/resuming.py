@@ -50,6 +50,9 @@ INTRODUCED: dict[str, Any] = {
     "flow.average": None,
     "prompts.column": None,
     "prompts.bad_lines": "refuse",
+    "direct.truncation": "fixed",
+    "direct.kl": 0.0,
+    "direct.guidance_scale": None,
 }
 """Fields that older versions lack, and the value that matches those versions. A field with this value is not part of the
 fingerprint, so checkpoints of those versions fit."""
