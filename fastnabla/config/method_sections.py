@@ -56,17 +56,18 @@ class Direct:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class PolicyGradient:
-    """Settings of DDPO."""
+    """Settings of the policy gradients, ddpo and dag-kl."""
 
     clip: float = 1e-4
     """ε of PPO's clipping: the ratio of new to old density, per element, is clipped to 1 ± ε. It has an effect from the
     second update of a rollout on; in the first the ratio is 1."""
     advantage_clip: float = 5.0
-    """Advantages are clipped to this absolute value, in standard deviations of the prompt's rewards."""
+    """Advantages are clipped to this absolute value, in standard deviations: of the prompt's rewards (ddpo), or of the
+    returns of an update's transitions (dag-kl)."""
     window: int = 32
-    """Number of latest rewards of a prompt from which the mean and deviation of its advantages are computed."""
+    """ddpo: number of latest rewards of a prompt from which the mean and deviation of its advantages are computed."""
     min_count: int = 16
-    """A prompt with fewer rewards than this uses the mean and deviation of all rewards of the update instead."""
+    """ddpo: a prompt with fewer rewards than this uses the mean and deviation of all rewards of the update instead."""
 
     def __post_init__(self) -> None:
         for name in ("clip", "advantage_clip"):

@@ -130,7 +130,7 @@ class Anomalies:
             self.reward.load_state_dict(facts["reward"])
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{str(folder)!r} does not fit its own config.json ({error}).") from error
-        self.step.micro_batch = facts["micro_batch"]
+        self.step.micro_batch, self.step.update = facts["micro_batch"], facts["update"] - 1
         prompt = parts["trajectories" if "trajectories" in facts else "transitions"]["prompt"].cpu()
         self.policy.conditions.ensure(prompt)
         if "trajectories" in facts:

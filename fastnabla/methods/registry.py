@@ -7,17 +7,20 @@ method is a step (`fastnabla.methods.accumulation`), an entry here and one in `f
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 from fastnabla.config.train import TrainConfig
 from fastnabla.methods.accumulation import Accumulation
 from fastnabla.methods.adjoint import AdjointStep
 from fastnabla.methods.dag import DetailedBalanceStep
+from fastnabla.methods.dag_kl import KullbackLeiblerStep
 from fastnabla.methods.ddpo import PolicyGradientStep
 from fastnabla.methods.direct import DirectStep, Ending, last_step_redrawn, last_steps, late_prediction
 from fastnabla.methods.nabla_db import BalanceStep
 from fastnabla.methods.passes import StepCost, planned_decodes, planned_passes
 from fastnabla.methods.reference_target import ReferenceTargetStep
+from fastnabla.methods.rollout_plan import RolloutPlan
 from fastnabla.models.build import Networks
 from fastnabla.models.decoder import RewardFunction
 from fastnabla.models.policy import Policy
@@ -200,8 +203,16 @@ def _adjoint_cost(config: TrainConfig) -> StepCost:
     return StepCost(rows=_trajectories(config), passes={"trajectory": passes}, decodes={"trajectory": 1})
 
 
+def _rollout_plan(config: TrainConfig) -> RolloutPlan:
+    rollout = config.rollout
+    return RolloutPlan(rollouts=config.num_rollouts, updates=rollout.updates_per_rollout, replay=rollout.replay)
+
+
 def _build_dag(config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]) -> Accumulation:
-    return DetailedBalanceStep(
+    build = DetailedBalanceStep
+    if config.method == "dag-kl":
+        build = functools.partial(KullbackLeiblerStep, config.policy_gradient)
+    return build(
         networks.policy,
         networks.flow,
         networks.gradient_decoder,
@@ -211,14 +222,16 @@ def _build_dag(config: TrainConfig, networks: Networks, reward: RewardFunction, 
         config.objective,
         config.memory.micro_batch,
         config.backend,
+        _rollout_plan(config),
     )
 
 
 def _dag_cost(config: TrainConfig) -> StepCost:
     rows = _transitions(config)
+    more = 1 - _rollout_plan(config).on_policy_share if config.method == "dag-kl" else 0
     return StepCost(
         rows=rows,
-        passes={"inner": 3, "last": 2},
+        passes={"inner": 3 + more, "last": 2 + more},
         decodes={"inner": 1, "last": 0.5},
         flow_passes=3 * (2 * rows["inner"] + rows["last"]),
     )
@@ -242,5 +255,6 @@ STEPS: dict[str, MethodStep] = {
         ),
     ),
     "dag": MethodStep(build=_build_dag, cost=_dag_cost),
+    "dag-kl": MethodStep(build=_build_dag, cost=_dag_cost),
 }
 """Name (`--method`) → step; the names are those of `fastnabla.config.methods.METHODS`."""

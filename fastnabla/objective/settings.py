@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 Backend = Literal["auto", "triton", "torch"]
+BetaSchedule = Literal["constant", "linear"]
 Gamma = Literal["alpha_bar", "sqrt_alpha_bar", "constant"]
 Weighting = Literal["score", "sigma"]
 RewardGradient = Literal["lookahead", "lookahead_detached", "terminal"]
@@ -12,10 +13,14 @@ ReverseTarget = Literal["policy", "reference"]
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Objective:
-    """Residual ∇-DB. Plain ∇-DB has no λ and the paper's reverse target; DAG-DB uses β, γ and κ, Adjoint Matching β and γ."""
+    """Residual ∇-DB. Plain ∇-DB has no λ and the paper's reverse target; DAG uses β, its schedule, γ and κ,
+    Adjoint Matching β and γ."""
 
     beta: float = 1000.0
     """β, the reward scale: the target distribution is p_ref · exp(β r), or p_ref · exp(β r / λ) with λ ≠ 1. ≥ 0."""
+    beta_schedule: BetaSchedule = "constant"
+    """β over the run, for dag and dag-kl. "constant": β. "linear": from 0 in the first rollout to β halfway through the
+    run's rollouts, then β, as the authors of DAG train. All updates on a rollout have the same."""
     reward_gradient: RewardGradient = "lookahead"
     """Where ∇r is taken. "lookahead": at the one-step prediction of the clean sample, through the UNet (the paper).
     "lookahead_detached": the same without the UNet's Jacobian; saves one pass, but the direction is biased at high noise.

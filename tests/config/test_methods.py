@@ -39,6 +39,9 @@ REFUSED = [
     ("ddpo", "memory.output_block", 64, "leave it None"),
     ("dag", "sampler.eta", 0.5, "method = 'dag'"),
     ("dag", "flow.kind", "none", "learns a flow"),
+    ("dag-kl", "sampler.eta", 0.5, "method = 'dag-kl'"),
+    ("dag-kl", "flow.kind", "none", "learns a flow"),
+    ("dag-kl", "memory.output_block", 64, "leave it None"),
 ]
 
 
