@@ -1,1 +1,1 @@
-"""A study: every method is tuned alike, then trained with fresh seeds, measured and compared."""
+"""A study: methods that are tuned alike, then measured with fresh seeds."""
