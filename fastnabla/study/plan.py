@@ -88,7 +88,7 @@ def run_config(protocol: Protocol, contender: Contender, learning_rate: float) -
     updates = updates_within(config, protocol.passes)
     # The run is evaluated at its beginning and its end only: `fastnabla.study.measuring` measures it.
     evaluation = dataclasses.replace(config.evaluation, every=updates)
-    return dataclasses.replace(config, updates=updates, evaluation=evaluation, resume=AUTO)
+    return dataclasses.replace(config, updates=updates, evaluation=evaluation)
 
 
 def _run(
@@ -96,5 +96,5 @@ def _run(
 ) -> StudyRun:
     setting = Setting(contender.name, learning_rate)
     config = run_config(protocol, contender, learning_rate)
-    config = dataclasses.replace(config, seed=seed, run=folder / RUNS / f"{setting}-seed-{seed}")
+    config = dataclasses.replace(config, seed=seed, run=folder / RUNS / f"{setting}-seed-{seed}", resume=AUTO)
     return StudyRun(setting=setting, is_final=is_final, planned=PlannedRun(variant=str(setting), config=config))
