@@ -3,11 +3,10 @@
 import dataclasses
 from collections.abc import Callable
 
-from fastnabla.metrics.diversity import HUE_BINS, hue_entropy, pairwise_distance, uniform_entropy
-from fastnabla.metrics.joint_entropy import JOINT_BINS, joint_entropy
+from fastnabla.metrics.diversity import hue_entropy, hue_entropy_ceiling, pairwise_distance
+from fastnabla.metrics.joint_entropy import joint_entropy, joint_entropy_ceiling
 from fastnabla.metrics.kernel_distance import kernel_distance
-from fastnabla.metrics.prior import frechet_between, mean_frechet_distance
-from fastnabla.metrics.tilted import WeightedSamples
+from fastnabla.metrics.prior import mean_within_prompts, sample_frechet_distance
 from fastnabla.study.samples import Samples
 
 
@@ -31,12 +30,12 @@ def measures_of(samples: Samples, prior: Samples) -> dict[str, float]:
 
 def _hue_entropy(samples: Samples, _: Samples) -> float:
     seen = samples.measures
-    return hue_entropy(seen.hue, seen.prompt) / uniform_entropy(HUE_BINS, samples.per_prompt)
+    return hue_entropy(seen.hue, seen.prompt) / hue_entropy_ceiling(samples.per_prompt)
 
 
 def _joint_entropy(samples: Samples, _: Samples) -> float:
     seen = samples.measures
-    return joint_entropy(seen.hue, seen.dark, seen.prompt) / uniform_entropy(JOINT_BINS, samples.per_prompt)
+    return joint_entropy(seen.hue, seen.dark, seen.prompt) / joint_entropy_ceiling(samples.per_prompt)
 
 
 def _pairwise_distance(samples: Samples, _: Samples) -> float | None:
@@ -45,24 +44,25 @@ def _pairwise_distance(samples: Samples, _: Samples) -> float | None:
 
 
 def _kernel_distance(samples: Samples, prior: Samples) -> float | None:
-    seen = samples.measures.features
-    return None if seen is None else 1000 * kernel_distance(seen, prior.measures.features)
+    a, b = samples.measures, prior.measures
+    return None if a.features is None else 1000 * kernel_distance(a.features, b.features, a.prompt, b.prompt)
 
 
 def _kernel_distance_pixels(samples: Samples, prior: Samples) -> float:
-    return 1000 * kernel_distance(samples.pixels, prior.pixels)
+    a, b = samples.measures, prior.measures
+    return 1000 * kernel_distance(a.pixels, b.pixels, a.prompt, b.prompt)
 
 
 def _frechet(samples: Samples, prior: Samples) -> float | None:
-    if samples.measures.features is None:
-        return None
-    pooled = (WeightedSamples.tilted(each.measures, 0.0).moments for each in (samples, prior))
-    return frechet_between(*pooled)
+    a, b = samples.measures.features, prior.measures.features
+    return None if a is None else sample_frechet_distance(a, b)
 
 
 def _frechet_within_prompts(samples: Samples, prior: Samples) -> float | None:
     a, b = samples.measures, prior.measures
-    return None if a.features is None else mean_frechet_distance(a.features, a.prompt, b.features, b.prompt)
+    if a.features is None:
+        return None
+    return mean_within_prompts(sample_frechet_distance, a.features, a.prompt, b.features, b.prompt)
 
 
 def _accuracy(samples: Samples, _: Samples) -> float | None:

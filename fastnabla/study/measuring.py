@@ -19,7 +19,6 @@ from torch import Tensor
 from fastnabla.config.train import TrainConfig, load_run
 from fastnabla.metrics.divergence import TrajectoryDivergence, divergence_summary
 from fastnabla.metrics.measures import concatenate, measure_images
-from fastnabla.metrics.probes import build_probe
 from fastnabla.models.saved_policy import read_policy
 from fastnabla.prompts import RunPrompts, load_prompts, prompts_of
 from fastnabla.study.plan import StudyRun
@@ -49,7 +48,8 @@ class Part:
     samples: int
     """Per prompt."""
     seed: int
-    held_out: bool = False
+    held_out: str | None = None
+    """Source of the prompts, if no run is trained on them."""
     noise: int = NOISE
 
     @property
@@ -79,15 +79,15 @@ def scale_parts(run: StudyRun, protocol: Protocol) -> list[Part]:
 
 def held_out_part(run: StudyRun, protocol: Protocol) -> Part | None:
     """The samples of prompts that the run was not trained on, if the protocol names any."""
-    if protocol.measurement.held_out is None:
+    source, count = protocol.measurement.held_out, protocol.measurement.held_out_samples
+    if source is None:
         return None
-    count = protocol.measurement.held_out_samples
-    return Part(path=_path(run, "held-out"), scale=1.0, samples=count, seed=run.seed, held_out=True)
+    return Part(path=_path(run, "held-out"), scale=1.0, samples=count, seed=run.seed, held_out=source)
 
 
 def pretrained_part(part: Part, folder: Path) -> Part:
     """The pretrained model's samples from the same noise as `part`, which belong to the study's `folder`."""
-    name = f"{'held-out' if part.held_out else 'trained'}-{part.samples}-seed-{part.seed}"
+    name = f"{'trained' if part.held_out is None else 'held-out'}-{part.samples}-seed-{part.seed}"
     return dataclasses.replace(part, path=folder / "pretrained" / f"{name}.safetensors", scale=0.0)
 
 
@@ -179,11 +179,10 @@ class _Networks:
         fresh = [] if held_out is None else [text for text in load_prompts(held_out) if text not in set(seen)]
         prompts = RunPrompts(texts=seen + fresh, trained=len(seen), evaluated=range(len(seen), len(seen) + len(fresh)))
         self.components = plan_and_build(config, prompts)
-        self.pixels = build_probe("pixels", self.components.device)
 
     def progress(self, name: str, parts: Sequence[Part], divergence: int, console: Console) -> TaskProgress:
         """Progress of sampling `parts`, and `divergence` trajectories of each prompt."""
-        count = sum(part.samples * len(self.prompts(part.held_out)) for part in parts)
+        count = sum(part.samples * len(self.prompts(part.held_out is not None)) for part in parts)
         count += divergence * len(self.prompts(held_out=False))
         return TaskProgress(console, name, count * len(self.components.table))
 
@@ -200,14 +199,13 @@ class _Networks:
             weights = policy.pretrained_weights()
         else:
             weights = contextlib.nullcontext() if part.scale == 1 else policy.scaled_lora(part.scale)
-        numbers = self.prompts(part.held_out)
+        numbers = self.prompts(part.held_out is not None)
         with weights:
             latents = self._sample(numbers, part, advance)
         parts = [self._measured(own, number) for own, number in zip(latents, numbers, strict=True)]
         correct = [each.correct for each in parts]
         return Samples(
             measures=concatenate([each.measures for each in parts]),
-            pixels=torch.cat([each.pixels for each in parts]),
             correct=None if None in correct else torch.cat(correct),
         )
 
@@ -220,7 +218,7 @@ class _Networks:
         numbers = torch.full((len(images),), number)
         measures = measure_images(images, numbers, texts, components.reward, probe, chunk)
         correct = probe.is_correct(images, texts).double().cpu() if hasattr(probe, "is_correct") else None
-        return Samples(measures=measures, pixels=self.pixels.features(images).double().cpu(), correct=correct)
+        return Samples(measures=measures, correct=correct)
 
     def divergence(self, seed: int, samples: int, advance: Callable[[int], None]) -> dict[str, Any]:
         """The KL along `samples` trajectories of each prompt."""

@@ -14,6 +14,8 @@ from fastnabla.metrics.measures import Measures
 from fastnabla.utils.durable import write_file
 
 PART = "part."
+FEATURES = ("features", "pixels")
+"""Columns that are stored as float32."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +23,6 @@ class Samples:
     """Samples of one model, equally many for each prompt and ordered by prompt."""
 
     measures: Measures
-    """With the features of the run's probe, if it has any."""
-    pixels: Tensor
-    """Features of the probe "pixels" `[N, D]`."""
     correct: Tensor | None
     """Whether the probe recognises what the prompt names, 0 or 1 `[N]`, if it can tell."""
 
@@ -36,7 +35,7 @@ class Samples:
         """The first `count` samples of each prompt."""
         rows = torch.where(torch.arange(len(self.measures)) % self.per_prompt < count)[0]
         correct = None if self.correct is None else self.correct[rows]
-        return Samples(measures=self.measures[rows], pixels=self.pixels[rows], correct=correct)
+        return Samples(measures=self.measures[rows], correct=correct)
 
 
 def write_samples(path: Path, samples: Samples, key: dict[str, Any]) -> None:
@@ -44,15 +43,14 @@ def write_samples(path: Path, samples: Samples, key: dict[str, Any]) -> None:
 
     Args:
         path: its folder is created.
-        samples: features are stored as float32.
+        samples: what to write.
         key: everything that the samples depend on, as JSON data.
     """
     fields = {field.name: getattr(samples.measures, field.name) for field in dataclasses.fields(Measures)}
     parts = {f"{PART}{name}": values for name, values in fields.pop("parts").items()}
-    columns = fields | parts | {"pixels": samples.pixels, "correct": samples.correct}
-    for name in ("features", "pixels"):
-        columns[name] = None if columns[name] is None else columns[name].float()
+    columns = fields | parts | {"correct": samples.correct}
     tensors = {name: values.contiguous() for name, values in columns.items() if values is not None}
+    tensors |= {name: tensors[name].float() for name in FEATURES if name in tensors}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, save(tensors, {"key": json.dumps(key, sort_keys=True)}))
 
@@ -72,8 +70,7 @@ def read_samples(path: Path, key: dict[str, Any]) -> Samples | None:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} cannot be read ({error}); remove it to measure again.") from error
-    pixels, correct = columns.pop("pixels").double(), columns.pop("correct", None)
+    correct = columns.pop("correct", None)
     parts = {name.removeprefix(PART): columns.pop(name) for name in list(columns) if name.startswith(PART)}
-    if "features" in columns:
-        columns["features"] = columns["features"].double()
-    return Samples(measures=Measures(**columns, parts=parts), pixels=pixels, correct=correct)
+    columns |= {name: columns[name].double() for name in FEATURES if name in columns}
+    return Samples(measures=Measures(**columns, parts=parts), correct=correct)

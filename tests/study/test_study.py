@@ -48,8 +48,13 @@ def test_noise_is_shared_by_methods_and_scales_but_not_by_seeds(done: tuple[Prot
     assert run.seed != again.seed and not torch.equal(before.measures.total, other.measures.total)
     # Two updates change the samples a little, and half the LoRA changes them less.
     ends = [end_part(run, protocol).read().first(2), scale_parts(run, protocol)[0].read()]
-    changes = [(end.pixels - before.first(2).pixels).norm().item() for end in ends]
-    assert 0 < changes[1] < changes[0] < 0.5 * (other.first(2).pixels - before.first(2).pixels).norm().item()
+    changes = [(end.measures.pixels - before.first(2).measures.pixels).norm().item() for end in ends]
+    assert (
+        0
+        < changes[1]
+        < changes[0]
+        < 0.5 * (other.first(2).measures.pixels - before.first(2).measures.pixels).norm().item()
+    )
 
 
 def test_the_page_and_its_picture_are_beside_the_protocol(done: tuple[Protocol, Path]):
