@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from fastnabla.study.plan import Setting
+from fastnabla.study.protocol import Contender
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +34,27 @@ def choose(results: Sequence[Tuned], allowed: float) -> Tuned:
     return max(kept, key=lambda result: result.gain) if kept else min(results, key=lambda result: result.loss)
 
 
-def chosen_settings(results: Mapping[str, Sequence[Tuned]], allowed_losses: Sequence[float]) -> list[Setting]:
+def chosen_settings(
+    methods: Sequence[Contender], results: Mapping[str, Sequence[Tuned]], allowed_losses: Sequence[float]
+) -> list[Setting]:
     """The settings to compare: `choose` for every method and allowed loss, each setting once.
 
     Args:
-        results: method's name → its learning rates.
+        methods: to compare. Those with a single learning rate have no choice; others without results are left out.
+        results: method's name → the results of its learning rates.
         allowed_losses: see `fastnabla.study.protocol.Final`.
     """
-    chosen = [choose(own, allowed).setting for allowed in allowed_losses for own in results.values()]
+    chosen = []
+    for allowed in allowed_losses:
+        for method in methods:
+            if not method.is_tuned:
+                chosen.append(Setting(method.name, method.learning_rates[0]))
+            elif method.name in results:
+                chosen.append(choose(results[method.name], allowed).setting)
     return list(dict.fromkeys(chosen))
 
 
-def is_at_the_edge(choice: Setting, learning_rates: Sequence[float]) -> bool:
+def is_at_the_edge(choice: Setting, method: Contender) -> bool:
     """Whether the chosen learning rate is the lowest or the highest that was tried, so that another might be better."""
-    return choice.learning_rate in (min(learning_rates), max(learning_rates))
+    rates = method.learning_rates
+    return method.is_tuned and choice.learning_rate in (min(rates), max(rates))

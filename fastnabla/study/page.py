@@ -59,7 +59,9 @@ def _parts(results: Results, protocol_file: str, picture: str) -> list[str]:
     ]
     if results.runs[0].held_out:
         parts.append(held_out_sheet(results).markdown())
-    return [*parts, "## Tuning and costs\n", tuning_sheet(results).markdown(), cost_sheet(results).markdown(), COSTS]
+    if results.tuned:
+        parts += ["## Tuning\n", tuning_sheet(results).markdown()]
+    return [*parts, "## Costs\n", cost_sheet(results).markdown(), COSTS]
 
 
 def _protocol(protocol: Protocol) -> list[str]:
@@ -68,12 +70,17 @@ def _protocol(protocol: Protocol) -> list[str]:
     settings = ", ".join(f"`{field}={value}`" for field, value in protocol.settings.items())
     losses = " and ".join(f"{loss:.0%}" for loss in final.allowed_losses)
     scales = ", ".join(f"{scale:g}" for scale in sorted({1.0, *measured.scales}))
-    return [
-        f"All runs start from the preset `{protocol.preset}` with {settings}, and spend {protocol.passes:,.0f} U.",
+    tuned = [
         f"Every learning rate is run with the seeds {_list(tuning.seeds)} and measured on {tuning.samples} samples a prompt.",
         f"A method's settings are the learning rates with the highest reward that lose at most {losses} of the hue entropy's "
         "ceiling, or the one with the least loss if there is none.",
-        f"Each setting is then run with the fresh seeds {_list(final.seeds)} and measured at the end of its annealed schedule "
+    ]
+    if not any(method.is_tuned for method in protocol.methods):
+        tuned = ["Nothing is tuned."]
+    return [
+        f"All runs start from the preset `{protocol.preset}` with {settings}, and spend {protocol.passes:,.0f} U.",
+        *tuned,
+        f"Each setting is run with the fresh seeds {_list(final.seeds)} and measured at the end of its annealed schedule "
         f"on {measured.samples} samples a prompt.",
         f"Its LoRA is also scaled by {scales} at inference, with {measured.scale_samples} samples a prompt.",
         "All methods share prompts and noise of a seed, so differences are paired by seed.",

@@ -48,12 +48,13 @@ class StudyRun:
 
 
 def tuning_runs(protocol: Protocol, folder: Path) -> list[StudyRun]:
-    """The runs that tune the learning rates, by seed."""
+    """The runs that tune the learning rates, by seed. A single learning rate needs none."""
     return [
         _run(protocol, folder, contender, rate, seed, is_final=False)
         for seed in protocol.tuning.seeds
         for contender in protocol.methods
         for rate in contender.learning_rates
+        if contender.is_tuned
     ]
 
 

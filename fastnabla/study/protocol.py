@@ -122,11 +122,16 @@ class Contender:
     method: str
     """One of `fastnabla.config.methods.METHODS`."""
     learning_rates: tuple[float, ...]
-    """Values of optimizer.learning_rate that are tried."""
+    """Values of optimizer.learning_rate that are tried. A single one is used as it is."""
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Fields of `python -m fastnabla.train PRESET --help` → values, as written there."""
     note: str = ""
     """What the page says about it."""
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether there is a choice of learning rates."""
+        return len(self.learning_rates) > 1
 
     def __post_init__(self) -> None:
         where = f"methods: {self.name!r}"

@@ -127,7 +127,7 @@ def read_results(protocol: Protocol, folder: Path) -> Results:
         ValueError: a file is damaged.
     """
     results = read_tuning(protocol, folder)
-    settings = chosen_settings(results, protocol.final.allowed_losses)
+    settings = chosen_settings(protocol.methods, results, protocol.final.allowed_losses)
     planned = final_runs(protocol, folder, settings)
     measured = [run for run in planned if run.planned.done and is_measured(run, protocol)]
     measured = [run for run in measured if all(part.read() for part in shared_parts([run], protocol, folder))]

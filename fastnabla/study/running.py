@@ -79,12 +79,12 @@ def run_named(names: Sequence[str], protocol: Protocol, folder: Path, console: C
 
 def _chosen(protocol: Protocol, folder: Path) -> list[StudyRun]:
     results = read_tuning(protocol, folder)
-    missing = [method.name for method in protocol.methods if method.name not in results]
+    missing = [method.name for method in protocol.methods if method.is_tuned and method.name not in results]
     if missing:
         raise ValueError(
             f"methods: no tuning run of {', '.join(missing)} ended; remove them, or change their settings."
         )
-    return final_runs(protocol, folder, chosen_settings(results, protocol.final.allowed_losses))
+    return final_runs(protocol, folder, chosen_settings(protocol.methods, results, protocol.final.allowed_losses))
 
 
 def _run_all(runs: Sequence[StudyRun], protocol: Protocol, jobs: int, command: Sequence[str], console: Console) -> int:

@@ -138,7 +138,7 @@ def _by_seed(results: Results) -> list[RunResult]:
 
 def _is_edge(results: Results, setting: Setting) -> bool:
     method = next(method for method in results.protocol.methods if method.name == setting.name)
-    return is_at_the_edge(setting, method.learning_rates)
+    return is_at_the_edge(setting, method)
 
 
 def _cell(values: Sequence[float]) -> str:

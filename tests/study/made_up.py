@@ -41,7 +41,7 @@ measures = ["hue_entropy", "kernel_distance"]
 [[methods]]
 name = "ours"
 method = "residual-db"
-learning_rates = [1e-3]
+learning_rates = [1e-3, 1e-2]
 settings = { "flow.kind" = "none" }
 note = "a <note>"
 
