@@ -10,6 +10,7 @@ from fastnabla.study import __main__ as command
 from fastnabla.study.measuring import end_part, pretrained_part, scale_parts
 from fastnabla.study.plan import Setting, final_runs, tuning_runs
 from fastnabla.study.protocol import Protocol
+from fastnabla.study.results import read_results
 from tests.study.made_up import TOML, protocol_file
 
 
@@ -22,19 +23,23 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Protocol, Path]:
     return Protocol.read(path), folder / "runs of it"
 
 
-SETTINGS = [Setting("ours", 1e-3), Setting("theirs", 3e-3)]
+def settings(done: tuple[Protocol, Path]) -> list[Setting]:
+    return list(read_results(*done).settings)
 
 
 def test_tuning_comes_first_and_chosen_settings_get_fresh_seeds(done: tuple[Protocol, Path]):
     protocol, folder = done
-    names = {run.folder.name for run in (*tuning_runs(protocol, folder), *final_runs(protocol, folder, SETTINGS))}
+    names = {run.folder.name for run in (*tuning_runs(protocol, folder), *final_runs(protocol, folder, settings(done)))}
     assert {path.name for path in (folder / "runs").iterdir()} == names
-    assert names == {f"{setting}-seed-{seed}" for setting in SETTINGS for seed in (0, 1, 7)}
+    assert {f"ours,{rate}-seed-7" for rate in ("0.001", "0.01")} < names
+    assert {setting.name for setting in settings(done)} == {"ours", "theirs"}
+    assert names >= {f"{setting}-seed-{seed}" for setting in settings(done) for seed in (0, 1)}
+    assert len(names) == 2 + 4
 
 
 def test_runs_are_evaluated_at_the_end_only(done: tuple[Protocol, Path]):
     protocol, folder = done
-    for run in final_runs(protocol, folder, SETTINGS):
+    for run in final_runs(protocol, folder, settings(done)):
         records = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
         evaluated = [record["update"] for record in records if record["phase"] == "evaluate"]
         assert evaluated == [0, run.planned.config.updates]
@@ -42,7 +47,7 @@ def test_runs_are_evaluated_at_the_end_only(done: tuple[Protocol, Path]):
 
 def test_noise_is_shared_by_methods_and_scales_but_not_by_seeds(done: tuple[Protocol, Path]):
     protocol, folder = done
-    run, _, again, _ = final_runs(protocol, folder, SETTINGS)
+    run, _, again, _ = final_runs(protocol, folder, settings(done))
     before = pretrained_part(end_part(run, protocol), folder).read()
     other = pretrained_part(end_part(again, protocol), folder).read()
     assert run.seed != again.seed and not torch.equal(before.measures.total, other.measures.total)
@@ -61,7 +66,7 @@ def test_the_page_and_its_picture_are_beside_the_protocol(done: tuple[Protocol, 
     _, folder = done
     text = (folder.parent / "made-up.md").read_text()
     assert "Incomplete" not in text
-    for setting in SETTINGS:
+    for setting in settings(done):
         assert f"\n| {setting} " in text
     assert (folder.parent / "made-up-fronts.png").exists()
 
@@ -75,7 +80,7 @@ def test_the_same_command_trains_and_measures_nothing_again(done: tuple[Protocol
 
 def test_a_missing_measurement_is_named_and_made_again(done: tuple[Protocol, Path]):
     protocol, folder = done
-    run = final_runs(protocol, folder, SETTINGS)[0]
+    run = final_runs(protocol, folder, settings(done))[0]
     part = scale_parts(run, protocol)[0]
     before = part.path.read_bytes()
     part.path.unlink()
