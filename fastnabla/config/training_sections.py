@@ -175,8 +175,8 @@ class EvaluationConfig:
     """Number of prompts to evaluate: the first ones that are held out, or of prompts.evaluation, or else of the
     source."""
     probe: str = "none"
-    """Network whose features measure diversity and distance from the prior: testbed, clip, lpips, dreamsim,
-    module:function, or none."""
+    """Network whose features measure diversity and distance from the prior: testbed, clip, lpips, dreamsim, pixels (no
+    network), module:function, or none."""
     stop_below_diversity: float | None = None
     """Stop when an evaluation's pairwise_distance is below this fraction of the pretrained model's, for example because
     all samples of a prompt look alike. In (0, 1); needs a probe."""

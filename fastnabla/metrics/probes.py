@@ -1,4 +1,4 @@
-"""Probes: networks whose features measure diversity and distance from the prior.
+"""Probes: networks, or other maps of an image, whose features measure diversity and distance from the prior.
 
 A probe is an object with ``features(images [B, 3, H, W]) → [B, D]``, or, if it can only compare images, with
 ``distance(images, others) → [B]``. It may also have ``accuracy(images, prompts) → float``, and ``is_correct(images, prompts) →
@@ -6,6 +6,7 @@ A probe is an object with ``features(images [B, 3, H, W]) → [B, D]``, or, if i
 
 - "testbed": the testbed's evaluation classifier, which is independent of the reward's.
 - "clip", "lpips" and "dreamsim": probes for photographs.
+- "pixels": the image averaged to 8 × 8 pixels, without a network.
 - ``module:function``: a function without arguments that returns your own probe.
 - "none": no probe; metrics that need one are left out.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastnabla.metrics.perceptual import PERCEPTUAL
+from fastnabla.metrics.pixels import PixelProbe
 from fastnabla.testbed.classifier import load_classifier
 from fastnabla.testbed.silhouettes import animal_in
 
@@ -52,6 +54,8 @@ def build_probe(name: str, device: torch.device | str) -> Any | None:
         return None
     if name == "testbed":
         return TestbedProbe(device)
+    if name == "pixels":
+        return PixelProbe()
     if name in PERCEPTUAL:
         return PERCEPTUAL[name](device)
     module, _, function = name.partition(":")
@@ -59,6 +63,6 @@ def build_probe(name: str, device: torch.device | str) -> Any | None:
         return getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"evaluation.probe = {name!r}: must be 'testbed', 'none', one of {', '.join(PERCEPTUAL)}, or an importable "
+            f"evaluation.probe = {name!r}: must be 'testbed', 'pixels', 'none', one of {', '.join(PERCEPTUAL)}, or an importable "
             f"module:function ({error})."
         ) from error
