@@ -32,7 +32,7 @@ def golden(on_policy: bool) -> GoldenStep:
         u, c = g.policy(rows.x, row.timestep, rows.prompt).chunk(2)
     o = u + g.policy.guidance_scale * (c - u)
     if not on_policy:
-        spread = torch.linspace(0, 0.4, len(rows)).view(-1, 1, 1, 1) * row.sigma / row.b.abs()
+        spread = torch.linspace(0, 0.2, len(rows)).view(-1, 1, 1, 1) * row.sigma / row.b.abs()
         o = o + spread * randn(*rows.x.shape, seed=1)
     x_next = row.a * rows.x + row.b * o + row.sigma * randn(*rows.x.shape, seed=2)
     rows = dataclasses.replace(rows, model_output=o, x_next=x_next, reward=REWARDS[rows.trajectory])
@@ -79,9 +79,8 @@ def expected(on_policy: bool):
     return exact.gradients(g, loss), loss.detach(), clipped
 
 
-@pytest.mark.parametrize(("on_policy", "micro_batch", "backend"), [
-    (True, 100, "torch"), (True, 2, "torch"), *((False, size, backend) for size, backend in zip((100, 2), BACKENDS, strict=True)),
-])  # fmt: skip
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("on_policy", "micro_batch"), [(True, 100), (False, 2)])
 def test_gradients(on_policy: bool, micro_batch: int, backend: str) -> None:
     gradients, loss, clipped = expected(on_policy)
     report = step_of(on_policy, micro_batch, backend)(golden(on_policy).transitions)
