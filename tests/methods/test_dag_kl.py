@@ -12,7 +12,7 @@ from fastnabla.methods.dag_kl import KullbackLeiblerStep
 from fastnabla.methods.rollout_plan import RolloutPlan
 from fastnabla.objective.policy_gradient import leave_one_out_advantages
 from fastnabla.objective.settings import Objective
-from tests.checks import BACKENDS, assert_gradients, randn
+from tests.checks import assert_gradients, randn
 from tests.exact import Exact
 from tests.golden import GoldenStep, load_step
 from tests.methods.test_dag import PROMPTS, REWARDS, SETTINGS, WITH_FLOW, residual_of
@@ -39,10 +39,10 @@ def golden(on_policy: bool) -> GoldenStep:
     return dataclasses.replace(g, transitions=rows)
 
 
-def step_of(on_policy: bool, micro_batch: int = 100, backend: str = "auto") -> KullbackLeiblerStep:
+def step_of(on_policy: bool, micro_batch: int = 100) -> KullbackLeiblerStep:
     g = golden(on_policy)
     networks = (g.policy, g.flow, g.decoder, g.reward, PROMPTS, g.table)
-    step = KullbackLeiblerStep(POLICY_GRADIENT, *networks, Objective(**SETTINGS), micro_batch, backend, TWO_UPDATES)
+    step = KullbackLeiblerStep(POLICY_GRADIENT, *networks, Objective(**SETTINGS), micro_batch, "auto", TWO_UPDATES)
     step.update = 2 if on_policy else 3
     for parameter in step.parameters:
         parameter.grad = None
@@ -79,11 +79,10 @@ def expected(on_policy: bool):
     return exact.gradients(g, loss), loss.detach(), clipped
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("on_policy", "micro_batch"), [(True, 100), (False, 2)])
-def test_gradients(on_policy: bool, micro_batch: int, backend: str) -> None:
+def test_gradients(on_policy: bool, micro_batch: int) -> None:
     gradients, loss, clipped = expected(on_policy)
-    report = step_of(on_policy, micro_batch, backend)(golden(on_policy).transitions)
+    report = step_of(on_policy, micro_batch)(golden(on_policy).transitions)
     assert_gradients({name: gradient.clone() for name, gradient in golden(on_policy).gradients().items()}, gradients)
     torch.testing.assert_close(report.losses["loss"].double(), loss, rtol=1e-4, atol=1e-6)
     assert report.statistics["clipped"] == pytest.approx(clipped.mean())
