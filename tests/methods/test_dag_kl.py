@@ -16,6 +16,7 @@ from tests.checks import assert_gradients, randn
 from tests.exact import Exact
 from tests.golden import GoldenStep, load_step
 from tests.methods.test_dag import PROMPTS, REWARDS, SETTINGS, WITH_FLOW, residual_of
+from tests.methods.test_out_of_memory import Limited
 
 POLICY_GRADIENT = PolicyGradient(clip=0.005, advantage_clip=1.5)
 TWO_UPDATES = RolloutPlan(updates=2)
@@ -89,6 +90,18 @@ def test_gradients(on_policy: bool, micro_batch: int) -> None:
     assert (0 < clipped.sum() < len(clipped)) != on_policy
     assert report.passes == ({"inner": 3, "last": 2} if on_policy else {"inner": 4, "last": 3})
     assert sum(report.counts.values()) == len(clipped) == len(report.rows["residual"])
+
+
+def test_parts_may_change_between_the_flow_and_the_policy() -> None:
+    """Memory runs out, so the micro-batch is halved. Each row keeps its own advantage."""
+    gradients, _, clipped = expected(True)
+    step = step_of(on_policy=True)
+    step.reward = Limited(step.reward, 2)
+    report = step(golden(True).transitions)
+    assert step.reward.failures and step.micro_batch <= 2 and sum(report.counts.values()) == len(clipped)
+    assert_gradients(golden(True).gradients(), gradients)
+    advantage = leave_one_out_advantages(-report.rows["residual"], POLICY_GRADIENT.advantage_clip)
+    torch.testing.assert_close(report.rows["advantage"], advantage)
 
 
 def test_replayed_rollouts_are_never_on_policy() -> None:
