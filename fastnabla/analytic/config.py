@@ -156,7 +156,7 @@ SETTINGS: dict[MethodName, dict[str, Any]] = {
     "ddpo": {"optimizer": _adamw(1e-3), "policy_gradient": PolicyGradient(clip=0.1, window=256)},
     "dag": {"optimizer": _adamw(2e-2), "flow_learning_rate": 1e-2},
     "dag-kl": {
-        "optimizer": _adamw(1e-3),
+        "optimizer": _adamw(2e-2),
         "flow_learning_rate": 1e-2,
         "policy_gradient": PolicyGradient(clip=0.1),
     },

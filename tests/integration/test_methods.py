@@ -134,7 +134,7 @@ OTHER_VALUES = {
 """Section → field → a value that is not that of `config_of`."""
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "dag-kl"])  # `dag` has nearly the same
 def test_settings_without_a_part_in_a_method_change_nothing(method: str, tmp_path: Path) -> None:
     config, others = config_of(method), {}
     for name in METHODS[method].without:
