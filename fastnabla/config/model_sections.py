@@ -217,7 +217,8 @@ class PromptConfig:
     """The prompts."""
 
     source: str = ""
-    """A set: simple-animals, compositions or photos-and-paintings, or the testbed's animals and animals-phrased. A file,
+    """A set: simple-animals, compositions or photos-and-paintings, or the testbed's animals and animals-phrased. A set of the
+    paper's, such as FOLDER:drawbench or FOLDER:hpdv2-photo-painting, from a folder of the authors' files. A file,
     FILE or FILE:COLUMN: one prompt per line, JSON, JSON Lines, CSV or TSV. A data set on the Hugging Face Hub,
     hf:OWNER/NAME, hf:OWNER/NAME:COLUMN or hf:OWNER/NAME:COLUMN:SPLIT. docs/prompts.md describes the formats."""
     column: str | None = None

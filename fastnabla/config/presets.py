@@ -1,6 +1,6 @@
 """Presets: configurations to start from.
 
-Those for Stable Diffusion have the published settings: 50 DDPM steps, guidance scale 5, a LoRA of rank 8, K = 5 + 1
+Those for Stable Diffusion have the published settings, with prompts of our own: 50 DDPM steps, guidance scale 5, a LoRA of rank 8, K = 5 + 1
 transitions from each of 64 trajectories per update, and β and κ for each reward from the authors' implementation
 (github.com/lzzcd001/nabla-gfn, config/ and README). docs/stable-diffusion.md gives memory and time.
 """
@@ -37,12 +37,13 @@ _AESTHETIC = dataclasses.replace(
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     TESTBED: ("The embedded testbed: larger animals, of any hue. Takes minutes on a laptop's CPU.", _TESTBED),
     "sd15-aesthetic": (
-        "Stable Diffusion 1.5 towards LAION's aesthetic score, on prompts of animals; as published.",
+        "Stable Diffusion 1.5 towards LAION's aesthetic score; as published, except for the prompts: other animals, as photos. "
+        "The authors' files have theirs, --prompts.source FOLDER:simple-animals.",
         _AESTHETIC,
     ),
     "sd15-hpsv2": (
         "Stable Diffusion 1.5 towards HPSv2.1; as published, except for the prompts: photos-and-paintings instead of "
-        "HPDv2's.",
+        "HPDv2's. The authors' files have theirs, --prompts.source FOLDER:hpdv2-photo-painting.",
         dataclasses.replace(
             _PUBLISHED,
             reward=RewardConfig(terms=("hpsv2=1",)),
@@ -52,7 +53,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     ),
     "sd15-imagereward": (
         "Stable Diffusion 1.5 towards ImageReward; as published, except for the prompts: compositions instead of "
-        "DrawBench's.",
+        "DrawBench's. The authors' files have theirs, --prompts.source FOLDER:drawbench.",
         dataclasses.replace(
             _PUBLISHED,
             reward=RewardConfig(terms=("imagereward=1",)),
