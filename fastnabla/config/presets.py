@@ -36,7 +36,7 @@ _AESTHETIC = dataclasses.replace(
 )
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
-    TESTBED: ("The embedded testbed: larger animals, of any hue. Takes minutes on a laptop's CPU.", _TESTBED),
+    TESTBED: ("The embedded testbed: larger animals, of any hue. Takes minutes on a CPU.", _TESTBED),
     "sd15-aesthetic": (
         "Stable Diffusion 1.5 towards LAION's aesthetic score, on prompts of animals. β and κ of the authors' README.",
         _AESTHETIC,
