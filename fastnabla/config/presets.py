@@ -26,7 +26,7 @@ _TESTBED = TrainConfig(
     memory=MemoryConfig(micro_batch=64, decode_chunk=64),
     evaluation=EvaluationConfig(every=6, samples=16, probe=TESTBED),
 )
-# The authors' command has 100 epochs with two updates each, of 256 trajectories. 64 per update is the paper's number.
+# The authors' command has 100 epochs with two updates each, of 256 trajectories. The paper collects 64.
 _PUBLISHED = TrainConfig(updates=200, rollout=RolloutConfig(trajectories=128, updates=2))
 _AESTHETIC = dataclasses.replace(
     _PUBLISHED,
