@@ -66,7 +66,7 @@ class TrainConfig:
     attention, convolutions and resizing. An operation without a deterministic algorithm stops the run and is named. On
     a CPU equal runs are equal without this."""
     reference_compat: bool = False
-    """Follow the authors' implementation exactly, to reproduce its runs. Sets rollout.replay = 1,
+    """Follow the authors' implementation where a setting can, to reproduce its runs. Sets rollout.replay = 1,
     optimizer.applications = 2, prompts.draw = independent, flow.start = random, reward.preprocess = reference and
     reward.precision = tf32, and refuses settings that it does not have. For residual-db and db.
     docs/stable-diffusion.md explains each."""
