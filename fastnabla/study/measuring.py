@@ -23,7 +23,7 @@ from fastnabla.models.saved_policy import read_policy
 from fastnabla.prompts import RunPrompts, load_prompts, prompts_of
 from fastnabla.study.plan import StudyRun
 from fastnabla.study.protocol import Protocol
-from fastnabla.study.samples import Samples, read_samples, write_samples
+from fastnabla.study.samples import Samples, has_samples, read_samples, write_samples
 from fastnabla.training.build import plan_and_build
 from fastnabla.trajectories.rollout import Recorder, sample
 from fastnabla.utils.durable import write_file
@@ -56,6 +56,11 @@ class Part:
     def key(self) -> dict[str, Any]:
         """What the samples depend on, besides the run's weights."""
         return {name: getattr(self, name) for name in ("scale", "samples", "seed", "held_out", "noise")}
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the samples have been measured."""
+        return has_samples(self.path, self.key)
 
     def read(self) -> Samples | None:
         """The samples, if they have been measured."""
@@ -122,8 +127,8 @@ def read_divergence(run: StudyRun) -> dict[str, Any] | None:
 
 def is_measured(run: StudyRun, protocol: Protocol) -> bool:
     """Whether all samples of the run have been measured."""
-    missing = any(part.read() is None for part in own_parts(run, protocol))
-    return not missing and (read_divergence(run) is not None or not run.is_final)
+    measured = all(part.is_measured for part in own_parts(run, protocol))
+    return measured and (read_divergence(run) is not None or not run.is_final)
 
 
 def measure_run(run: StudyRun, protocol: Protocol, console: Console) -> None:
@@ -132,7 +137,7 @@ def measure_run(run: StudyRun, protocol: Protocol, console: Console) -> None:
     Raises:
         ValueError: the run's weights do not fit it, or a file is damaged.
     """
-    missing = [part for part in own_parts(run, protocol) if part.read() is None]
+    missing = [part for part in own_parts(run, protocol) if not part.is_measured]
     divergence = run.is_final and read_divergence(run) is None
     if not missing and not divergence:
         return
@@ -153,7 +158,7 @@ def measure_pretrained(runs: Sequence[StudyRun], protocol: Protocol, folder: Pat
     Raises:
         ValueError: the model, the reward or the probe cannot be built, or a file is damaged.
     """
-    missing = [part for part in shared_parts(runs, protocol, folder) if part.read() is None]
+    missing = [part for part in shared_parts(runs, protocol, folder) if not part.is_measured]
     if not missing:
         return
     networks = _Networks(runs[0].planned.config, protocol.measurement.held_out)

@@ -130,7 +130,7 @@ def read_results(protocol: Protocol, folder: Path) -> Results:
     settings = chosen_settings(protocol.methods, results, protocol.final.allowed_losses)
     planned = final_runs(protocol, folder, settings)
     measured = [run for run in planned if run.planned.done and is_measured(run, protocol)]
-    measured = [run for run in measured if all(part.read() for part in shared_parts([run], protocol, folder))]
+    measured = [run for run in measured if all(part.is_measured for part in shared_parts([run], protocol, folder))]
     tuning = tuning_runs(protocol, folder)
     ended = sum(each.seeds for own in results.values() for each in own)
     remarks = []

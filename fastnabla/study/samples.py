@@ -1,7 +1,9 @@
 """Measured samples of a model on disk: what all metrics of a study are computed from."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +57,38 @@ def write_samples(path: Path, samples: Samples, key: dict[str, Any]) -> None:
     write_file(path, save(tensors, {"key": json.dumps(key, sort_keys=True)}))
 
 
+def has_samples(path: Path, key: dict[str, Any]) -> bool:
+    """Whether the file exists and was written with this `key`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        return False
+    with _opened(path) as file:
+        return (file.metadata() or {}).get("key") == json.dumps(key, sort_keys=True)
+
+
 def read_samples(path: Path, key: dict[str, Any]) -> Samples | None:
     """Read what `write_samples` wrote. None if there is no file, or it was written with another `key`.
 
     Raises:
         ValueError: the file is damaged.
     """
-    if not path.is_file():
+    if not has_samples(path, key):
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("key") != json.dumps(key, sort_keys=True):
-                return None
-            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({error}); remove it to measure again.") from error
+    with _opened(path) as file:
+        columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     correct = columns.pop("correct", None)
     parts = {name.removeprefix(PART): columns.pop(name) for name in list(columns) if name.startswith(PART)}
     columns |= {name: columns[name].double() for name in FEATURES if name in columns}
     return Samples(measures=Measures(**columns, parts=parts), correct=correct)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} cannot be read ({error}); remove it to measure again.") from error
