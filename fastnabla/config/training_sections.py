@@ -177,7 +177,7 @@ class EvaluationConfig:
     source."""
     probe: str = "none"
     """Network whose features measure diversity and distance from the prior: testbed, clip, lpips, dreamsim, pixels (no
-    network), module:function, or none."""
+    network), module:function, or none. clip:FOLDER, lpips:FOLDER and dreamsim:FOLDER take weights from a local folder."""
     stop_below_diversity: float | None = None
     """Stop when an evaluation's pairwise_distance is below this fraction of the pretrained model's, for example because
     all samples of a prompt look alike. In (0, 1); needs a probe."""

@@ -5,7 +5,7 @@ A probe is an object with ``features(images [B, 3, H, W]) → [B, D]``, or, if i
 [B]`` for the same of each image. The names are:
 
 - "testbed": the testbed's evaluation classifier, which is independent of the reward's.
-- "clip", "lpips" and "dreamsim": probes for photographs.
+- "clip", "lpips" and "dreamsim": probes for photographs. "clip:FOLDER", and so on: with the weights in a local folder.
 - "pixels": the image averaged to 8 × 8 pixels, without a network.
 - ``module:function``: a function without arguments that returns your own probe.
 - "none": no probe; metrics that need one are left out.
@@ -13,6 +13,7 @@ A probe is an object with ``features(images [B, 3, H, W]) → [B, D]``, or, if i
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,9 +57,9 @@ def build_probe(name: str, device: torch.device | str) -> Any | None:
         return TestbedProbe(device)
     if name == "pixels":
         return PixelProbe()
-    if name in PERCEPTUAL:
-        return PERCEPTUAL[name](device)
-    module, _, function = name.partition(":")
+    module, colon, function = name.partition(":")
+    if module in PERCEPTUAL:
+        return _perceptual(module, Path(function) if colon else None, device)
     try:
         return getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError, ValueError) as error:
@@ -66,3 +67,14 @@ def build_probe(name: str, device: torch.device | str) -> Any | None:
             f"evaluation.probe = {name!r}: must be 'testbed', 'pixels', 'none', one of {', '.join(PERCEPTUAL)}, or an importable "
             f"module:function ({error})."
         ) from error
+
+
+def _perceptual(name: str, folder: Path | None, device: torch.device | str) -> Any:
+    if folder is None:
+        return PERCEPTUAL[name](device, None)
+    try:
+        if not folder.is_dir():
+            raise ValueError("there is no such folder of weights.")
+        return PERCEPTUAL[name](device, folder)
+    except ValueError as error:
+        raise ValueError(f"evaluation.probe = '{name}:{folder}': {error}") from error
