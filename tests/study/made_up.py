@@ -21,7 +21,7 @@ seeds = [7]
 samples = 2
 
 [final]
-seeds = [0, 1]
+seeds = [0]
 allowed_losses = [0.2]
 
 [measurement]

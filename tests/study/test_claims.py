@@ -9,7 +9,7 @@ from fastnabla.study.page import write_page
 from fastnabla.study.protocol import Protocol
 from tests.study.made_up import TOML, protocol_file, results
 
-SIX = TOML.replace("seeds = [0, 1]", "seeds = [0, 1, 2, 3, 4, 5]")
+SIX = TOML.replace("seeds = [0]", "seeds = [0, 1, 2, 3, 4, 5]")
 KEPT, LOST = [0.10, 0.11, 0.12, 0.10, 0.11, 0.13], [0.40, 0.42, 0.44, 0.41, 0.45, 0.43]
 
 
