@@ -25,7 +25,7 @@ from fastnabla.objective.gaussian import guide
 
 ROLLOUT = 16
 KAPPA = 1000.0
-"""Typical of the published settings."""
+"""κ of the authors' default configuration."""
 
 
 def rounding_floor(policy: Policy, x: Tensor, timestep: Tensor, prompt: Tensor, size: int) -> dict[str, float]:

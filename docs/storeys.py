@@ -18,6 +18,7 @@ COMMANDS, RUNS, PARTS, GROUND, PAPER = "#d9d7f1", "#cfe3f5", "#d3ecd2", "#e6e6e6
 EDGES = {COMMANDS: "#7a74c4", RUNS: "#4a86bd", PARTS: "#4f9a4d", GROUND: "#8a8a8a", PAPER: "#cf8a22"}
 SUBJECTS = (
     (COMMANDS, "command lines"),
+    (COMMANDS, "methods tuned alike, then measured with fresh seeds"),
     (COMMANDS, "several methods with one budget; Gaussian mixtures"),
     (RUNS, "a finished run against p_ref · exp(β r)"),
     (RUNS, "build.py wires the parts; trainer.py is the loop"),

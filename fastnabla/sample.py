@@ -1,6 +1,7 @@
 """`python -m fastnabla.sample RUN --prompt "a giraffe" -n 16`: sample images from a finetuned model with plain diffusers."""
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,8 @@ class SampleConfig:
     weights: WeightsName = "raw"
     """Finetuned weights to sample from. "raw": the weights after the last update. "ema": their moving average
     (optimizer.ema). "best": the weights of the evaluation with the highest reward during training."""
+    lora_scale: tuple[float, ...] = (1.0,)
+    """Factors of the LoRA's updates, one column each. 0 is the pretrained model, 1 the finetuned one."""
     output: Path | None = None
     """PNG file to write. None: sample.png in the run folder."""
 
@@ -36,13 +39,23 @@ class SampleConfig:
         for name in ("n", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
+        if not self.lora_scale or not all(map(math.isfinite, self.lora_scale)):
+            scales = " ".join(map(str, self.lora_scale)) or "()"
+            raise ValueError(f"lora_scale = {scales}: give one or more finite numbers, such as 0.5 1.")
+
+    def titles(self) -> list[str]:
+        """The titles of the finetuned model's columns, one for each of `lora_scale`."""
+        if self.lora_scale == (1.0,):
+            return ["finetuned, same noise"]
+        return [f"LoRA × {scale}" for scale in self.lora_scale]
 
 
 def sample_run(config: SampleConfig) -> Path:
     """Sample with the run's sampler and settings, and return the path of the grid.
 
     Raises:
-        ValueError: a prompt is invalid, the folder is not a finished run, or its model cannot be loaded.
+        ValueError: a prompt is invalid, the folder is not a finished run, its model cannot be loaded, or it has no LoRA to
+            scale.
     """
     # These modules import torch, so they are imported only after the command line has been parsed.
     import torch
@@ -62,6 +75,11 @@ def sample_run(config: SampleConfig) -> Path:
         except ValueError as error:
             raise ValueError(f"prompt = {prompt!r:.100}: {error}") from error
     run = load_run(config.run)
+    if run.lora.rank == 0 and config.lora_scale != (1.0,):
+        raise ValueError(
+            f"lora_scale: the run {str(config.run)!r} trained all parameters (lora.rank = 0), so it has no LoRA to scale; "
+            "leave lora_scale out."
+        )
     weights = weights_folder(config.run, config.weights, run.optimizer.ema)
     require_policy(weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,7 +113,10 @@ def sample_run(config: SampleConfig) -> Path:
 
     columns = {"pretrained": images()}
     load_policy(pipeline, weights)
-    columns["finetuned, same noise"] = images()
+    for title, scale in zip(config.titles(), config.lora_scale, strict=True):
+        if run.lora.rank:
+            pipeline.set_adapters(pipeline.get_active_adapters(), scale)
+        columns[title] = images()
     output = config.output or config.run / "sample.png"
     output.parent.mkdir(parents=True, exist_ok=True)
     save_grid(output, columns, config.prompt, per_prompt=config.n)

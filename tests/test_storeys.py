@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, PICTURE = ROOT / "fastnabla", ROOT / "docs" / "storeys.png"
 STOREYS = (
     ("train", "sample", "evaluate", "export", "compare", "reproduce"),
+    ("study",),
     ("comparison", "analytic"),
     ("evaluation",),
     ("training",),

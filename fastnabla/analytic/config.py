@@ -155,6 +155,11 @@ SETTINGS: dict[MethodName, dict[str, Any]] = {
     "draft-lv": {"optimizer": _adamw(1e-3)},
     "ddpo": {"optimizer": _adamw(1e-3), "policy_gradient": PolicyGradient(clip=0.1, window=256)},
     "dag": {"optimizer": _adamw(2e-2), "flow_learning_rate": 1e-2},
+    "dag-kl": {
+        "optimizer": _adamw(2e-2),
+        "flow_learning_rate": 1e-2,
+        "policy_gradient": PolicyGradient(clip=0.1),
+    },
 }
 """Method → fields of `AnalyticConfig` that differ from residual ∇-DB's."""
 

@@ -109,7 +109,9 @@ class Experiment:
         method, rollout = METHODS[config.method], config.rollout
         self.step = STEPS[config.method].build(training, networks, self.method_reward, PROMPTS)
         self.buffer: TrajectoryBuffer | None = None
-        self.source: Source = UnsampledTrajectories(config.seed, rollout.trajectories, len(PROMPTS))
+        self.source: Source = UnsampledTrajectories(
+            config.seed, rollout.trajectories, len(PROMPTS), updates=rollout.updates
+        )
         if method.stores:
             sizes = (rollout.trajectories * (1 + rollout.replay), len(self.table), config.drawn_steps + 1)
             self.buffer = TrajectoryBuffer(*sizes, self.sample_shape)

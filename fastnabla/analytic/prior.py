@@ -9,7 +9,7 @@ from fastnabla.analytic.mixture import GaussianMixture
 from fastnabla.analytic.reward import QuadraticReward
 from fastnabla.models.decoder import RewardFunction
 
-WITHOUT_PRIOR = ("db", "dag")
+WITHOUT_PRIOR = ("db", "dag", "dag-kl")
 """Methods whose target is exp(β r), independent of the pretrained policy."""
 
 

@@ -65,6 +65,7 @@ def updates(experiment: Experiment) -> Iterator[dict[str, float]]:
         if place == 0:
             rollout = source.collect(rollout_index)
         trajectories = learning_order(config.seed, rollout_index, config.rollout)[place]
+        experiment.step.update = update
         report = experiment.step(source.select(rollout_index, trajectories, again=place >= config.rollout.updates))
         norms = experiment.optimizer.update()
         experiment.step.after_update()

@@ -39,6 +39,17 @@ class PlannedRun:
         """Whether the run has finished."""
         return (self.folder / LAST_FILE).exists()
 
+    def check_folder(self) -> None:
+        """Check that the run folder is free or belongs to this run.
+
+        Raises:
+            ValueError: it belongs to another run, or is not a run folder.
+        """
+        if run_to_resume(self.config) is None and self.folder.exists() and not is_unbegun(self.folder):
+            raise ValueError(
+                f"run = {str(self.folder)!r}: exists and is not a run folder; choose another folder, or remove it."
+            )
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -62,16 +73,9 @@ class Plan:
         return [run for run in self.runs if run.variant == variant]
 
     def check_folders(self) -> None:
-        """Check that each run folder is free or belongs to the planned run.
-
-        Raises:
-            ValueError: a folder belongs to another run, or is not a run folder.
-        """
+        """`PlannedRun.check_folder` for all runs."""
         for run in self.runs:
-            if run_to_resume(run.config) is None and run.folder.exists() and not is_unbegun(run.folder):
-                raise ValueError(
-                    f"run = {str(run.folder)!r}: exists and is not a run folder; choose another folder, or remove it."
-                )
+            run.check_folder()
 
     def restricted_to(self, names: Sequence[str]) -> "Plan":
         """The plan with only the runs whose folders have these names.

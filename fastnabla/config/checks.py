@@ -38,6 +38,12 @@ def _through_steps(k: int, steps: int) -> str | None:
     return None if k <= steps else f"must be at most sampler.steps = {steps}; use {steps} or less."
 
 
+def _has_guidance(direct: float | None, sampler: float) -> str | None:
+    if direct in (None, 1) or sampler != 1:
+        return None
+    return "sampler.guidance_scale = 1 turns guidance off, in training too; leave it None."
+
+
 def _trains_flow(reverse_weight: float, reverse_target: str, kind: str) -> str | None:
     if kind == "none" or reverse_target != "reference" or reverse_weight > 0:
         return None
@@ -85,6 +91,7 @@ def _is_whole_rollouts(updates: int, each: int, epochs: int) -> str | None:
 
 CHECKS = (
     Check(("direct.k", "sampler.steps"), _through_steps),
+    Check(("direct.guidance_scale", "sampler.guidance_scale"), _has_guidance),
     Check(("objective.reverse_weight", "objective.reverse_target", "flow.kind"), _trains_flow),
     Check(("objective.reverse_second_order", "objective.reverse_target"), _depends_on_policy),
     Check(("policy_gradient.min_count", "policy_gradient.window"), _is_within_window),

@@ -14,7 +14,7 @@ from fastnabla.config.model_sections import FlowConfig
 from fastnabla.objective.settings import Objective
 from fastnabla.utils.require import require
 
-MethodName = Literal["residual-db", "db", "adjoint", "refl", "draft", "draft-lv", "ddpo", "dag"]
+MethodName = Literal["residual-db", "db", "adjoint", "refl", "draft", "draft-lv", "ddpo", "dag", "dag-kl"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +51,17 @@ _POLICY_GRADIENT = names_of("policy_gradient", PolicyGradient)
 _FLOW = names_of("flow", FlowConfig)
 _FOLLOWING = ("objective.reverse_target", "flow.average")
 """Fields of a flow that follows the pretrained policy."""
+_OF_DAG = ("gamma", "trust_region_weight", "beta_schedule")
+"""Fields of the objective that DAG uses besides β."""
 _NOISING = {
     "sampler.eta": ((1,), "uses DDPM's noising process as the backward policy, which needs η = 1; set it to 1."),
+}
+_LEARNED = {"flow.kind": (("unet", "conv"), "learns a flow; choose unet or conv.")}
+_EXACT_OUTPUTS = {
+    "memory.output_block": (
+        (None,),
+        "computes density ratios from the sampled outputs and needs them in float32; leave it None.",
+    ),
 }
 _ONCE = "samples in its step and stores no trajectories to reuse; leave it at {}."
 _UNSTORED = {
@@ -70,12 +79,12 @@ def _objective_but(*names: str) -> tuple[str, ...]:
     return names_of("objective", Objective, but=("beta", *names))
 
 
-def _differentiates_sampler(setting: str) -> Method:
-    """A method that differentiates the reward through the sampling in its step; `setting` is its field of `direct`."""
+def _differentiates_sampler(*settings: str) -> Method:
+    """A method that differentiates the reward through the sampling in its step; `settings` are its fields of `direct`."""
     return Method(
         stores=False,
         without=(
-            *names_of("direct", Direct, but=(setting,)),
+            *names_of("direct", Direct, but=settings),
             *_objective_but(),
             *_POLICY_GRADIENT,
             *_FLOW,
@@ -89,10 +98,12 @@ def _differentiates_sampler(setting: str) -> Method:
 
 
 METHODS: dict[str, Method] = {
-    "residual-db": Method(has_flow=True, has_reference=True, without=_DIRECT + _POLICY_GRADIENT),
+    "residual-db": Method(
+        has_flow=True, has_reference=True, without=(*_DIRECT, *_POLICY_GRADIENT, "objective.beta_schedule")
+    ),
     "db": Method(
         has_flow=True,
-        without=(*_DIRECT, *_POLICY_GRADIENT, *_FOLLOWING),
+        without=(*_DIRECT, *_POLICY_GRADIENT, *_FOLLOWING, "objective.beta_schedule"),
         only=_NOISING | {"objective.prior_weight": ((1,), "has no pretrained policy to weight; leave it at 1.")},
     ),
     "adjoint": Method(
@@ -107,22 +118,27 @@ METHODS: dict[str, Method] = {
         ),
         only=_UNSTORED | _MEMORYLESS,
     ),
-    "refl": _differentiates_sampler("late"),
-    "draft": _differentiates_sampler("k"),
+    "refl": _differentiates_sampler("late", "guidance_scale"),
+    "draft": _differentiates_sampler("k", "truncation", "kl"),
     "draft-lv": _differentiates_sampler("redraws"),
     "ddpo": Method(
         without=(*_DIRECT, *_objective_but(), *_FLOW),
-        only={
-            "memory.output_block": (
-                (None,),
-                "computes density ratios from the sampled outputs and needs them in float32; leave it None.",
-            )
-        },
+        only=_EXACT_OUTPUTS,
     ),
     "dag": Method(
         has_flow=True,
-        without=(*_objective_but("gamma", "trust_region_weight"), *_DIRECT, *_POLICY_GRADIENT, "flow.average"),
-        only=_NOISING | {"flow.kind": (("unet", "conv"), "learns a flow; choose unet or conv.")},
+        without=(*_objective_but(*_OF_DAG), *_DIRECT, *_POLICY_GRADIENT, "flow.average"),
+        only=_NOISING | _LEARNED,
+    ),
+    "dag-kl": Method(
+        has_flow=True,
+        without=(
+            *_objective_but(*_OF_DAG),
+            *_DIRECT,
+            *names_of("policy_gradient", PolicyGradient, but=("clip", "advantage_clip")),
+            "flow.average",
+        ),
+        only=_NOISING | _LEARNED | _EXACT_OUTPUTS,
     ),
 }
 """Name (`--method`) → what it needs."""

@@ -93,7 +93,7 @@ class SamplerConfig:
     stay. The score of a step, and so a residual of ∇-DB, is proportional to b/σ²: with 20 "leading" steps 134 in step
     51 → 1, where σ is 0.04, and 1.3 to 7 before. A bound of 0.1 makes that 22. A step is tilted only through its noise,
     by at most (σ²/b) ∇log F in the network's output, so it can also be tilted more. The price: finished samples of the
-    pretrained and the finetuned model keep noise of this standard deviation. Not for db and dag, which need DDPM's
+    pretrained and the finetuned model keep noise of this standard deviation. Not for db, dag and dag-kl, which need DDPM's
     variances. None: no bound."""
     guidance_scale: float = 5.0
     """w of classifier-free guidance. 1 turns guidance off and halves the cost."""
@@ -217,7 +217,8 @@ class PromptConfig:
     """The prompts."""
 
     source: str = ""
-    """A set: simple-animals, compositions or photos-and-paintings, or the testbed's animals and animals-phrased. A file,
+    """A set: simple-animals, compositions or photos-and-paintings, or the testbed's animals and animals-phrased. A set of the
+    paper's, such as FOLDER:drawbench or FOLDER:hpdv2-photo-painting, from a folder of the authors' files. A file,
     FILE or FILE:COLUMN: one prompt per line, JSON, JSON Lines, CSV or TSV. A data set on the Hugging Face Hub,
     hf:OWNER/NAME, hf:OWNER/NAME:COLUMN or hf:OWNER/NAME:COLUMN:SPLIT. docs/prompts.md describes the formats."""
     column: str | None = None

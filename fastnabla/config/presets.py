@@ -1,8 +1,9 @@
 """Presets: configurations to start from.
 
-Those for Stable Diffusion have the published settings: 50 DDPM steps, guidance scale 5, a LoRA of rank 8, K = 5 + 1
-transitions from each of 64 trajectories per update, and β and κ for each reward from the authors' implementation
-(github.com/lzzcd001/nabla-gfn, config/ and README). docs/stable-diffusion.md gives memory and time.
+Those for Stable Diffusion have the paper's 50 DDPM steps, 64 trajectories and 10% of their transitions. β, κ, guidance scale,
+LoRA, learning rates and number of updates are those of the authors' implementation (github.com/lzzcd001/nabla-gfn, config/
+and README), whose own command has 256 trajectories per update and trains on the previous rollout. The rest is ours:
+docs/stable-diffusion.md has the origin of each setting, memory and time.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ _TESTBED = TrainConfig(
     memory=MemoryConfig(micro_batch=64, decode_chunk=64),
     evaluation=EvaluationConfig(every=6, samples=16, probe=TESTBED),
 )
-# The authors' run has 100 epochs with two updates each.
+# The authors' command has 100 epochs with two updates each, of 256 trajectories. The paper collects 64.
 _PUBLISHED = TrainConfig(updates=200, rollout=RolloutConfig(trajectories=128, updates=2))
 _AESTHETIC = dataclasses.replace(
     _PUBLISHED,
@@ -35,14 +36,15 @@ _AESTHETIC = dataclasses.replace(
 )
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
-    TESTBED: ("The embedded testbed: larger animals, of any hue. Takes minutes on a laptop's CPU.", _TESTBED),
+    TESTBED: ("The embedded testbed: larger animals, of any hue. Takes minutes on a CPU.", _TESTBED),
     "sd15-aesthetic": (
-        "Stable Diffusion 1.5 towards LAION's aesthetic score, on prompts of animals; as published.",
+        "Stable Diffusion 1.5 towards LAION's aesthetic score, on prompts of animals. β and κ of the authors' README; "
+        "their prompts are --prompts.source FOLDER:simple-animals.",
         _AESTHETIC,
     ),
     "sd15-hpsv2": (
-        "Stable Diffusion 1.5 towards HPSv2.1; as published, except for the prompts: photos-and-paintings instead of "
-        "HPDv2's.",
+        "Stable Diffusion 1.5 towards HPSv2.1. β and κ of the authors' configuration. "
+        "Prompts: photos-and-paintings instead of HPDv2's, which are --prompts.source FOLDER:hpdv2-photo-painting.",
         dataclasses.replace(
             _PUBLISHED,
             reward=RewardConfig(terms=("hpsv2=1",)),
@@ -51,8 +53,8 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "sd15-imagereward": (
-        "Stable Diffusion 1.5 towards ImageReward; as published, except for the prompts: compositions instead of "
-        "DrawBench's.",
+        "Stable Diffusion 1.5 towards ImageReward. β and κ of the authors' configuration. "
+        "Prompts: compositions instead of DrawBench's, which are --prompts.source FOLDER:drawbench.",
         dataclasses.replace(
             _PUBLISHED,
             reward=RewardConfig(terms=("imagereward=1",)),
@@ -61,8 +63,8 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "sd15-24gb": (
-        "sd15-aesthetic on one consumer GPU: planned for 24 GB, with 16 trajectories per update and twice the updates, "
-        "as the authors advise for few GPUs.",
+        "sd15-aesthetic on one consumer GPU: planned for 24 GB, with 16 trajectories per update and twice the updates. The "
+        "authors' commands for few GPUs have 400 updates too, of 32 trajectories.",
         dataclasses.replace(
             _AESTHETIC, vram=24.0, updates=400, rollout=RolloutConfig(trajectories=32, updates=2, batch=8)
         ),
@@ -81,7 +83,8 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "stable-diffusion": (
-        "Any Stable Diffusion model and reward, with the published settings. Needs --prompts.source and --reward.terms.",
+        "Any Stable Diffusion model and reward. β and κ of the authors' default_config.py. Needs --prompts.source and "
+        "--reward.terms.",
         TrainConfig(),
     ),
 }

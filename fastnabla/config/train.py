@@ -51,7 +51,8 @@ class TrainConfig:
     """The training method; docs/objectives.md compares them. "residual-db": residual ∇-DB. "db": ∇-DB, without the
     pretrained model. "adjoint": Adjoint Matching with lean adjoints (β and γ of section objective). "refl", "draft",
     "draft-lv": the reward's gradient through the sampler (section direct). "ddpo": policy gradients (section
-    policy_gradient). "dag": DAG-DB, detailed balance of scalar flows (β, γ and κ of section objective)."""
+    policy_gradient). "dag": DAG-DB, detailed balance of scalar flows (β, its schedule, γ and κ of section
+    objective). "dag-kl": DAG-KL, a policy gradient of the same balance (also section policy_gradient)."""
     run: Path | None = None
     """Folder to write everything into. It must not exist. None: the next free one of runs/NAME-001, -002, …"""
     resume: Path | None = None
@@ -65,7 +66,7 @@ class TrainConfig:
     attention, convolutions and resizing. An operation without a deterministic algorithm stops the run and is named. On
     a CPU equal runs are equal without this."""
     reference_compat: bool = False
-    """Follow the authors' implementation exactly, to reproduce its runs. Sets rollout.replay = 1,
+    """Follow the authors' implementation where a setting can, to reproduce its runs. Sets rollout.replay = 1,
     optimizer.applications = 2, prompts.draw = independent, flow.start = random, reward.preprocess = reference and
     reward.precision = tf32, and refuses settings that it does not have. For residual-db and db.
     docs/stable-diffusion.md explains each."""

@@ -21,9 +21,10 @@ class RolloutConfig:
     fraction: float = 0.1
     """Fraction of a trajectory's steps to train on, in addition to the last step: K = steps * fraction + 1."""
     draw: Literal["stratified", "uniform", "runs"] = "stratified"
-    """How steps are drawn. "stratified": one from each of steps * fraction equal parts, which has low variance.
-    "uniform": any. "runs": adjacent steps from a random first one, wrapping around before the last step. Neighbours
-    share network passes and decodes, so a transition costs less, but its gradients are correlated."""
+    """How steps are drawn. "stratified": one from each of steps * fraction equal parts, as in the
+    authors' configuration. "uniform": any. "runs": adjacent steps from a random first one, wrapping around before the
+    last step. Neighbours share network passes and decodes, so a transition costs less, but its gradients are
+    correlated."""
     updates: int = 2
     """Optimizer updates per rollout and inner epoch, each on its own part of the trajectories. Must divide their
     number."""
@@ -175,8 +176,8 @@ class EvaluationConfig:
     """Number of prompts to evaluate: the first ones that are held out, or of prompts.evaluation, or else of the
     source."""
     probe: str = "none"
-    """Network whose features measure diversity and distance from the prior: testbed, clip, lpips, dreamsim,
-    module:function, or none."""
+    """Network whose features measure diversity and distance from the prior: testbed, clip, lpips, dreamsim, pixels (no
+    network), module:function, or none. clip:FOLDER, lpips:FOLDER and dreamsim:FOLDER take weights from a local folder."""
     stop_below_diversity: float | None = None
     """Stop when an evaluation's pairwise_distance is below this fraction of the pretrained model's, for example because
     all samples of a prompt look alike. In (0, 1); needs a probe."""

@@ -8,7 +8,7 @@ passes of the UNet.
 from typing import Any
 
 from fastnabla.config.train import TrainConfig
-from fastnabla.cost.update_cost import rollout_passes
+from fastnabla.cost.update_cost import rollout_decodes, rollout_passes
 from fastnabla.methods.registry import STEPS
 
 
@@ -22,6 +22,12 @@ def updates_within(config: TrainConfig, passes: float) -> int:
     """Number of updates, in whole rollouts, that cost at most `passes` U; at least those of one rollout."""
     updates = config.rollout.updates_per_rollout
     return max(1, int(passes / (update_passes(config) * updates) + 1e-9)) * updates
+
+
+def planned_decodes(config: TrainConfig) -> float:
+    """Decodes of a whole run, those of rollouts included. One without a backward pass counts half."""
+    step = STEPS[config.method].cost(config)
+    return config.updates * (rollout_decodes(config) + step.total(step.decodes))
 
 
 def measured_passes(config: TrainConfig, record: dict[str, Any]) -> float:

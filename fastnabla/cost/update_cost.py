@@ -44,6 +44,12 @@ def rollout_passes(config: TrainConfig) -> float:
     return each if METHODS[config.method].stores else 0
 
 
+def rollout_decodes(config: TrainConfig) -> float:
+    """Decodes of an update's part of its rollout, whose finished samples are rewarded. One without backward counts half."""
+    each = update_trajectories(config) / 2 / config.rollout.epochs
+    return each if METHODS[config.method].stores else 0
+
+
 def update_cost(config: TrainConfig, costs: UnitCosts) -> UpdateCost:
     """The cost of an update, without the rewards.
 
@@ -51,14 +57,11 @@ def update_cost(config: TrainConfig, costs: UnitCosts) -> UpdateCost:
         config: the run, with its memory settings planned.
         costs: of its networks.
     """
-    stores, rollout = METHODS[config.method].stores, rollout_passes(config)
-    step = STEPS[config.method].cost(config)
-    # Finished samples are decoded once, forward only, to compute their rewards.
-    rollout_decodes = update_trajectories(config) / 2 / config.rollout.epochs if stores else 0
+    rollout, step = rollout_passes(config), STEPS[config.method].cost(config)
     return UpdateCost(
         step=step,
         rollout_passes=rollout,
-        rollout_flops=rollout * costs.unet_flops + rollout_decodes * costs.decode_flops,
+        rollout_flops=rollout * costs.unet_flops + rollout_decodes(config) * costs.decode_flops,
         step_flops=step.total(step.passes) * costs.unet_flops
         + step.total(step.decodes) * costs.decode_flops
         + step.flow_passes * costs.flow_flops,

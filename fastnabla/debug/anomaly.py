@@ -78,7 +78,8 @@ class Anomalies:
         if self.flow is not None:
             tensors |= {f"flow.{name}": value for name, value in self.flow.state_dict().items()}
         if isinstance(selection, Trajectories):
-            facts["trajectories"] = {"noise": list(selection.noise), "draws": list(selection.draws)}
+            names = ("noise", "draws", "shared")
+            facts["trajectories"] = {name: getattr(selection, name) for name in names}
             tensors["trajectories.prompt"] = selection.prompt
         else:
             tensors |= _gathered(selection, self.step.micro_batch)
@@ -129,7 +130,7 @@ class Anomalies:
             self.reward.load_state_dict(facts["reward"])
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{str(folder)!r} does not fit its own config.json ({error}).") from error
-        self.step.micro_batch = facts["micro_batch"]
+        self.step.micro_batch, self.step.update = facts["micro_batch"], facts["update"] - 1
         prompt = parts["trajectories" if "trajectories" in facts else "transitions"]["prompt"].cpu()
         self.policy.conditions.ensure(prompt)
         if "trajectories" in facts:

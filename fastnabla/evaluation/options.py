@@ -6,7 +6,7 @@ from fastnabla.run.weights import WeightsName
 
 FILE = "evaluation.json"
 """Results of the raw weights, in the run folder."""
-FORMAT = 2
+FORMAT = 3
 """Version of the results. It changes with the meaning or the names of the numbers; a comparison repeats older evaluations."""
 
 

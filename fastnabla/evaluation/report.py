@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fastnabla.evaluation.options import EvaluationOptions, file_of
 from fastnabla.evaluation.run import RunEvaluation
+from fastnabla.metrics.joint_entropy import CEILINGS
 from fastnabla.utils.durable import write_file
 from fastnabla.utils.printable import printable
 from fastnabla.utils.progress import TaskProgress
@@ -20,6 +21,8 @@ DIVERGENCES = {
     "KL along trajectories without the last two steps, nats": "without_last_two",
 }
 """Label → name in the results."""
+PER_PROMPT_FID = "frechet_to_reference_within_prompts"
+"""What arXiv 2412.07775 reports as FID."""
 
 
 def evaluate_run(run: Path, options: EvaluationOptions, others: Sequence[Path], console: Console) -> dict[str, Any]:
@@ -70,9 +73,15 @@ def _cells(group: dict[str, Any], settings: dict[str, Any]) -> dict[tuple[str, s
     """The column of a run: section and label → text."""
     before, after = group["pretrained"], group["finetuned"]
     cells = {("", name): f"{before[name]:.4g} → {after[name]:.4g}" for name in after}
-    ceiling = group["hue_entropy_ceiling"]
-    shares = " → ".join(f"{model['hue_entropy'] / ceiling:.1%}" for model in (before, after))
-    cells["", "hue_entropy, share of its ceiling"] = f"{shares} (of {ceiling:.3f})"
+    for name, floor in group["reference_floor"].items():
+        spread = "" if floor["std"] is None else f" ± {floor['std']:.2g}"
+        cells["", name] += f" ({floor['mean']:.3g}{spread})"
+    if PER_PROMPT_FID in after:
+        cells["", f"{PER_PROMPT_FID} (the paper's per-prompt FID)"] = cells.pop(("", PER_PROMPT_FID))
+    for name in CEILINGS:
+        ceiling = group[f"{name}_ceiling"]
+        shares = " → ".join(f"{model[name] / ceiling:.1%}" for model in (before, after))
+        cells["", f"{name}, share of its ceiling"] = f"{shares} (of {ceiling:.3f})"
     divergence = group["divergence"]
     for label, name in DIVERGENCES.items():
         error = divergence["standard_error" if name == "nats" else f"{name}_standard_error"]

@@ -11,12 +11,12 @@ from torch import Tensor
 import fastnabla
 from fastnabla.config.train import load_run
 from fastnabla.evaluation.options import FORMAT, EvaluationOptions
+from fastnabla.evaluation.reference_distances import reference_distances, reference_floor
 from fastnabla.evaluation.reference_samples import reference_latents
 from fastnabla.metrics.divergence import TrajectoryDivergence, divergence_summary
-from fastnabla.metrics.diversity import hue_entropy_ceiling
 from fastnabla.metrics.evaluation import image_metrics, summary
+from fastnabla.metrics.joint_entropy import CEILINGS
 from fastnabla.metrics.measures import Measures, concatenate, has_direction, measure_images
-from fastnabla.metrics.prior import frechet_between, mean_frechet_distance
 from fastnabla.metrics.tilted import (
     WeightedSamples,
     beta_for_ess,
@@ -119,12 +119,13 @@ class RunEvaluation:
         models, summaries = {}, {}
         for model, finished in latents.items():
             models[model], summaries[model] = self._measure_samples(finished, texts)
-            summaries[model] |= _prior_distances(models[model], reference)
+            summaries[model] |= reference_distances(models[model], reference)
         return {
             "prompts": texts,
             **summaries,
             "divergence": divergence_summary(divergence.steps),
-            "hue_entropy_ceiling": hue_entropy_ceiling(options.samples_per_prompt),
+            "reference_floor": reference_floor(models["pretrained"], reference),
+            **{f"{name}_ceiling": ceiling(options.samples_per_prompt) for name, ceiling in CEILINGS.items()},
             "targets": self._targets(reference, models),
         }
 
@@ -241,16 +242,3 @@ class RunEvaluation:
             backend=components.config.backend,
         )
         return latents.unflatten(0, (len(numbers), len(samples)))
-
-
-def _prior_distances(samples: Measures, reference: Measures) -> dict[str, float]:
-    """Fréchet distances to the reference samples: with all prompts pooled, and within prompts."""
-    if samples.features is None or reference.features is None:
-        return {}
-    pooled = (WeightedSamples.tilted(measures, 0.0).moments for measures in (samples, reference))
-    return {
-        "frechet_to_reference": frechet_between(*pooled),
-        "frechet_to_reference_within_prompts": mean_frechet_distance(
-            samples.features, samples.prompt, reference.features, reference.prompt
-        ),
-    }

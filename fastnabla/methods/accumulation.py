@@ -70,7 +70,7 @@ class PartResult:
     """What a part adds to a step."""
 
     gradients: Sequence[Tensor]
-    """By parameter."""
+    """By parameter; or of the flow's parameters alone."""
     losses: dict[str, Tensor]
     """The terms of the loss, scalars."""
     rows: dict[str, Tensor]
@@ -92,6 +92,8 @@ class Accumulation:
     world: World = ALONE
     """The ranks. Each calls the step with its rows of a batch. Means and reports are over the whole batch; the gradients
     are this rank's part of the sum."""
+    update: int = 0
+    """Number of the update that the next call is for, from 0. The caller sets it."""
 
     def __init__(self, policy: Policy, flow: nn.Module | None, micro_batch: int, backend: Backend) -> None:
         self.policy, self.flow, self.micro_batch = policy, flow, micro_batch
@@ -182,11 +184,16 @@ class Parts:
     """
 
     def __init__(self, step: Accumulation, count: int, cut: Callable[[Tensor, int], Sequence[Part]]) -> None:
-        self.step, self.cut = step, cut
+        self.step, self.cut, self.count = step, cut, count
         self.losses: dict[str, list[Tensor]] = {}
         self.rows: dict[str, list[Tensor]] = {}
-        self.passes, self.counts = dict.fromkeys(step.kinds, 0), dict.fromkeys(step.kinds, 0)
-        self._plan(torch.arange(count))
+        self.passes: dict[str, float] = dict.fromkeys(step.kinds, 0)
+        self.again()
+
+    def again(self) -> None:
+        """Start over with all rows. Gradients, losses, values by row and passes of the parts done so far are kept."""
+        self.counts = dict.fromkeys(self.step.kinds, 0)
+        self._plan(torch.arange(self.count))
 
     def __iter__(self) -> Iterator[Part]:
         while self._pending:
@@ -201,7 +208,8 @@ class Parts:
             self._plan(torch.cat([part.rows, *(other.rows for other in self._pending)]))
             return
         of_policy = len(result.gradients) - len(self.step.flow_parameters)
-        policy.accumulate(result.gradients[:of_policy])
+        if of_policy:
+            policy.accumulate(result.gradients[:of_policy])
         add_gradients(self.step.flow_parameters, result.gradients[of_policy:])
         for lists, new in ((self.losses, result.losses), (self.rows, result.rows)):
             for name, values in new.items():
@@ -217,7 +225,8 @@ class Parts:
         sums = {name: torch.stack(values).sum() for name, values in self.losses.items()}
         world.sum_(list(sums.values()))
         rows = _all_rows(world, {name: torch.cat(values) for name, values in self.rows.items()})
-        counts, passes = _summed(world, self.counts, self.passes)
+        passes = _summed(world, self.passes, torch.float64)
+        counts = _summed(world, self.counts, torch.int64)
         return StepReport(
             losses=sums | {"loss": torch.stack(list(sums.values())).sum()},
             rows=rows,
@@ -253,9 +262,8 @@ def _all_rows(world: World, rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole[name] for name in rows}
 
 
-def _summed(world: World, *counts: dict[str, int]) -> list[dict[str, int]]:
+def _summed(world: World, counts: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Sums of counts over the ranks; all ranks have the same names."""
-    numbers = torch.tensor([number for count in counts for number in count.values()])
+    numbers = torch.tensor(list(counts.values()), dtype=dtype)
     world.sum_([numbers])
-    sums = iter(numbers.tolist())
-    return [{name: next(sums) for name in count} for count in counts]
+    return dict(zip(counts, numbers.tolist(), strict=True))

@@ -11,6 +11,7 @@ An inner transition takes two decodes without backward, for the rewards of its t
 x̂0(x), and uses the stored reward of its trajectory.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from fastnabla.methods.accumulation import Accumulation, PartResult, Parts, StepReport
 from fastnabla.methods.micro_batches import MicroBatch, cut
+from fastnabla.methods.rollout_plan import ONE_UPDATE, RolloutPlan
 from fastnabla.methods.zero_gradients import DRIVE, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy
@@ -35,16 +37,21 @@ class DetailedBalanceStep(Accumulation):
     """Accumulates the gradients of DAG-DB over batches of transitions, which hold the rewards of their trajectories.
 
     Its reports have the losses "balance" and "trust_region". By row they have the "residual" δ, "step_index" and, on the
-    host, "prompt". The statistic "residual" is the root mean square. U is by "inner" and "last" transition.
+    host, "prompt". The statistic "residual" is the root mean square; "beta" is there if β is annealed. U is by "inner" and
+    "last" transition.
 
     Args:
         policy, decoder, reward, prompts, table, micro_batch, backend: as for `fastnabla.methods.nabla_db.BalanceStep`.
         flow: the network whose mean over elements is h_φ.
-        objective: its β, γ and κ.
+        objective: its β with schedule, γ and κ.
+        plan: the run's rollouts and updates, which an annealed β depends on.
 
     Raises:
         ValueError: the sampler's steps are not DDPM's.
     """
+
+    method = "dag"
+    """Its name in messages."""
 
     def __init__(
         self,
@@ -57,11 +64,12 @@ class DetailedBalanceStep(Accumulation):
         objective: Objective,
         micro_batch: int,
         backend: Backend = "auto",
+        plan: RolloutPlan = ONE_UPDATE,
     ) -> None:
         super().__init__(policy, flow, micro_batch, backend)
-        check_is_ddpm(table, "dag")
+        check_is_ddpm(table, self.method)
         self.decoder, self.reward, self.prompts, self.table = decoder, reward, prompts, table
-        self.objective = objective
+        self.objective, self.plan = objective, plan
 
     def __call__(self, transitions: Transitions | LazyTransitions, total: int | None = None) -> StepReport:
         """Add the gradients of the mean loss over `transitions` to the parameters' `.grad`.
@@ -82,42 +90,56 @@ class DetailedBalanceStep(Accumulation):
 
     def gradients(self, part: MicroBatch, total: int) -> PartResult:
         """The gradients of one micro-batch, whose sums are divided by `total`."""
-        batch, prompts = part.gather(), part.selection.prompt
-        w, objective = self.policy.guidance_scale, self.objective
-        texts = [self.prompts[i] for i in prompts.tolist()]
-        row, elements = self.table.rows(batch.step_index, batch.x), batch.x[0].numel()
-
-        # Rewards of the prediction from x', or of the sample; and of the prediction from x.
-        reward_next = batch.reward if part.last else self._reward_at_next(batch, texts)
+        batch, w = part.gather(), self.policy.guidance_scale
+        row = self.table.rows(batch.step_index, batch.x)
+        reward_next = self._reward_at_next(part, batch)
         output = self.policy(batch.x, row.timestep, batch.prompt)
         o = guide(output, w)
-        reward = self.decoder.rewards(row.c * batch.x + row.d * o.detach(), texts, self.reward)
+        log_prob = self.ops.gaussian_log_prob(output, batch.x, batch.x_next, row, guidance_scale=w)
+        residual = self._residual(part, batch, o, log_prob, reward_next)
+        terms = {"balance": residual.square(), "trust_region": self._trust_region(batch, o)}
+        return PartResult(
+            gradients=self._differentiate(sum(values.sum() for values in terms.values()) / total),
+            losses={name: values.detach().sum() / total for name, values in terms.items()},
+            rows={"residual": residual.detach(), "step_index": batch.step_index, "prompt": part.selection.prompt},
+        )
 
-        # Residual δ of detailed balance, and the trust region.
+    @torch.no_grad()
+    def _reward_at_next(self, part: MicroBatch, batch: Transitions) -> Tensor:
+        """r(x̂0(x')) `[n]`; of last transitions the reward of the sample."""
+        if part.last:
+            return batch.reward
+        row = self.table.rows(batch.step_index, batch.x)
+        o = guide(self.policy(batch.x_next, row.timestep_next, batch.prompt), self.policy.guidance_scale)
+        return self.decoder.rewards(row.c_next * batch.x_next + row.d_next * o, self._texts(part), self.reward)
+
+    def _residual(
+        self, part: MicroBatch, batch: Transitions, o: Tensor, log_prob: Tensor, reward_next: Tensor
+    ) -> Tensor:
+        """δ `[n]`, from the policy's guided output at x, its log-density and the reward at x'."""
+        row, elements = self.table.rows(batch.step_index, batch.x), batch.x[0].numel()
+        reward = self.decoder.rewards(row.c * batch.x + row.d * o.detach(), self._texts(part), self.reward)
         flow, flow_next = self._flows(batch, part.last)
-        residual = balance_residual(
+        objective = dataclasses.replace(self.objective, beta=self._beta())
+        return balance_residual(
             log_flow(reward, flow, row.alpha_bar, elements, objective=objective),
-            self.ops.gaussian_log_prob(output, batch.x, batch.x_next, row, guidance_scale=w),
+            log_prob,
             log_flow(reward_next, flow_next, row.alpha_bar_next, elements, objective=objective),
             noising_log_prob(batch.x, batch.x_next, row),
             elements,
         )
-        terms = {
-            "balance": residual.square(),
-            "trust_region": objective.trust_region_weight * mean_square(o - full(batch.model_output)),
-        }
-        return PartResult(
-            gradients=self._differentiate(sum(values.sum() for values in terms.values()) / total),
-            losses={name: values.detach().sum() / total for name, values in terms.items()},
-            rows={"residual": residual.detach(), "step_index": batch.step_index, "prompt": prompts},
-        )
 
-    @torch.no_grad()
-    def _reward_at_next(self, batch: Transitions, texts: list[str]) -> Tensor:
-        """r(x̂0(x')) `[n]` of inner transitions."""
-        row = self.table.rows(batch.step_index, batch.x)
-        o = guide(self.policy(batch.x_next, row.timestep_next, batch.prompt), self.policy.guidance_scale)
-        return self.decoder.rewards(row.c_next * batch.x_next + row.d_next * o, texts, self.reward)
+    def _trust_region(self, batch: Transitions, o: Tensor) -> Tensor:
+        """κ times the squared distance to the stored outputs, `[n]`."""
+        return self.objective.trust_region_weight * mean_square(o - full(batch.model_output))
+
+    def _beta(self) -> float:
+        """β of this update."""
+        objective = self.objective
+        return objective.beta * (self.plan.annealing(self.update) if objective.beta_schedule == "linear" else 1)
+
+    def _texts(self, part: MicroBatch) -> list[str]:
+        return [self.prompts[i] for i in part.selection.prompt.tolist()]
 
     def _flows(self, batch: Transitions, last: bool) -> tuple[Tensor, Tensor | None]:
         """The flow network at x and, except at finished samples, at x', in one call."""
@@ -128,7 +150,9 @@ class DetailedBalanceStep(Accumulation):
         return self._flow_values(states, timesteps, batch.prompt.repeat(2)).chunk(2)
 
     def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"residual": rows["residual"].square().mean().sqrt()}
+        residual = rows["residual"].square().mean().sqrt()
+        annealed = {"beta": torch.tensor(self._beta())} if self.objective.beta_schedule == "linear" else {}
+        return {"residual": residual} | annealed
 
     def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         return {DRIVE: largest(rows["residual"])}

@@ -16,7 +16,7 @@ from fastnabla.methods.accumulation import Accumulation, PartResult, Parts, Step
 from fastnabla.methods.micro_batches import MicroBatch, cut
 from fastnabla.methods.zero_gradients import DRIVE, largest
 from fastnabla.models.policy import Policy
-from fastnabla.objective.policy_gradient import clipped_surrogate
+from fastnabla.objective.policy_gradient import clipped_surrogate, is_clipped
 from fastnabla.objective.settings import Backend
 from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from fastnabla.transition import TransitionTable
@@ -159,12 +159,12 @@ class PolicyGradientStep(Accumulation):
         return PartResult(gradients=self._differentiate(loss), losses={"surrogate": loss.detach()}, rows=rows)
 
     def _statistics(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        clipped = (rows["ratio"] - 1).abs() > self.settings.clip
+        clipped = is_clipped(rows["ratio"], self.settings.clip)
         return {"ratio": rows["ratio"].mean(), "clipped": clipped.float().mean()}
 
     def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """The advantages of rows that are not clipped; clipped rows have no gradient."""
-        clipped = (rows["ratio"] - 1).abs() > self.settings.clip
+        clipped = is_clipped(rows["ratio"], self.settings.clip)
         return {DRIVE: largest(rows["advantage"].masked_fill(clipped, 0))}
 
     def state_dict(self) -> dict[str, Any]:

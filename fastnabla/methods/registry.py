@@ -7,21 +7,26 @@ method is a step (`fastnabla.methods.accumulation`), an entry here and one in `f
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 from fastnabla.config.train import TrainConfig
 from fastnabla.methods.accumulation import Accumulation
 from fastnabla.methods.adjoint import AdjointStep
 from fastnabla.methods.dag import DetailedBalanceStep
+from fastnabla.methods.dag_kl import KullbackLeiblerStep
 from fastnabla.methods.ddpo import PolicyGradientStep
 from fastnabla.methods.direct import DirectStep, Ending, last_step_redrawn, last_steps, late_prediction
 from fastnabla.methods.nabla_db import BalanceStep
 from fastnabla.methods.passes import StepCost, planned_decodes, planned_passes
 from fastnabla.methods.reference_target import ReferenceTargetStep
+from fastnabla.methods.rollout_plan import RolloutPlan
 from fastnabla.models.build import Networks
 from fastnabla.models.decoder import RewardFunction
+from fastnabla.models.policy import Policy
 from fastnabla.objective.settings import Objective
 from fastnabla.trajectories.draws import expected_draws
+from fastnabla.utils.require import require
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +106,7 @@ def _balance(noising: bool) -> MethodStep:
 
 
 def _direct(
-    ending: Callable[[TrainConfig], Ending],
+    ending: Callable[[TrainConfig, Policy], Ending],
     passes: Callable[[TrainConfig], float],
     copies: Callable[[TrainConfig], int] = lambda config: 1,
     graphs: Callable[[TrainConfig], int] | None = None,
@@ -112,7 +117,7 @@ def _direct(
         ending: how a trajectory ends in the latents that are rewarded.
         passes: U per trajectory.
         copies: rewarded latents per trajectory.
-        graphs: UNet graphs per trajectory; None for as many as `copies`.
+        graphs: UNet graphs per trajectory, at most; None for as many as `copies`.
     """
 
     def build(config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]) -> Accumulation:
@@ -123,9 +128,10 @@ def _direct(
             prompts,
             networks.table,
             networks.sample_shape,
-            ending(config),
+            ending(config, networks.policy),
             config.memory.micro_batch,
             config.backend,
+            config.direct.kl,
         )
 
     def cost(config: TrainConfig) -> StepCost:
@@ -136,9 +142,33 @@ def _direct(
 
 
 def _refl_passes(config: TrainConfig) -> float:
-    """Its mean: i is uniform from the first late step to T − 1."""
-    steps = config.sampler.steps
-    return (config.direct.first_late(steps) + steps - 1) / 2 + 2
+    """Its mean: i is uniform from the first late step to T − 1. A pass without guidance is half a U."""
+    steps, direct = config.sampler.steps, config.direct
+    without_guidance = direct.guidance_scale == 1 and config.sampler.guidance_scale != 1
+    return ((direct.first_late(steps) + steps - 1) / 2 + 2) * (0.5 if without_guidance else 1)
+
+
+def _refl_ending(config: TrainConfig, policy: Policy) -> Ending:
+    guidance_scale = config.direct.guidance_scale
+    require(
+        guidance_scale is None or policy.guidance_embedding is None,
+        "direct.guidance_scale",
+        guidance_scale,
+        "this UNet has guidance distilled into it and takes sampler.guidance_scale as an input; leave it None.",
+    )
+    return late_prediction(config.direct.first_late(config.sampler.steps), guidance_scale)
+
+
+def _draft_ending(config: TrainConfig, policy: Policy) -> Ending:
+    direct = config.direct
+    return last_steps(direct.k, random=direct.truncation == "random", penalised=direct.kl > 0)
+
+
+def _draft_passes(config: TrainConfig) -> float:
+    """Its mean, if K is random."""
+    direct = config.direct
+    k = (1 + direct.k) / 2 if direct.truncation == "random" else direct.k
+    return config.sampler.steps + k * (2 if direct.kl else 1)
 
 
 def _build_ddpo(
@@ -173,8 +203,16 @@ def _adjoint_cost(config: TrainConfig) -> StepCost:
     return StepCost(rows=_trajectories(config), passes={"trajectory": passes}, decodes={"trajectory": 1})
 
 
+def _rollout_plan(config: TrainConfig) -> RolloutPlan:
+    rollout = config.rollout
+    return RolloutPlan(rollouts=config.num_rollouts, updates=rollout.updates_per_rollout, replay=rollout.replay)
+
+
 def _build_dag(config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]) -> Accumulation:
-    return DetailedBalanceStep(
+    build = DetailedBalanceStep
+    if config.method == "dag-kl":
+        build = functools.partial(KullbackLeiblerStep, config.policy_gradient)
+    return build(
         networks.policy,
         networks.flow,
         networks.gradient_decoder,
@@ -184,14 +222,16 @@ def _build_dag(config: TrainConfig, networks: Networks, reward: RewardFunction, 
         config.objective,
         config.memory.micro_batch,
         config.backend,
+        _rollout_plan(config),
     )
 
 
 def _dag_cost(config: TrainConfig) -> StepCost:
     rows = _transitions(config)
+    more = 1 - _rollout_plan(config).on_policy_share if config.method == "dag-kl" else 0
     return StepCost(
         rows=rows,
-        passes={"inner": 3, "last": 2},
+        passes={"inner": 3 + more, "last": 2 + more},
         decodes={"inner": 1, "last": 0.5},
         flow_passes=3 * (2 * rows["inner"] + rows["last"]),
     )
@@ -201,18 +241,12 @@ STEPS: dict[str, MethodStep] = {
     "residual-db": _balance(noising=False),
     "db": _balance(noising=True),
     "adjoint": MethodStep(build=_build_adjoint, cost=_adjoint_cost, sums_gradients=True),
-    "refl": _direct(
-        ending=lambda config: late_prediction(config.direct.first_late(config.sampler.steps)), passes=_refl_passes
-    ),
-    "draft": _direct(
-        ending=lambda config: last_steps(config.direct.k),
-        passes=lambda config: config.sampler.steps + config.direct.k,
-        graphs=lambda config: config.direct.k,
-    ),
+    "refl": _direct(ending=_refl_ending, passes=_refl_passes),
+    "draft": _direct(ending=_draft_ending, passes=_draft_passes, graphs=lambda config: config.direct.k),
     "draft-lv": _direct(
-        ending=lambda config: last_step_redrawn(config.direct.redraws),
-        passes=lambda config: config.sampler.steps + 2 * config.direct.redraws,
-        copies=lambda config: config.direct.redraws,
+        ending=lambda config, policy: last_step_redrawn(config.direct.redraws),
+        passes=lambda config: config.sampler.steps + 1 + 2 * config.direct.redraws,
+        copies=lambda config: 1 + config.direct.redraws,
     ),
     "ddpo": MethodStep(
         build=_build_ddpo,
@@ -221,5 +255,6 @@ STEPS: dict[str, MethodStep] = {
         ),
     ),
     "dag": MethodStep(build=_build_dag, cost=_dag_cost),
+    "dag-kl": MethodStep(build=_build_dag, cost=_dag_cost),
 }
 """Name (`--method`) → step; the names are those of `fastnabla.config.methods.METHODS`."""

@@ -36,17 +36,24 @@ class Sampling:
     ) -> None:
         device = policy.conditions.device
         self.policy, self.table, self.ops = policy, table, ops
-        self.draws, self.prompt = trajectories.draws, trajectories.prompt.to(device)
+        self.draws, self.shared = trajectories.draws, trajectories.shared
+        self.prompt = trajectories.prompt.to(device)
         self.noise = TrajectoryNoise(list(trajectories.noise), sample_shape, device)
         self.x, self.step = self.noise.draw(), 0
 
     def walk(self, until: int, gradient: bool = False) -> None:
         """Advance to the state before step `until`."""
+        while self.step < until:
+            self.take(gradient)
+
+    def take(self, gradient: bool = False) -> Tensor:
+        """Take one step. Returns its guided outputs `[n, C, H, W]`."""
+        ops = PLAIN if gradient else self.ops
         with torch.set_grad_enabled(gradient):
-            while self.step < until:
-                ops = PLAIN if gradient else self.ops
-                arguments = (self.policy, self.table, ops, self.step, self.x, self.noise.draw(), self.prompt)
-                self.x, self.step = advance(*arguments)[0], self.step + 1
+            arguments = (self.policy, self.table, ops, self.step, self.x, self.noise.draw(), self.prompt)
+            self.x, output = advance(*arguments)
+        self.step += 1
+        return output
 
     def states(self) -> Tensor:
         """Finish the sampling, and return all states from the present one on, `[T + 1, n, C, H, W]` from x_0."""

@@ -17,10 +17,43 @@ def mean_hue(images: Tensor) -> Tensor:
     return torch.atan2(y, x) / (2 * math.pi) % 1
 
 
+def hue_bins(hues: Tensor) -> Tensor:
+    """Bin numbers `[N]` in 0…11 of `hues [N]`, in turns."""
+    return (hues * HUE_BINS).long().clamp(max=HUE_BINS - 1)
+
+
 def hue_histogram(hues: Tensor, weights: Tensor) -> Tensor:
     """Weighted histogram `[12]`, float64, of `hues [N]`, in turns, with `weights [N]`."""
-    bins = (hues * HUE_BINS).long().clamp(max=HUE_BINS - 1)
-    return weights.new_zeros(HUE_BINS, dtype=torch.float64).index_add(0, bins, weights.double())
+    return weights.new_zeros(HUE_BINS, dtype=torch.float64).index_add(0, hue_bins(hues), weights.double())
+
+
+def cell_entropy(cells: Tensor, count: int, prompt: Tensor) -> float:
+    """Entropy of the histogram of `cells` within a prompt, relative to log `count` and averaged over prompts.
+
+    Args:
+        cells: the cell of each image `[B]`, in 0…count − 1.
+        count: number of cells.
+        prompt: prompt numbers `[B]`.
+    """
+    entropies = []
+    for number in prompt.unique():
+        own = cells[prompt == number]
+        share = own.bincount(minlength=count).double() / len(own)
+        entropies.append(-torch.special.xlogy(share, share).sum().item() / math.log(count))
+    return sum(entropies) / len(entropies)
+
+
+def entropy_ceiling(count: int, samples: int) -> float:
+    """The expected `cell_entropy` of `samples` images per prompt that are uniform over `count` cells: below 1, and 0 for one
+    image.
+
+    With k ~ Binomial(n, 1/C) images in each of the C cells it is ``−C E[k/n log(k/n)] / log C``.
+    """
+    k = torch.arange(1, samples + 1, dtype=torch.float64)
+    binomial = torch.distributions.Binomial(samples, torch.tensor(1 / count, dtype=torch.float64))
+    share = k / samples
+    terms = binomial.log_prob(k).exp() * torch.special.xlogy(share, share)
+    return -count * terms.sum().item() / math.log(count) + 0.0  # 0.0, not -0.0
 
 
 def hue_entropy(hues: Tensor, prompt: Tensor) -> float:
@@ -32,24 +65,12 @@ def hue_entropy(hues: Tensor, prompt: Tensor) -> float:
         hues: `mean_hue` of each image `[B]`, in turns.
         prompt: prompt numbers `[B]`.
     """
-    entropies = []
-    for number in prompt.unique():
-        own = hues[prompt == number]
-        share = hue_histogram(own, torch.ones(len(own), device=own.device)) / len(own)
-        entropies.append(-torch.special.xlogy(share, share).sum().item() / math.log(HUE_BINS))
-    return sum(entropies) / len(entropies)
+    return cell_entropy(hue_bins(hues), HUE_BINS, prompt)
 
 
 def hue_entropy_ceiling(samples: int) -> float:
-    """The expected `hue_entropy` of `samples` images per prompt with uniform hues: below 1, and 0 for one image.
-
-    With k ~ Binomial(n, 1/12) images in each of the 12 bins it is ``−12 E[k/n log(k/n)] / log 12``.
-    """
-    k = torch.arange(1, samples + 1, dtype=torch.float64)
-    binomial = torch.distributions.Binomial(samples, torch.tensor(1 / HUE_BINS, dtype=torch.float64))
-    share = k / samples
-    terms = binomial.log_prob(k).exp() * torch.special.xlogy(share, share)
-    return -HUE_BINS * terms.sum().item() / math.log(HUE_BINS) + 0.0  # 0.0, not -0.0
+    """The expected `hue_entropy` of `samples` images per prompt with uniform hues."""
+    return entropy_ceiling(HUE_BINS, samples)
 
 
 def pairwise_distance(features: Tensor, prompt: Tensor) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.metrics.diversity import hue_entropy, mean_distance, pairwise_distance
+from fastnabla.metrics.joint_entropy import joint_entropy
 from fastnabla.metrics.measures import Measures, measure_images, probe_features
 from fastnabla.metrics.prior import frechet_distance
 from fastnabla.metrics.vendi import mean_vendi_score
@@ -85,6 +86,7 @@ def summary(measures: Measures) -> dict[str, float]:
     metrics = {"reward": measures.total.mean().item(), "reward_std": measures.total.std().item()}
     metrics |= {f"reward_{name}": values.mean().item() for name, values in measures.parts.items()}
     metrics["hue_entropy"] = hue_entropy(measures.hue, measures.prompt)
+    metrics["joint_entropy"] = joint_entropy(measures.hue, measures.dark, measures.prompt)
     metrics["dark_grounds"] = measures.dark.mean().item()
     if measures.features is not None:
         metrics["pairwise_distance"] = pairwise_distance(measures.features, measures.prompt)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastnabla.metrics.diversity import mean_hue
 from fastnabla.metrics.ground import is_dark
+from fastnabla.metrics.pixels import PixelProbe
 from fastnabla.rewards import RewardSum
 
 logger = logging.getLogger("fastnabla")
@@ -33,6 +34,8 @@ class Measures:
     """1 where the ground is dark, else 0 `[N]`."""
     features: Tensor | None = None
     """Features of the probe `[N, D]`, if it has any."""
+    pixels: Tensor | None = None
+    """Features of `fastnabla.metrics.pixels` `[N, 192]`. No reward has seen them."""
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -70,6 +73,7 @@ def measure_images(
         hue=_column(mean_hue(images)),
         dark=_column(is_dark(images)),
         features=probe_features(images, probe, chunk),
+        pixels=_column(PixelProbe().features(images)),
     )
 
 

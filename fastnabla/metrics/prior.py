@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ def gaussian_moments(features: Tensor, weights: Tensor) -> Moments:
     mean = weights @ features
     centred = features - mean
     return Moments(mean, (weights[:, None] * centred).T @ centred / spread)
+
+
+def equal_weights(count: int) -> Tensor:
+    """Weights `[count]`, float64, that are equal and sum to 1."""
+    return torch.full((count,), 1 / count, dtype=torch.float64)
 
 
 def frechet_between(a: Moments, b: Moments) -> float:
@@ -71,19 +77,40 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     return metric.compute().item()
 
 
-def mean_frechet_distance(features: Tensor, prompt: Tensor, reference: Tensor, reference_prompt: Tensor) -> float:
-    """Fréchet distance between `features [N, D]` and `reference [M, D]` of the same prompt, averaged over prompts.
+def sample_frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """`frechet_between` the Gaussians fitted to `features [N, D]` and `reference [M, D]`, fast for few samples in many dimensions.
+
+    With A and B the centred samples divided by √(N − 1) and √(M − 1), the covariances are AᵀA and BᵀB, and
+    ``tr (C_a^½ C_b C_a^½)^½`` is the sum of the singular values of A Bᵀ `[N, M]`.
+
+    It is nan if a set has a single sample or a feature is not finite.
+    """
+    a, b = features.double(), reference.double()
+    if min(len(a), len(b)) < 2 or not (a.isfinite().all() and b.isfinite().all()):
+        return math.nan
+    shift = (a.mean(0) - b.mean(0)).square().sum()
+    a, b = ((rows - rows.mean(0)) / (len(rows) - 1) ** 0.5 for rows in (a, b))
+    cross = torch.linalg.svdvals(a @ b.T).sum()
+    return (shift + a.square().sum() + b.square().sum() - 2 * cross).item()
+
+
+def mean_within_prompts(
+    distance: Callable[[Tensor, Tensor], float],
+    features: Tensor,
+    prompt: Tensor,
+    reference: Tensor,
+    reference_prompt: Tensor,
+) -> float:
+    """`distance` between `features [N, D]` and `reference [M, D]` of the same prompt, averaged over prompts.
+
+    With `sample_frechet_distance`, this is what arXiv 2412.07775 calls FID: per prompt, against samples of the pretrained
+    model, not against a data set.
 
     Args:
-        features, reference: features of at least two samples per prompt.
-        prompt, reference_prompt: their prompt numbers `[N]` and `[M]`.
+        distance: features of two sets of samples → distance.
+        prompt, reference_prompt: prompt numbers `[N]` and `[M]`.
     """
-
-    def moments(rows: Tensor) -> Moments:
-        return gaussian_moments(rows, torch.full((len(rows),), 1 / len(rows), dtype=torch.float64))
-
     distances = [
-        frechet_between(moments(features[prompt == number]), moments(reference[reference_prompt == number]))
-        for number in prompt.unique()
+        distance(features[prompt == number], reference[reference_prompt == number]) for number in prompt.unique()
     ]
     return sum(distances) / len(distances)

@@ -1,22 +1,26 @@
-"""Probes: networks whose features measure diversity and distance from the prior.
+"""Probes: networks, or other maps of an image, whose features measure diversity and distance from the prior.
 
 A probe is an object with ``features(images [B, 3, H, W]) → [B, D]``, or, if it can only compare images, with
-``distance(images, others) → [B]``. It may also have ``accuracy(images, prompts) → float``. The names are:
+``distance(images, others) → [B]``. It may also have ``accuracy(images, prompts) → float``, and ``is_correct(images, prompts) →
+[B]`` for the same of each image. The names are:
 
 - "testbed": the testbed's evaluation classifier, which is independent of the reward's.
-- "clip", "lpips" and "dreamsim": probes for photographs.
+- "clip", "lpips" and "dreamsim": probes for photographs. "clip:FOLDER", and so on: with the weights in a local folder.
+- "pixels": the image averaged to 8 × 8 pixels, without a network.
 - ``module:function``: a function without arguments that returns your own probe.
 - "none": no probe; metrics that need one are left out.
 """
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastnabla.metrics.perceptual import PERCEPTUAL
+from fastnabla.metrics.pixels import PixelProbe
 from fastnabla.testbed.classifier import load_classifier
 from fastnabla.testbed.silhouettes import animal_in
 
@@ -31,10 +35,14 @@ class TestbedProbe:
         """Penultimate layer `[B, 224]`."""
         return self.network.features(images)
 
+    def is_correct(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Whether each image is classified as its prompt's animal, bool `[B]`."""
+        wanted = torch.tensor([animal_in(prompt) for prompt in prompts], device=images.device)
+        return self.network(images).argmax(1) == wanted
+
     def accuracy(self, images: Tensor, prompts: Sequence[str]) -> float:
         """Fraction of the images that are classified as the prompt's animal."""
-        wanted = torch.tensor([animal_in(prompt) for prompt in prompts], device=images.device)
-        return (self.network(images).argmax(1) == wanted).float().mean().item()
+        return self.is_correct(images, prompts).float().mean().item()
 
 
 def build_probe(name: str, device: torch.device | str) -> Any | None:
@@ -47,13 +55,26 @@ def build_probe(name: str, device: torch.device | str) -> Any | None:
         return None
     if name == "testbed":
         return TestbedProbe(device)
-    if name in PERCEPTUAL:
-        return PERCEPTUAL[name](device)
-    module, _, function = name.partition(":")
+    if name == "pixels":
+        return PixelProbe()
+    module, colon, function = name.partition(":")
+    if module in PERCEPTUAL:
+        return _perceptual(module, Path(function) if colon else None, device)
     try:
         return getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"evaluation.probe = {name!r}: must be 'testbed', 'none', one of {', '.join(PERCEPTUAL)}, or an importable "
+            f"evaluation.probe = {name!r}: must be 'testbed', 'pixels', 'none', one of {', '.join(PERCEPTUAL)}, or an importable "
             f"module:function ({error})."
         ) from error
+
+
+def _perceptual(name: str, folder: Path | None, device: torch.device | str) -> Any:
+    if folder is None:
+        return PERCEPTUAL[name](device, None)
+    try:
+        if not folder.is_dir():
+            raise ValueError("there is no such folder of weights.")
+        return PERCEPTUAL[name](device, folder)
+    except ValueError as error:
+        raise ValueError(f"evaluation.probe = '{name}:{folder}': {error}") from error

@@ -5,10 +5,12 @@ keep the copies for the backward pass. Here A and B, which are a thousand times 
 a single addmm computes the second product and adds it to ``W x``.
 """
 
+import contextlib
 import dataclasses
 import functools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +41,8 @@ class _LoraLayer:
         super().__init__(*args, **kwargs)
         self.switches = LoraSwitches()
         self.copies: tuple[Tensor, Tensor] | None = None
-        """A and B in the network's dtype, leaves of the graph in place of the master weights; None to use the masters."""
+        """A and B to compute with instead of the master weights: their copies in the network's dtype, or scaled. None to use
+        the masters."""
 
     @property
     def is_on(self) -> bool:
@@ -101,6 +104,8 @@ class Lora:
             layer.switches = self.switches
         self.one_graph = False
         """Whether the pretrained network is the same graph with B = 0, instead of the layers without their adapters."""
+        self._enabled = True
+        self._scale = 1.0
         self._copies: list[Tensor] = []
         self._values: list[Tensor] = []
         self._zeros: list[Tensor] = []
@@ -123,7 +128,7 @@ class Lora:
             self._values = [copy.data for copy in self._copies]
             for master, copy in zip(self.masters, self._copies, strict=True):
                 copy.register_post_accumulate_grad_hook(functools.partial(_accumulate_into, master))
-            self._use(self._copies[1::2])
+            self._use_weights()
             self.refresh(dtype)
         return self._copies
 
@@ -136,23 +141,58 @@ class Lora:
         """
         if self.weights(dtype) is not self.masters:
             torch._foreach_copy_(self._values, [master.detach() for master in self.masters])
+        if self._scale != 1:
+            self._use_weights()
 
     def _drop_copies(self) -> None:
         if self._copies:
             self._copies = []
-            for layer in self.layers:
-                layer.copies = None
+            self._use_weights()
 
     def enable(self, enabled: bool) -> None:
         """Switch between the finetuned network and the pretrained one."""
-        if not self.one_graph:
+        self._enabled = enabled
+        if self.one_graph:
+            self._use_weights()
+        else:
             self.switches.enabled = enabled
-        elif self._copies:
-            self._use(self._copies[1::2] if enabled else self._zeros)
 
-    def _use(self, ups: list[Tensor]) -> None:
-        for layer, down, up in zip(self.layers, self._copies[::2], ups, strict=True):
-            layer.copies = (down, up)
+    @contextlib.contextmanager
+    def scaled(self, scale: float) -> Iterator[None]:
+        """Within the context, every layer computes ``W x + scale B (A x)``, with gradients to match.
+
+        0 gives the outputs of the pretrained network and 1 those of the finetuned one, to the bit. Other values interpolate
+        between the two or extrapolate. A context within another replaces its scale.
+
+        Args:
+            scale: PEFT's scaling, as in ``pipeline.set_adapters(name, scale)``.
+
+        Raises:
+            ValueError: the scale is not finite.
+        """
+        if not math.isfinite(scale):
+            raise ValueError(f"LoRA scale = {scale}: must be finite, such as 0.5.")
+        outer = self._scale
+        self._scale = scale
+        self._use_weights()
+        try:
+            yield
+        finally:
+            self._scale = outer
+            self._use_weights()
+
+    def _use_weights(self) -> None:
+        """Give every layer the A and B that it computes with."""
+        weights = self._copies or self.masters
+        ups = weights[1::2]
+        if self._copies and self.one_graph and not self._enabled:
+            ups = self._zeros
+        elif self._scale != 1:
+            with torch.enable_grad():
+                ups = torch._foreach_mul(ups, self._scale)
+        plain = weights is self.masters and self._scale == 1
+        for layer, down, up in zip(self.layers, weights[::2], ups, strict=True):
+            layer.copies = None if plain else (down, up)
 
 
 def _accumulate_into(master: nn.Parameter, copy: Tensor) -> None:

@@ -63,6 +63,8 @@ class Policy(nn.Module):
             self.pretrained = copy.deepcopy(unet)
             unet.float().requires_grad_()
         self.passes = PassCounter()
+        self._units: float = 1
+        """U of a pass, by row."""
         self._memory_format = torch.contiguous_format
         self._call = _call
         self._reference = False
@@ -210,7 +212,7 @@ class Policy(nn.Module):
                 output = self._call(network, x, timestep, self._arguments(prompt))
             if padded > rows:
                 output = torch.cat([half[:rows] for half in self._halves(output)])
-        return self.passes.watch(output if with_graph else output.detach(), padded)
+        return self.passes.watch(output if with_graph else output.detach(), self._units * padded)
 
     def _arguments(self, prompt: Tensor) -> dict[str, Any]:
         arguments = self.conditions(prompt, self.guidance_scale is not None)
@@ -243,6 +245,32 @@ class Policy(nn.Module):
             self._reference = False
             if self.lora is not None:
                 self.lora.enable(True)
+
+    def scaled_lora(self, scale: float) -> contextlib.AbstractContextManager[None]:
+        """A context within which the LoRA's updates are multiplied by `scale`; see `Lora.scaled`.
+
+        Raises:
+            ValueError: all parameters are trained, so that there is no LoRA, or the scale is not finite.
+        """
+        if self.lora is None:
+            raise ValueError("a LoRA scale needs a LoRA; all parameters of this network are trained (lora.rank = 0).")
+        return self.lora.scaled(scale)
+
+    @contextlib.contextmanager
+    def guided(self, guidance_scale: float | None) -> Iterator[None]:
+        """Within the context, outputs have the guidance scale w = `guidance_scale`; 1 is without guidance, None changes nothing.
+
+        U is still a pass over the rows of the policy's own guidance, so a pass without guidance counts half. Not for a UNet
+        into which guidance was distilled.
+        """
+        own = self.guidance_scale
+        if guidance_scale is not None:
+            self.guidance_scale = None if guidance_scale == 1 else guidance_scale
+            self._units = (1 if self.guidance_scale is None else 2) / (1 if own is None else 2)
+        try:
+            yield
+        finally:
+            self.guidance_scale, self._units = own, 1
 
     @contextlib.contextmanager
     def constant_weights(self) -> Iterator[None]:

@@ -10,7 +10,13 @@ The residual is the difference of both sides' logarithms, divided by the number 
 
 The paper's flow looks forward with γ = 1. Only its log-densities are means over elements, so its β is ours divided by D.
 Gradients flow to θ through log P_θ and to φ through both flows; rewards and P_B carry none. DAG-DB uses only the
-reward's values. DAG-KL, a policy gradient in the same paper, is not implemented.
+reward's values.
+
+DAG-KL (`fastnabla.methods.dag_kl`) trains φ with the same loss and θ with the policy gradient of
+
+    KL(P_θ(x'|x) ‖ F(x') P_B(x|x') / F(x)),   ∇_θ KL = E[∇_θ log P_θ(x'|x) · D δ]
+
+so −δ is the return of a step.
 """
 
 from torch import Tensor

@@ -11,6 +11,7 @@ from fastnabla.prompts.columns import WITHOUT
 from fastnabla.prompts.entries import Entries, Unreadable
 from fastnabla.prompts.files import read_file
 from fastnabla.prompts.hub import read_hub
+from fastnabla.prompts.published import ORIGIN, PUBLISHED_SETS, read_published
 from fastnabla.prompts.sets import PROMPT_SETS
 from fastnabla.utils.printable import CONTROL
 
@@ -40,6 +41,7 @@ def load_prompts(
             - One of the `PROMPT_SETS`.
             - ``hf:OWNER/NAME``, ``hf:OWNER/NAME:COLUMN`` or ``hf:OWNER/NAME:COLUMN:SPLIT``: a column of a data set on the
               Hugging Face Hub. The default split is train. An empty ``COLUMN`` is `column`.
+            - ``FOLDER:SET``: one of the `PUBLISHED_SETS`, from a folder of the authors' files.
             - ``FILE`` or ``FILE:COLUMN``: see `fastnabla.prompts.files.read_file`.
 
         templates: texts with one ``{}`` each. Every prompt is inserted into every template, and the results for one prompt
@@ -111,6 +113,13 @@ def _read(source: str, column: str | None) -> Entries:
         if hub is None:
             raise ValueError("write hf:OWNER/NAME:COLUMN, or hf:OWNER/NAME:COLUMN:SPLIT.")
         return read_hub(hub[1], hub[2] or column, hub[3] or "train")
+    folder, _, name = source.rpartition(":")
+    if name in PUBLISHED_SETS and not os.path.isfile(folder) and not os.path.isfile(source):
+        if not folder:
+            raise ValueError(f"a published set; write FOLDER:{name}, with the path of a copy of {ORIGIN}.")
+        if column is not None:
+            raise ValueError(f"a set has no column {column!r}; {WITHOUT}")
+        return read_published(folder, name)
     path, own = _path_and_column(source)
     return read_file(path, column if own is None else own)
 
@@ -125,7 +134,8 @@ def _path_and_column(source: str) -> tuple[str, str | None]:
                 raise ValueError("is a folder; give a file in it.")
             raise ValueError(
                 f"no such file, and not one of the sets {', '.join(PROMPT_SETS)}. Give a text file with one prompt per line, "
-                "a JSON, JSON Lines, CSV or TSV file, FILE:COLUMN, or hf:OWNER/NAME:COLUMN."
+                "a JSON, JSON Lines, CSV or TSV file, FILE:COLUMN, FOLDER:SET with one of the paper's sets "
+                f"{', '.join(PUBLISHED_SETS)}, or hf:OWNER/NAME:COLUMN."
             )
     column = source[len(path) + 1 :] if path != source else None
     if column == "":

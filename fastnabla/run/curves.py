@@ -22,6 +22,7 @@ CURVES = {
             "loss_trust_region",
             "loss_surrogate",
             "loss_reward",
+            "loss_kl",
         ),
         "weighted, per element",
     ),

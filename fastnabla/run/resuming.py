@@ -34,6 +34,10 @@ FALLING = (
     "A run cannot be extended with optimizer.schedule = {schedule!r}, because every learning rate depends on the number of "
     "updates. Start a run of the new length, or one with 'constant', which can be extended later."
 )
+ANNEALED = (
+    "A run cannot be extended with objective.beta_schedule = {schedule!r}, because every β depends on the number of updates. "
+    "Start a run of the new length, or one with 'constant', which can be extended later."
+)
 LAGGING = (
     "A run cannot be extended with rollout.replay = {replay}, because its last updates no longer sample ahead. Start a run "
     "of the new length, or one with 0, which can be extended later."
@@ -47,9 +51,13 @@ INTRODUCED: dict[str, Any] = {
     "sampler.spacing": None,
     "sampler.min_sigma": None,
     "objective.reverse_target": "policy",
+    "objective.beta_schedule": "constant",
     "flow.average": None,
     "prompts.column": None,
     "prompts.bad_lines": "refuse",
+    "direct.truncation": "fixed",
+    "direct.kl": 0.0,
+    "direct.guidance_scale": None,
 }
 """Fields that older versions lack, and the value that matches those versions. A field with this value is not part of the
 fingerprint, so checkpoints of those versions fit."""
@@ -63,9 +71,17 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def can_extend(config: TrainConfig) -> bool:
-    """Whether the run's updates are independent of their number. With a decaying learning rate, or when rollouts are sampled
-    ahead, they are not."""
-    return config.optimizer.schedule == "constant" and config.rollout.replay == 0
+    """Whether the run's updates are independent of their number; `_why_not` has the exceptions."""
+    return _why_not(config) is None
+
+
+def _why_not(config: TrainConfig) -> str | None:
+    """Why the run cannot be extended; None if it can."""
+    if config.optimizer.schedule != "constant":
+        return FALLING.format(schedule=config.optimizer.schedule)
+    if config.objective.beta_schedule != "constant":
+        return ANNEALED.format(schedule=config.objective.beta_schedule)
+    return LAGGING.format(replay=config.rollout.replay) if config.rollout.replay else None
 
 
 def updates_of(config: TrainConfig, own: TrainConfig) -> int:
@@ -124,13 +140,11 @@ def run_to_resume(config: TrainConfig) -> tuple[Path, list[str]] | None:
     extended = can_extend(own) and config.updates > own.updates
     refused = [name for name in names if name not in WITHOUT_EFFECT and not (name == "updates" and can_extend(own))]
     if refused:
-        schedule, replay = own.optimizer.schedule, own.rollout.replay
-        why = FALLING.format(schedule=schedule) if schedule != "constant" else LAGGING.format(replay=replay)
         raise ValueError(
             f"resume = 'auto': the run in {str(config.run)!r} has another configuration: "
             + ", ".join(f"{name} = {theirs[name]!r}, not {ours[name]!r}" for name in refused)
             + ". Use the run's configuration, or another --run."
-            + (f" {why}" if "updates" in refused else "")
+            + (f" {_why_not(own)}" if "updates" in refused else "")
         )
     notes = [f"updates = {config.updates}: the run of {own.updates} updates is extended"] if extended else []
     names = [name for name in names if not (name == "updates" and extended)]

@@ -5,11 +5,12 @@ from typing import Any
 from rich.markup import escape, render
 from rich.table import Table
 
-from fastnabla.metrics.diversity import hue_entropy_ceiling
+from fastnabla.metrics.joint_entropy import CEILINGS
 
 
 def final_table(records: list[dict[str, Any]], samples: int) -> Table:
-    """The first and the last evaluation in `records`, side by side. Hue entropy is also given as a share of its ceiling.
+    """The first and the last evaluation in `records`, side by side. Entropies are also given as shares of their
+    ceilings.
 
     Args:
         records: the run's metric records.
@@ -31,8 +32,8 @@ def final_table(records: list[dict[str, Any]], samples: int) -> Table:
             elif first.get("reward_std"):
                 change = f"{(value - before) / first['reward_std']:+.2f} std of pretrained"
         table.add_row(escape(name), decimals(before) if measure in first else "", decimals(value), change)
-        if measure == "hue_entropy" and samples > 1:
-            ceiling = hue_entropy_ceiling(samples)
+        if measure in CEILINGS and samples > 1:
+            ceiling = CEILINGS[measure](samples)
             shares = ("" if each is None else f"{each / ceiling:.1%}" for each in (before, value))
             table.add_row(f"{name}, share of its ceiling for {samples} samples, {ceiling:.3f}", *shares, "")
     return table

@@ -137,7 +137,9 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
     buffer = _buffer(config, networks, sum(map(len, ranges)), device) if METHODS[config.method].stores else None
     slots = torch.cat([torch.arange(part.start, part.stop) for part in ranges])
     sampler = Sampler(config, policy, networks.table, networks.sample_shape, world)
-    source: Source = UnsampledTrajectories(seed, rollout.trajectories, prompts.trained, config.prompts.draw)
+    source: Source = UnsampledTrajectories(
+        seed, rollout.trajectories, prompts.trained, config.prompts.draw, rollout.updates
+    )
     if buffer is not None:
         rollouts = RolloutCollector(sampler, networks.decoder, reward, prompts, buffer, slots)
         source = StoredTrajectories(rollouts, buffer, slots, config.num_rollouts, rollout.replay)

@@ -165,6 +165,7 @@ class Trainer:
 
         # Compute the gradients and sum them over ranks.
         before = self.anomalies.before() if config.dump_anomalies else {}
+        self.step.update = self.done
         report = self.step(selection)
         self.world.sum_([parameter.grad for parameter in self.step.replicated])
 

@@ -44,6 +44,8 @@ class Trajectories:
     """Seeds of x_0 and all noise."""
     draws: Sequence[int]
     """Seeds of a method's other draws."""
+    shared: int = 0
+    """Seed of the draws that all trajectories of an update share."""
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -51,7 +53,10 @@ class Trajectories:
     def __getitem__(self, rows: Tensor) -> "Trajectories":
         chosen = rows.tolist()
         return Trajectories(
-            prompt=self.prompt[rows], noise=[self.noise[i] for i in chosen], draws=[self.draws[i] for i in chosen]
+            prompt=self.prompt[rows],
+            noise=[self.noise[i] for i in chosen],
+            draws=[self.draws[i] for i in chosen],
+            shared=self.shared,
         )
 
 
@@ -132,6 +137,8 @@ class UnsampledTrajectories:
     prompts: int
     """Number of prompts that are trained on."""
     draw: PromptDraw = "cycles"
+    updates: int = 1
+    """Updates that share a rollout's trajectories."""
     rollouts: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def collect(self, rollout_index: int) -> dict[str, float]:
@@ -141,11 +148,12 @@ class UnsampledTrajectories:
     def select(self, rollout_index: int, numbers: Tensor, again: bool = False) -> Trajectories:
         """As `Source.select`."""
         first = rollout_index * self.count
-        seeds = [first + number for number in numbers.tolist()]
+        seeds, each = [first + number for number in numbers.tolist()], self.count // self.updates
         return Trajectories(
             prompt=assign_prompts(self.seed, first, self.count, self.prompts, self.draw)[numbers],
             noise=[seed_of(self.seed, "noise", number) for number in seeds],
             draws=[seed_of(self.seed, "draws", number) for number in seeds],
+            shared=seed_of(self.seed, "update", seeds[0] // each) if seeds else 0,
         )
 
     def finish(self) -> None:

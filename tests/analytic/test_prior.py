@@ -8,7 +8,7 @@ from fastnabla.analytic.problems import PROBLEMS
 from fastnabla.utils.seeding import generator_of
 
 
-@pytest.mark.parametrize("method", ["db", "dag"])
+@pytest.mark.parametrize("method", ["db", "dag", "dag-kl"])
 def test_reward_with_the_prior_has_the_target_for_its_exponential(method):
     """Up to the target's normaliser, which is the same for all states."""
     problem, beta = PROBLEMS[16](), 0.6

@@ -17,6 +17,7 @@ from fastnabla.config.train import TrainConfig
 FIELDS = dotted(TrainConfig())
 CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "direct.k": {"direct.k": 51},
+    "direct.guidance_scale": {"direct.guidance_scale": 2.0, "sampler.guidance_scale": 1.0},
     "objective.reverse_weight": {"objective.reverse_weight": 0.0, "objective.reverse_target": "reference"},
     "objective.reverse_second_order": {"objective.reverse_second_order": True, "objective.reverse_target": "reference"},
     "policy_gradient.min_count": {"policy_gradient.min_count": 9, "policy_gradient.window": 5},

@@ -2,10 +2,12 @@
 
 import dataclasses
 from typing import get_args
+from unittest.mock import Mock
 
 import pytest
 
 from fastnabla.config.fields import dotted
+from fastnabla.config.method_sections import Direct
 from fastnabla.config.methods import METHODS, MethodName
 from fastnabla.config.model_sections import FlowConfig
 from fastnabla.config.train import TrainConfig
@@ -37,6 +39,9 @@ REFUSED = [
     ("ddpo", "memory.output_block", 64, "leave it None"),
     ("dag", "sampler.eta", 0.5, "method = 'dag'"),
     ("dag", "flow.kind", "none", "learns a flow"),
+    ("dag-kl", "sampler.eta", 0.5, "method = 'dag-kl'"),
+    ("dag-kl", "flow.kind", "none", "learns a flow"),
+    ("dag-kl", "memory.output_block", 64, "leave it None"),
 ]
 
 
@@ -74,6 +79,30 @@ def test_lambda_has_a_known_target_if_the_forward_residual_trains_no_flow(
     follows = dataclasses.replace(objective, reverse_target="reference")
     assert TrainConfig(objective=follows).target_beta == expected
     assert TrainConfig(objective=objective, flow=FlowConfig(kind="none")).target_beta == expected
+
+
+def test_refl_has_no_guidance_of_its_own_if_guidance_was_distilled() -> None:
+    config = TrainConfig(method="refl", direct=Direct(guidance_scale=1.0))
+    with pytest.raises(ValueError, match=r"direct\.guidance_scale = 1\.0: .* distilled .* leave it None"):
+        STEPS["refl"].build(config, Mock(), Mock(), [])  # its policy has an embedding of the guidance scale
+
+
+def test_planned_costs_of_direct_methods() -> None:
+    """Late steps are 38 to 49 of 50."""
+    for method, direct, passes, graphs in (
+        ("refl", Direct(), 45.5, 1),
+        ("refl", Direct(guidance_scale=1.0), 45.5 / 2, 1),
+        ("refl", Direct(guidance_scale=3.0), 45.5, 1),
+        ("draft", Direct(k=20), 70, 20),
+        ("draft", Direct(k=20, kl=1.0), 90, 20),
+        ("draft", Direct(k=20, truncation="random"), 60.5, 20),
+        ("draft", Direct(k=20, truncation="random", kl=1.0), 71, 20),
+        ("draft-lv", Direct(redraws=2), 55, 3),
+    ):
+        config = TrainConfig(method=method, direct=direct)
+        cost = STEPS[method].cost(config)
+        assert (cost.passes["trajectory"], STEPS[method].graphs(config)) == (passes, graphs)
+        assert cost.decodes["trajectory"] == (3 if method == "draft-lv" else 1)
 
 
 def test_an_unknown_method_is_refused() -> None:

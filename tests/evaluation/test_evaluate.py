@@ -20,6 +20,7 @@ from fastnabla.evaluation.options import FILE, EvaluationOptions
 from fastnabla.evaluation.report import result_tables
 from fastnabla.evaluation.run import REFERENCE_NOISE, RunEvaluation
 from fastnabla.metrics.diversity import hue_entropy_ceiling
+from fastnabla.metrics.joint_entropy import joint_entropy_ceiling
 from fastnabla.models.decoder import Decoder
 from fastnabla.models.saved_policy import read_policy
 from fastnabla.run.checkpoint import newest_checkpoint
@@ -64,10 +65,15 @@ def test_results_are_complete(run: Path) -> None:
         for model in ("pretrained", "finetuned"):
             assert group[model].keys() >= {
                 "reward", "reward_std", "reward_area", "reward_classifier", "pairwise_distance", "vendi", "hue_entropy",
-                "dark_grounds", "accuracy", "frechet_to_reference", "frechet_to_reference_within_prompts",
+                "joint_entropy", "dark_grounds", "accuracy",
+            }  # fmt: skip
+            assert group[model].keys() >= group["reference_floor"].keys() >= {
+                "frechet_to_reference", "frechet_to_reference_within_prompts", "kernel_distance_to_reference",
+                "pixel_kernel_distance_to_reference",
             }  # fmt: skip
         assert group["divergence"]["nats"] > group["divergence"]["without_last_two"] > 0
         assert group["hue_entropy_ceiling"] == hue_entropy_ceiling(3)
+        assert group["joint_entropy_ceiling"] == joint_entropy_ceiling(3)
         assert sum(group["divergence"]["by_step"]) == pytest.approx(group["divergence"]["nats"])
         target = group["targets"]["tilted"]
         assert 0 < target["beta"] < 200
@@ -187,7 +193,8 @@ def test_the_target_is_tilted_by_beta_over_lambda(
     console = Console(width=200)
     with console.capture() as capture:
         console.print(result_tables([result])[0])
-    assert "share of its ceiling" in capture.get() and "without the last two steps" in capture.get()
+    assert "joint_entropy, share of its ceiling" in capture.get() and "without the last two steps" in capture.get()
+    assert "frechet_to_reference_within_prompts (the paper's per-prompt FID)" in capture.get()
     (sheet, *_) = target_sheets({"a": [result], "b": [results(run)]})
     columns = dict(zip(sheet.columns, sheet.rows[0], strict=True))
     assert ("none: λ = 0" in capture.get()) == (columns["β"] == "none for its λ") == (beta is None)

@@ -1,6 +1,7 @@
 """The command lines as a user meets them."""
 
 import importlib
+import re
 import signal
 import sys
 from pathlib import Path
@@ -249,6 +250,13 @@ def test_unknown_preset_is_refused() -> None:
 def test_sample_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert sample.main(["nowhere"]) == 2
     assert "not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("scales", "named"), [(["nan"], "nan"), (["1", "inf"], r"1\.0 inf"), ([], r"\(\)")])
+def test_scales_of_the_lora_are_finite(scales: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        sample.main(["nowhere", "--lora-scale", *scales])
+    assert re.search(f"lora_scale = {named}: give", " ".join(capsys.readouterr().err.split()))
 
 
 def test_a_plan_is_printed_before_anything_is_loaded(

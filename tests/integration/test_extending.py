@@ -9,6 +9,7 @@ import pytest
 from fastnabla import train
 from fastnabla.config.train import load_run, to_json
 from fastnabla.models import pipeline
+from fastnabla.objective.settings import Objective
 from fastnabla.run.resuming import AUTO, fingerprint, run_to_resume, updates_of
 from fastnabla.training.trainer import Trainer
 from tests.faults import assert_same_result
@@ -73,6 +74,15 @@ def test_a_falling_step_size_depends_on_the_length(schedule: str, tmp_path: Path
     assert fingerprint(longer, PROMPTS) != fingerprint(falling, PROMPTS)
     begun(tmp_path / "run", falling)
     with pytest.raises(ValueError, match=rf"cannot be extended with optimizer\.schedule = '{schedule}'"):
+        run_to_resume(dataclasses.replace(longer, resume=AUTO, run=tmp_path / "run"))
+
+
+def test_an_annealed_beta_depends_on_the_length(tmp_path: Path) -> None:
+    annealed = dataclasses.replace(CONSTANT, method="dag", objective=Objective(beta_schedule="linear"))
+    longer = dataclasses.replace(annealed, updates=2 * BASE.updates)
+    assert fingerprint(longer, PROMPTS) != fingerprint(annealed, PROMPTS)
+    begun(tmp_path / "run", annealed)
+    with pytest.raises(ValueError, match=r"cannot be extended with objective\.beta_schedule = 'linear'"):
         run_to_resume(dataclasses.replace(longer, resume=AUTO, run=tmp_path / "run"))
 
 

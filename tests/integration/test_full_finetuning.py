@@ -75,6 +75,11 @@ def test_is_sampled(run: Path, tmp_path: Path) -> None:
     assert len(pixels.unique()) > 10
 
 
+def test_has_no_lora_to_scale(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"lora_scale: .* trained all parameters \(lora\.rank = 0\)"):
+        sample_run(SampleConfig(run=run, lora_scale=(0.5,)))
+
+
 def test_8_bit_optimizer_and_runs(tmp_path: Path) -> None:
     """Of 2 transitions a run and T = 4: 6 + 2 tails / L with one tail, or two where the run goes on at the first step."""
     config = small(updates=2, optimizer=OptimizerConfig(name="adamw8bit", learning_rate=1e-3))

@@ -80,8 +80,13 @@ def test_a_wide_run_is_trained_sampled_evaluated_and_resumed(
 
     monkeypatch.setattr("fastnabla.run.pictures.save_grid", lambda path, columns, *_, **__: grids.append(columns))
     sample_run(SampleConfig(run=run, prompt=tuple(PROMPTS), n=1))
-    ((pretrained, finetuned),) = (columns.values() for columns in grids)
+    sample_run(SampleConfig(run=run, prompt=tuple(PROMPTS), n=1, lora_scale=(0, 1, 4)))
+    ((pretrained, finetuned), scaled) = (columns.values() for columns in grids)
     assert pretrained.shape == finetuned.shape == (2, 3, HEIGHT, WIDTH) and not torch.equal(pretrained, finetuned)
+    assert list(grids[1]) == ["pretrained", "LoRA × 0", "LoRA × 1", "LoRA × 4"]
+    for images, expected in zip(scaled, (pretrained, pretrained, finetuned), strict=False):
+        assert torch.equal(images, expected)
+    assert (grids[1]["LoRA × 4"] - pretrained).norm() > (finetuned - pretrained).norm()
     pipeline = plain(config)
     before = plain_images(pipeline, config, height=HEIGHT, width=WIDTH)
     load_policy(pipeline, run)

@@ -1,4 +1,4 @@
-"""ReFL, DRaFT-K and DRaFT-LV against the sampler written out in float64."""
+"""ReFL, DRaFT-K with its penalty, and DRaFT-LV against the sampler written out in float64."""
 
 import dataclasses
 import functools
@@ -7,15 +7,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastnabla.methods.direct import DirectStep, Ending, last_step_redrawn, last_steps, late_prediction, late_step
-from fastnabla.trajectories.sources import Trajectories
+from fastnabla.methods.direct import (
+    DirectStep,
+    Ending,
+    last_step_redrawn,
+    last_steps,
+    late_prediction,
+    late_step,
+    random_k,
+)
+from fastnabla.trajectories.sources import Trajectories, UnsampledTrajectories
 from fastnabla.transition import TransitionTable
 from tests.checks import assert_gradients, ddim
 from tests.exact import Exact
 from tests.golden import STEP_SETS, GoldenStep, load_step
 
-STEPS, COUNT, SHAPE, LATE, REDRAWS = 5, 3, (4, 8, 8), 2, 2
-TRAJECTORIES = Trajectories(prompt=torch.tensor([2, 0, 1]), noise=[11, 12, 13], draws=[21, 22, 23])
+STEPS, COUNT, SHAPE, LATE, REDRAWS, KL = 5, 3, (4, 8, 8), 2, 2, 10.0
+RANDOM_K = 3
+SHARED = next(seed for seed in range(100) if random_k(seed, STEPS) == RANDOM_K)
+TRAJECTORIES = Trajectories(prompt=torch.tensor([2, 0, 1]), noise=[11, 12, 13], draws=[21, 22, 23], shared=SHARED)
 STOPS = [late_step(seed, LATE, STEPS) for seed in TRAJECTORIES.draws]
 
 
@@ -28,7 +38,7 @@ def golden() -> GoldenStep:
 def step_of(ending: Ending, micro_batch: int = COUNT, reward: nn.Module | None = None) -> DirectStep:
     g = golden()
     networks = (g.policy, g.decoder, reward or g.reward, [str(i) for i in range(3)], g.table)
-    return DirectStep(*networks, SHAPE, ending, micro_batch)
+    return DirectStep(*networks, SHAPE, ending, micro_batch, kl=KL)
 
 
 def run(step: DirectStep, trajectories: Trajectories = TRAJECTORIES, total: int | None = None):
@@ -45,14 +55,24 @@ class Sampler:
         self.exact, self.prompt = Exact(golden()), TRAJECTORIES.prompt[number : number + 1]
         self.generator = torch.Generator().manual_seed(TRAJECTORIES.noise[number])
         self.x = self.noise()
+        self.deviations = []
 
     def noise(self) -> Tensor:
         return torch.randn(SHAPE, generator=self.generator)[None].double()
 
     def move(self, x: Tensor, i: int) -> Tensor:
         o = self.exact.output(x, i, self.prompt)
+        self.deviations.append(self.deviation(x, o, i))
         a, b, sigma = (self.exact.at(name, i) for name in ("a", "b", "sigma"))
         return a * x + b * o + sigma * self.noise()
+
+    def deviation(self, x: Tensor, o: Tensor, i: int) -> Tensor:
+        """The mean squared difference of the predicted noises; the reference's is a constant."""
+        with torch.no_grad():
+            o_ref = self.exact.output(x, i, self.prompt, reference=True)
+        share = self.exact.at("alpha_bar", i)
+        noises = [(x - share.sqrt() * self.exact.clean(x, output, i)) / (1 - share).sqrt() for output in (o, o_ref)]
+        return (noises[0] - noises[1]).square().mean()
 
     def walk(self, until: int, gradient_from: int = STEPS) -> Tensor:
         for i in range(until):
@@ -68,26 +88,35 @@ def draft(k: int):
     return rewarded
 
 
-def refl(number: int) -> tuple[Sampler, list[Tensor]]:
+def unguided_refl(number: int) -> tuple[Sampler, list[Tensor]]:
+    return refl(number, guidance_scale=None)
+
+
+def refl(number: int, **guidance: None) -> tuple[Sampler, list[Tensor]]:
     sampler, stop = Sampler(number), STOPS[number]
+    for name, value in guidance.items():
+        setattr(sampler.exact.policy, name, value)
     x = sampler.walk(stop).detach()
     return sampler, [sampler.exact.clean(x, sampler.exact.output(x, stop, sampler.prompt), stop)]
 
 
 def draft_lv(number: int) -> tuple[Sampler, list[Tensor]]:
     sampler, last = Sampler(number), STEPS - 1
-    finished = sampler.walk(STEPS).detach()
+    sample = sampler.walk(STEPS, gradient_from=last)
+    finished = sample.detach()
     share = sampler.exact.at("alpha_bar", last) / sampler.exact.at("alpha_bar_next", last)
     states = [share.sqrt() * finished + (1 - share).sqrt() * sampler.noise() for _ in range(REDRAWS)]
-    return sampler, [sampler.move(x, last) for x in states]
+    return sampler, [sample, *(sampler.move(x, last) for x in states)]
 
 
 CASES = {
     "draft-1": (last_steps(1), draft(1), STEPS + 1),
     "draft-3": (last_steps(3), draft(3), STEPS + 3),
     "draft-all": (last_steps(STEPS), draft(STEPS), 2 * STEPS),
-    "draft-lv": (last_step_redrawn(REDRAWS), draft_lv, STEPS + 2 * REDRAWS),
+    "draft-lv": (last_step_redrawn(REDRAWS), draft_lv, STEPS + 1 + 2 * REDRAWS),
     "refl": (late_prediction(LATE), refl, sum(STOPS) / COUNT + 2),
+    "refl-unguided": (late_prediction(LATE, guidance_scale=1), unguided_refl, (sum(STOPS) / COUNT + 2) / 2),
+    "draft-random-kl": (last_steps(STEPS, random=True, penalised=True), draft(RANDOM_K), STEPS + 2 * RANDOM_K),
 }
 
 
@@ -97,16 +126,25 @@ def test_gradients(name, micro_batch):
     ending, rewarded, passes = CASES[name]
     report, gradients = run(step_of(ending, micro_batch))
 
-    expected, rewards = {}, []
+    expected, rewards, penalties = {}, [], []
     for number in range(COUNT):
         sampler, latents = rewarded(number)
         values = torch.stack([sampler.exact.reward(clean, sampler.prompt)[0] for clean in latents])
         rewards.append(values.mean().detach().float())
-        for parameter, gradient in sampler.exact.gradients(golden(), -values.mean() / COUNT).items():
+        loss = -values.mean() / COUNT
+        if "kl" in name:
+            penalty = KL * torch.stack(sampler.deviations[-RANDOM_K:]).mean() / COUNT
+            loss = loss + penalty
+            penalties.append(penalty.item())
+        for parameter, gradient in sampler.exact.gradients(golden(), loss).items():
             expected[parameter] = expected.get(parameter, 0) + gradient
     assert_gradients(gradients, expected)
     torch.testing.assert_close(report.rows["reward"], torch.stack(rewards), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(report.losses["loss"], -torch.stack(rewards).mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(report.losses["reward"], -torch.stack(rewards).mean(), rtol=1e-5, atol=1e-6)
+    assert report.losses.get("kl", torch.tensor(0.0)).item() == pytest.approx(sum(penalties), rel=1e-4)
+    torch.testing.assert_close(
+        report.losses["loss"], sum(report.losses[part] for part in report.losses if part != "loss")
+    )
     torch.testing.assert_close(report.statistics["rollout_reward"], -report.losses["reward"])
     assert report.passes == {"trajectory": pytest.approx(passes)}
 
@@ -117,7 +155,14 @@ def test_refl_draws_a_step_of_its_own_for_each_trajectory():
     assert sorted(set(drawn)) == list(range(LATE, STEPS))
 
 
-@pytest.mark.parametrize("name", CASES)
+def test_align_prop_draws_one_k_for_an_update() -> None:
+    source = UnsampledTrajectories(7, count=6, prompts=2, updates=3)
+    shared = [source.select(rollout, torch.tensor([part])).shared for rollout in (0, 1) for part in range(6)]
+    assert shared[::2] == shared[1::2] and len(set(shared)) == 6, "one for each update, on whatever rank"
+    assert sorted({random_k(seed, 4) for seed in range(100)}) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("refl-unguided", "draft-random-kl")])
 def test_calls_add_up_and_a_trajectory_depends_on_its_seeds_alone(name):
     step = step_of(CASES[name][0])
     _, expected = run(step)

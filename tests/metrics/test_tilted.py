@@ -11,7 +11,14 @@ from torch import Tensor
 from fastnabla.metrics.diversity import pairwise_distance, weighted_pairwise_distance
 from fastnabla.metrics.histogram import circular_wasserstein, total_variation
 from fastnabla.metrics.measures import Measures, concatenate
-from fastnabla.metrics.prior import frechet_between, frechet_distance, gaussian_moments, mean_frechet_distance
+from fastnabla.metrics.prior import (
+    equal_weights,
+    frechet_between,
+    frechet_distance,
+    gaussian_moments,
+    mean_within_prompts,
+    sample_frechet_distance,
+)
 from fastnabla.metrics.tilted import (
     WeightedSamples,
     beta_for_ess,
@@ -149,13 +156,23 @@ def test_frechet_distance_is_that_of_torchmetrics(count: int) -> None:
     """Also with fewer samples than features, where the covariances are singular. torchmetrics takes eigenvalues of a product
     that is not symmetric: its zeros come out as large as 1e-8, and their roots as 1e-4."""
     a, b = randn(count, 8, dtype=torch.float64), 2 * randn(count, 8, seed=1, dtype=torch.float64) + 1
-    equal = torch.full((count,), 1 / count, dtype=torch.float64)
-    found = frechet_between(gaussian_moments(a, equal), gaussian_moments(b, equal))
+    found = frechet_between(gaussian_moments(a, equal_weights(count)), gaussian_moments(b, equal_weights(count)))
     assert found == pytest.approx(frechet_distance(a, b), rel=1e-4)
-    prompt = torch.zeros(count, dtype=torch.long)
-    doubled = mean_frechet_distance(torch.cat([a, a]), torch.cat([prompt, prompt + 1]), torch.cat([b, b]),
-                                    torch.cat([prompt, prompt + 1]))  # fmt: skip
-    assert doubled == pytest.approx(found)
+    assert sample_frechet_distance(a, b) == pytest.approx(found)
+
+
+def test_the_mean_within_prompts_is_of_samples_of_the_same_prompt() -> None:
+    a, b = randn(6, 2), randn(9, 2, seed=1)
+    prompt, other = torch.tensor([0, 1, 0, 1, 0, 1]), torch.tensor([1, 0, 0] * 3)
+    own = [sample_frechet_distance(a[prompt == number], b[other == number]) for number in (0, 1)]
+    assert mean_within_prompts(sample_frechet_distance, a, prompt, b, other) == pytest.approx(sum(own) / 2)
+
+
+def test_a_frechet_distance_that_cannot_be_estimated_is_nan() -> None:
+    a, b = randn(3, 2), randn(4, 2)
+    assert math.isnan(sample_frechet_distance(a[:1], b)) and math.isnan(sample_frechet_distance(a, b[:1]))
+    b[0] = math.nan
+    assert math.isnan(sample_frechet_distance(a, b))
 
 
 def test_weighted_pairwise_distance() -> None:

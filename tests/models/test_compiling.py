@@ -200,3 +200,8 @@ def test_what_should_cancel_does_to_the_bit() -> None:
     assert torch.equal(policy.reference(leaf, timestep[:3], prompt[:3]), reference)
     gradients = torch.autograd.grad(changed.float().square().sum(), policy.weights())
     assert all(gradient.any() for gradient in gradients)
+    graphs = counters["stats"]["unique_graphs"]
+    for scale, expected in ((0.0, reference), (1.0, changed)):
+        with policy.scaled_lora(scale):
+            assert torch.equal(policy(leaf, timestep[:3], prompt[:3]), expected)
+    assert counters["stats"]["unique_graphs"] == graphs

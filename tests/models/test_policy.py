@@ -3,9 +3,11 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 from torch import Tensor
 
 from fastnabla.models.conditions import Conditions
+from fastnabla.models.lora import ADAPTER
 from fastnabla.models.policy import Policy
 from fastnabla.models.saved_policy import save_policy
 from tests.checks import assert_gradients, randn, relative_error
@@ -69,6 +71,78 @@ def test_adapter_comes_back_after_an_error():
     with pytest.raises(RuntimeError, match="within"), policy.pretrained_weights():
         raise RuntimeError("within")
     assert torch.equal(policy(X, TIMESTEP, PROMPT), before)
+
+
+def in_precision(policy: Policy, kind: str) -> Policy:
+    if kind == "one_graph":
+        policy.lora.one_graph = True
+    elif kind == "bfloat16":
+        policy.unet.bfloat16()
+        policy.conditions.bfloat16()
+        for parameter in policy.trainable():
+            parameter.data = parameter.data.float()
+        policy.dtype = torch.bfloat16
+    return policy
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "one_graph"])
+def test_scaled_lora_lies_between_the_pretrained_and_the_finetuned_policy(kind):
+    policy = in_precision(perturbed(), kind)
+    before, reference = policy(X, TIMESTEP, PROMPT), policy.reference(X, TIMESTEP, PROMPT)
+    with policy.scaled_lora(0):
+        assert torch.equal(policy(X, TIMESTEP, PROMPT), reference)
+        with policy.scaled_lora(1.0):
+            assert torch.equal(policy(X, TIMESTEP, PROMPT), before)
+        assert torch.equal(policy(X, TIMESTEP, PROMPT), reference)
+    with pytest.raises(RuntimeError, match="within"), policy.scaled_lora(0.5):
+        half = policy(X, TIMESTEP, PROMPT)
+        assert torch.equal(policy.reference(X, TIMESTEP, PROMPT), reference)
+        assert torch.equal(policy(X, TIMESTEP, PROMPT), half)
+        raise RuntimeError("within")
+    assert not torch.equal(half, before) and not torch.equal(half, reference)
+    after = policy(X, TIMESTEP, PROMPT)
+    assert torch.equal(after, before)
+
+    # Graphs from outside the context stay valid.
+    gradients = torch.autograd.grad(before.float().sum(), policy.weights())
+    for actual, expected in zip(torch.autograd.grad(after.float().sum(), policy.weights()), gradients, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["float32", "one_graph"])
+@pytest.mark.parametrize("scale", [0.25, -1.5])
+def test_scaled_lora_equals_pefts_scale(scale, kind):
+    """PEFT's own layers, scaled as `pipeline.set_adapters` does, give the same output and gradients."""
+    targets = ("to_q", "to_out.0", "conv1")
+    torch.manual_seed(0)
+    policy = in_precision(
+        Policy(UNet2DConditionModel.from_pretrained(UNET), Conditions(CONDITIONS), None, rank=4, targets=targets), kind
+    )
+    for number, parameter in enumerate(policy.trainable()):
+        parameter.data = 0.1 * randn(*parameter.shape, seed=number)
+    plain = UNet2DConditionModel.from_pretrained(UNET).requires_grad_(False)
+    plain.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(targets)), adapter_name=ADAPTER)
+    plain.load_state_dict(policy.unet.state_dict())
+    plain.set_adapters(ADAPTER, scale)
+    x = X.clone().requires_grad_()
+    expected = plain(x, TIMESTEP, encoder_hidden_states=CONDITIONS[PROMPT + 1]).sample
+    with policy.scaled_lora(scale):
+        output = policy(x, TIMESTEP, PROMPT)
+    assert relative_error(output, expected) < 1e-5
+    trained = [parameter for name, parameter in plain.named_parameters() if "lora_" in name]
+    theirs = torch.autograd.grad(expected.square().sum(), [x, *trained])
+    ours = torch.autograd.grad(output.square().sum(), [x, *policy.weights()])
+    for actual, gradient in zip(ours, theirs, strict=True):
+        assert relative_error(actual, gradient) < 1e-4
+
+
+def test_scale_that_cannot_be_used_is_an_error():
+    policy = build()
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"LoRA scale = {scale}: must be finite"), policy.scaled_lora(scale):
+            pass
+    with pytest.raises(ValueError, match=r"all parameters of this network are trained \(lora.rank = 0\)"):
+        build(rank=0).scaled_lora(0.5)
 
 
 def test_trains_the_lora_alone():

@@ -15,6 +15,7 @@ METRICS = {
     "adjoint": ("loss_forward", "grad_norm_lora", *SCORES),
     "direct": ("loss_reward", "norm_reward", "grad_norm_lora"),
     "ddpo": ("loss_surrogate", "grad_norm_lora"),
+    "dag-kl": ("loss_balance", "loss_surrogate", "loss_trust_region", "grad_norm_lora", "grad_norm_flow"),
     "dag": ("loss_balance", "loss_trust_region", "grad_norm_lora", "grad_norm_flow"),
 }
 SEVERAL_AND_ONE = {"balance", "ddpo"}

@@ -1,7 +1,15 @@
 """The table of a run's result."""
 
 from fastnabla.metrics.diversity import hue_entropy_ceiling
+from fastnabla.metrics.joint_entropy import joint_entropy_ceiling
 from fastnabla.run.table import final_table, markdown
+
+
+def test_joint_entropy_is_a_share_of_its_own_ceiling() -> None:
+    records = [{"phase": "evaluate", "update": 0, "reward": 1.0, "joint_entropy": joint_entropy_ceiling(8)}]
+    assert "| joint_entropy, share of its ceiling for 8 samples, 0.594 | 100.0% | 100.0% |  |" in markdown(
+        final_table(records, 8)
+    )
 
 
 def test_hue_entropy_is_also_a_share_of_its_ceiling() -> None:

@@ -158,9 +158,9 @@ def test_rewards_of_any_name_reach_tensorboard_and_the_tables(tmp_path: Path) ->
 
 
 def test_the_evaluations_table_shows_run_names_as_they_are() -> None:
-    model = {"reward_[red]:x": 1.0, "hue_entropy": 0.5}
-    divergence = divergence_summary(torch.ones(2, 4))
-    group = {"pretrained": model, "finetuned": model, "divergence": divergence, "hue_entropy_ceiling": 0.8}
+    model = {"reward_[red]:x": 1.0, "hue_entropy": 0.5, "joint_entropy": 0.5}
+    group = {"pretrained": model, "finetuned": model, "divergence": divergence_summary(torch.ones(2, 4))}
+    group |= {"hue_entropy_ceiling": 0.8, "joint_entropy_ceiling": 0.8, "reference_floor": {}}
     group["targets"] = {"tilted": None, "same_reward": None}
     console = Console(width=200)
     with console.capture() as capture:

@@ -1,0 +1,1 @@
+"""A study: methods that are tuned alike, then measured with fresh seeds."""

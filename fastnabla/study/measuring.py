@@ -1,0 +1,260 @@
+"""Samples the runs of a study and measures the samples. Nothing is sampled twice.
+
+The noise of a sample is given by the run's seed, its prompt and its number. So all methods, all scales of the LoRA and the
+pretrained model share the noise of a seed, and their differences are paired. Seeds have different noise, so the spread over
+seeds contains the error of finite samples.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fastnabla.config.train import TrainConfig, load_run
+from fastnabla.metrics.divergence import TrajectoryDivergence, divergence_summary
+from fastnabla.metrics.measures import concatenate, measure_images
+from fastnabla.models.saved_policy import read_policy
+from fastnabla.prompts import RunPrompts, load_prompts, prompts_of
+from fastnabla.study.plan import StudyRun
+from fastnabla.study.protocol import Protocol
+from fastnabla.study.samples import Samples, has_samples, read_samples, write_samples
+from fastnabla.training.build import plan_and_build
+from fastnabla.trajectories.rollout import Recorder, sample
+from fastnabla.utils.durable import write_file
+from fastnabla.utils.progress import TaskProgress
+from fastnabla.utils.seeding import seed_of
+
+MEASURED = "study"
+"""Folder of the measured samples within a run folder."""
+NOISE, REFERENCE_NOISE = 2, 1
+"""Numbers of the noise; 0 and 1 are those of `fastnabla.evaluate`."""
+REFERENCE_SEED = 0
+DIVERGENCE_FILE = "divergence.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A file of samples."""
+
+    path: Path
+    scale: float
+    """Factor of the LoRA; 0 is the pretrained model."""
+    samples: int
+    """Per prompt."""
+    seed: int
+    held_out: str | None = None
+    """Source of the prompts, if no run is trained on them."""
+    noise: int = NOISE
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the samples depend on, besides the run's weights."""
+        return {name: getattr(self, name) for name in ("scale", "samples", "seed", "held_out", "noise")}
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the samples have been measured."""
+        return has_samples(self.path, self.key)
+
+    def read(self) -> Samples | None:
+        """The samples, if they have been measured."""
+        return read_samples(self.path, self.key)
+
+
+def end_part(run: StudyRun, protocol: Protocol) -> Part:
+    """The samples at the end of training."""
+    samples = protocol.measurement.samples if run.is_final else protocol.tuning.samples
+    return Part(path=_path(run, "scale-1"), scale=1.0, samples=samples, seed=run.seed)
+
+
+def scale_parts(run: StudyRun, protocol: Protocol) -> list[Part]:
+    """The samples of a final run at the other scales, in increasing order."""
+    count = protocol.measurement.scale_samples
+    return [
+        Part(path=_path(run, f"scale-{scale:g}"), scale=scale, samples=count, seed=run.seed)
+        for scale in sorted(protocol.measurement.scales)
+    ]
+
+
+def held_out_part(run: StudyRun, protocol: Protocol) -> Part | None:
+    """The samples of prompts that the run was not trained on, if the protocol names any."""
+    source, count = protocol.measurement.held_out, protocol.measurement.held_out_samples
+    if source is None:
+        return None
+    return Part(path=_path(run, "held-out"), scale=1.0, samples=count, seed=run.seed, held_out=source)
+
+
+def pretrained_part(part: Part, folder: Path) -> Part:
+    """The pretrained model's samples from the same noise as `part`, which belong to the study's `folder`."""
+    name = f"{'trained' if part.held_out is None else 'held-out'}-{part.samples}-seed-{part.seed}"
+    return dataclasses.replace(part, path=folder / "pretrained" / f"{name}.safetensors", scale=0.0)
+
+
+def reference_part(protocol: Protocol, folder: Path) -> Part:
+    """The pretrained model's samples from other noise, which stand for the prior."""
+    path, count = folder / "pretrained" / "reference.safetensors", protocol.measurement.reference_samples
+    return Part(path=path, scale=0.0, samples=count, seed=REFERENCE_SEED, noise=REFERENCE_NOISE)
+
+
+def own_parts(run: StudyRun, protocol: Protocol) -> list[Part]:
+    """All samples of a run."""
+    held_out = held_out_part(run, protocol) if run.is_final else None
+    scales = scale_parts(run, protocol) if run.is_final else []
+    return [end_part(run, protocol), *([] if held_out is None else [held_out]), *scales]
+
+
+def shared_parts(runs: Sequence[StudyRun], protocol: Protocol, folder: Path) -> list[Part]:
+    """The pretrained model's samples that the measures of `runs` need."""
+    parts = [reference_part(protocol, folder)] if any(run.is_final for run in runs) else []
+    for run in runs:
+        held_out = held_out_part(run, protocol) if run.is_final else None
+        own = [end_part(run, protocol), *([] if held_out is None else [held_out])]
+        parts += [pretrained_part(part, folder) for part in own]
+    return list({part.path: part for part in parts}.values())
+
+
+def read_divergence(run: StudyRun) -> dict[str, Any] | None:
+    """The KL along the run's trajectories (`divergence_summary`), if it has been measured."""
+    path = run.folder / MEASURED / DIVERGENCE_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def is_measured(run: StudyRun, protocol: Protocol) -> bool:
+    """Whether all samples of the run have been measured."""
+    measured = all(part.is_measured for part in own_parts(run, protocol))
+    return measured and (read_divergence(run) is not None or not run.is_final)
+
+
+def measure_run(run: StudyRun, protocol: Protocol, console: Console) -> None:
+    """Sample and measure what has not been measured of a finished run.
+
+    Raises:
+        ValueError: the run's weights do not fit it, or a file is damaged.
+    """
+    missing = [part for part in own_parts(run, protocol) if not part.is_measured]
+    divergence = run.is_final and read_divergence(run) is None
+    if not missing and not divergence:
+        return
+    networks = _Networks(load_run(run.folder), protocol.measurement.held_out)
+    read_policy(networks.components.policy, run.folder)
+    count = protocol.measurement.divergence_samples if divergence else 0
+    with networks.progress(f"measuring {run.folder.name}", missing, count, console) as progress:
+        for part in missing:
+            write_samples(part.path, networks.measure(part, progress.advance), part.key)
+        if divergence:
+            values = networks.divergence(run.seed, count, progress.advance)
+            write_file(run.folder / MEASURED / DIVERGENCE_FILE, json.dumps(values, allow_nan=False) + "\n")
+
+
+def measure_pretrained(runs: Sequence[StudyRun], protocol: Protocol, folder: Path, console: Console) -> None:
+    """Sample and measure the pretrained model for the measures of at least one run.
+
+    Raises:
+        ValueError: the model, the reward or the probe cannot be built, or a file is damaged.
+    """
+    missing = [part for part in shared_parts(runs, protocol, folder) if not part.is_measured]
+    if not missing:
+        return
+    networks = _Networks(runs[0].planned.config, protocol.measurement.held_out)
+    with networks.progress("measuring the pretrained model", missing, 0, console) as progress:
+        for part in missing:
+            write_samples(part.path, networks.measure(part, progress.advance), part.key)
+
+
+def _path(run: StudyRun, name: str) -> Path:
+    return run.folder / MEASURED / f"{name}.safetensors"
+
+
+class _Networks:
+    """The pretrained networks of a run, with its prompts and others that it is not trained on.
+
+    Args:
+        config: the run.
+        held_out: source of the other prompts, or None.
+    """
+
+    def __init__(self, config: TrainConfig, held_out: str | None) -> None:
+        seen = prompts_of(config.prompts, config.evaluation.prompts, config.seed).texts
+        fresh = [] if held_out is None else [text for text in load_prompts(held_out) if text not in set(seen)]
+        prompts = RunPrompts(texts=seen + fresh, trained=len(seen), evaluated=range(len(seen), len(seen) + len(fresh)))
+        self.components = plan_and_build(config, prompts)
+
+    def progress(self, name: str, parts: Sequence[Part], divergence: int, console: Console) -> TaskProgress:
+        """Progress of sampling `parts`, and `divergence` trajectories of each prompt."""
+        count = sum(part.samples * len(self.prompts(part.held_out is not None)) for part in parts)
+        count += divergence * len(self.prompts(held_out=False))
+        return TaskProgress(console, name, count * len(self.components.table))
+
+    def prompts(self, held_out: bool) -> list[int]:
+        """Numbers of the measured prompts."""
+        prompts = self.components.prompts
+        most = self.components.config.evaluation.prompts
+        return list(prompts.evaluated) if held_out else list(range(prompts.trained))[:most]
+
+    def measure(self, part: Part, advance: Callable[[int], None]) -> Samples:
+        """Sample and measure a part; `advance` is called after each step with the number of trajectories."""
+        policy = self.components.policy
+        if part.scale == 0:
+            weights = policy.pretrained_weights()
+        else:
+            weights = contextlib.nullcontext() if part.scale == 1 else policy.scaled_lora(part.scale)
+        numbers = self.prompts(part.held_out is not None)
+        with weights:
+            latents = self._sample(numbers, part, advance)
+        parts = [self._measured(own, number) for own, number in zip(latents, numbers, strict=True)]
+        correct = [each.correct for each in parts]
+        return Samples(
+            measures=concatenate([each.measures for each in parts]),
+            correct=None if None in correct else torch.cat(correct),
+        )
+
+    @torch.no_grad()
+    def _measured(self, latents: Tensor, number: int) -> Samples:
+        """The samples `latents [n, C, H, W]` of one prompt."""
+        components, chunk = self.components, self.components.config.memory.decode_chunk
+        images, probe = components.decoder.decode(latents), components.probe
+        texts = [components.prompts.texts[number]] * len(images)
+        numbers = torch.full((len(images),), number)
+        measures = measure_images(images, numbers, texts, components.reward, probe, chunk)
+        correct = probe.is_correct(images, texts).double().cpu() if hasattr(probe, "is_correct") else None
+        return Samples(measures=measures, correct=correct)
+
+    def divergence(self, seed: int, samples: int, advance: Callable[[int], None]) -> dict[str, Any]:
+        """The KL along `samples` trajectories of each prompt."""
+        part = Part(path=Path(), scale=1.0, samples=samples, seed=seed)
+        numbers = self.prompts(held_out=False)
+        prompt = torch.tensor(numbers).repeat_interleave(samples)
+        recorder = TrajectoryDivergence(self.components.policy, self.components.table, prompt)
+        self._sample(numbers, part, advance, recorder)
+        return divergence_summary(recorder.steps)
+
+    def _sample(
+        self, numbers: list[int], part: Part, advance: Callable[[int], None], recorder: Recorder | None = None
+    ) -> Tensor:
+        """Finished latents `[P, n, C, H, W]`."""
+        components = self.components
+        prompt = torch.tensor(numbers).repeat_interleave(part.samples)
+        seeds = [
+            seed_of(part.seed, "evaluation", part.noise, number, each)
+            for number in numbers
+            for each in range(part.samples)
+        ]
+        latents = sample(
+            components.policy,
+            components.table,
+            prompt,
+            seeds,
+            components.sample_shape,
+            batch=components.config.rollout.batch,
+            buffer=recorder,
+            slots=torch.arange(len(prompt)),
+            on_step=advance,
+            backend=components.config.backend,
+        )
+        return latents.unflatten(0, (len(numbers), part.samples))

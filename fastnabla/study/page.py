@@ -1,0 +1,130 @@
+"""The page of a study in Markdown, written beside its protocol."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastnabla.study.claims import Comparison, comparisons
+from fastnabla.study.figures import fronts
+from fastnabla.study.protocol import Protocol
+from fastnabla.study.results import Results
+from fastnabla.study.statistics import LEVEL
+from fastnabla.study.tables import (
+    claim_sheet,
+    cost_sheet,
+    end_sheet,
+    gain_sheet,
+    held_out_sheet,
+    method_sheet,
+    tuning_sheet,
+)
+from fastnabla.utils.durable import write_file
+
+
+def write_page(results: Results, protocol_file: Path) -> list[Path]:
+    """Write the page and its picture beside the protocol. Returns their paths.
+
+    Raises:
+        ValueError: no final run has been measured.
+    """
+    if not results.runs:
+        raise ValueError(f"no final run has been measured yet: {' '.join(results.remarks)}")
+    page, picture = protocol_file.with_suffix(".md"), protocol_file.with_name(f"{protocol_file.stem}-fronts.png")
+    write_file(picture, fronts(results))
+    write_file(page, "\n".join(_parts(results, protocol_file.name, picture.name)))
+    return [page, picture]
+
+
+def _parts(results: Results, protocol_file: str, picture: str) -> list[str]:
+    protocol, found = results.protocol, comparisons(results)
+    claims = protocol.claims
+    parts = [
+        f"# {len(protocol.methods)} methods, tuned alike\n",
+        f"    python -m fastnabla.study docs/results/{protocol_file}\n",
+        "remakes this page, which is generated. [Comparing methods](../comparison.md) explains the steps.\n",
+        *(f"**Incomplete:** {remark}\n" for remark in results.remarks),
+        "## Protocol\n",
+        *(f"- {line}" for line in _protocol(protocol)),
+        "",
+        method_sheet(protocol).markdown(),
+        f"## {claims.method} at equal reward\n",
+        *_verdicts(found, results),
+        claim_sheet(found, results).markdown(),
+        CLAIMS.format(level=LEVEL),
+        gain_sheet(results, claims.gain).markdown(),
+        f"![fronts]({picture})\n",
+        FRONTS,
+        "## At the end of training\n",
+        end_sheet(results).markdown(),
+        END.format(samples=protocol.measurement.samples),
+    ]
+    if results.runs[0].held_out:
+        parts.append(held_out_sheet(results).markdown())
+    if results.tuned:
+        parts += ["## Tuning\n", tuning_sheet(results).markdown()]
+    return [*parts, "## Costs\n", cost_sheet(results).markdown(), COSTS]
+
+
+def _protocol(protocol: Protocol) -> list[str]:
+    """The protocol, one sentence a line."""
+    tuning, final, measured = protocol.tuning, protocol.final, protocol.measurement
+    settings = ", ".join(f"`{field}={value}`" for field, value in protocol.settings.items())
+    losses = " and ".join(f"{loss:.0%}" for loss in final.allowed_losses)
+    scales = ", ".join(f"{scale:g}" for scale in sorted({1.0, *measured.scales}))
+    tuned = [
+        f"Every learning rate is run with the seeds {_list(tuning.seeds)} and measured on {tuning.samples} samples a prompt.",
+        f"A method's settings are the learning rates with the highest reward that lose at most {losses} of the hue entropy's "
+        "ceiling, or the one with the least loss if there is none.",
+    ]
+    if not any(method.is_tuned for method in protocol.methods):
+        tuned = ["Nothing is tuned."]
+    return [
+        f"All runs start from the preset `{protocol.preset}` with {settings}, and spend {protocol.passes:,.0f} U.",
+        *tuned,
+        f"Each setting is run with the fresh seeds {_list(final.seeds)} and measured at the end of its annealed schedule "
+        f"on {measured.samples} samples a prompt.",
+        f"Its LoRA is also scaled by {scales} at inference, with {measured.scale_samples} samples a prompt.",
+        "All methods share prompts and noise of a seed, so differences are paired by seed.",
+    ]
+
+
+def _verdicts(found: Sequence[Comparison], results: Results) -> list[str]:
+    """The claims in words."""
+    method = results.protocol.claims.method
+    lines = []
+    for verdict, words in (("better", "better than"), ("worse", "worse than"), ("not resolved", "not told apart from")):
+        of_measure: dict[str, list[str]] = {}
+        for each in found:
+            if each.verdict == verdict:
+                of_measure.setdefault(each.measure, []).append(each.other)
+        lines += [f"- `{method}` is {words} {_list(names)} in {name}." for name, names in of_measure.items()]
+    reached = {each.other for each in found} | {method}
+    absent = [each.name for each in results.protocol.methods if each.name not in reached]
+    if absent:
+        lines.append(f"- Not compared, because it does not gain as much or has not been run: {_list(absent)}.")
+    return [*lines, ""]
+
+
+def _list(values: Sequence[object]) -> str:
+    return ", ".join(str(value) for value in values)
+
+
+CLAIMS = (
+    "A difference counts if its p-value, of a paired t-test and adjusted over this table by Holm's method, is below {level:g} and its "
+    "bootstrap interval does not contain 0. With few seeds these intervals are too short: for Gaussian differences they cover 75 % with 3, "
+    "80 % with 4 and 86 % with 6.\n"
+)
+FRONTS = (
+    "Dots are seeds at the end of training. Lines are means over seeds as the LoRA is scaled at inference; the star is the pretrained "
+    "model.\n"
+)
+END = (
+    "{samples} samples a prompt. The row of the pretrained model gives means [lowest, highest] over seeds; its distances are "
+    "the floor, because they compare two sets of the pretrained model's own samples. Fréchet distances have a large floor with so few "
+    "samples; kernel distances are unbiased, so theirs is 0. Distances within prompts are what the paper reports as FID. KL along "
+    "trajectories is what residual ∇-DB and Adjoint Matching penalise themselves. (edge): the chosen learning rate is the lowest or the "
+    "highest that was tried.\n"
+)
+COSTS = (
+    "Decodes with a backward pass count 1, without one 1/2. Seconds of rollouts and updates on one core of a shared machine tell orders "
+    "of magnitude only.\n"
+)

@@ -1,0 +1,108 @@
+"""A tiny study, from the command line to the page."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastnabla.study import __main__ as command
+from fastnabla.study.measuring import end_part, pretrained_part, scale_parts
+from fastnabla.study.plan import Setting, final_runs, tuning_runs
+from fastnabla.study.protocol import Protocol
+from fastnabla.study.results import read_results
+from tests.study.made_up import TOML, protocol_file
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Protocol, Path]:
+    """The protocol and the folder of a finished study."""
+    folder = tmp_path_factory.mktemp("study")
+    path = protocol_file(folder)
+    assert command.main([str(path), "--run", str(folder / "runs of it")]) == 0
+    return Protocol.read(path), folder / "runs of it"
+
+
+def settings(done: tuple[Protocol, Path]) -> list[Setting]:
+    return list(read_results(*done).settings)
+
+
+def test_tuning_comes_first_and_chosen_settings_get_fresh_seeds(done: tuple[Protocol, Path]):
+    protocol, folder = done
+    names = {run.folder.name for run in (*tuning_runs(protocol, folder), *final_runs(protocol, folder, settings(done)))}
+    assert {path.name for path in (folder / "runs").iterdir()} == names
+    assert {f"ours,{rate}-seed-7" for rate in ("0.001", "0.01")} < names
+    assert {setting.name for setting in settings(done)} == {"ours", "theirs"}
+    assert names >= {f"{setting}-seed-0" for setting in settings(done)}
+    assert len(names) == 2 + 2
+
+
+def test_runs_are_evaluated_at_the_end_only(done: tuple[Protocol, Path]):
+    protocol, folder = done
+    for run in final_runs(protocol, folder, settings(done)):
+        records = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+        evaluated = [record["update"] for record in records if record["phase"] == "evaluate"]
+        assert evaluated == [0, run.planned.config.updates]
+
+
+def test_noise_is_shared_by_methods_and_scales_but_not_by_seeds(done: tuple[Protocol, Path]):
+    protocol, folder = done
+    run, other_method = final_runs(protocol, folder, settings(done))
+    parts = [end_part(each, protocol) for each in (run, other_method, tuning_runs(protocol, folder)[0])]
+    before, same, other = (pretrained_part(part, folder) for part in parts)
+    assert before == same and before.seed != other.seed
+    before, other = before.read().first(2), other.read()
+    assert not torch.equal(before.measures.total, other.measures.total)
+    # Two updates change the samples a little, and half the LoRA changes them less.
+    ends = [end_part(run, protocol).read().first(2), scale_parts(run, protocol)[0].read()]
+    changes = [(end.measures.pixels - before.measures.pixels).norm().item() for end in ends]
+    assert 0 < changes[1] < changes[0] < 0.5 * (other.measures.pixels - before.measures.pixels).norm().item()
+
+
+def test_the_page_and_its_picture_are_beside_the_protocol(done: tuple[Protocol, Path]):
+    _, folder = done
+    text = (folder.parent / "made-up.md").read_text()
+    assert "Incomplete" not in text
+    for setting in settings(done):
+        assert f"\n| {setting} " in text
+    assert (folder.parent / "made-up-fronts.png").exists()
+
+
+def test_the_same_command_trains_and_measures_nothing_again(done: tuple[Protocol, Path], capsys: pytest.CaptureFixture):
+    _, folder = done
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert command.main([str(folder.parent / "made-up.toml"), "--run", str(folder)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == files
+
+
+def test_a_missing_measurement_is_named_and_made_again(done: tuple[Protocol, Path]):
+    protocol, folder = done
+    run = final_runs(protocol, folder, settings(done))[0]
+    part = scale_parts(run, protocol)[0]
+    before = part.path.read_bytes()
+    part.path.unlink()
+    options = [str(folder.parent / "made-up.toml"), "--run", str(folder)]
+    assert command.main([*options, "--page-only"]) == 0
+    assert "1 of 2 final runs have been measured" in (folder.parent / "made-up.md").read_text()
+    assert command.main([*options, "--only", run.folder.name]) == 0
+    assert part.path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"flow.kind" = "none"', '"direct.k" = "2"', "residual-db does not use direct.k"),
+        ('"flow.kind" = "none"', '"sampler.steps" = "2"', "sampler.steps must be the same for all methods"),
+        ('"flow.kind" = "none"', '"seed" = "2"', "seed is set by the comparison"),
+    ],
+)
+def test_settings_that_would_be_unfair_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, old: str, new: str, message: str
+):
+    assert command.main([str(protocol_file(tmp_path, TOML.replace(old, new))), "--dry-run"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_unknown_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert command.main([str(protocol_file(tmp_path)), "--only", "ours,3-seed-0"]) == 2
+    assert "only = 'ours,3-seed-0'" in " ".join(capsys.readouterr().err.split())
