@@ -28,12 +28,17 @@ def kernel_distance(
     among the pairs of *different* samples, so the result would be biased downwards.
 
     Args:
-        prompt, reference_prompt: prompt numbers `[N]` and `[M]`, of the same prompts. None: all samples have one prompt.
+        prompt, reference_prompt: prompt numbers `[N]` and `[M]`, of the same prompts; or None, for samples of one prompt.
 
     Returns:
         The distance. It is nan if a feature is not finite, or if a prompt has a single sample.
+
+    Raises:
+        ValueError: only one of `prompt` and `reference_prompt` is given.
     """
-    if prompt is None or reference_prompt is None:
+    if (prompt is None) != (reference_prompt is None):
+        raise ValueError("kernel_distance: pass both prompt and reference_prompt, or neither.")
+    if prompt is None:
         x, y = [features.double()], [reference.double()]
     else:
         numbers = prompt.unique()

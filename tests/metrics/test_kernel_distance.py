@@ -81,3 +81,8 @@ def test_a_single_sample_or_a_nan_gives_nan() -> None:
     assert math.isnan(kernel_distance(a[:1], b))
     b[0, 0] = math.nan
     assert math.isnan(kernel_distance(a, b))
+
+
+def test_the_prompts_of_one_set_alone_are_refused() -> None:
+    with pytest.raises(ValueError, match="reference_prompt"):
+        kernel_distance(randn(3, 2), randn(4, 2), torch.zeros(3))
