@@ -13,7 +13,7 @@ OLDEST_TESTS := tests/kernels tests/test_losses.py $(patsubst %,tests/%.py, \
   $(addprefix methods/test_,half_precision out_of_memory nabla_db) \
   distributed/test_sharding objective/test_balance objective/test_reference_target bench/test_whole_step training/test_guards rewards/test_models \
   $(addprefix trajectories/test_,buffer buffer_ops buffer_pinned extension))
-SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-oldest bench lint sanitize clean

@@ -1,13 +1,17 @@
 """Test setup.
 
 - Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors.
-- xdist workers divide the CPU cores among them.
+- xdist workers divide the CPU cores among them. Folders with long files are run first, so that no worker waits long at the end.
 - Hypothesis draws the same examples in every run, unless started with `--hypothesis-profile random`.
 """
 
 import contextlib
 import os
 
+import pytest
+
+LONG = ("comparison", "config", "cost", "integration", "models", "study", "training")
+"""Folders of tests that train, compile or plan large networks."""
 PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if PROCESSES > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // PROCESSES)))
@@ -36,3 +40,9 @@ with contextlib.suppress(ImportError):  # hypothesis may be missing on GPU machi
     settings.register_profile("random", random)
     settings.register_profile("repeatable", random, derandomize=True)
     settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run `LONG` folders first. xdist keeps this order with --no-loadscope-reorder; by itself it would order files by their
+    numbers of tests, and so start the long ones last."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)

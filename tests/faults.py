@@ -21,6 +21,7 @@ from fastnabla.run.checkpoint import CheckpointError
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils import durable
 from tests.training.test_trainer import small
+from tests.training.test_trainer import without_pictures as without_pictures
 
 
 def tiny(**changes) -> TrainConfig:
@@ -32,12 +33,6 @@ def tiny(**changes) -> TrainConfig:
         evaluation=EvaluationConfig(every=4, samples=2, prompts=1),
         **changes,
     )
-
-
-def without_pictures(trainer: Trainer) -> Trainer:
-    """Disable pictures, which take most of the time of such a run and are not part of its state."""
-    trainer._write_pictures = lambda *_: None
-    return trainer
 
 
 def result(run: Path) -> tuple[bytes, dict[str, torch.Tensor], str]:

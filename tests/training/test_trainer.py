@@ -40,15 +40,24 @@ def small(**changes) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
+def without_pictures(trainer: Trainer) -> Trainer:
+    """Disable pictures, which take most of the time of a small run and are not part of its state."""
+    trainer._write_pictures = lambda *_: None
+    return trainer
+
+
 def train(config: TrainConfig, folder: Path) -> Path:
+    """Run without pictures."""
     folder.mkdir()
-    Trainer.from_config(config).train(folder)
+    without_pictures(Trainer.from_config(config)).train(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(small(), tmp_path_factory.mktemp("runs") / "run")
+    folder = tmp_path_factory.mktemp("run")
+    Trainer.from_config(small()).train(folder)
+    return folder
 
 
 def test_run_folder_is_complete(run: Path) -> None:
@@ -112,12 +121,12 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(name: str, run:
     expected = run if name == "adamw" else train(config, tmp_path / "uninterrupted")
     folder = tmp_path / "interrupted"
     folder.mkdir()
-    trainer = Trainer.from_config(config)
+    trainer = without_pictures(Trainer.from_config(config))
     interrupt(trainer, 4)
     with pytest.raises(KeyboardInterrupt):
         trainer.train(folder)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["update-000002"]
-    Trainer.from_config(config).train(folder, resume=True)
+    without_pictures(Trainer.from_config(config)).train(folder, resume=True)
     assert (folder / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
     ours, theirs = (load_file(f / "lora/pytorch_lora_weights.safetensors") for f in (folder, expected))
     assert ours.keys() == theirs.keys()
@@ -142,7 +151,7 @@ def test_evaluations_and_checkpoints_are_due_once_per_interval_and_at_the_end() 
 def test_saved_lora_gives_the_same_images_in_plain_diffusers(tmp_path: Path) -> None:
     config = small(updates=2)
     config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.05))
-    trainer = Trainer.from_config(config)
+    trainer = without_pictures(Trainer.from_config(config))
     folder = tmp_path / "run"
     folder.mkdir()
     trainer.train(folder)
@@ -182,7 +191,7 @@ def test_bfloat16_networks_train_a_float32_lora(tmp_path: Path) -> None:
     assert trainer.policy.unet.dtype == torch.bfloat16
     folder = tmp_path / "run"
     folder.mkdir()
-    trainer.train(folder)
+    without_pictures(trainer).train(folder)
     weights = load_file(folder / "lora/pytorch_lora_weights.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert all(torch.isfinite(weight).all() for weight in weights.values())
@@ -256,11 +265,11 @@ def test_a_tiny_decoder_that_is_not_there() -> None:
         Trainer.from_config(small(model=model))
 
 
-def test_stopped_between_a_rollout_and_its_first_update(tmp_path: Path) -> None:
+def test_stopped_between_a_rollout_and_its_first_update(run: Path, tmp_path: Path) -> None:
     """The rollout is saved with the checkpoint, and the resumed run does not sample it again."""
     config, stop, sampled = small(checkpoint_every=100), StopSignals(), []
-    whole, run = train(config, tmp_path / "whole"), tmp_path / "run"
-    trainer = Trainer.from_config(config)
+    folder = tmp_path / "run"
+    trainer = without_pictures(Trainer.from_config(config))
     observe = trainer.components.reward.observe
 
     def stopping(values) -> None:
@@ -270,11 +279,11 @@ def test_stopped_between_a_rollout_and_its_first_update(tmp_path: Path) -> None:
             stop.received = signal.SIGTERM
 
     trainer.components.reward.observe = stopping
-    run.mkdir()
+    folder.mkdir()
     with pytest.raises(Stopped):
-        trainer.train(run, stop=stop)
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["update-000002"]
-    resumed = Trainer.from_config(config)
+        trainer.train(folder, stop=stop)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["update-000002"]
+    resumed = without_pictures(Trainer.from_config(config))
     resumed.source.rollout = lambda number: pytest.fail("a rollout is sampled again")
-    resumed.train(run, resume=True)
-    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    resumed.train(folder, resume=True)
+    assert (folder / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
