@@ -80,14 +80,16 @@ def _plan(protocol: Protocol) -> Table:
     from fastnabla.cost.budget import planned_decodes, update_passes
     from fastnabla.study.plan import run_config
 
-    tuning, final = len(protocol.tuning.seeds), len(protocol.final.seeds) * len(protocol.final.allowed_losses)
+    tuning = len(protocol.tuning.seeds)
     table = Table(title=f"{protocol.preset}, {protocol.passes:,.0f} U per run", title_justify="left")
     for column in ("method", "tuning runs", "final runs, at most", "updates", "U per run", "decodes per run"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for method in protocol.methods:
         config = run_config(protocol, method, method.learning_rates[0])
         spent = (update_passes(config) * config.updates, planned_decodes(config))
-        counts = (tuning * len(method.learning_rates), final, config.updates)
+        rates = len(method.learning_rates)
+        most = len(protocol.final.seeds) * min(rates, len(protocol.final.allowed_losses))
+        counts = (tuning * rates if method.is_tuned else 0, most, config.updates)
         table.add_row(method.name, *(f"{value:,.0f}" for value in (*counts, *spent)))
     return table
 

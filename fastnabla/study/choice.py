@@ -10,26 +10,29 @@ from fastnabla.study.protocol import Contender
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """A setting's tuning runs: means over their seeds of the change from the pretrained model."""
+    """A setting's tuning runs: means over the seeds that ended of the change from the pretrained model."""
 
     setting: Setting
     seeds: int
-    """Number of runs that ended; a run that diverged is not one."""
+    """Number of these seeds."""
     gain: float
     """Of the mean reward."""
     loss: float
     """Of hue entropy, as a share of its ceiling."""
+    diverged: int = 0
+    """Number of seeds that ended early, or whose samples are not finite."""
 
 
-def tuned(setting: Setting, changes: Sequence[tuple[float, float]]) -> Tuned:
+def tuned(setting: Setting, changes: Sequence[tuple[float, float]], diverged: int = 0) -> Tuned:
     """Summarise the (gain, loss) of at least one tuning run."""
     gain, loss = (fmean(each) for each in zip(*changes, strict=True))
-    return Tuned(setting=setting, seeds=len(changes), gain=gain, loss=loss)
+    return Tuned(setting=setting, seeds=len(changes), gain=gain, loss=loss, diverged=diverged)
 
 
 def choose(results: Sequence[Tuned], allowed: float) -> Tuned:
     """Of one method's learning rates, the one with the highest gain among those whose loss is at most `allowed`; if there
-    are none, the one with the least loss."""
+    are none, the one with the least loss. A learning rate with which a run diverged is chosen only if there is no other."""
+    results = [result for result in results if not result.diverged] or results
     kept = [result for result in results if result.loss <= allowed]
     return max(kept, key=lambda result: result.gain) if kept else min(results, key=lambda result: result.loss)
 

@@ -2,7 +2,7 @@
 
 The noise of a sample is given by the run's seed, its prompt and its number. So all methods, all scales of the LoRA and the
 pretrained model share the noise of a seed, and their differences are paired. Seeds have different noise, so the spread over
-seeds contains the error of finite samples.
+seeds contains the error of finite samples, except that of the reference samples, which all seeds share.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from fastnabla.metrics.divergence import TrajectoryDivergence, divergence_summar
 from fastnabla.metrics.measures import concatenate, measure_images
 from fastnabla.models.saved_policy import read_policy
 from fastnabla.prompts import RunPrompts, load_prompts, prompts_of
+from fastnabla.run.lock import locked
 from fastnabla.study.plan import StudyRun
 from fastnabla.study.protocol import Protocol
 from fastnabla.study.samples import Samples, has_samples, read_samples, write_samples
@@ -28,6 +29,7 @@ from fastnabla.training.build import plan_and_build
 from fastnabla.trajectories.rollout import Recorder, sample
 from fastnabla.utils.durable import write_file
 from fastnabla.utils.progress import TaskProgress
+from fastnabla.utils.require import require
 from fastnabla.utils.seeding import seed_of
 
 MEASURED = "study"
@@ -120,9 +122,18 @@ def shared_parts(runs: Sequence[StudyRun], protocol: Protocol, folder: Path) -> 
 
 
 def read_divergence(run: StudyRun) -> dict[str, Any] | None:
-    """The KL along the run's trajectories (`divergence_summary`), if it has been measured."""
+    """The KL along the run's trajectories (`divergence_summary`), if it has been measured.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = run.folder / MEASURED / DIVERGENCE_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read ({error}); remove it to measure again.") from error
 
 
 def is_measured(run: StudyRun, protocol: Protocol) -> bool:
@@ -135,36 +146,58 @@ def measure_run(run: StudyRun, protocol: Protocol, console: Console) -> None:
     """Sample and measure what has not been measured of a finished run.
 
     Raises:
-        ValueError: the run's weights do not fit it, or a file is damaged.
+        ValueError: the run's weights do not fit it, a file is damaged, or another process measures or trains the run.
     """
     missing = [part for part in own_parts(run, protocol) if not part.is_measured]
     divergence = run.is_final and read_divergence(run) is None
     if not missing and not divergence:
         return
-    networks = _Networks(load_run(run.folder), protocol.measurement.held_out)
-    read_policy(networks.components.policy, run.folder)
-    count = protocol.measurement.divergence_samples if divergence else 0
-    with networks.progress(f"measuring {run.folder.name}", missing, count, console) as progress:
-        for part in missing:
-            write_samples(part.path, networks.measure(part, progress.advance), part.key)
-        if divergence:
-            values = networks.divergence(run.seed, count, progress.advance)
-            write_file(run.folder / MEASURED / DIVERGENCE_FILE, json.dumps(values, allow_nan=False) + "\n")
+    with locked(run.folder):
+        networks = _Networks(load_run(run.folder), protocol.measurement.held_out)
+        read_policy(networks.components.policy, run.folder)
+        count = protocol.measurement.divergence_samples if divergence else 0
+        with networks.progress(f"measuring {run.folder.name}", missing, count, console) as progress:
+            for part in missing:
+                write_samples(part.path, networks.measure(part, progress.advance), part.key)
+            if divergence:
+                values = networks.divergence(run.seed, count, progress.advance)
+                write_file(run.folder / MEASURED / DIVERGENCE_FILE, json.dumps(values) + "\n")
 
 
 def measure_pretrained(runs: Sequence[StudyRun], protocol: Protocol, folder: Path, console: Console) -> None:
     """Sample and measure the pretrained model for the measures of at least one run.
 
     Raises:
-        ValueError: the model, the reward or the probe cannot be built, or a file is damaged.
+        ValueError: the model, the reward or the probe cannot be built, a file is damaged, or another process measures the
+            pretrained model.
     """
     missing = [part for part in shared_parts(runs, protocol, folder) if not part.is_measured]
     if not missing:
         return
-    networks = _Networks(runs[0].planned.config, protocol.measurement.held_out)
-    with networks.progress("measuring the pretrained model", missing, 0, console) as progress:
-        for part in missing:
-            write_samples(part.path, networks.measure(part, progress.advance), part.key)
+    missing[0].path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(missing[0].path.parent):
+        networks = _Networks(runs[0].planned.config, protocol.measurement.held_out)
+        with networks.progress("measuring the pretrained model", missing, 0, console) as progress:
+            for part in missing:
+                write_samples(part.path, networks.measure(part, progress.advance), part.key)
+
+
+def measured_prompts(config: TrainConfig, held_out: str | None) -> RunPrompts:
+    """The prompts that the run `config` trains on, followed by those of the source `held_out` that it does not train on.
+
+    The latter are the evaluated ones; without a source these are the run's first training prompts.
+
+    Raises:
+        ValueError: a source cannot be read, or the run trains on all prompts of `held_out`.
+    """
+    own = prompts_of(config.prompts, config.evaluation.prompts, config.seed)
+    seen = own.texts[: own.trained]
+    if held_out is None:
+        return RunPrompts(texts=seen, trained=len(seen), evaluated=range(len(seen))[: config.evaluation.prompts])
+    fresh = [text for text in load_prompts(held_out, field="measurement.held_out") if text not in set(seen)]
+    require(bool(fresh), "measurement.held_out", held_out, "the runs train on all of these prompts; give others.")
+    texts = seen + fresh
+    return RunPrompts(texts=texts, trained=len(seen), evaluated=range(len(seen), len(texts)))
 
 
 def _path(run: StudyRun, name: str) -> Path:
@@ -180,10 +213,7 @@ class _Networks:
     """
 
     def __init__(self, config: TrainConfig, held_out: str | None) -> None:
-        seen = prompts_of(config.prompts, config.evaluation.prompts, config.seed).texts
-        fresh = [] if held_out is None else [text for text in load_prompts(held_out) if text not in set(seen)]
-        prompts = RunPrompts(texts=seen + fresh, trained=len(seen), evaluated=range(len(seen), len(seen) + len(fresh)))
-        self.components = plan_and_build(config, prompts)
+        self.components = plan_and_build(config, measured_prompts(config, held_out))
 
     def progress(self, name: str, parts: Sequence[Part], divergence: int, console: Console) -> TaskProgress:
         """Progress of sampling `parts`, and `divergence` trajectories of each prompt."""
@@ -211,7 +241,7 @@ class _Networks:
         correct = [each.correct for each in parts]
         return Samples(
             measures=concatenate([each.measures for each in parts]),
-            correct=None if None in correct else torch.cat(correct),
+            correct=None if any(each is None for each in correct) else torch.cat(correct),
         )
 
     @torch.no_grad()

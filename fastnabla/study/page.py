@@ -38,10 +38,10 @@ def _parts(results: Results, protocol_file: str, picture: str) -> list[str]:
     protocol, found = results.protocol, comparisons(results)
     claims = protocol.claims
     parts = [
-        f"# {len(protocol.methods)} methods, tuned alike\n",
+        f"# {len(protocol.methods)} methods{', tuned alike' if _is_tuned(protocol) else ''}\n",
         f"    python -m fastnabla.study docs/results/{protocol_file}\n",
         "remakes this page, which is generated. [Comparing methods](../comparison.md) explains the steps.\n",
-        *(f"**Incomplete:** {remark}\n" for remark in results.remarks),
+        *(f"**{remark}**\n" for remark in results.remarks),
         "## Protocol\n",
         *(f"- {line}" for line in _protocol(protocol)),
         "",
@@ -49,7 +49,7 @@ def _parts(results: Results, protocol_file: str, picture: str) -> list[str]:
         f"## {claims.method} at equal reward\n",
         *_verdicts(found, results),
         claim_sheet(found, results).markdown(),
-        CLAIMS.format(level=LEVEL),
+        CLAIMS.format(level=LEVEL, samples=protocol.measurement.scale_samples),
         gain_sheet(results, claims.gain).markdown(),
         f"![fronts]({picture})\n",
         FRONTS,
@@ -64,6 +64,11 @@ def _parts(results: Results, protocol_file: str, picture: str) -> list[str]:
     return [*parts, "## Costs\n", cost_sheet(results).markdown(), COSTS]
 
 
+def _is_tuned(protocol: Protocol) -> bool:
+    """Whether any method has a choice of learning rates."""
+    return any(method.is_tuned for method in protocol.methods)
+
+
 def _protocol(protocol: Protocol) -> list[str]:
     """The protocol, one sentence a line."""
     tuning, final, measured = protocol.tuning, protocol.final, protocol.measurement
@@ -75,12 +80,12 @@ def _protocol(protocol: Protocol) -> list[str]:
         f"A method's settings are the learning rates with the highest reward that lose at most {losses} of the hue entropy's "
         "ceiling, or the one with the least loss if there is none.",
     ]
-    if not any(method.is_tuned for method in protocol.methods):
+    if not _is_tuned(protocol):
         tuned = ["Nothing is tuned."]
     return [
         f"All runs start from the preset `{protocol.preset}` with {settings}, and spend {protocol.passes:,.0f} U.",
         *tuned,
-        f"Each setting is run with the fresh seeds {_list(final.seeds)} and measured at the end of its annealed schedule "
+        f"Each setting is run with the fresh seeds {_list(final.seeds)} and measured at the end of training "
         f"on {measured.samples} samples a prompt.",
         f"Its LoRA is also scaled by {scales} at inference, with {measured.scale_samples} samples a prompt.",
         "All methods share prompts and noise of a seed, so differences are paired by seed.",
@@ -97,10 +102,19 @@ def _verdicts(found: Sequence[Comparison], results: Results) -> list[str]:
             if each.verdict == verdict:
                 of_measure.setdefault(each.measure, []).append(each.other)
         lines += [f"- `{method}` is {words} {_list(names)} in {name}." for name, names in of_measure.items()]
-    reached = {each.other for each in found} | {method}
-    absent = [each.name for each in results.protocol.methods if each.name not in reached]
-    if absent:
-        lines.append(f"- Not compared, because it does not gain as much or has not been run: {_list(absent)}.")
+    gain, reached = results.protocol.claims.gain, {each.other for each in found}
+    if results.at_gain(method, gain) is None:
+        return [
+            f"- Nothing is compared, because `{method}` has no results or does not gain {gain:g} with any seed.",
+            "",
+        ]
+    absent = [each.name for each in results.protocol.methods if each.name not in reached | {method}]
+    unknown = [name for name in absent if not results.settings_of(name)]
+    short = [name for name in absent if name not in unknown]
+    if short:
+        lines.append(f"- Not compared, because they do not gain {gain:g} with a seed in common: {_list(short)}.")
+    if unknown:
+        lines.append(f"- Not compared, because they have no results: {_list(unknown)}.")
     return [*lines, ""]
 
 
@@ -109,9 +123,11 @@ def _list(values: Sequence[object]) -> str:
 
 
 CLAIMS = (
-    "A difference counts if its p-value, of a paired t-test and adjusted over this table by Holm's method, is below {level:g} and its "
-    "bootstrap interval does not contain 0. With few seeds these intervals are too short: for Gaussian differences they cover 75 % with 3, "
-    "80 % with 4 and 86 % with 6.\n"
+    'Differences are paired by seed. "seeds" is the number of seeds with which both methods gain this much; others are left out. All '
+    "samples at the scales are {samples} a prompt. A difference counts if its p-value is below {level:g} and its bootstrap interval does "
+    "not contain 0. The p-value is that of a paired t-test, adjusted by Holm's method over every method and measure of the protocol, those "
+    "without a comparison included. With few seeds these intervals are too short: for Gaussian differences they cover 75 % with 3, 80 % "
+    "with 4 and 86 % with 6.\n"
 )
 FRONTS = (
     "Dots are seeds at the end of training. Lines are means over seeds as the LoRA is scaled at inference; the star is the pretrained "
@@ -125,6 +141,6 @@ END = (
     "highest that was tried.\n"
 )
 COSTS = (
-    "Decodes with a backward pass count 1, without one 1/2. Seconds of rollouts and updates on one core of a shared machine tell orders "
-    "of magnitude only.\n"
+    "Decodes are planned; one with a backward pass counts 1, one without 1/2. Seconds are those of rollouts and updates, on whatever "
+    "machine each run had: on a shared one they tell orders of magnitude only.\n"
 )

@@ -13,6 +13,9 @@ from fastnabla.utils.require import require
 
 RUNS = "runs"
 """Folder of all runs within the study's."""
+ENDED_EARLY = "ended-early.txt"
+"""File in the folder of a run that diverged, or passed a bound of its evaluation. It is not trained again."""
+RATE = "optimizer.learning_rate"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -46,6 +49,11 @@ class StudyRun:
         """The run folder."""
         return self.planned.folder
 
+    @property
+    def ended_early(self) -> bool:
+        """Whether the run diverged, or passed a bound of its evaluation."""
+        return (self.folder / ENDED_EARLY).exists() and not self.planned.done
+
 
 def tuning_runs(protocol: Protocol, folder: Path) -> list[StudyRun]:
     """The runs that tune the learning rates, by seed. A single learning rate needs none."""
@@ -72,14 +80,17 @@ def run_config(protocol: Protocol, contender: Contender, learning_rate: float) -
     """The configuration of a contender's runs, without folder and seed.
 
     Raises:
-        ValueError: a setting is invalid, or the seed would change the training prompts.
+        ValueError: a setting is invalid, there is no LoRA to scale, or the seed would change the training prompts.
         SystemExit: a field does not exist or a value has the wrong type; a message is printed.
     """
     method, rate = contender.method, repr(learning_rate)
+    for field, value in (protocol.settings | contender.settings).items():
+        require(field.replace("-", "_") != RATE, field, value, "the learning rates are set by methods.learning_rates.")
     given = [f"{field}={value}" for field, value in protocol.settings.items()]
-    own = contender.settings | {"optimizer.learning_rate": rate}
+    own = contender.settings | {RATE: rate}
     given += [f"{method}.{field}={value}" for field, value in own.items()]
     config = method_config(protocol.preset, method, method_settings(protocol.preset, method, given))
+    require(config.lora.rank > 0, "lora.rank", config.lora.rank, "a study scales the LoRA; set it to at least 1.")
     require(
         config.prompts.held_out == 0,
         "prompts.held_out",

@@ -1,6 +1,7 @@
 """The results of a study, read from its measured runs."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -73,13 +74,8 @@ class Results:
     remarks: Sequence[str]
     """Remarks on runs that are missing or ended early."""
 
-    @property
-    def seeds(self) -> list[int]:
-        """Seeds of the final runs that have been measured."""
-        return sorted({run.seed for run in self.runs})
-
     def of(self, setting: Setting) -> dict[int, RunResult]:
-        """Seed → the runs of a setting."""
+        """Seed → the run of a setting."""
         return {run.seed: run for run in self.runs if run.setting == setting}
 
     def settings_of(self, name: str) -> list[Setting]:
@@ -106,17 +102,24 @@ class Results:
 
 
 def read_tuning(protocol: Protocol, folder: Path) -> dict[str, list[Tuned]]:
-    """The tuning runs that have been measured: contender's name → its learning rates."""
+    """The tuning runs that have been measured: contender's name → its learning rates.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
     changes: dict[Setting, list[tuple[float, float]]] = {}
+    diverged: Counter[Setting] = Counter()
     for run in tuning_runs(protocol, folder):
         end = end_part(run, protocol)
         after, before = end.read(), pretrained_part(end, folder).read()
-        if after is not None and before is not None:
+        if run.ended_early or (after is not None and not after.measures.total.isfinite().all()):
+            diverged[run.setting] += 1
+        elif after is not None and before is not None:
             change = _change(after, before)
             changes.setdefault(run.setting, []).append((change["reward"], -change["hue_entropy"]))
     results: dict[str, list[Tuned]] = {}
     for setting in sorted(changes):
-        results.setdefault(setting.name, []).append(tuned(setting, changes[setting]))
+        results.setdefault(setting.name, []).append(tuned(setting, changes[setting], diverged[setting]))
     return {method.name: results[method.name] for method in protocol.methods if method.name in results}
 
 
@@ -124,27 +127,47 @@ def read_results(protocol: Protocol, folder: Path) -> Results:
     """Read all measured runs.
 
     Raises:
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or a folder belongs to another run, as after a change of the protocol.
     """
+    tuning = _checked(tuning_runs(protocol, folder))
     results = read_tuning(protocol, folder)
     settings = chosen_settings(protocol.methods, results, protocol.final.allowed_losses)
-    planned = final_runs(protocol, folder, settings)
-    measured = [run for run in planned if run.planned.done and is_measured(run, protocol)]
-    measured = [run for run in measured if all(part.is_measured for part in shared_parts([run], protocol, folder))]
-    tuning = tuning_runs(protocol, folder)
-    ended = sum(each.seeds for own in results.values() for each in own)
-    remarks = []
-    if ended < len(tuning):
-        remarks.append(f"{ended} of {len(tuning)} tuning runs have been measured.")
-    if len(measured) < len(planned):
-        remarks.append(f"{len(measured)} of {len(planned)} final runs have been measured.")
+    final = _checked(final_runs(protocol, folder, settings))
+    measured = [run for run in final if _has_results(run, protocol, folder)]
     return Results(
         protocol=protocol,
         tuned=results,
         settings=settings,
         runs=[_read_run(run, protocol, folder) for run in measured],
-        remarks=remarks,
+        remarks=[
+            *_missing("tuning", tuning, [run for run in tuning if _has_results(run, protocol, folder)]),
+            *_missing("final", final, measured),
+        ],
     )
+
+
+def _checked(runs: list[StudyRun]) -> list[StudyRun]:
+    for run in runs:
+        run.planned.check_folder()
+    return runs
+
+
+def _has_results(run: StudyRun, protocol: Protocol, folder: Path) -> bool:
+    shared = shared_parts([run], protocol, folder)
+    return run.planned.done and is_measured(run, protocol) and all(part.is_measured for part in shared)
+
+
+def _missing(kind: str, planned: Sequence[StudyRun], measured: Sequence[StudyRun]) -> list[str]:
+    """Remarks on the runs that have not been measured: those that ended early, and others."""
+    early = [run.folder.name for run in planned if run.ended_early]
+    missing = [run.folder.name for run in planned if run not in measured and not run.ended_early]
+    remarks = []
+    if missing:
+        done = f"{len(measured)} of {len(planned)} {kind} runs have been measured"
+        remarks.append(f"Incomplete: {done}; missing are {', '.join(missing)}.")
+    if early:
+        remarks.append(f"Of the {kind} runs, these ended early and have no results: {', '.join(early)}.")
+    return remarks
 
 
 def _read_run(run: StudyRun, protocol: Protocol, folder: Path) -> RunResult:

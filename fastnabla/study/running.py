@@ -9,11 +9,14 @@ from rich.console import Console
 from fastnabla.comparison.plan import PlannedRun
 from fastnabla.comparison.training import train_all, train_in_processes
 from fastnabla.study.choice import chosen_settings
-from fastnabla.study.measuring import is_measured, measure_pretrained, measure_run
-from fastnabla.study.plan import Setting, StudyRun, final_runs, tuning_runs
+from fastnabla.study.claims import require_measured
+from fastnabla.study.measures import measures_of
+from fastnabla.study.measuring import end_part, is_measured, measure_pretrained, measure_run, pretrained_part
+from fastnabla.study.plan import ENDED_EARLY, Setting, StudyRun, final_runs, tuning_runs
 from fastnabla.study.protocol import Protocol
 from fastnabla.study.results import read_tuning
 from fastnabla.utils.console import print_plain
+from fastnabla.utils.durable import write_file
 from fastnabla.utils.require import require
 
 
@@ -31,8 +34,8 @@ def run_study(protocol: Protocol, folder: Path, jobs: int, command: Sequence[str
         0, or the exit status of the first run that failed or was stopped.
 
     Raises:
-        ValueError: a folder belongs to another run, a run's model, prompts, reward or probe cannot be built, or no tuning run
-            of a method ended.
+        ValueError: a folder belongs to another run, a run's model, prompts, reward or probe cannot be built, the probe cannot
+            measure what the claims need, or no tuning run of a method ended.
     """
     for runs in (lambda: tuning_runs(protocol, folder), lambda: _chosen(protocol, folder)):
         planned = runs()
@@ -41,6 +44,9 @@ def run_study(protocol: Protocol, folder: Path, jobs: int, command: Sequence[str
         waiting = [run for run in planned if not is_complete(run, protocol)]
         print_plain(console, f"{len(planned) - len(waiting)} of {len(planned)} runs are complete")
         measure_pretrained(planned, protocol, folder, console)
+        for run in planned[:1]:  # there is none if nothing is tuned
+            before = pretrained_part(end_part(run, protocol), folder).read()
+            require_measured(protocol.claims, measures_of(before, before))
         status = _run_all(waiting, protocol, jobs, command, console)
         if status:
             return status
@@ -48,16 +54,22 @@ def run_study(protocol: Protocol, folder: Path, jobs: int, command: Sequence[str
 
 
 def is_complete(run: StudyRun, protocol: Protocol) -> bool:
-    """Whether the run has been trained and measured."""
-    return run.planned.done and is_measured(run, protocol)
+    """Whether nothing is left to do: the run has been trained and measured, or it ended early."""
+    return run.ended_early or (run.planned.done and is_measured(run, protocol))
 
 
 def run_one(run: StudyRun, protocol: Protocol, console: Console) -> int:
-    """Train a run, unless it has been, and measure it. Returns the exit status."""
-    status = 0 if run.planned.done else train_all([run.planned], console, lambda _: None)
-    if status == 0 and run.planned.done:
-        measure_run(run, protocol, console)
-    return status
+    """Train a run, unless it has been, and measure it. A run that ends early is not repeated. Returns the exit status."""
+    if not (run.planned.done or run.ended_early):
+        if status := train_all([run.planned], console, lambda _: None):
+            return status
+        if not run.planned.done:
+            write_file(run.folder / ENDED_EARLY, f"{run.folder.name} ended early. Remove this folder to repeat it.\n")
+    if run.ended_early:
+        print_plain(console, f"{run.folder.name} ended early; remove {run.folder} to repeat it")
+        return 0
+    measure_run(run, protocol, console)
+    return 0
 
 
 def run_named(names: Sequence[str], protocol: Protocol, folder: Path, console: Console) -> int:

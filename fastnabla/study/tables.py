@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from fastnabla.comparison.tables import Sheet
-from fastnabla.study.choice import is_at_the_edge
+from fastnabla.study.choice import Tuned, is_at_the_edge
 from fastnabla.study.claims import Comparison
 from fastnabla.study.measures import MEASURES
 from fastnabla.study.plan import Setting
@@ -46,7 +46,7 @@ def tuning_sheet(results: Results) -> Sheet:
     rates = sorted({rate for method in results.protocol.methods for rate in method.learning_rates})
     rows = []
     for name, own in results.tuned.items():
-        cells = {each.setting: f"{each.gain:+.2f} / {-each.loss:+.3f}" for each in own}
+        cells = {each.setting: f"{each.gain:+.2f} / {-each.loss:+.3f}{_diverged(each)}" for each in own}
         texts = {s: f"**{text}**" if s in results.settings else text for s, text in cells.items()}
         rows.append([name, *(texts.get(Setting(name, rate), "") for rate in rates)])
     seeds = len(results.protocol.tuning.seeds)
@@ -85,24 +85,25 @@ def gain_sheet(results: Results, gain: float) -> Sheet:
             scale = _cell([place.scale for place in places.values()])
             cells = [_cell([place.measures[name] for place in places.values()]) for name in names]
             rows.append([str(setting), str(len(places)), scale, *cells])
-    title = f"Where the reward has gained {gain:g}, by the scale of the LoRA"
+    samples = results.protocol.measurement.scale_samples
+    title = f"Where the reward has gained {gain:g}, by the scale of the LoRA, with {samples} samples a prompt"
     return Sheet(title, ["setting", "seeds", "scale", *(MEASURES[name].label for name in names)], rows)
 
 
 def end_sheet(results: Results) -> Sheet:
     """Every setting at the end of training: the pretrained model's values, and paired changes from them with intervals."""
     names = ["reward", *(name for name in END if all(name in run.end for run in results.runs))]
-    rows = [["pretrained", *(_cell([run.pretrained[name] for run in _by_seed(results)]) for name in names), "0"]]
+    first = _by_seed(results)
+    rows = [["pretrained", str(len(first)), *(_cell([run.pretrained[name] for run in first]) for name in names), "0"]]
     for setting in results.settings:
         runs = list(results.of(setting).values())
         if runs:
             cells = [_interval([run.end[name] - run.pretrained[name] for run in runs]) for name in names]
             edge = "" if not _is_edge(results, setting) else " (edge)"
-            rows.append([f"{setting}{edge}", *cells, _cell([run.divergence for run in runs])])
+            rows.append([f"{setting}{edge}", str(len(runs)), *cells, _cell([run.divergence for run in runs])])
     labels = [MEASURES[name].label for name in names]
-    seeds = len(results.seeds)
-    title = f"At the end of training: changes from the pretrained model, {seeds} seeds, with 95 % intervals"
-    return Sheet(title, ["setting", *labels, "KL along trajectories without the last two steps, nats"], rows)
+    title = "At the end of training: changes from the pretrained model, with 95 % intervals"
+    return Sheet(title, ["setting", "seeds", *labels, "KL along trajectories without the last two steps, nats"], rows)
 
 
 def held_out_sheet(results: Results) -> Sheet:
@@ -129,6 +130,10 @@ def _rows(results: Results, cells: Callable[[Sequence[RunResult]], list[str]]) -
     """A row for each measured setting."""
     of: Mapping[Setting, list[RunResult]] = {s: list(results.of(s).values()) for s in results.settings}
     return [[str(setting), *cells(runs)] for setting, runs in of.items() if runs]
+
+
+def _diverged(each: Tuned) -> str:
+    return f" ({each.diverged} diverged)" if each.diverged else ""
 
 
 def _by_seed(results: Results) -> list[RunResult]:

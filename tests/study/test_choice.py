@@ -28,6 +28,12 @@ def test_the_least_loss_is_chosen_if_all_lose_more():
     assert choose(RESULTS[1:], 0.0).setting == MIDDLE
 
 
+def test_a_learning_rate_that_diverged_is_chosen_only_if_there_is_no_other():
+    diverged = tuned(HIGH, [(2.0, 0.0)], diverged=1)
+    assert choose([*RESULTS[:2], diverged], 0.5).setting == MIDDLE
+    assert choose([diverged], 0.5).setting == HIGH
+
+
 def contender(name: str, *rates: float) -> Contender:
     return Contender(name=name, method="draft", learning_rates=rates)
 

@@ -1,14 +1,22 @@
 """Claims and the page, from results that are made up."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from fastnabla.study.claims import comparisons
 from fastnabla.study.page import write_page
+from fastnabla.study.plan import Setting
 from fastnabla.study.protocol import Protocol
-from tests.study.made_up import TOML, protocol_file, results
+from tests.study.made_up import TOML, protocol_file, results, run_result
 
+THIRD = """
+[[methods]]
+name = "third"
+method = "refl"
+learning_rates = [1e-3]
+"""
 SIX = TOML.replace("seeds = [0]", "seeds = [0, 1, 2, 3, 4, 5]")
 KEPT, LOST = [0.10, 0.11, 0.12, 0.10, 0.11, 0.13], [0.40, 0.42, 0.44, 0.41, 0.45, 0.43]
 
@@ -47,6 +55,56 @@ def test_one_seed_resolves_nothing(protocol: Protocol):
 
 def test_a_method_that_gains_too_little_is_not_compared(protocol: Protocol):
     assert comparisons(results(protocol, {"ours": KEPT, "theirs": LOST}, gain=0.3)) == []
+
+
+def test_the_family_is_that_of_the_protocol(tmp_path: Path, protocol: Protocol):
+    """Comparisons that are not made count as if their p-values were 1."""
+    first, _ = comparisons(results(protocol, {"ours": KEPT, "theirs": LOST}))
+    assert first.adjusted == pytest.approx(2 * first.difference.p)
+    larger = Protocol.read(protocol_file(tmp_path, SIX + THIRD))
+    first, _ = comparisons(results(larger, {"ours": KEPT, "theirs": LOST}))
+    assert first.adjusted == pytest.approx(4 * first.difference.p)
+
+
+def test_only_seeds_that_both_methods_have_are_paired(protocol: Protocol):
+    found = comparisons(results(protocol, {"ours": KEPT[:4], "theirs": LOST}))
+    assert [each.difference.n for each in found] == [4, 4]
+
+
+def test_of_a_methods_settings_the_one_with_most_seeds_and_then_the_scale_nearest_to_1_counts(protocol: Protocol):
+    few, weak, strong = (Setting("ours", rate) for rate in (1e-3, 3e-3, 1e-2))
+    runs = [run_result(few, 0, gain=0.5, loss=0.1)]  # at scale 1, but one seed
+    runs += [run_result(weak, seed, gain=0.4, loss=0.1) for seed in (0, 1)]  # at scale 1.25
+    runs += [run_result(strong, seed, gain=1.0, loss=0.1) for seed in (0, 1)]  # at scale 0.5
+    made = dataclasses.replace(results(protocol, {"ours": KEPT}), settings=[few, strong, weak], runs=runs)
+    setting, places = made.at_gain("ours", 0.5)
+    assert setting == weak and places.keys() == {0, 1}
+    assert [place.scale for place in places.values()] == pytest.approx([1.25, 1.25])
+
+
+def test_a_measure_that_the_probe_lacks_is_named(protocol: Protocol):
+    made = results(protocol, {"ours": KEPT, "theirs": LOST})
+    for run in made.runs:
+        del run.end["kernel_distance"]
+    with pytest.raises(
+        ValueError, match=r"claims\.measures = 'kernel_distance': evaluation.probe cannot measure it; choose"
+    ):
+        comparisons(made)
+
+
+def test_the_page_says_why_a_method_is_not_compared(tmp_path: Path):
+    protocol = Protocol.read(protocol_file(tmp_path, SIX + THIRD))
+    made = results(protocol, {"ours": KEPT, "theirs": LOST})
+    weak = [run_result(Setting("theirs", 3e-3), seed, gain=0.3, loss=0.1) for seed in range(6)]
+
+    def page(names: list[str], weak_theirs: bool) -> str:
+        runs = [run for run in made.runs if run.setting.name in names] + (weak if weak_theirs else [])
+        return write_page(dataclasses.replace(made, runs=runs), tmp_path / "made-up.toml")[0].read_text()
+
+    text = page(["ours"], weak_theirs=True)
+    assert "because they do not gain 0.5 with a seed in common: theirs." in text
+    assert "because they have no results: third." in text
+    assert "- Nothing is compared, because `ours` has no results or" in page(["theirs"], weak_theirs=False)
 
 
 def test_the_page_says_what_the_results_are(tmp_path: Path, protocol: Protocol):

@@ -83,9 +83,21 @@ def test_a_missing_measurement_is_named_and_made_again(done: tuple[Protocol, Pat
     part.path.unlink()
     options = [str(folder.parent / "made-up.toml"), "--run", str(folder)]
     assert command.main([*options, "--page-only"]) == 0
-    assert "1 of 2 final runs have been measured" in (folder.parent / "made-up.md").read_text()
+    assert (
+        f"1 of 2 final runs have been measured; missing are {run.folder.name}."
+        in (folder.parent / "made-up.md").read_text()
+    )
     assert command.main([*options, "--only", run.folder.name]) == 0
     assert part.path.read_bytes() == before
+
+
+def test_results_of_another_protocol_are_refused(
+    done: tuple[Protocol, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    _, folder = done
+    changed = protocol_file(tmp_path, TOML.replace("passes = 88.0", "passes = 500.0"))
+    assert command.main([str(changed), "--run", str(folder), "--page-only"]) == 2
+    assert "has another configuration: updates" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -94,6 +106,8 @@ def test_a_missing_measurement_is_named_and_made_again(done: tuple[Protocol, Pat
         ('"flow.kind" = "none"', '"direct.k" = "2"', "residual-db does not use direct.k"),
         ('"flow.kind" = "none"', '"sampler.steps" = "2"', "sampler.steps must be the same for all methods"),
         ('"flow.kind" = "none"', '"seed" = "2"', "seed is set by the comparison"),
+        ('"flow.kind" = "none"', '"lora.rank" = "0"', "lora.rank = 0: a study scales the LoRA"),
+        ('"flow.kind" = "none"', '"optimizer.learning-rate" = "1"', "are set by methods.learning_rates"),
     ],
 )
 def test_settings_that_would_be_unfair_are_refused(

@@ -1,0 +1,39 @@
+"""Running a study's runs, without training."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fastnabla.study import running
+from fastnabla.study.plan import tuning_runs
+from fastnabla.study.protocol import Protocol
+from fastnabla.study.results import read_tuning
+from tests.study.made_up import protocol_file
+
+
+def test_a_run_that_ends_early_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    protocol = Protocol.read(protocol_file(tmp_path))
+    run = tuning_runs(protocol, tmp_path / "study")[0]
+    run.folder.mkdir(parents=True)
+    trained = []
+
+    def diverge(runs: list, console: Console, ended: object) -> int:
+        trained.extend(runs)
+        return 0
+
+    monkeypatch.setattr(running, "train_all", diverge)
+    assert not running.is_complete(run, protocol)
+    for _ in range(2):
+        assert running.run_one(run, protocol, Console(quiet=True)) == 0
+    assert trained == [run.planned]
+    assert running.is_complete(run, protocol)
+    assert read_tuning(protocol, tmp_path / "study") == {}
+
+
+def test_a_run_that_fails_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    protocol = Protocol.read(protocol_file(tmp_path))
+    run = tuning_runs(protocol, tmp_path / "study")[0]
+    monkeypatch.setattr(running, "train_all", lambda *_: 130)
+    assert running.run_one(run, protocol, Console(quiet=True)) == 130
+    assert not run.ended_early
