@@ -6,8 +6,9 @@ from typing import Any
 from fastnabla.comparison import page
 from fastnabla.comparison.plan import Plan
 from fastnabla.comparison.points import Point
+from fastnabla.comparison.sheet import Sheet
 from fastnabla.comparison.summary import matched
-from fastnabla.comparison.tables import Sheet, final_sheet, matched_sheet, target_sheets
+from fastnabla.comparison.tables import final_sheet, matched_sheet, target_sheets
 from fastnabla.cost.budget import update_passes
 from fastnabla.prompts import RunPrompts
 

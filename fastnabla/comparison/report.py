@@ -11,8 +11,9 @@ from fastnabla.comparison.document import document
 from fastnabla.comparison.figures import fronts, reward_curves
 from fastnabla.comparison.plan import Plan, PlannedRun
 from fastnabla.comparison.points import Point, read_points
+from fastnabla.comparison.sheet import Sheet
 from fastnabla.comparison.summary import common_rewards, matched
-from fastnabla.comparison.tables import Sheet, final_sheet, matched_sheet, target_sheets
+from fastnabla.comparison.tables import final_sheet, matched_sheet, target_sheets
 from fastnabla.cost.budget import update_passes
 from fastnabla.utils.durable import write_file
 

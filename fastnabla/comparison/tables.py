@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from fastnabla.comparison.points import Point
+from fastnabla.comparison.sheet import Sheet
 from fastnabla.comparison.summary import Mean, Spread, common_rewards, last, matched, pretrained
 from fastnabla.evaluation.report import DIVERGENCES
 from fastnabla.metrics.diversity import hue_entropy_ceiling
@@ -13,24 +14,6 @@ from fastnabla.metrics.diversity import hue_entropy_ceiling
 METRICS = ("reward", "pairwise_distance", "hue_entropy", "vendi", "prior_distance", "dark_grounds", "accuracy")
 """Metrics shown as columns, if available."""
 SPENT = ("updates", "passes", "transitions", "seconds")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sheet:
-    """A table of strings."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """The table in Markdown, below its title."""
-        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-        return f"{self.title}\n\n" + "".join("| " + " | ".join(map(_markdown_cell, line)) + " |\n" for line in lines)
-
-
-def _markdown_cell(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|")
 
 
 def final_sheet(points: Sequence[Point], samples: int) -> Sheet:

@@ -1,6 +1,7 @@
 """The picture of a study: each method's front, with seeds as points."""
 
 import io
+import itertools
 from statistics import fmean
 
 from matplotlib import colormaps
@@ -40,7 +41,7 @@ def fronts(results: Results) -> bytes:
 
 def _front(axis: Axes, results: Results, name: str) -> None:
     for number, method in enumerate(results.protocol.methods):
-        for style, setting in zip(LINES, results.settings_of(method.name), strict=False):
+        for style, setting in zip(itertools.cycle(LINES), results.settings_of(method.name), strict=False):
             look = {"color": COLOURS[number % len(COLOURS)]}
             x, y = _mean_path(results, setting, name)
             axis.plot(x, y, linewidth=1.2, linestyle=style, label=str(setting), alpha=0.8, **look)

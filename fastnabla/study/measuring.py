@@ -2,7 +2,7 @@
 
 The noise of a sample is given by the run's seed, its prompt and its number. So all methods, all scales of the LoRA and the
 pretrained model share the noise of a seed, and their differences are paired. Seeds have different noise, so the spread over
-seeds contains the error of finite samples, except that of the reference samples, which all seeds share.
+seeds contains the error of finite samples, also of those that stand for the prior.
 """
 
 import contextlib
@@ -36,7 +36,6 @@ MEASURED = "study"
 """Folder of the measured samples within a run folder."""
 NOISE, REFERENCE_NOISE = 2, 1
 """Numbers of the noise; 0 and 1 are those of `fastnabla.evaluate`."""
-REFERENCE_SEED = 0
 DIVERGENCE_FILE = "divergence.json"
 
 
@@ -98,10 +97,13 @@ def pretrained_part(part: Part, folder: Path) -> Part:
     return dataclasses.replace(part, path=folder / "pretrained" / f"{name}.safetensors", scale=0.0)
 
 
-def reference_part(protocol: Protocol, folder: Path) -> Part:
-    """The pretrained model's samples from other noise, which stand for the prior."""
-    path, count = folder / "pretrained" / "reference.safetensors", protocol.measurement.reference_samples
-    return Part(path=path, scale=0.0, samples=count, seed=REFERENCE_SEED, noise=REFERENCE_NOISE)
+def reference_part(run: StudyRun, protocol: Protocol, folder: Path) -> Part:
+    """The pretrained model's samples from other noise, which stand for the prior of a seed."""
+    path, count = (
+        folder / "pretrained" / f"reference-seed-{run.seed}.safetensors",
+        protocol.measurement.reference_samples,
+    )
+    return Part(path=path, scale=0.0, samples=count, seed=run.seed, noise=REFERENCE_NOISE)
 
 
 def own_parts(run: StudyRun, protocol: Protocol) -> list[Part]:
@@ -113,11 +115,12 @@ def own_parts(run: StudyRun, protocol: Protocol) -> list[Part]:
 
 def shared_parts(runs: Sequence[StudyRun], protocol: Protocol, folder: Path) -> list[Part]:
     """The pretrained model's samples that the measures of `runs` need."""
-    parts = [reference_part(protocol, folder)] if any(run.is_final for run in runs) else []
+    parts = []
     for run in runs:
         held_out = held_out_part(run, protocol) if run.is_final else None
         own = [end_part(run, protocol), *([] if held_out is None else [held_out])]
         parts += [pretrained_part(part, folder) for part in own]
+        parts += [reference_part(run, protocol, folder)] if run.is_final else []
     return list({part.path: part for part in parts}.values())
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastnabla.study.claims import Comparison, comparisons
 from fastnabla.study.figures import fronts
+from fastnabla.study.measures import MEASURES
 from fastnabla.study.protocol import Protocol
 from fastnabla.study.results import Results
 from fastnabla.study.statistics import LEVEL
@@ -30,23 +31,24 @@ def write_page(results: Results, protocol_file: Path) -> list[Path]:
         raise ValueError(f"no final run has been measured yet: {' '.join(results.remarks)}")
     page, picture = protocol_file.with_suffix(".md"), protocol_file.with_name(f"{protocol_file.stem}-fronts.png")
     write_file(picture, fronts(results))
-    write_file(page, "\n".join(_parts(results, protocol_file.name, picture.name)))
+    write_file(page, "\n".join(_parts(results, protocol_file, picture.name)))
     return [page, picture]
 
 
-def _parts(results: Results, protocol_file: str, picture: str) -> list[str]:
+def _parts(results: Results, protocol_file: Path, picture: str) -> list[str]:
     protocol, found = results.protocol, comparisons(results)
     claims = protocol.claims
     parts = [
         f"# {len(protocol.methods)} methods{', tuned alike' if _is_tuned(protocol) else ''}\n",
-        f"    python -m fastnabla.study docs/results/{protocol_file}\n",
-        "remakes this page, which is generated. [Comparing methods](../comparison.md) explains the steps.\n",
+        f"    python -m fastnabla.study {protocol_file.name if protocol_file.is_absolute() else protocol_file.as_posix()}\n",
+        "remakes this page, which is generated; docs/comparison.md explains the steps.\n",
         *(f"**{remark}**\n" for remark in results.remarks),
         "## Protocol\n",
         *(f"- {line}" for line in _protocol(protocol)),
         "",
         method_sheet(protocol).markdown(),
         f"## {claims.method} at equal reward\n",
+        *([f"{claims.note}\n"] if claims.note else []),
         *_verdicts(found, results),
         claim_sheet(found, results).markdown(),
         CLAIMS.format(level=LEVEL, samples=protocol.measurement.scale_samples),
@@ -101,7 +103,9 @@ def _verdicts(found: Sequence[Comparison], results: Results) -> list[str]:
         for each in found:
             if each.verdict == verdict:
                 of_measure.setdefault(each.measure, []).append(each.other)
-        lines += [f"- `{method}` is {words} {_list(names)} in {name}." for name, names in of_measure.items()]
+        lines += [
+            f"- `{method}` is {words} {_list(names)} in: {MEASURES[name].label}." for name, names in of_measure.items()
+        ]
     gain, reached = results.protocol.claims.gain, {each.other for each in found}
     if results.at_gain(method, gain) is None:
         return [

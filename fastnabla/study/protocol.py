@@ -105,6 +105,8 @@ class Claims:
     """Gain of the reward at which methods are compared, by scaling the LoRA."""
     measures: tuple[str, ...]
     """Measures that are compared, of `COMPARED`."""
+    note: str = ""
+    """What the page says about them, such as when they were decided."""
 
     def __post_init__(self) -> None:
         require(0 < self.gain < math.inf, "claims.gain", self.gain, "must be positive and finite.")

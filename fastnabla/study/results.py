@@ -26,6 +26,8 @@ from fastnabla.study.samples import Samples
 
 ALONE = ("reward", "hue_entropy", "accuracy")
 """Measures that need no samples of the prior."""
+NAMED = 8
+"""Largest number of missing runs that a remark names."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,15 +165,15 @@ def _missing(kind: str, planned: Sequence[StudyRun], measured: Sequence[StudyRun
     missing = [run.folder.name for run in planned if run not in measured and not run.ended_early]
     remarks = []
     if missing:
-        done = f"{len(measured)} of {len(planned)} {kind} runs have been measured"
-        remarks.append(f"Incomplete: {done}; missing are {', '.join(missing)}.")
+        named = f"; missing are {', '.join(missing)}" if len(missing) <= NAMED else ""
+        remarks.append(f"Incomplete: {len(measured)} of {len(planned)} {kind} runs have been measured{named}.")
     if early:
         remarks.append(f"Of the {kind} runs, these ended early and have no results: {', '.join(early)}.")
     return remarks
 
 
 def _read_run(run: StudyRun, protocol: Protocol, folder: Path) -> RunResult:
-    prior = reference_part(protocol, folder).read()
+    prior = reference_part(run, protocol, folder).read()
     part = end_part(run, protocol)
     end, before = part.read(), pretrained_part(part, folder).read()
     few = protocol.measurement.scale_samples

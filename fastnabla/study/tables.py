@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
-from fastnabla.comparison.tables import Sheet
+from fastnabla.comparison.sheet import Sheet
 from fastnabla.study.choice import Tuned, is_at_the_edge
 from fastnabla.study.claims import Comparison
 from fastnabla.study.measures import MEASURES

@@ -13,8 +13,9 @@ from fastnabla.comparison import figures, page
 from fastnabla.comparison.plan import Plan, make_plan
 from fastnabla.comparison.points import Point, seconds_by_update
 from fastnabla.comparison.settings import METHOD_SETTINGS, method_config, method_settings
+from fastnabla.comparison.sheet import Sheet
 from fastnabla.comparison.summary import Mean, Spread, changes, common_rewards, front, matched
-from fastnabla.comparison.tables import Sheet, final_sheet, matched_sheet
+from fastnabla.comparison.tables import final_sheet, matched_sheet
 from fastnabla.config.methods import METHODS, MethodName
 from fastnabla.config.presets import PRESETS
 from fastnabla.cost.budget import measured_passes, measured_rows, update_passes, updates_within

@@ -112,7 +112,7 @@ def test_the_page_says_what_the_results_are(tmp_path: Path, protocol: Protocol):
     text = page.read_text()
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert text.index("## Protocol") < text.index("## ours at equal reward") < text.index("## At the end of training")
-    assert "- `ours` is better than theirs in hue_entropy." in text
+    assert "- `ours` is better than theirs in: hue entropy, share of its ceiling." in text
     assert "| theirs | hue entropy, share of its ceiling | 6 | +0.157 |" in text
     assert f"![fronts]({picture.name})" in text
     assert all(

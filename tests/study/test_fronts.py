@@ -21,5 +21,16 @@ def test_a_gain_is_reached_up_to_the_largest_scale(gain: float, reached: bool):
 def test_the_first_crossing_counts_where_the_reward_falls_again():
     rewards = [(0.0, 0.0), (0.5, 1.0), (1.0, 0.2), (1.5, 2.0)]
     path = [Place(scale, {"reward": reward}) for scale, reward in rewards]
-    assert place_at(path, 0.6).scale == pytest.approx(0.3)
-    assert place_at(path, 1.5).scale == pytest.approx(1.0 + 0.5 * 1.3 / 1.8)
+    for gain, low, high in ((0.6, 0.0, 0.5), (1.5, 1.0, 1.5)):
+        place = place_at(path, gain)
+        assert low < place.scale < high
+        assert place.measures["reward"] == pytest.approx(gain)
+
+
+@pytest.mark.parametrize("gain", [0.2, 0.6, 0.9, 1.2])
+def test_a_quadratic_loss_is_interpolated_better_than_by_chords(gain: float):
+    path = [Place(scale, {"reward": scale, "loss": scale**2}) for scale in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)]
+    before = max(place.scale for place in path if place.scale < gain)
+    after = min(place.scale for place in path if place.scale >= gain)
+    chord = (gain - before) * (after - gain)  # the error of a chord of a square
+    assert abs(place_at(path, gain).measures["loss"] - gain**2) < 0.5 * chord
