@@ -10,16 +10,8 @@ from fastnabla.cost.budget import planned_decodes
 from fastnabla.study.choice import Tuned, chosen_settings, tuned
 from fastnabla.study.fronts import Place, place_at
 from fastnabla.study.measures import MEASURES, measures_of
-from fastnabla.study.measuring import (
-    end_part,
-    held_out_part,
-    is_measured,
-    pretrained_part,
-    read_divergence,
-    reference_part,
-    scale_parts,
-    shared_parts,
-)
+from fastnabla.study.measuring import is_measured, read_divergence
+from fastnabla.study.parts import end_part, held_out_part, pretrained_part, reference_part, scale_parts, shared_parts
 from fastnabla.study.plan import Setting, StudyRun, final_runs, tuning_runs
 from fastnabla.study.protocol import Protocol
 from fastnabla.study.samples import Samples

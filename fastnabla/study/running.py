@@ -11,7 +11,8 @@ from fastnabla.comparison.training import train_all, train_in_processes
 from fastnabla.study.choice import chosen_settings
 from fastnabla.study.claims import require_measured
 from fastnabla.study.measures import measures_of
-from fastnabla.study.measuring import end_part, is_measured, measure_pretrained, measure_run, pretrained_part
+from fastnabla.study.measuring import is_measured, measure_pretrained, measure_run
+from fastnabla.study.parts import end_part, pretrained_part
 from fastnabla.study.plan import ENDED_EARLY, Setting, StudyRun, final_runs, tuning_runs
 from fastnabla.study.protocol import Protocol
 from fastnabla.study.results import read_tuning

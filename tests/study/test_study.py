@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastnabla.study import __main__ as command
-from fastnabla.study.measuring import end_part, pretrained_part, scale_parts
+from fastnabla.study.parts import end_part, pretrained_part, scale_parts
 from fastnabla.study.plan import Setting, final_runs, tuning_runs
 from fastnabla.study.protocol import Protocol
 from fastnabla.study.results import read_results
