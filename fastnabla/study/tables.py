@@ -13,17 +13,7 @@ from fastnabla.study.protocol import Protocol
 from fastnabla.study.results import Results, RunResult
 from fastnabla.study.statistics import paired
 
-END = (
-    "hue_entropy",
-    "joint_entropy",
-    "kernel_distance",
-    "kernel_distance_pixels",
-    "frechet",
-    "frechet_within_prompts",
-    "pairwise_distance",
-    "accuracy",
-    "dark_grounds",
-)
+END = tuple(name for name in MEASURES if name != "reward")
 """Measures at the end of training, besides the reward."""
 
 
