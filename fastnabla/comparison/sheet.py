@@ -11,10 +11,13 @@ class Sheet:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    texts: int = 1
+    """Number of leading columns with text, which are aligned to the left; the others have numbers."""
 
     def markdown(self) -> str:
         """The table in Markdown, below its title."""
-        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        rule = ["---" if number < self.texts else "---:" for number in range(len(self.columns))]
+        lines = [self.columns, rule, *self.rows]
         return f"{self.title}\n\n" + "".join("| " + " | ".join(map(_markdown_cell, line)) + " |\n" for line in lines)
 
 

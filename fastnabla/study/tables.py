@@ -28,7 +28,7 @@ def method_sheet(protocol: Protocol) -> Sheet:
         ]
         for method in protocol.methods
     ]
-    return Sheet("The methods", ["method", "settings", "learning rates", "what it is"], rows)
+    return Sheet("The methods", ["method", "settings", "learning rates", "what it is"], rows, texts=4)
 
 
 def tuning_sheet(results: Results) -> Sheet:
@@ -61,7 +61,7 @@ def claim_sheet(found: Sequence[Comparison], results: Results) -> Sheet:
     ]
     title = f"{claims.method} against each other method where both have gained {claims.gain:g}"
     columns = ["against", "measure", "seeds", "difference", "95 % interval", "adjusted p", f"{claims.method} is"]
-    return Sheet(title, columns, rows)
+    return Sheet(title, columns, rows, texts=2)
 
 
 def gain_sheet(results: Results, gain: float) -> Sheet:
