@@ -138,11 +138,17 @@ def _is_edge(results: Results, setting: Setting) -> bool:
 
 def _cell(values: Sequence[float]) -> str:
     """The mean, followed by the lowest and the highest value."""
-    mean = f"{fmean(values):.3g}"
-    return mean if len(values) == 1 else f"{mean} [{min(values):.3g}, {max(values):.3g}]"
+    mean = _text(fmean(values))
+    return mean if len(values) == 1 else f"{mean} [{_text(min(values))}, {_text(max(values))}]"
 
 
 def _interval(differences: Sequence[float]) -> str:
     """The mean difference, followed by its interval."""
     found = paired(differences)
-    return f"{found.mean:+.3g}" if found.n == 1 else f"{found.mean:+.3g} [{found.low:+.3g}, {found.high:+.3g}]"
+    mean = _text(found.mean, "+")
+    return mean if found.n == 1 else f"{mean} [{_text(found.low, '+')}, {_text(found.high, '+')}]"
+
+
+def _text(value: float, sign: str = "") -> str:
+    """Three digits; what is 0 but for rounding is 0."""
+    return f"{value if abs(value) > 1e-12 else 0.0:{sign}.3g}"
