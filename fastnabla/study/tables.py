@@ -36,11 +36,12 @@ def tuning_sheet(results: Results) -> Sheet:
     rates = sorted({rate for method in results.protocol.methods for rate in method.learning_rates})
     rows = []
     for name, own in results.tuned.items():
-        cells = {each.setting: f"{each.gain:+.2f} / {-each.loss:+.3f}{_diverged(each)}" for each in own}
+        cells = {each.setting: f"{each.gain:+.2f} / {-each.loss:+.3f} ({each.seeds}){_diverged(each)}" for each in own}
         texts = {s: f"**{text}**" if s in results.settings else text for s, text in cells.items()}
         rows.append([name, *(texts.get(Setting(name, rate), "") for rate in rates)])
-    seeds = len(results.protocol.tuning.seeds)
-    title = f"Tuning: change of the reward / of hue entropy, means of {seeds} seeds; chosen learning rates in bold"
+    title = (
+        "Tuning: change of the reward / of hue entropy, means over seeds (their number); chosen learning rates in bold"
+    )
     return Sheet(title, ["method", *(f"{rate:g}" for rate in rates)], rows)
 
 
