@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from fastnabla.models.architectures import MIDSIZE, SD15, SDXL
+from fastnabla.models.architectures import MIDSIZE, SD15, SDXL_BASE
 from fastnabla.rewards.clip import VIT_L_14
 from fastnabla.testbed import pipeline_folder
 
@@ -66,7 +66,7 @@ MODELS: dict[str, Callable[[], Model]] = {
         vae=dict(AutoencoderKL.load_config(pipeline_folder(), subfolder="vae")),
         **{"pixels": 32, "reward_pixels": 32, "tokens": 16, "transitions": 320, "micro_batch": 64},
     ),
-    "midsize": lambda: Model(unet=MIDSIZE.unet, vae=MIDSIZE.vae, pixels=256, transitions=12, micro_batch=2),
-    "sd15": lambda: Model(unet=SD15.unet, vae=SD15.vae, pixels=512, **SD15_SETTINGS),
-    "sdxl": lambda: Model(unet=SDXL.unet, vae=SDXL.vae, pixels=1024, transitions=12, micro_batch=2),
+    "midsize": lambda: Model(unet=MIDSIZE.network, vae=MIDSIZE.vae, pixels=256, transitions=12, micro_batch=2),
+    "sd15": lambda: Model(unet=SD15.network, vae=SD15.vae, pixels=512, **SD15_SETTINGS),
+    "sdxl": lambda: Model(unet=SDXL_BASE.network, vae=SDXL_BASE.vae, pixels=1024, transitions=12, micro_batch=2),
 }

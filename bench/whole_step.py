@@ -153,7 +153,7 @@ class Bench:
 
 def rates(row: Row, costs: UnitCosts, ceiling: float | None) -> Row:
     """The row's TFLOP/s, and their fraction of `ceiling`."""
-    flops = row["U"] * costs.unet_flops + row["decodes"] * costs.decode_flops + row["flow calls"] * costs.flow_flops
+    flops = row["U"] * costs.network_flops + row["decodes"] * costs.decode_flops + row["flow calls"] * costs.flow_flops
     rate = flops * row["transitions/s"] / 1e12
     return {"TFLOP/s": rate, "of matmul": rate / ceiling if ceiling else None}
 

@@ -21,9 +21,10 @@ from fastnabla.cost.unit_costs import UnitCosts
 from fastnabla.methods.nabla_db import BalanceStep
 from fastnabla.models.conditions import Conditions
 from fastnabla.models.decoder import Decoder
+from fastnabla.models.description import Description
+from fastnabla.models.families import SD, SDXL
 from fastnabla.models.flow import UNetFlow
 from fastnabla.models.lora import LoraLinear
-from fastnabla.models.model_config import is_xl, pooled_width
 from fastnabla.models.policy import Policy
 from fastnabla.models.random_init import default_dtype
 from fastnabla.objective.gaussian import full
@@ -118,6 +119,7 @@ class Workload:
         size = pixels // 2 ** (len(model.vae["block_out_channels"]) - 1)
         self.shape = (4, size, size)
         self.text = model.unet["cross_attention_dim"]
+        self.family = SDXL if model.unet.get("addition_embed_type") == "text_time" else SD
         self.generator = torch.Generator(device).manual_seed(0)
         torch.manual_seed(0)
         self.unet, self.vae, self.flow = self._networks(device)
@@ -140,16 +142,20 @@ class Workload:
             return unet, vae, UNetFlow(4, self.text, self.model.flow)
 
     def _conditions(self) -> Conditions:
-        text = self._noise(1 + PROMPTS, self.model.tokens, self.text).to(self.dtype)
-        if not is_xl(self.unet.config):
-            return Conditions(text)
-        pooled = self._noise(1 + PROMPTS, pooled_width(self.unet.config)).to(self.dtype)
-        sizes = (self.pixels, self.pixels, 0, 0, self.pixels, self.pixels)
-        return Conditions(text, pooled, torch.tensor(sizes, device=self.device).to(self.dtype))
+        embeddings = {
+            name: self._noise(1 + PROMPTS, *shape).to(self.dtype)
+            for name, shape in self._description(self.unet).embedding_shapes.items()
+        }
+        return Conditions(**embeddings, shared=self.family.size_input((self.pixels, self.pixels), self.dtype))
+
+    def _description(self, unet: nn.Module) -> Description:
+        lengths = dict.fromkeys(self.family.text_lengths, self.model.tokens)
+        return Description(family=self.family, network=unet.config, vae=self.model.vae, lengths=lengths)
 
     def costs(self) -> UnitCosts:
         """Costs of the networks' passes."""
-        return UnitCosts(Shapes(*self._networks("meta"), self.dtype, self.shape), guided=True)
+        unet, vae, flow = self._networks("meta")
+        return UnitCosts(Shapes(unet, vae, flow, self.dtype, self._description(unet), self.shape), guided=True)
 
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device).to(self.master)
@@ -180,7 +186,7 @@ class Workload:
         """The policy of `variant`; variants with the same settings share it."""
         key = (variant.lora, variant.channels_last, variant.compile, variant.attention == "xformers")
         if key not in self.policies:
-            policy = Policy(copy.deepcopy(self.unet), self.conditions, guidance_scale=5.0)
+            policy = Policy(copy.deepcopy(self.unet), self.conditions, guidance_scale=5.0, family=self.family)
             generator = torch.Generator(self.device).manual_seed(1)
             for parameter in policy.trainable():
                 values = torch.randn(parameter.shape, generator=generator, device=self.device) * 0.02

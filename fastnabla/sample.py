@@ -61,8 +61,8 @@ def sample_run(config: SampleConfig) -> Path:
     import torch
 
     from fastnabla.config.train import load_run
-    from fastnabla.models.image_size import image_size
-    from fastnabla.models.pipeline import pipeline_of
+    from fastnabla.models.image_size import image_size, latent_shape
+    from fastnabla.models.pipeline import description_of, pipeline_of
     from fastnabla.models.sampler import NoiseFloor, use_sampler
     from fastnabla.models.saved_policy import load_policy, require_policy
     from fastnabla.prompts.loading import checked_prompt
@@ -84,8 +84,10 @@ def sample_run(config: SampleConfig) -> Path:
     require_policy(weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = pipeline_of(run.model).to(device)
-    table = use_sampler(pipeline, run.sampler)
-    height, width = image_size(run.model, pipeline.unet.config, pipeline.vae.config)
+    description = description_of(pipeline)
+    height, width = image_size(run.model, description)
+    tokens = description.family.tokens(description.network, *latent_shape(run.model, description)[1:])
+    table = use_sampler(pipeline, run.sampler, tokens)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
 
     def images() -> torch.Tensor:

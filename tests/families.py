@@ -1,10 +1,11 @@
-"""Tiny pipelines of every Stable Diffusion family, with random weights."""
+"""Tiny pipelines of every family, with random weights."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
-from fastnabla.models.architectures import SD15, SD21, SDXL, Architecture, Sizes
+from fastnabla.models.architectures import SD15, SD21, SDXL_BASE, Architecture, Sizes
 from fastnabla.models.random_init import random_pipeline
 
 VAE = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 16}
@@ -19,7 +20,8 @@ def _tiny(full: Architecture, unet: Sizes, widths: tuple[int, ...]) -> Architect
         for sizes, width in zip(full.text_encoders, widths, strict=True)
     ]  # fmt: skip
     vae = VAE | {name: size for name, size in full.vae.items() if name == "scaling_factor"}
-    return Architecture(unet=full.unet | small | unet, vae=vae, text_encoders=tuple(texts), scheduler=full.scheduler)
+    network = full.network | small | unet
+    return dataclasses.replace(full, network=network, vae=vae, text_encoders=tuple(texts))
 
 
 _TWO_LEVELS = {
@@ -32,7 +34,7 @@ TINY = {
     "sd15": _tiny(SD15, _TWO_LEVELS, (16,)),
     "sd21": _tiny(SD21, _TWO_LEVELS | {"attention_head_dim": (2, 4)}, (16,)),
     "sdxl": _tiny(
-        SDXL,
+        SDXL_BASE,
         {
             "block_out_channels": (8, 16),
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),

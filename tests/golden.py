@@ -114,7 +114,7 @@ class GoldenStep:
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients under the golden names."""
-        lora = {f"grad.lora.{n}": p.grad for n, p in self.policy.unet.named_parameters() if p.requires_grad}
+        lora = {f"grad.lora.{n}": p.grad for n, p in self.policy.network.named_parameters() if p.requires_grad}
         lora = {name.replace(f".{ADAPTER}.", ".pf."): gradient for name, gradient in lora.items()}
         flow = {f"grad.flow.{n}": p.grad for n, p in self.flow.unet.named_parameters()} if self.flow else {}
         return lora | flow

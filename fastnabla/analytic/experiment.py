@@ -94,7 +94,7 @@ class Experiment:
             self.flow = PerceptronFlow(*arguments) if training.has_flow else None
         if config.exact_flow:
             target = self.target if config.min_sigma is None else ideal.before_noise(self.reference, self.target)
-            self.flow = ExactFlow(ideal, target, alphas, self.policy.unet, self.method_reward, config.objective)
+            self.flow = ExactFlow(ideal, target, alphas, self.policy.network, self.method_reward, config.objective)
         self.decoder = IdentityDecoder()
         networks = Networks(
             policy=self.policy,

@@ -118,7 +118,7 @@ def run(config: AnalyticConfig, folder: Path, console: Console) -> list[dict[str
 def exact_rows(experiment: Experiment) -> dict[str, dict[str, float]]:
     """Measures of the pretrained model, of the target's exact score in the same sampler, and of exact draws."""
     pretrained = measure(experiment, experiment.evaluation_samples())
-    experiment.policy.unet = ExactScoreNetwork(experiment.target, alpha_bars(experiment.config.schedule))
+    experiment.policy.network = ExactScoreNetwork(experiment.target, alpha_bars(experiment.config.schedule))
     score = measure(experiment, experiment.evaluation_samples())
     target = experiment.target
     draws = floors(target, experiment.config.samples) | {

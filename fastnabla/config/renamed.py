@@ -28,6 +28,7 @@ RENAMED: dict[str, Renamed] = {
     "objective.strength": Renamed("objective.prior_weight"),
     "objective.reverse": Renamed("objective.reverse_weight"),
     "objective.trust_region": Renamed("objective.trust_region_weight"),
+    "memory.checkpoint_unet": Renamed("memory.checkpoint_network"),
     "reward.tf32": Renamed("reward.precision", {True: "tf32", False: "float32"}),
 }
 """Old name → new one."""

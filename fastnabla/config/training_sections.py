@@ -123,7 +123,7 @@ class MemoryConfig:
     checkpoint_decoder: bool | None = None
     """Recompute the decoder's blocks in the backward pass instead of storing their activations. Lowers the peak by a
     quarter for a fifth more arithmetic. A smaller `decode_chunk` saves more at no cost, so lower that to 1 first."""
-    checkpoint_unet: bool | None = None
+    checkpoint_network: bool | None = None
     """Recompute the UNet's blocks in the backward passes instead of storing their activations. Each backward pass then
     costs an additional forward pass."""
     buffer: Literal["device", "pinned"] = "device"

@@ -53,7 +53,7 @@ class MemoryPlan:
     micro_batch: int
     decode_chunk: int
     checkpoint_decoder: bool
-    checkpoint_unet: bool
+    checkpoint_network: bool
     budget: int
     fixed: dict[str, int]
     """Bytes that do not depend on the settings."""
@@ -69,7 +69,7 @@ class MemoryPlan:
 
     def settings(self, memory: MemoryConfig) -> MemoryConfig:
         """`memory` with unset fields filled in from the plan."""
-        planned = ("micro_batch", "decode_chunk", "checkpoint_decoder", "checkpoint_unet")
+        planned = ("micro_batch", "decode_chunk", "checkpoint_decoder", "checkpoint_network")
         return dataclasses.replace(memory, **{name: getattr(self, name) for name in planned})
 
     def table(self) -> Table:
@@ -82,7 +82,7 @@ class MemoryPlan:
         if self.host:
             table.add_row("trajectory buffer, in host memory", f"{self.host / 1e9:.2f}")
         table.add_row("peak, in the larger phase of the step", f"{self.total / 1e9:.2f}", style="bold")
-        for name in ("micro_batch", "decode_chunk", "checkpoint_decoder", "checkpoint_unet"):
+        for name in ("micro_batch", "decode_chunk", "checkpoint_decoder", "checkpoint_network"):
             table.add_row(f"memory.{name}", str(getattr(self, name)))
         return table
 
@@ -126,14 +126,14 @@ def plan_memory(
     step = STEPS[config.method]
     alive, most = step.graphs(config), min(MAX_MICRO_BATCH, *map(math.ceil, step.cost(config).rows.values()))
     options = [
-        (unet, decoder)
-        for unet in _open(memory.checkpoint_unet, (False, True))
+        (network, decoder)
+        for network in _open(memory.checkpoint_network, (False, True))
         for decoder in _open(memory.checkpoint_decoder, (False, True))
     ]
     for enough in ENOUGH:
-        for checkpoint_unet, checkpoint_decoder in options:
+        for checkpoint_network, checkpoint_decoder in options:
             for chunk in _open(memory.decode_chunk, (4, 2, 1)):
-                settings = (chunk, checkpoint_unet, checkpoint_decoder, rewards.image)
+                settings = (chunk, checkpoint_network, checkpoint_decoder, rewards.image)
                 sizes = range(min(enough, most), most + 1) if memory.micro_batch is None else (memory.micro_batch,)
                 fitting = [size for size in sizes if max(_step(costs, alive * size, *settings).values()) <= room]
                 if fitting and (size := fitting[-1]) >= min(enough, most):
@@ -141,7 +141,7 @@ def plan_memory(
                         micro_batch=size,
                         decode_chunk=chunk,
                         checkpoint_decoder=checkpoint_decoder,
-                        checkpoint_unet=checkpoint_unet,
+                        checkpoint_network=checkpoint_network,
                         budget=budget,
                         fixed=fixed,
                         step=_step(costs, alive * size, *settings),
@@ -183,7 +183,7 @@ def planned(
     if config.vram is None and memory.micro_batch is not None and memory.decode_chunk is not None:
         closed = {
             "checkpoint_decoder": bool(memory.checkpoint_decoder),
-            "checkpoint_unet": bool(memory.checkpoint_unet),
+            "checkpoint_network": bool(memory.checkpoint_network),
         }
         return dataclasses.replace(config, memory=dataclasses.replace(memory, **closed)), None
     shared = processes if device.type == "cpu" else 1
@@ -197,8 +197,9 @@ def planned(
 def unit_costs(config: TrainConfig) -> UnitCosts:
     """Costs of the networks of `config`."""
     shapes = shapes_of(config)
-    distilled = shapes.unet.config.time_cond_proj_dim is not None  # guidance is an input; see `Policy`
-    return UnitCosts(shapes, guided=config.sampler.guidance_scale != 1 and not distilled)
+    scale, family = config.sampler.guidance_scale, shapes.description.family
+    is_input = bool(family.guidance_input(shapes.network, scale))
+    return UnitCosts(shapes, guided=scale != 1 and not is_input)
 
 
 def buffer_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: int) -> int:
@@ -225,18 +226,18 @@ def _open(value: bool | int | None, choices: tuple) -> tuple:
 def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device, ranks: int) -> dict[str, int]:
     shapes, sharded = costs.shapes, config.is_sharded(ranks)
     parts = ranks if sharded else 1
-    unet, flow = ([p.numel() for p in _trained(network)] for network in (shapes.unet, shapes.flow))
-    in_dtype = sum(p.numel() for p in shapes.unet.parameters()) * shapes.dtype.itemsize
+    network, flow = ([p.numel() for p in _trained(each)] for each in (shapes.network, shapes.flow))
+    in_dtype = sum(p.numel() for p in shapes.network.parameters()) * shapes.dtype.itemsize
     frozen_copy = 0 if config.lora.rank else in_dtype
     gathered = 2 * in_dtype if sharded else 0  # both networks are whole during a step
     rest = _nbytes(shapes.vae) + _nbytes(shapes.flow)
-    state = expected_state_bytes(config.optimizer.name, unet) // parts
+    state = expected_state_bytes(config.optimizer.name, network) // parts
     stored = config.rollout.trajectories * (1 + config.rollout.replay)
     return {
-        "networks": (_nbytes(shapes.unet) + frozen_copy) // parts + gathered + rest,
-        "gradients": 4 * (sum(unet) // parts + sum(flow)) + 4 * sum(unet) * STEPS[config.method].sums_gradients,
+        "networks": (_nbytes(shapes.network) + frozen_copy) // parts + gathered + rest,
+        "gradients": 4 * (sum(network) // parts + sum(flow)) + 4 * sum(network) * STEPS[config.method].sums_gradients,
         f"state of {config.optimizer.name}": state + expected_state_bytes(config.optimizer.name, flow),
-        "average of the weights": 4 * sum(unet) // parts if config.optimizer.ema else 0,
+        "average of the weights": 4 * sum(network) // parts if config.optimizer.ema else 0,
         "average of the flow": 4 * sum(flow) if config.follows_reference and config.flow.average else 0,
         "trajectory buffer": 0 if _is_pinned(config, device) else _stored_bytes(config, costs),
         "reference network's outputs": cache_bytes(config, torch.Size(shapes.sample_shape), stored),
@@ -260,17 +261,17 @@ def _trained(network: nn.Module | None) -> list[nn.Parameter]:
 
 
 def _step(
-    costs: UnitCosts, micro_batch: int, chunk: int, checkpoint_unet: bool, checkpoint_decoder: bool, reward: int = 0
+    costs: UnitCosts, micro_batch: int, chunk: int, checkpoint_network: bool, checkpoint_decoder: bool, reward: int = 0
 ) -> dict[str, int]:
     """While a chunk is decoded and rewarded, the UNet's graph is alive. During the backward passes, so are g_φ's graph over
     both states and the new gradients."""
     decode = min(chunk, micro_batch) * (costs.decode_bytes(checkpoint_decoder) + reward)
 
     def kept(size: int) -> int:
-        return costs.unet_bytes(checkpoint_unet, size).kept
+        return costs.network_bytes(checkpoint_network, size).kept
 
     def peak(size: int) -> int:
-        return costs.unet_bytes(checkpoint_unet, size).peak + costs.flow_bytes(2 * size).peak
+        return costs.network_bytes(checkpoint_network, size).peak + costs.flow_bytes(2 * size).peak
 
     return {
         "step, while decoding": _interpolated(micro_batch, kept) + decode,

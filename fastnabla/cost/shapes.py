@@ -5,30 +5,29 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastnabla.config.train import TrainConfig
-from fastnabla.models.fitting import checked_configurations
+from fastnabla.models.description import Description, loading
+from fastnabla.models.fitting import checked_description
 from fastnabla.models.flow import build_flow
 from fastnabla.models.image_size import latent_shape, vae_factor
 from fastnabla.models.lora import add_lora
-from fastnabla.models.model_config import loading, text_width, vae_dtype
-
-TEXT_LENGTH = 77
-"""Tokens of a prompt for Stable Diffusion's text encoders."""
+from fastnabla.utils.require import require
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shapes:
     """Networks on the meta device, in their compute dtype; the LoRA and g_φ are float32."""
 
-    unet: UNet2DConditionModel
-    """With its LoRA, or with all parameters trainable and float32."""
+    network: nn.Module
+    """The finetuned one, with its LoRA, or with all parameters trainable and float32."""
     vae: AutoencoderKL
     flow: nn.Module | None
     dtype: torch.dtype
+    description: Description
     sample_shape: tuple[int, int, int]
     """(C, H, W) of the latents."""
 
@@ -45,20 +44,24 @@ def shapes_of(config: TrainConfig) -> Shapes:
     Raises:
         ValueError: the files cannot be read, or the pipeline's parts do not fit each other.
     """
-    dtype = getattr(torch, config.model.dtype)
-    unet_config, vae_config = checked_configurations(config.model)
+    dtype, description = getattr(torch, config.model.dtype), checked_description(config.model)
+    family = description.family
     with torch.device("meta"):
         with loading(config.model):
-            unet = UNet2DConditionModel.from_config(unet_config).to(dtype).requires_grad_(False)
-            vae = AutoencoderKL.from_config(vae_config).requires_grad_(False)
-        vae.to(vae_dtype(config.model, unet.config, vae.config))
-        kind = config.flow.kind if config.has_flow else "none"
-        flow = build_flow(kind, unet.config.in_channels, text_width(unet.config), seed=0)
+            network = family.network_class.from_config(description.network).to(dtype).requires_grad_(False)
+            vae = AutoencoderKL.from_config(description.vae).requires_grad_(False)
+        description = dataclasses.replace(description, network=network.config, vae=vae.config)
+        guidance_scale = config.sampler.guidance_scale
+        problem = family.guidance_problem(network.config, guidance_scale)
+        require(problem is None, "sampler.guidance_scale", guidance_scale, str(problem))
+        vae.to(description.vae_dtype(config.model))
+        kind, width = config.flow.kind if config.has_flow else "none", description.embedding_shapes["text"][-1]
+        flow = build_flow(kind, family.channels(network.config), width, seed=0)
     if config.lora.rank:
-        add_lora(unet, config.lora.rank, config.lora.targets)
+        add_lora(network, config.lora.rank, config.lora.targets)
     else:
-        unet.float().requires_grad_()
-    return Shapes(unet, vae, flow, dtype, latent_shape(config.model, unet.config, vae.config))
+        network.float().requires_grad_()
+    return Shapes(network, vae, flow, dtype, description, latent_shape(config.model, description))
 
 
 @contextlib.contextmanager

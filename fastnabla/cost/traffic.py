@@ -30,14 +30,16 @@ def update_traffic(config: TrainConfig, costs: UnitCosts, cost: StepCost) -> dic
     trajectories = rollout.trajectories // rollout.updates
     micro_batch = min(memory.micro_batch, max(map(math.ceil, cost.rows.values())))
     chunk, batch = min(memory.decode_chunk, micro_batch), min(rollout.batch, trajectories)
-    unet, decoder = costs.unet_traffic(micro_batch), costs.decode_traffic(chunk)
+    network, decoder = costs.network_traffic(micro_batch), costs.decode_traffic(chunk)
     weights, shape = sum(costs.trained_sizes), torch.Size(costs.shapes.sample_shape)
-    step = cost.total(cost.passes) / micro_batch * _both(unet) / 2 + cost.total(cost.decodes) / chunk * _both(decoder)
+    step = cost.total(cost.passes) / micro_batch * _both(network) / 2 + cost.total(cost.decodes) / chunk * _both(
+        decoder
+    )
     # Each row passes the flow network forward, and backward at twice the cost.
     step += cost.flow_passes / 3 / micro_batch * _both(costs.flow_traffic(micro_batch))
     sampled = stored = 0
     if METHODS[config.method].stores:
-        sampled = trajectories * config.sampler.steps / batch * costs.unet_traffic(batch).forward
+        sampled = trajectories * config.sampler.steps / batch * costs.network_traffic(batch).forward
         sampled += trajectories / chunk * decoder.forward
         sampled /= rollout.epochs
         # The rollout stores the states and outputs. A gather reads and writes x, x' and the output of each transition.

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastnabla.cost.shapes import TEXT_LENGTH, Shapes, fake_weights
+from fastnabla.cost.shapes import Shapes, fake_weights
 from fastnabla.models.decoder import Decoder, decode_bytes
-from fastnabla.models.model_config import is_xl, pooled_width, text_width
 from fastnabla.utils.tensor_bytes import LiveBytes, MovedBytes
 
 
@@ -50,14 +49,14 @@ class UnitCosts:
     @property
     def trained_sizes(self) -> list[int]:
         """Number of elements of each trained tensor."""
-        networks = [network for network in (self.shapes.unet, self.shapes.flow) if network is not None]
+        networks = [network for network in (self.shapes.network, self.shapes.flow) if network is not None]
         return [p.numel() for network in networks for p in network.parameters() if p.requires_grad]
 
     @functools.cached_property
-    def unet_flops(self) -> int:
+    def network_flops(self) -> int:
         """FLOP of one forward pass of the UNet, the unit U. A backward pass to the input or to a LoRA costs the same to
         within 3%."""
-        return _flops(lambda: self._unet("meta"))
+        return _flops(lambda: self._network("meta"))
 
     @functools.cached_property
     def decode_flops(self) -> int:
@@ -76,20 +75,20 @@ class UnitCosts:
         return _flops(lambda: self._flow("meta")) if self.shapes.flow is not None else 0
 
     @functools.cache  # noqa: B019 (the instance lives as long as the plan)
-    def unet_bytes(self, checkpoint: bool, transitions: int = 1) -> PassBytes:
+    def network_bytes(self, checkpoint: bool, transitions: int = 1) -> PassBytes:
         """A forward pass of the policy, with backward passes to its input and its parameters.
 
         Args:
             checkpoint: whether blocks are recomputed.
             transitions: number of transitions in the pass.
         """
-        unet = self.shapes.unet
-        unet.enable_gradient_checkpointing() if checkpoint else unet.disable_gradient_checkpointing()
+        network = self.shapes.network
+        network.enable_gradient_checkpointing() if checkpoint else network.disable_gradient_checkpointing()
         try:
-            with fake_weights(unet):
-                return _pass_bytes(lambda: self._unet("cpu", transitions), unet)
+            with fake_weights(network):
+                return _pass_bytes(lambda: self._network("cpu", transitions), network)
         finally:
-            unet.disable_gradient_checkpointing()
+            network.disable_gradient_checkpointing()
 
     @functools.cache  # noqa: B019
     def flow_bytes(self, rows: int = 1) -> PassBytes:
@@ -106,10 +105,10 @@ class UnitCosts:
         return decode_bytes(self.shapes.vae, self.shapes.sample_shape, self.shapes.vae.dtype, checkpoint)
 
     @functools.cache  # noqa: B019
-    def unet_traffic(self, transitions: int) -> PassTraffic:
+    def network_traffic(self, transitions: int) -> PassTraffic:
         """A forward pass of the UNet over `transitions` and a backward pass to its input, without recomputation."""
-        with fake_weights(self.shapes.unet):
-            return _traffic(lambda: self._unet("cpu", transitions), [])
+        with fake_weights(self.shapes.network):
+            return _traffic(lambda: self._network("cpu", transitions), [])
 
     @functools.cache  # noqa: B019
     def decode_traffic(self, images: int) -> PassTraffic:
@@ -132,25 +131,21 @@ class UnitCosts:
         with fake_weights(flow), torch.autocast("cpu", torch.bfloat16, enabled=self.shapes.dtype != torch.float32):
             return _traffic(lambda: self._flow("cpu", rows), list(flow.parameters()))
 
-    def _unet(self, device: str, transitions: int = 1) -> tuple[Tensor, Tensor]:
+    def _network(self, device: str, transitions: int = 1) -> tuple[Tensor, Tensor]:
         rows = transitions * (2 if self.guided else 1)
-        unet, dtype = self.shapes.unet, self.shapes.dtype
+        network, dtype, family = self.shapes.network, self.shapes.dtype, self.shapes.description.family
         x = torch.empty(rows, *self.shapes.sample_shape, device=device, dtype=dtype, requires_grad=True)
-        text = torch.empty(rows, TEXT_LENGTH, text_width(unet.config), device=device, dtype=dtype)
-        timestep = torch.empty(rows, device=device)
-        added = None
-        if is_xl(unet.config):
-            pooled, time_ids = (
-                torch.empty(rows, width, device=device, dtype=unet.dtype) for width in (pooled_width(unet.config), 6)
-            )
-            added = {"text_embeds": pooled, "time_ids": time_ids}
-        with torch.autocast("cpu", dtype, enabled=device == "cpu" and unet.dtype != dtype):
-            arguments = {"encoder_hidden_states": text.to(unet.dtype), "added_cond_kwargs": added}
-            return x, unet(x.to(unet.dtype), timestep, **arguments, return_dict=False)[0]
+        shared = family.size_input(self.shapes.image_size, dtype) | family.guidance_input(network, None)
+        shapes = self.shapes.description.embedding_shapes | {name: value.shape for name, value in shared.items()}
+        conditions = {
+            name: torch.empty(rows, *shape, device=device, dtype=network.dtype) for name, shape in shapes.items()
+        }
+        with torch.autocast("cpu", dtype, enabled=device == "cpu" and network.dtype != dtype):
+            return x, family.call(network, x.to(network.dtype), torch.empty(rows, device=device), conditions)
 
     def _flow(self, device: str, rows: int = 1) -> tuple[Tensor, Tensor]:
         x = torch.empty(rows, *self.shapes.sample_shape, device=device)
-        text = torch.empty(rows, TEXT_LENGTH, text_width(self.shapes.unet.config), device=device)
+        text = torch.empty(rows, *self.shapes.description.embedding_shapes["text"], device=device)
         return x, self.shapes.flow(x, torch.empty(rows, device=device), text)
 
 

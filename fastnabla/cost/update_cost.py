@@ -61,8 +61,8 @@ def update_cost(config: TrainConfig, costs: UnitCosts) -> UpdateCost:
     return UpdateCost(
         step=step,
         rollout_passes=rollout,
-        rollout_flops=rollout * costs.unet_flops + rollout_decodes(config) * costs.decode_flops,
-        step_flops=step.total(step.passes) * costs.unet_flops
+        rollout_flops=rollout * costs.network_flops + rollout_decodes(config) * costs.decode_flops,
+        step_flops=step.total(step.passes) * costs.network_flops
         + step.total(step.decodes) * costs.decode_flops
         + step.flow_passes * costs.flow_flops,
         state_bytes=expected_state_bytes(config.optimizer.name, costs.trained_sizes),
@@ -98,7 +98,7 @@ def measured_rate(policy: Policy, costs: UnitCosts, rows: int) -> float | None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return rows * costs.unet_flops / statistics.median(seconds[1:] or seconds)
+    return rows * costs.network_flops / statistics.median(seconds[1:] or seconds)
 
 
 def cost_table(cost: UpdateCost, plan: MemoryPlan | None, rate: float | None) -> Table:

@@ -56,7 +56,11 @@ def first_not_finite(
         return with_gradient
 
     hooks: list[torch.utils.hooks.RemovableHandle] = []
-    networks = {"UNet": policy.unet, "pretrained UNet": policy.pretrained, "flow network": flow}
+    networks = {
+        policy.family.network: policy.network,
+        f"pretrained {policy.family.network}": policy.pretrained,
+        "flow network": flow,
+    }
     for network, module in networks.items():
         for name, part in module.named_modules() if module is not None else ():
             hook(part, f"output of {name or 'all'} of the {network}")

@@ -98,7 +98,7 @@ class BalanceStep(Accumulation):
         if objective.reverse_second_order and not policy.twice_differentiable:
             raise ValueError(
                 "objective.reverse_second_order = True: networks that are compiled, checkpointed or use xformers' attention "
-                "have no second derivatives; set --compute.compile none --memory.checkpoint-unet False --compute.attention sdpa."
+                "have no second derivatives; set --compute.compile none --memory.checkpoint-network False --compute.attention sdpa."
             )
 
     def __call__(self, transitions: Transitions | LazyTransitions, total: int | None = None) -> StepReport:
@@ -136,12 +136,12 @@ class BalanceStep(Accumulation):
         rows = self.table.rows(batch.step_index, batch.x)
         x, states = batch.x.detach().requires_grad_(), (batch.x, batch.x_next, rows)
         with_reverse = not part.last and self.flow is not None and objective.reverse_weight > 0
-        through_unet = objective.reward_gradient == "lookahead"
+        through_network = objective.reward_gradient == "lookahead"
 
         # Reward scores ∇r(x'). They come first, while no other graph is alive; only the scores are kept.
         look_ahead = terminal is None and not part.last
         if look_ahead:  # the other scores come from the policy's pass at x
-            unshared = unshared_scores(policy, self._pixel_gradient, part, batch, self.table, through_unet)
+            unshared = unshared_scores(policy, self._pixel_gradient, part, batch, self.table, through_network)
         elif terminal is None:
             reward = RewardScores(at_next=self._pixel_gradient(batch.x_next, prompts.tolist()))
         else:
@@ -156,7 +156,7 @@ class BalanceStep(Accumulation):
         if look_ahead:
             here = (rows, x, output, unshared)
             reward = predicted_scores(
-                policy, self._pixel_gradient, part, *here, through_unet=through_unet, at_current=with_reverse
+                policy, self._pixel_gradient, part, *here, through_network=through_network, at_current=with_reverse
             )
 
         # Forward residual, s_θ − λ s_ref − g(x') − βγ∇r(x'), with the terminal term and the trust region.
@@ -167,7 +167,7 @@ class BalanceStep(Accumulation):
         reverse = None
         if with_reverse:
             # Reverse residual, λ (s̄_θ − s̄_ref) + g(x) + βγ∇r(x).
-            vjp = self._vjp(x, output, states, reward.at_prediction if through_unet else None)
+            vjp = self._vjp(x, output, states, reward.at_prediction if through_network else None)
             ops = second_order if objective.reverse_second_order else self.ops
             scores = (reward.at_current, reward.at_prediction, (output, output_ref))
             reverse = objective.reverse_weight * ops.reverse_balance(vjp, vjp_ref, rows, flow, *scores, **settings)

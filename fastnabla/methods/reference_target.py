@@ -107,25 +107,27 @@ class ReferenceTargetStep(BalanceStep):
     ) -> tuple[Tensor, Tensor, RewardScores]:
         """o_ref as a pair, the vector-Jacobian product of `reference_cotangent` `[n, …]`, and the reward scores."""
         policy, pixel_gradient = self.policy, self._pixel_gradient
-        through_unet = self.objective.reward_gradient == "lookahead"
+        through_network = self.objective.reward_gradient == "lookahead"
         if terminal is not None:
             score = torch.stack([terminal[slot] for slot in part.selection.trajectory.tolist()])
             reward = RewardScores(at_next=score, at_current=score)
         elif part.last:
             unshared = pixel_gradient(batch.x_next, part.selection.prompt.tolist())
         else:
-            unshared = unshared_scores(policy, pixel_gradient, part, batch, self.table, through_unet)
+            unshared = unshared_scores(policy, pixel_gradient, part, batch, self.table, through_network)
         x = batch.x.detach().requires_grad_()
         output = policy(x, rows.timestep, batch.prompt)
         if terminal is None:
             here = (rows, x, output, unshared)
-            reward = predicted_scores(policy, pixel_gradient, part, *here, through_unet=through_unet, at_current=True)
+            reward = predicted_scores(
+                policy, pixel_gradient, part, *here, through_network=through_network, at_current=True
+            )
         cotangent = self.ops.reference_cotangent(
             output.detach(),
             rows,
             reward.at_next,
             flow_next,
-            reward.at_prediction if through_unet else None,
+            reward.at_prediction if through_network else None,
             **self._settings,
         )
         (vjp,) = torch.autograd.grad(output, x, cotangent)

@@ -62,7 +62,7 @@ def unshared_scores(
     part: MicroBatch,
     batch: Transitions,
     table: TransitionTable,
-    through_unet: bool,
+    through_network: bool,
 ) -> Tensor:
     """∇r(x̂0(x')) `[u, C, H, W]` of the `unshared` rows of `part`, from a policy pass at their x'.
 
@@ -71,19 +71,19 @@ def unshared_scores(
         part: an inner micro-batch.
         batch: its transitions.
         table: the sampler.
-        through_unet: differentiate through the UNet too.
+        through_network: differentiate through the UNet too.
     """
     w, unshared = policy.guidance_scale, part.unshared
     if len(unshared) < len(batch):
         batch = batch[unshared.to(batch.x.device, non_blocking=True)]
     rows = table.rows(batch.step_index, batch.x)
     with policy.constant_weights():  # in the backward pass too, where checkpointed blocks are computed again
-        x_next = batch.x_next.detach().requires_grad_(through_unet)
-        with torch.set_grad_enabled(through_unet):
+        x_next = batch.x_next.detach().requires_grad_(through_network)
+        with torch.set_grad_enabled(through_network):
             output = policy(x_next, rows.timestep_next, batch.prompt)
         clean = rows.c_next * batch.x_next + rows.d_next * guide(output.detach(), w)
         pixel = pixel_gradient(clean, part.selection.prompt[unshared].tolist())
-        return _score(pixel, rows.c_next, rows.d_next, x_next, output if through_unet else None, w)
+        return _score(pixel, rows.c_next, rows.d_next, x_next, output if through_network else None, w)
 
 
 def predicted_scores(
@@ -95,7 +95,7 @@ def predicted_scores(
     output: Tensor,
     unshared: Tensor,
     *,
-    through_unet: bool,
+    through_network: bool,
     at_current: bool,
 ) -> RewardScores:
     """Reward scores of an inner micro-batch. The scores at next states that are states of other rows come from those rows'
@@ -108,7 +108,7 @@ def predicted_scores(
         x: their states, a leaf that requires a gradient.
         output: the policy's output pair at `x`; its graph is kept.
         unshared: ∇r(x') of the `unshared` rows.
-        through_unet: differentiate through the UNet too.
+        through_network: differentiate through the UNet too.
         at_current: return the gradients at the predictions from all x too.
     """
     w, shared = policy.guidance_scale, part.shared
@@ -123,7 +123,7 @@ def predicted_scores(
         pixel = torch.zeros_like(clean).index_copy(0, some, gradient)
     at_next = unshared
     if len(shared):
-        score = _score(pixel, rows.c, rows.d, x, output if through_unet else None, w, retain_graph=True)
+        score = _score(pixel, rows.c, rows.d, x, output if through_network else None, w, retain_graph=True)
         at_next = torch.cat([score, unshared])[part.next_state_index().to(x.device, non_blocking=True)]
     return RewardScores(at_next=at_next, at_prediction=pixel if at_current else None)
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from fastnabla.config.train import TrainConfig
@@ -12,8 +13,7 @@ from fastnabla.models.compiling import compiled
 from fastnabla.models.decoder import Decoder
 from fastnabla.models.flow import build_flow
 from fastnabla.models.image_size import image_size, latent_shape
-from fastnabla.models.model_config import Pipeline
-from fastnabla.models.pipeline import encode_prompts, text_encoders
+from fastnabla.models.pipeline import description_of, encode_prompts, family_of_pipeline, network_of, text_encoders
 from fastnabla.models.policy import Policy
 from fastnabla.models.sampler import use_sampler
 from fastnabla.models.tiny_decoder import load_tiny_decoder
@@ -39,9 +39,9 @@ class Networks:
 
 
 def build_networks(
-    pipeline: Pipeline, prompts: RunPrompts, config: TrainConfig, device: torch.device, world: World = ALONE
+    pipeline: DiffusionPipeline, prompts: RunPrompts, config: TrainConfig, device: torch.device, world: World = ALONE
 ) -> Networks:
-    """Build the networks of the run `config` from `pipeline`, whose UNet is finetuned in place.
+    """Build the networks of the run `config` from `pipeline`, whose network is finetuned in place.
 
     Args:
         pipeline: frozen.
@@ -53,19 +53,20 @@ def build_networks(
     Raises:
         ValueError: the requested sampler, tiny decoder or attention is not available.
     """
-    table = use_sampler(pipeline, config.sampler)
-    parts = (config.model, pipeline.unet.config, pipeline.vae.config)
-    size, sample_shape = image_size(*parts), latent_shape(*parts)
+    family, description = family_of_pipeline(pipeline), description_of(pipeline)
+    size, sample_shape = image_size(config.model, description), latent_shape(config.model, description)
+    table = use_sampler(pipeline, config.sampler, family.tokens(description.network, *sample_shape[1:]))
     pipeline.to(device)
     policy_seed, flow_seed = (seed_of(config.seed, "weights", number) for number in range(2))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(policy_seed)
         policy = Policy(
-            pipeline.unet,
+            network_of(pipeline),
             encode_prompts(pipeline, prompts.texts, size=size),
             config.sampler.guidance_scale,
             config.lora.rank,
             config.lora.targets,
+            family,
         ).to(device)
     if config.is_sharded(world.size):
         policy.shard(world)
@@ -78,7 +79,7 @@ def build_networks(
         flow.to(device)
 
     compile, channels_last = _resolve(config.compute, device, policy.is_sharded)
-    policy.optimise(compile, config.compute.attention, channels_last, bool(memory.checkpoint_unet))
+    policy.optimise(compile, config.compute.attention, channels_last, bool(memory.checkpoint_network))
     whole = compile == "whole"
     if flow is not None and whole:
         flow.forward = compiled(flow.forward)

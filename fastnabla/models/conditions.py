@@ -1,10 +1,8 @@
-"""The UNet's conditioning inputs: prompt embeddings, Stable Diffusion XL's pooled embeddings and sizes, and the embedding of
-the guidance scale."""
+"""The network's conditions: embeddings of the prompts, and inputs that all rows share."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 
@@ -13,15 +11,22 @@ class Conditions(nn.Module):
 
     Args:
         text: embeddings `[1 + P, L, D]`; row 0 is the unconditional embedding of classifier-free guidance.
-        pooled: Stable Diffusion XL's pooled embeddings `[1 + P, E]`, or None.
-        time_ids: Stable Diffusion XL's original size, crop and target size `[6]`, or None.
+        pooled: pooled embeddings `[1 + P, E]`, or None.
+        shared: conditions of all rows, without the rows, such as Stable Diffusion XL's ``time_ids [6]``.
     """
 
-    def __init__(self, text: Tensor, pooled: Tensor | None = None, time_ids: Tensor | None = None) -> None:
+    def __init__(self, text: Tensor, pooled: Tensor | None = None, shared: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.register_buffer("text", text, persistent=False)
         self.register_buffer("pooled", pooled, persistent=False)
-        self.register_buffer("time_ids", time_ids, persistent=False)
+        self.shared: list[str] = []
+        self.share(shared or {})
+
+    def share(self, shared: Mapping[str, Tensor]) -> None:
+        """Add conditions that all rows share."""
+        for name, value in shared.items():
+            self.register_buffer(name, value.to(self.device), persistent=False)
+            self.shared.append(name)
 
     @property
     def device(self) -> torch.device:
@@ -36,19 +41,21 @@ class Conditions(nn.Module):
     def ensure(self, prompt: Tensor) -> None:
         """Make the embeddings of prompt indices `prompt [N]`, on the host, available. Here they always are."""
 
-    def forward(self, prompt: Tensor, guided: bool) -> dict[str, Any]:
-        """Keyword arguments of diffusers' `UNet2DConditionModel` for prompt indices `prompt [N]`.
+    def forward(self, prompt: Tensor, guided: bool) -> dict[str, Tensor]:
+        """Conditions, `[N, …]` each, for prompt indices `prompt [N]`, as `Family.call` takes them.
 
         If `guided`, N unconditional rows come first.
         """
         rows = self._rows(prompt)
         if guided:
             rows = torch.cat([torch.zeros_like(prompt), rows])
-        arguments: dict[str, Any] = {"encoder_hidden_states": self.text[rows]}
+        conditions = {"text": self.text[rows]}
         if self.pooled is not None:
-            time_ids = self.time_ids.expand(len(rows), -1)
-            arguments["added_cond_kwargs"] = {"text_embeds": self.pooled[rows], "time_ids": time_ids}
-        return arguments
+            conditions["pooled"] = self.pooled[rows]
+        for name in self.shared:
+            value = getattr(self, name)
+            conditions[name] = value.expand(len(rows), *value.shape)
+        return conditions
 
     def of_prompts(self, prompt: Tensor) -> Tensor:
         """Text embeddings `[N, L, D]` of prompt indices `prompt [N]`."""
@@ -56,18 +63,3 @@ class Conditions(nn.Module):
 
     def _rows(self, prompt: Tensor) -> Tensor:
         return prompt + 1
-
-
-def guidance_embedding(unet: nn.Module, guidance_scale: float | None) -> Tensor | None:
-    """Embedding `[time_cond_proj_dim]`, float32, of the guidance scale w, for a UNet that takes w as an input because guidance
-    was distilled into it (arXiv 2210.03142). It is the embedding of w − 1, as in diffusers' pipelines. None for other UNets.
-
-    Args:
-        unet: diffusers' `UNet2DConditionModel`.
-        guidance_scale: w; None for 1.
-    """
-    size = getattr(unet, "config", {}).get("time_cond_proj_dim")
-    if size is None:
-        return None
-    scale = torch.tensor([(1 if guidance_scale is None else guidance_scale) - 1])
-    return StableDiffusionPipeline.get_guidance_scale_embedding(None, scale, size)[0]

@@ -1,10 +1,11 @@
-"""The size of a model's images: `model.height` and `model.width`, or the size that its UNet was trained with."""
+"""The size of a model's images: `model.height` and `model.width`, or the size that its network was trained with."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from fastnabla.config.model_sections import ModelConfig
+from fastnabla.models.description import Description
 
 PIPELINE_MULTIPLE = 8
 """diffusers' pipelines refuse heights and widths that this does not divide."""
@@ -15,63 +16,57 @@ def vae_factor(vae: Mapping[str, Any]) -> int:
     return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-def image_size(model: ModelConfig, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+def image_size(model: ModelConfig, description: Description) -> tuple[int, int]:
     """(H, W) of the images of `model`, in pixels.
 
     Args:
-        model: whose height and width, where set, take precedence over the UNet's own size.
-        unet, vae: complete configurations, without `size_problems`.
+        model: whose height and width, where set, take precedence over the network's own size.
+        description: of the model, without `size_problems`.
     """
-    latents = _latent_size(unet) or (0, 0)
-    height, width = (side * vae_factor(vae) for side in latents)
+    latents = description.family.sample_size(description.network) or (0, 0)
+    height, width = (side * vae_factor(description.vae) for side in latents)
     return model.height or height, model.width or width
 
 
-def latent_shape(model: ModelConfig, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
+def latent_shape(model: ModelConfig, description: Description) -> tuple[int, int, int]:
     """(C, H, W) of the latents of `model`. Arguments as for `image_size`."""
-    height, width = (side // vae_factor(vae) for side in image_size(model, unet, vae))
-    return unet["in_channels"], height, width
+    height, width = (side // vae_factor(description.vae) for side in image_size(model, description))
+    return description.family.channels(description.network), height, width
 
 
-def size_problems(model: ModelConfig, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+def size_problems(model: ModelConfig, description: Description) -> list[str]:
     """Why the images of `model` have no valid size, as FIELD = VALUE: REMEDY; [] if they have one.
 
-    Both sides must be multiples of the pixels that the coarsest level of the UNet sees as one, and of `PIPELINE_MULTIPLE`.
+    Both sides must be multiples of the pixels that the network sees as one (the coarsest level of a UNet, a patch of a
+    transformer) and of `PIPELINE_MULTIPLE`, and at most as large as the network's position embeddings allow.
 
     Args:
         model: with the requested height and width.
-        unet, vae: complete configurations.
+        description: of the model, complete with the library's defaults.
     """
-    if _latent_size(unet) is None and None in (model.height, model.width):
+    family, network, factor = description.family, description.network, vae_factor(description.vae)
+    own = f"{family.network}.sample_size = {network.get('sample_size')!r}"
+    if family.sample_size(network) is None and None in (model.height, model.width):
         return [
-            f"unet.sample_size = {unet['sample_size']!r}: is neither a size nor a pair [height, width]; set the size of the "
-            "images in pixels with --model.height and --model.width"
+            f"{own}: is neither a size nor a pair [height, width]; set the size of the images in pixels with --model.height and "
+            "--model.width"
         ]
-    multiple = math.lcm(vae_factor(vae) * 2 ** (len(unet["block_out_channels"]) - 1), PIPELINE_MULTIPLE)
+    multiple, largest = (
+        math.lcm(factor * family.latent_multiple(network), PIPELINE_MULTIPLE),
+        family.largest_size(network),
+    )
     problems = []
-    for name, side in zip(("height", "width"), image_size(model, unet, vae), strict=True):
+    for name, side in zip(("height", "width"), image_size(model, description), strict=True):
+        given = f"model.{name} = {side}" if getattr(model, name) else f"{own}, a {name} of {side} pixels"
         if side % multiple:
             below, above = side // multiple * multiple, (side // multiple + 1) * multiple
             nearest = f"{below} and {above}" if below else f"{above}"
-            given = f"model.{name} = {side}"
-            if getattr(model, name) is None:
-                given = f"unet.sample_size = {unet['sample_size']!r}, a {name} of {side} pixels"
             problems.append(
                 f"{given}: must be a multiple of {multiple}; the nearest for --model.{name} {'are' if below else 'is'} "
                 f"{nearest}"
             )
+        elif largest is not None and side > largest * factor:
+            problems.append(
+                f"{given}: the network has position embeddings up to {largest * factor} pixels; use at most that"
+            )
     return problems
-
-
-def _latent_size(unet: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(H, W) of a UNet's `sample_size`, which may be a pair; None if it is not a size.
-
-    diffusers reads sizes below 64 as 64 in configurations older than 0.9.0, whose conversion script wrote wrong ones.
-    """
-    size = unet["sample_size"]
-    if type(size) is int:
-        version = unet.get("_diffusers_version", "1.0")
-        is_old = [int(part) for part in version.split(".")[:2]] < [0, 9]
-        size = [max(size, 64) if is_old else size] * 2
-    valid = isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-    return tuple(size) if valid else None

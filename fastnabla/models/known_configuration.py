@@ -39,62 +39,33 @@ Known = Mapping[str, Only | None]
 """The known settings of a configuration file; None stands for any value."""
 
 
-def _any_value(names: str) -> dict[str, None]:
+def any_value(names: str) -> Known:
+    """Settings, separated by blanks, that may have any value."""
     return dict.fromkeys(names.split())
 
 
-_NO_IMAGE = "the UNet is not given image embeddings"
-
-UNET: Known = {
-    **_any_value("""
-        addition_embed_type_num_heads addition_time_embed_dim attention_head_dim block_out_channels center_input_sample
-        class_embed_type conv_in_kernel conv_out_kernel cross_attention_dim cross_attention_norm down_block_types
-        downsample_padding dropout encoder_hid_dim flip_sin_to_cos freq_shift in_channels layers_per_block
-        mid_block_only_cross_attention mid_block_scale_factor mid_block_type norm_eps norm_num_groups num_class_embeds
-        only_cross_attention out_channels projection_class_embeddings_input_dim resnet_out_scale_factor resnet_skip_time_act
-        resnet_time_scale_shift reverse_transformer_layers_per_block sample_size time_cond_proj_dim time_embedding_act_fn
-        time_embedding_dim time_embedding_type timestep_post_act transformer_layers_per_block up_block_types
-        upcast_attention use_linear_projection
-    """),
-    # What diffusers' EMAModel adds to the configuration of the network that it averages
-    **_any_value("decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup"),
-    "act_fn": Only(("silu", "swish", "mish", "gelu", "relu"), "diffusers has no such activation function"),
-    "addition_embed_type": Only((None, "text", "text_time"), _NO_IMAGE),
-    "attention_type": Only(("default", None), "the UNet is not given GLIGEN's boxes"),
-    "class_embeddings_concat": Only((False, None), "the UNet is not given class labels"),
-    "dual_cross_attention": Only((False, None), "the UNet is not given a second prompt or image"),
-    "encoder_hid_dim_type": Only((None, "text_proj"), _NO_IMAGE),
-    "num_attention_heads": Only((None,), "diffusers takes the number of heads from attention_head_dim"),
-}
-
 _ONLY_XL = "StableDiffusionPipeline does not decode with it, only StableDiffusionXLPipeline does"
 VAE: Known = {
-    **_any_value("""
+    **any_value("""
         block_out_channels down_block_types force_upcast in_channels latent_channels layers_per_block
         mid_block_add_attention norm_num_groups out_channels sample_size scaling_factor use_post_quant_conv use_quant_conv
     """),
     "act_fn": Only(("silu", "swish"), "the decoder's gradient is implemented for SiLU only"),
     "latents_mean": Only((None,), _ONLY_XL),
     "latents_std": Only((None,), _ONLY_XL),
-    "shift_factor": Only((None, 0), "diffusers' pipelines of Stable Diffusion do not decode with it"),
+    "shift_factor": Only((None, 0), "diffusers' pipelines of Stable Diffusion 1, 2 and XL do not decode with it"),
     "up_block_types": Only(("UpDecoderBlock2D",), "the decoder's gradient is implemented for this block only"),
 }
-VAE_XL: Known = VAE | _any_value("latents_mean latents_std")
 
-TEXT_ENCODER: Known = {
-    **_any_value("""
-        attention_dropout bos_token_id dropout eos_token_id hidden_size initializer_factor initializer_range
-        intermediate_size layer_norm_eps max_position_embeddings num_attention_heads num_hidden_layers pad_token_id
-        projection_dim use_attention_mask vocab_size
-    """),
+TRANSFORMERS: Known = {
     # Files, labels and outputs of any transformers model
-    **_any_value("""
+    **any_value("""
         architectures dtype finetuning_task gradient_checkpointing id2label label2id model_type output_attentions output_hidden_states
         problem_type return_dict task_specific_params tokenizer_class torch_dtype torchscript transformers_version
         use_bfloat16
     """),
     # Text generation, which older versions of transformers described for any model
-    **_any_value("""
+    **any_value("""
         bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample
         early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id
         forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
@@ -102,16 +73,33 @@ TEXT_ENCODER: Known = {
         sep_token_id suppress_tokens temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings top_k top_p
         typical_p use_cache
     """),
+    "chunk_size_feed_forward": Only((0, None), "feed-forward layers are not computed in chunks"),
+    "pruned_heads": Only(({}, None), "transformers no longer prunes heads"),
+}
+"""Settings of all text encoders."""
+CLIP: Known = TRANSFORMERS | {
+    **any_value("""
+        attention_dropout bos_token_id dropout eos_token_id hidden_size initializer_factor initializer_range
+        intermediate_size layer_norm_eps max_position_embeddings num_attention_heads num_hidden_layers pad_token_id
+        projection_dim use_attention_mask vocab_size
+    """),
     "add_cross_attention": Only((False, None), "CLIP has no cross-attention"),
-    "chunk_size_feed_forward": Only((0, None), "CLIP does not compute its feed-forward layers in chunks"),
     "hidden_act": Only(tuple(ACT2FN), "transformers has no such activation function"),
     "is_decoder": Only((False, None), "CLIP has no decoder"),
     "is_encoder_decoder": Only((False, None), "CLIP has no decoder"),
-    "pruned_heads": Only(({}, None), "transformers no longer prunes heads"),
+}
+T5: Known = TRANSFORMERS | {
+    **any_value("""
+        classifier_dropout d_ff d_kv d_model decoder_start_token_id dropout_rate eos_token_id feed_forward_proj
+        initializer_factor is_decoder is_encoder_decoder is_gated_act layer_norm_epsilon n_positions num_decoder_layers
+        num_heads num_layers output_past pad_token_id relative_attention_max_distance relative_attention_num_buckets
+        scale_decoder_outputs tie_encoder_decoder tie_word_embeddings use_cache vocab_size bos_token_id
+    """),
+    "dense_act_fn": Only(tuple(ACT2FN), "transformers has no such activation function"),
 }
 
 NOISE_SCHEDULE: Known = {
-    **_any_value("""
+    **any_value("""
         beta_end beta_schedule beta_start num_train_timesteps prediction_type rescale_betas_zero_snr trained_betas
     """),
     "predict_epsilon": Only(
@@ -122,7 +110,7 @@ NOISE_SCHEDULE: Known = {
     "use_flow_sigmas": Only((False, None), "the samplers are those of diffusion, not of flow matching"),
 }
 """What the network was trained with. `fastnabla.models.sampler` checks the values."""
-SAMPLING: Known = _any_value("""
+SAMPLING: Known = any_value("""
     algorithm_type clip_sample clip_sample_range corrector_order disable_corrector dynamic_thresholding_ratio eta
     euler_at_final final_sigmas_type flow_shift interpolation_type lambda_min_clipped lower_order_final noise_sampler_seed
     original_inference_steps predict_x0 predictor_order sample_max_value set_alpha_to_one shift_terminal sigma_max sigma_min
@@ -132,40 +120,28 @@ SAMPLING: Known = _any_value("""
 """)
 """How images were sampled when the checkpoint was saved. `fastnabla.models.sampler` decides what of it is used."""
 
-PIPELINE: Known = {
-    **_any_value("""
-        feature_extractor image_encoder requires_safety_checker safety_checker scheduler text_encoder tokenizer unet vae
+DIFFUSION_SCHEDULER: Known = NOISE_SCHEDULE | SAMPLING
+FLOW_SCHEDULER: Known = {
+    **any_value("""
+        base_image_seq_len base_shift invert_sigmas max_image_seq_len max_shift num_train_timesteps shift shift_terminal
+        stochastic_sampling time_shift_type use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_karras_sigmas
     """),
-    "requires_aesthetics_score": Only((False, None), "the UNet is not given the aesthetic score of an XL refiner"),
 }
-PIPELINE_XL: Known = PIPELINE | {
-    **_any_value("force_zeros_for_empty_prompt text_encoder_2 tokenizer_2"),
-    "add_watermarker": Only((False, None), "images get no watermark"),
-}
-
-FILES: Mapping[str, tuple[Known, Known]] = {
-    "model_index.json": (PIPELINE, PIPELINE_XL),
-    "unet/config.json": (UNET, UNET),
-    "vae/config.json": (VAE, VAE_XL),
-    "text_encoder/config.json": (TEXT_ENCODER, TEXT_ENCODER),
-    "text_encoder_2/config.json": (TEXT_ENCODER, TEXT_ENCODER),
-    "scheduler/scheduler_config.json": (NOISE_SCHEDULE | SAMPLING, NOISE_SCHEDULE | SAMPLING),
-}
-"""By configuration file: its known settings in a `StableDiffusionPipeline` and in a `StableDiffusionXLPipeline`."""
+"""`fastnabla.models.sampler` decides what of it is used."""
 
 
-def require_known(model: str, is_xl: bool, files: Mapping[str, Mapping[str, Any]]) -> None:
+def require_known(model: str, known: Mapping[str, Known], files: Mapping[str, Mapping[str, Any]]) -> None:
     """Check that all settings in a pipeline's configuration files are taken into account.
 
     Args:
         model: name of the pipeline, for the message.
-        is_xl: whether it is a `StableDiffusionXLPipeline`.
-        files: the contents of the files, by their names in `FILES`. Some may be missing.
+        known: the known settings of its family, by file.
+        files: the contents of the files, by the same names. Some may be missing.
 
     Raises:
         ValueError: some are not. The message names each of them, its value and its file.
     """
-    problems = [problem for file in files for problem in _problems(file, FILES[file][is_xl], files[file])]
+    problems = [problem for file in files for problem in _problems(file, known[file], files[file])]
     problems += _latent_statistics(files.get("vae/config.json", {}))
     problems += _betas(files.get("scheduler/scheduler_config.json", {}))
     if problems:

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fastnabla.models.saved_policy import LORA_FILE
 from fastnabla.utils.durable import write_file
 
 RENAMED = {
@@ -48,7 +49,7 @@ def save_kohya(weights: Path, file: Path) -> None:
             "docs/export.md describes."
         )
     try:
-        lora, _ = StableDiffusionPipeline.lora_state_dict(weights / "lora")
-    except OSError as error:
+        lora = load_file(weights / "lora" / LORA_FILE)
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{str(weights / 'lora')!r} cannot be read ({error}).") from error
     write_file(file, save(to_kohya(lora), metadata={"format": "pt"}))

@@ -201,18 +201,18 @@ def _accumulate_into(master: nn.Parameter, copy: Tensor) -> None:
     copy.grad = None
 
 
-def add_lora(unet: nn.Module, rank: int, targets: Sequence[str]) -> Lora:
-    """Add a LoRA to the layers of `unet` that `targets` names, with A random and B zero, float32, trainable.
+def add_lora(network: nn.Module, rank: int, targets: Sequence[str]) -> Lora:
+    """Add a LoRA to the layers of `network` that `targets` names, with A random and B zero, float32, trainable.
 
     Raises:
         ValueError: see `fastnabla.models.lora_targets.target_layers`.
     """
     # An exact pattern: in a list of names, PEFT would take each as the end of longer names too.
-    exactly = "|".join(map(re.escape, target_layers(unet, targets)))
+    exactly = "|".join(map(re.escape, target_layers(network, targets)))
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=exactly)
     config._register_custom_module({nn.Linear: LoraLinear, nn.Conv2d: LoraConv2d})
-    unet.add_adapter(config, adapter_name=ADAPTER)
-    for name, parameter in unet.named_parameters():
+    network.add_adapter(config, adapter_name=ADAPTER)
+    for name, parameter in network.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
-    return Lora(unet)
+    return Lora(network)

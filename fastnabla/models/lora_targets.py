@@ -5,11 +5,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from fastnabla.config.model_sections import LoraConfig, ModelConfig
-from fastnabla.models.model_config import configurations
+from fastnabla.models.description import described
 
 ALL_LINEAR = "all-linear"
 PATTERN = "regex:"
@@ -25,7 +24,8 @@ def check_targets(model: ModelConfig, lora: LoraConfig) -> None:
     """
     if lora.rank:
         with torch.device("meta"):
-            target_layers(UNet2DConditionModel.from_config(configurations(model)[0]), lora.targets)
+            description = described(model)
+            target_layers(description.family.network_class.from_config(description.network), lora.targets)
 
 
 def target_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.architectures import architecture_of
-from fastnabla.models.model_config import loading
+from fastnabla.models.description import loading
 from fastnabla.models.model_source import source_of
 
 ENTRIES = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -27,7 +27,8 @@ def shipped_scheduler(model: ModelConfig) -> SchedulerMixin:
         ValueError: they cannot be read.
     """
     if model.random_init:
-        return DDIMScheduler(**architecture_of(model.name).scheduler)
+        architecture = architecture_of(model.name)
+        return architecture.family.scheduler(**architecture.scheduler)
     source = source_of(model)
     with loading(model):
         _, name = DiffusionPipeline.load_config(source, revision=model.revision)["scheduler"]

@@ -1,18 +1,19 @@
-"""diffusers pipelines: loading, prompt embeddings, sizes."""
+"""diffusers pipelines: loading, prompt embeddings."""
 
 from collections.abc import Sequence
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.architectures import architecture_of
 from fastnabla.models.conditions import Conditions
-from fastnabla.models.fitting import checked_configurations
+from fastnabla.models.description import Description, family_of, loading
+from fastnabla.models.families import FAMILIES, Family, tokenizer_of
+from fastnabla.models.fitting import checked_description
 from fastnabla.models.image_size import image_size
-from fastnabla.models.model_config import Pipeline, family_of, loading, vae_dtype
 from fastnabla.models.model_source import single_file_of, source_of
 from fastnabla.models.prompt_cache import CAPACITY, PromptCache
 from fastnabla.models.random_init import random_pipeline
@@ -20,61 +21,72 @@ from fastnabla.models.single_file import load_single_file
 from fastnabla.models.weight_files import require_whole, variant_to_load
 
 
-def pipeline_of(config: ModelConfig) -> Pipeline:
+def pipeline_of(config: ModelConfig) -> DiffusionPipeline:
     """The pipeline that `config` names, frozen: from a folder, the Hub, the package ("testbed"), or with random weights.
 
     Raises:
         ValueError: it is not found, cannot be loaded, is not of a supported family, or its parts do not fit each other.
     """
-    dtypes = {"default": getattr(torch, config.dtype), "vae": vae_dtype(config, *checked_configurations(config))}
+    dtypes = {"default": getattr(torch, config.dtype), "vae": checked_description(config).vae_dtype(config)}
     pipeline = random_pipeline(architecture_of(config.name), dtypes) if config.random_init else _load(config, dtypes)
     for part in networks_of(pipeline).values():
         part.requires_grad_(False).eval()
-    for tokenizer, encoder in zip(tokenizers(pipeline), text_encoders(pipeline), strict=True):
-        # A tokenizer whose configuration has no limit would pad prompts to 10³⁰ tokens.
-        tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    family_of_pipeline(pipeline).limit_tokenizers(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _load(config: ModelConfig, dtypes: dict[str, torch.dtype]) -> Pipeline:
+def _load(config: ModelConfig, dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:
     family = family_of(config)
-    # Parts that text-to-image does not need. Their classes may be gone from the library, as CLIPFeatureExtractor is.
-    absent = {"feature_extractor": None, "image_encoder": None}
-    if family is StableDiffusionPipeline:
-        absent |= {"safety_checker": None, "requires_safety_checker": False}
     file = single_file_of(config)
     variant = variant_to_load(config) if file is None else None
     with loading(config):
         if file is not None:
-            return load_single_file(config, file, family, dtypes, absent)
-        pipeline = family.from_pretrained(
-            source_of(config), revision=config.revision, variant=variant, dtype=dtypes, **absent
+            return load_single_file(config, file, family, dtypes)
+        pipeline = family.pipeline.from_pretrained(
+            source_of(config), revision=config.revision, variant=variant, dtype=dtypes, **family.absent
         )
     require_whole(config, networks_of(pipeline), variant)
     return pipeline
 
 
-def networks_of(pipeline: Pipeline) -> dict[str, nn.Module]:
+def family_of_pipeline(pipeline: DiffusionPipeline) -> Family:
+    """The family of a loaded pipeline."""
+    return FAMILIES[type(pipeline).__name__]
+
+
+def network_of(pipeline: DiffusionPipeline) -> nn.Module:
+    """The network that is finetuned."""
+    return getattr(pipeline, family_of_pipeline(pipeline).network)
+
+
+def description_of(pipeline: DiffusionPipeline) -> Description:
+    """The description of a loaded pipeline."""
+    family = family_of_pipeline(pipeline)
+    lengths = {name: getattr(pipeline, tokenizer_of(name)).model_max_length for name in family.text_encoders}
+    return Description(family=family, network=network_of(pipeline).config, vae=pipeline.vae.config, lengths=lengths)
+
+
+def networks_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     """The pipeline's networks, by part."""
     return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
 
 
-def text_encoders(pipeline: Pipeline) -> list[nn.Module]:
-    """The pipeline's one or two text encoders."""
-    return [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
+def text_encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    """The pipeline's text encoders."""
+    return [getattr(pipeline, name) for name in family_of_pipeline(pipeline).text_encoders]
 
 
-def tokenizers(pipeline: Pipeline) -> list[PreTrainedTokenizerBase]:
-    """The pipeline's one or two tokenizers."""
-    return [part for name, part in pipeline.components.items() if name.startswith("tokenizer")]
+def reading_tokenizers(pipeline: DiffusionPipeline) -> list[PreTrainedTokenizerBase]:
+    """The tokenizers of the text encoders that read most of a prompt."""
+    return [getattr(pipeline, tokenizer_of(name)) for name in family_of_pipeline(pipeline).readers]
 
 
 @torch.no_grad()
 def encode_prompts(
-    pipeline: Pipeline, prompts: Sequence[str], most: int | None = None, size: tuple[int, int] | None = None
+    pipeline: DiffusionPipeline, prompts: Sequence[str], most: int | None = None, size: tuple[int, int] | None = None
 ) -> Conditions:
-    """The UNet's conditions for `prompts`, as the pipeline itself encodes them. Stable Diffusion XL's size conditions are
+    """The network's conditions for `prompts`, as the pipeline itself encodes them. Stable Diffusion XL's size conditions are
     those of an uncropped image of `size`.
 
     More than `most` prompts are encoded lazily, one at a time, on the device where the text encoders are now, even if they
@@ -86,31 +98,25 @@ def encode_prompts(
         prompts: texts, by index.
         most: up to this many prompts are encoded up front, in batches of 64; of a longer list, this many are cached. None
             for `CAPACITY`.
-        size: (H, W) of the images, in pixels; None for the UNet's own.
+        size: (H, W) of the images, in pixels; None for the network's own.
     """
     most = CAPACITY if most is None else most
-    device = pipeline.text_encoder.device
-
-    def encode(texts: list[str], guided: bool) -> tuple[Tensor | None, ...]:
-        return pipeline.encode_prompt(texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=guided)
+    device, family = pipeline.text_encoder.device, family_of_pipeline(pipeline)
 
     def encode_each(texts: Sequence[str]) -> list[tuple[Tensor, ...]]:
         encoders = {encoder: encoder.device for encoder in text_encoders(pipeline)}
         for encoder in encoders:
             encoder.to(device)
-        embeddings = [encode([text], guided=False)[::2] for text in texts]
+        embeddings = [family.encode(pipeline, [text]) for text in texts]
         for encoder, previous in encoders.items():
             encoder.to(previous)
         return embeddings
 
-    # encode_prompt returns (text, unconditional text) or (text, unconditional text, pooled, unconditional pooled).
-    unconditional = encode([""], guided=True)[1::2]
-    time_ids = None
-    if len(unconditional) > 1:
-        size = size or image_size(ModelConfig(), pipeline.unet.config, pipeline.vae.config)
-        time_ids = torch.tensor((*size, 0, 0, *size), dtype=unconditional[0].dtype, device=device)
+    unconditional = family.encode_nothing(pipeline)
+    size = size or image_size(ModelConfig(), description_of(pipeline))
+    shared = {name: value.to(device) for name, value in family.size_input(size, unconditional[0].dtype).items()}
     if len(prompts) > most:
-        return PromptCache(prompts, encode_each, unconditional, time_ids, most)
-    parts = [encode(list(prompts[start : start + 64]), guided=False)[::2] for start in range(0, len(prompts), 64)]
+        return PromptCache(prompts, encode_each, unconditional, shared, most)
+    parts = [family.encode(pipeline, prompts[start : start + 64]) for start in range(0, len(prompts), 64)]
     text, *pooled = (torch.cat(column) for column in zip(unconditional, *parts, strict=True))
-    return Conditions(text, *(pooled or [None]), time_ids)
+    return Conditions(text, *(pooled or [None]), shared)

@@ -1,4 +1,4 @@
-"""The policy, a diffusers UNet being finetuned, and the reference policy, the same UNet as pretrained.
+"""The policy, a diffusion network being finetuned, and the reference policy, the same network as pretrained.
 
 With a LoRA both share all weights: the reference is the network with its adapter disabled. When all parameters are trained,
 the reference is a second, frozen network.
@@ -7,11 +7,8 @@ the reference is a second, frozen network.
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from fastnabla.config.model_sections import LORA_TARGETS
@@ -19,7 +16,8 @@ from fastnabla.config.training_sections import Attention
 from fastnabla.distributed.sharding import ShardedNetwork
 from fastnabla.distributed.world import World
 from fastnabla.models.compiling import Compile, compile_blocks, compiled, pad_rows
-from fastnabla.models.conditions import Conditions, guidance_embedding
+from fastnabla.models.conditions import Conditions
+from fastnabla.models.families import SD, Family
 from fastnabla.models.lora import Lora, add_lora
 from fastnabla.models.pass_counter import PassCounter
 
@@ -28,45 +26,46 @@ class Policy(nn.Module):
     """Guided outputs of the finetuned and of the reference policy.
 
     Args:
-        unet: a frozen `UNet2DConditionModel` without adapters, in the compute dtype; it is finetuned in place.
+        network: a frozen network of `family` without adapters, in the compute dtype; it is finetuned in place.
         conditions: the prompts.
-        guidance_scale: w of classifier-free guidance; None or 1 runs only the conditional rows. A UNet into which guidance
-            was distilled (`time_cond_proj_dim`) takes w as an input, and runs only these rows too.
+        guidance_scale: w of classifier-free guidance; None or 1 runs only the conditional rows. A network into which guidance
+            was distilled takes w as an input, and runs only these rows too.
         rank: rank and alpha of the LoRA; 0 trains all parameters instead.
         targets: names of the layers that get a LoRA.
+        family: how the network is called.
     """
 
     def __init__(
         self,
-        unet: nn.Module,
+        network: nn.Module,
         conditions: Conditions,
         guidance_scale: float | None,
         rank: int = 8,
         targets: tuple[str, ...] = LORA_TARGETS,
+        family: Family = SD,
     ) -> None:
         super().__init__()
-        self.unet = unet.requires_grad_(False).eval()
+        self.network = network.requires_grad_(False).eval()
         self.conditions = conditions
-        self.dtype = unet.dtype
-        embedding = guidance_embedding(unet, guidance_scale)
-        self.guidance_scale = None if guidance_scale == 1 or embedding is not None else guidance_scale
-        self.register_buffer(
-            "guidance_embedding", embedding if embedding is None else embedding.to(self.dtype), persistent=False
-        )
+        self.family = family
+        self.dtype = network.dtype
+        guidance = family.guidance_input(network, guidance_scale)
+        conditions.share({name: value.to(self.dtype) for name, value in guidance.items()})
+        self.guidance_scale = None if guidance_scale == 1 or guidance else guidance_scale
         self.pretrained: nn.Module | None = None
         self.shards: ShardedNetwork | None = None
         self.pretrained_shards: ShardedNetwork | None = None
         self.lora: Lora | None = None
         if rank:
-            self.lora = add_lora(unet, rank, targets)
+            self.lora = add_lora(network, rank, targets)
         else:
-            self.pretrained = copy.deepcopy(unet)
-            unet.float().requires_grad_()
+            self.pretrained = copy.deepcopy(network)
+            network.float().requires_grad_()
         self.passes = PassCounter()
         self._units: float = 1
         """U of a pass, by row."""
         self._memory_format = torch.contiguous_format
-        self._call = _call
+        self._call = family.call
         self._reference = False
         self.twice_differentiable = True
         self.compile: Compile = "none"
@@ -84,7 +83,7 @@ class Policy(nn.Module):
             world: the ranks. All ranks hold the same weights, and all parameters are trained.
         """
         device = self.conditions.device
-        self.shards = ShardedNetwork(self.unet, world, device, self.dtype)
+        self.shards = ShardedNetwork(self.network, world, device, self.dtype)
         self.pretrained_shards = ShardedNetwork(self.pretrained, world, device, self.dtype)
         self.shards.gather()
 
@@ -106,7 +105,7 @@ class Policy(nn.Module):
             compile: the "whole" networks, only their repeated "blocks", or "none"; see `fastnabla.models.compiling`.
             attention: "sdpa" (torch's) or "xformers".
             channels_last: keep weights and activations in NHWC order.
-            checkpoint: recompute the UNet's blocks in the backward pass instead of keeping their activations.
+            checkpoint: recompute the network's blocks in the backward pass instead of keeping their activations.
 
         Raises:
             ValueError: xformers is requested and does not run, or "whole" is requested for a sharded network.
@@ -116,7 +115,7 @@ class Policy(nn.Module):
                 "compute.compile = 'whole': not supported for a sharded network; use blocks or none, or "
                 "--memory.shard False."
             )
-        networks = [self.unet] if self.pretrained is None else [self.unet, self.pretrained]
+        networks = [self.network] if self.pretrained is None else [self.network, self.pretrained]
         for network in networks:
             if attention == "xformers":
                 _use_xformers(network)
@@ -125,12 +124,12 @@ class Policy(nn.Module):
             if checkpoint:
                 network.enable_gradient_checkpointing()
             if compile == "blocks":
-                compile_blocks(network, (ResnetBlock2D, BasicTransformerBlock))
+                compile_blocks(network, self.family.blocks)
         self.compile = compile
         if self.lora is not None:
             self.lora.one_graph = compile != "none"
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self._call = compiled(_call) if compile == "whole" else _call
+        self._call = compiled(self.family.call) if compile == "whole" else self.family.call
         self.twice_differentiable = compile == "none" and attention == "sdpa" and not checkpoint
 
     @property
@@ -144,10 +143,10 @@ class Policy(nn.Module):
         return self.shards is not None
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by their names in the UNet, float32; `DTensor`s if sharded."""
+        """The trained parameters by their names in the network, float32; `DTensor`s if sharded."""
         if self.shards is not None:
             return self.shards.shards
-        return {n: p for n, p in self.unet.named_parameters() if not self.is_lora or "lora_" in n}
+        return {n: p for n, p in self.network.named_parameters() if not self.is_lora or "lora_" in n}
 
     def trainable(self) -> list[nn.Parameter]:
         """The values of `trained`."""
@@ -206,19 +205,13 @@ class Policy(nn.Module):
             x = x.to(self.dtype, memory_format=self._memory_format)
             if guided:
                 x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
-            network = self.pretrained if self._reference and not self.is_lora else self.unet
+            network = self.pretrained if self._reference and not self.is_lora else self.network
             mixed = network.dtype != self.dtype
             with torch.autocast(x.device.type, self.dtype, enabled=mixed) if mixed else contextlib.nullcontext():
-                output = self._call(network, x, timestep, self._arguments(prompt))
+                output = self._call(network, x, timestep, self.conditions(prompt, guided))
             if padded > rows:
                 output = torch.cat([half[:rows] for half in self._halves(output)])
         return self.passes.watch(output if with_graph else output.detach(), self._units * padded)
-
-    def _arguments(self, prompt: Tensor) -> dict[str, Any]:
-        arguments = self.conditions(prompt, self.guidance_scale is not None)
-        if self.guidance_embedding is not None:
-            arguments["timestep_cond"] = self.guidance_embedding.expand(len(prompt), -1)
-        return arguments
 
     def _halves(self, output: Tensor) -> tuple[Tensor, ...]:
         return output.chunk(1 if self.guidance_scale is None else 2)
@@ -260,7 +253,7 @@ class Policy(nn.Module):
     def guided(self, guidance_scale: float | None) -> Iterator[None]:
         """Within the context, outputs have the guidance scale w = `guidance_scale`; 1 is without guidance, None changes nothing.
 
-        U is still a pass over the rows of the policy's own guidance, so a pass without guidance counts half. Not for a UNet
+        U is still a pass over the rows of the policy's own guidance, so a pass without guidance counts half. Not for a network
         into which guidance was distilled.
         """
         own = self.guidance_scale
@@ -329,10 +322,6 @@ def add_to(sums: Sequence[Tensor], terms: Sequence[Tensor]) -> None:
         terms = wide
     if sums:
         torch._foreach_add_(list(sums), list(terms))
-
-
-def _call(network: nn.Module, x: Tensor, timestep: Tensor, conditions: dict[str, Any]) -> Tensor:
-    return network(x, timestep, **conditions, return_dict=False)[0]
 
 
 def _use_xformers(network: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Conditions for prompt lists too long to encode up front: prompts are encoded on first use and cached (LRU)."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ CAPACITY = 1024
 """Cached prompts: 121 MB for Stable Diffusion 1.5's embeddings in 16 bits, 325 MB for XL's."""
 
 Encode = Callable[[Sequence[str]], list[tuple[Tensor, ...]]]
-"""Maps prompts to the embeddings of each: `[1, L, D]` and, for Stable Diffusion XL, pooled `[1, E]`.
+"""Maps prompts to the embeddings of each: `[1, L, D]` and, for most families, pooled `[1, E]`.
 
 A prompt's embeddings must not depend on the prompts encoded with it. A resumed run encodes other groups of prompts, and would
 otherwise differ from an uninterrupted one.
@@ -26,7 +26,7 @@ class PromptCache(Conditions):
         prompts: texts, by prompt index.
         encode: computes embeddings; called without gradients.
         unconditional: the embeddings of row 0, in the form that `encode` returns.
-        time_ids: as for `Conditions`.
+        shared: as for `Conditions`.
         capacity: number of cached prompts; exceeded if a single call needs more.
     """
 
@@ -35,11 +35,11 @@ class PromptCache(Conditions):
         prompts: Sequence[str],
         encode: Encode,
         unconditional: tuple[Tensor, ...],
-        time_ids: Tensor | None = None,
+        shared: Mapping[str, Tensor] | None = None,
         capacity: int = CAPACITY,
     ) -> None:
         tables = [row.new_zeros(1, *row.shape[1:]).copy_(row) for row in unconditional]
-        super().__init__(*tables, *[None] * (2 - len(tables)), time_ids)
+        super().__init__(*tables, *[None] * (2 - len(tables)), shared)
         self.prompts, self.encode, self.capacity = prompts, encode, capacity
         # Prompts that are not cached have an index out of range, so that a look-up fails.
         absent = torch.full((len(prompts),), torch.iinfo(torch.int64).max, device=self.device)

@@ -1,19 +1,15 @@
-"""Stable Diffusion pipelines with random weights, for dry runs, smoke tests and benchmarks; nothing is downloaded."""
+"""Pipelines with random weights, for dry runs, smoke tests and benchmarks; nothing is downloaded."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL, DiffusionPipeline
+from transformers import CLIPTokenizer
 
 from fastnabla.models.architectures import Architecture
+from fastnabla.models.families import tokenizer_of
 from fastnabla.testbed import pipeline_folder
 
 
@@ -28,30 +24,22 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def random_pipeline(
-    architecture: Architecture, dtypes: Mapping[str, torch.dtype]
-) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+def random_pipeline(architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> DiffusionPipeline:
     """A pipeline of `architecture` with random weights (seed 0) and the testbed's tokenizer.
 
     Args:
         architecture: configurations of the components.
         dtypes: types of the weights, by component: "default", and optionally "vae".
     """
-    tokenizer = CLIPTokenizer.from_pretrained(pipeline_folder() / "tokenizer", model_max_length=77)
-    texts = [CLIPTextConfig(**sizes) for sizes in architecture.text_encoders]
+    family = architecture.family
     with torch.random.fork_rng(devices=[]), default_dtype(dtypes["default"]):
         torch.manual_seed(0)
         with default_dtype(dtypes.get("vae", dtypes["default"])):
-            vae = AutoencoderKL(**architecture.vae)
-        parts = {
-            "vae": vae,
-            "text_encoder": CLIPTextModel(texts[0]),
-            "tokenizer": tokenizer,
-            "unet": UNet2DConditionModel(**architecture.unet),
-            "scheduler": DDIMScheduler(**architecture.scheduler),
-        }
-        if len(texts) == 1:
-            absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            return StableDiffusionPipeline(**parts, **absent)
-        second = {"text_encoder_2": CLIPTextModelWithProjection(texts[1]), "tokenizer_2": tokenizer}
-        return StableDiffusionXLPipeline(**parts, **second)
+            parts: dict[str, Any] = {"vae": AutoencoderKL(**architecture.vae)}
+        for (name, encoder), sizes in zip(family.text_encoders.items(), architecture.text_encoders, strict=True):
+            parts[name] = encoder(encoder.config_class(**sizes))
+            parts[tokenizer_of(name)] = CLIPTokenizer.from_pretrained(
+                pipeline_folder() / "tokenizer", model_max_length=family.text_lengths[name]
+            )
+        parts[family.network] = family.network_class(**architecture.network)
+        return family.pipeline(**parts, scheduler=family.scheduler(**architecture.scheduler), **family.absent)

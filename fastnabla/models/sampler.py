@@ -8,12 +8,11 @@ import logging
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastnabla.config.model_sections import SamplerConfig
-from fastnabla.models.model_config import Pipeline
 from fastnabla.models.noise_schedule import noise_schedule
 from fastnabla.transition import TransitionTable
 
@@ -38,7 +37,7 @@ STEPS_OFFSET = 1
 logger = logging.getLogger("fastnabla")
 
 
-def use_sampler(pipeline: Pipeline, config: SamplerConfig) -> TransitionTable:
+def use_sampler(pipeline: DiffusionPipeline, config: SamplerConfig, tokens: int | None = None) -> TransitionTable:
     """Give `pipeline` the scheduler of `config`, with its own noise schedule, and return the table of the sampler.
 
     Raises:
@@ -103,14 +102,18 @@ class NoiseFloor:
     """
 
     def __init__(
-        self, pipeline: Pipeline, table: TransitionTable, config: SamplerConfig, generators: list[torch.Generator]
+        self,
+        pipeline: DiffusionPipeline,
+        table: TransitionTable,
+        config: SamplerConfig,
+        generators: list[torch.Generator],
     ) -> None:
         own = TransitionTable.from_scheduler(pipeline.scheduler, config.steps, config.eta)
         self.added = (table.sigma**2 - own.sigma**2).sqrt().tolist()
         self.generators = generators
 
     def __call__(
-        self, pipeline: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]
+        self, pipeline: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The state after the step, `tensors["latents"]`, with the noise added."""
         latents = tensors["latents"]

@@ -1,16 +1,21 @@
-"""Trained weights on disk: a LoRA as lora/, all parameters as unet/, both in diffusers' formats."""
+"""Trained weights on disk: a LoRA as lora/, all parameters as unet/ or transformer/, both in diffusers' formats."""
 
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from fastnabla.models.families import FAMILIES
 from fastnabla.models.lora import ADAPTER
-from fastnabla.models.model_config import Pipeline
+from fastnabla.models.pipeline import family_of_pipeline, network_of
 from fastnabla.models.policy import Policy
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""diffusers' name of a LoRA's file."""
 
 
 def save_policy(policy: Policy, run: Path, dtype: torch.dtype, write: bool = True) -> None:
@@ -19,7 +24,7 @@ def save_policy(policy: Policy, run: Path, dtype: torch.dtype, write: bool = Tru
     Args:
         policy: whose weights to save.
         run: created if it does not exist.
-        dtype: of the saved UNet; a LoRA is saved as float32.
+        dtype: of the saved network; a LoRA is saved as float32.
         write: whether this process writes.
     """
     if not policy.is_lora:
@@ -30,16 +35,16 @@ def save_policy(policy: Policy, run: Path, dtype: torch.dtype, write: bool = Tru
             if write:
                 weights[name] = weight.cpu()
         if write:
-            unet = UNet2DConditionModel.from_config(policy.unet.config).to(dtype)
-            unet.load_state_dict(weights)
-            unet.save_pretrained(run / "unet")
+            network = policy.family.network_class.from_config(policy.network.config).to(dtype)
+            network.load_state_dict(weights)
+            network.save_pretrained(run / policy.family.network)
         return
     if not write:
         return
     # PEFT's parameter names: diffusers' older names cover only attention, and a file that mixes both loads incompletely.
-    layers = get_peft_model_state_dict(policy.unet, adapter_name=ADAPTER)
+    layers = get_peft_model_state_dict(policy.network, adapter_name=ADAPTER)
     layers = {name: layer.contiguous() for name, layer in layers.items()}
-    StableDiffusionPipeline.save_lora_weights(run / "lora", unet_lora_layers=layers)
+    policy.family.pipeline.save_lora_weights(run / "lora", **{f"{policy.family.network}_lora_layers": layers})
 
 
 def require_policy(run: Path) -> None:
@@ -48,8 +53,11 @@ def require_policy(run: Path) -> None:
     Raises:
         ValueError: it has none.
     """
-    if not any((run / trained).is_dir() for trained in ("lora", "unet")):
-        raise ValueError(f"{str(run)!r} has no lora/ or unet/ yet: the run has not reached its first evaluation.")
+    networks = sorted({family.network for family in FAMILIES.values()})
+    if not any((run / trained).is_dir() for trained in ("lora", *networks)):
+        raise ValueError(
+            f"{str(run)!r} has no lora/ or {'/ or '.join(networks)}/ yet: the run has not reached its first evaluation."
+        )
 
 
 @torch.no_grad()
@@ -64,12 +72,12 @@ def read_policy(policy: Policy, run: Path) -> None:
     trained = policy.trained()
     try:
         if policy.is_lora:
-            state, _ = StableDiffusionPipeline.lora_state_dict(run / "lora")
-            state = {name.removeprefix("unet."): layer for name, layer in state.items()}
+            state = load_file(run / "lora" / LORA_FILE)
+            state = {name.removeprefix(f"{policy.family.network}."): layer for name, layer in state.items()}
             suffix = f".{ADAPTER}.weight"
             saved = {name.replace(".weight", suffix): w for name, w in convert_unet_state_dict_to_peft(state).items()}
         else:
-            saved = UNet2DConditionModel.from_pretrained(run / "unet").state_dict()
+            saved = policy.family.network_class.from_pretrained(run / policy.family.network).state_dict()
         if saved.keys() != trained.keys():
             raise ValueError(
                 f"it has {len(saved)} tensors and the policy has {len(trained)}; {len(saved.keys() ^ trained.keys())} "
@@ -81,10 +89,11 @@ def read_policy(policy: Policy, run: Path) -> None:
         raise ValueError(f"{str(run)!r}: its trained weights do not fit its configuration ({error}).") from error
 
 
-def load_policy(pipeline: Pipeline, run: Path) -> None:
+def load_policy(pipeline: DiffusionPipeline, run: Path) -> None:
     """Load the weights that `save_policy` wrote into the folder `run` into `pipeline`."""
     if (run / "lora").is_dir():
         pipeline.load_lora_weights(run / "lora")
     else:
-        unet = UNet2DConditionModel.from_pretrained(run / "unet", dtype=pipeline.unet.dtype)
-        pipeline.unet = unet.to(pipeline.unet.device)
+        family, old = family_of_pipeline(pipeline), network_of(pipeline)
+        network = family.network_class.from_pretrained(run / family.network, dtype=old.dtype)
+        setattr(pipeline, family.network, network.to(old.device))

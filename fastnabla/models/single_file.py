@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import nn
 
 from fastnabla.config.model_sections import ModelConfig
-from fastnabla.models.model_config import Pipeline
+from fastnabla.models.families import Family
 from fastnabla.models.model_source import source_of
 from fastnabla.models.noise_schedule import shipped_scheduler
 from fastnabla.models.safetensors_header import SafetensorsHeader
@@ -22,18 +21,16 @@ DEFAULTS = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
 def load_single_file(
     model: ModelConfig,
     file: Path,
-    family: type[Pipeline],
+    family: Family,
     dtypes: Mapping[str, torch.dtype],
-    absent: Mapping[str, Any],
-) -> Pipeline:
+) -> DiffusionPipeline:
     """The pipeline in `file`, with the configuration of `model.config`, or of the model that the file is recognised as.
 
     Args:
         model: the configuration.
         file: of its weights.
-        family: class of the pipeline.
+        family: of the pipeline.
         dtypes: of the weights, by part: "default" and "vae".
-        absent: arguments of the pipeline that leave out parts.
 
     Raises:
         ValueError: the file does not fit the configuration.
@@ -43,7 +40,9 @@ def load_single_file(
     shared = {"config": str(source_of(model)), "revision": model.revision}
     try:
         vae = AutoencoderKL.from_single_file(str(file), subfolder="vae", torch_dtype=dtypes["vae"], **shared)
-        pipeline = family.from_single_file(str(file), vae=vae, torch_dtype=dtypes["default"], **shared, **absent)
+        pipeline = family.pipeline.from_single_file(
+            str(file), vae=vae, torch_dtype=dtypes["default"], **shared, **family.absent
+        )
     except (SingleFileComponentError, RuntimeError, ValueError, KeyError) as error:
         why = "it lacks weights of some layers" if "meta tensor" in str(error) else error
         raise ValueError(f"{file.name} does not fit the configuration {shared['config']!r}: {why}") from error

@@ -10,10 +10,11 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from fastnabla.config.model_sections import ModelConfig
+from fastnabla.models.families import FAMILIES
 from fastnabla.models.model_source import source_of
 from fastnabla.models.safetensors_header import SafetensorsHeader
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+PARTS = tuple(dict.fromkeys(part for family in FAMILIES.values() for part in family.part_classes))
 _SHARD = r"(?:-\d+-of-\d+)?"
 WEIGHTS = re.compile(
     rf"(?:diffusion_pytorch_model|pytorch_model|model){_SHARD}(?:\.(\w+?))?{_SHARD}\.(?:safetensors|bin)"

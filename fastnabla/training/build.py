@@ -21,7 +21,7 @@ from fastnabla.metrics.probes import build_probe
 from fastnabla.models.build import Networks, build_networks
 from fastnabla.models.decoder import Decoder
 from fastnabla.models.image_size import image_size
-from fastnabla.models.pipeline import pipeline_of, tokenizers
+from fastnabla.models.pipeline import description_of, pipeline_of, reading_tokenizers
 from fastnabla.models.policy import Policy
 from fastnabla.optim.ema import WeightAverage
 from fastnabla.optim.optimizer import Optimizer
@@ -120,11 +120,11 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
 
     # Networks
     pipeline = pipeline_of(config.model)
-    size = image_size(config.model, pipeline.unet.config, pipeline.vae.config)
+    size = image_size(config.model, description_of(pipeline))
     _require_testbed_size(config, reward, size)
     check_reward(reward, prompts.texts, size, device)
     used = used_prompts(prompts, seed, config.sampled_trajectories, config.prompts.draw).tolist()
-    warn_truncated([prompts.texts[i] for i in used], *tokenizers(pipeline))
+    warn_truncated([prompts.texts[i] for i in used], *reading_tokenizers(pipeline))
     networks = build_networks(pipeline, prompts, config, device, world)
     policy, flow = networks.policy, networks.flow
 

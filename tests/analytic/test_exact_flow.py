@@ -20,7 +20,7 @@ class ExactPolicy(nn.Module):
 
     def __init__(self, experiment: Experiment, factor: float) -> None:
         super().__init__()
-        self.flow, self.perceptron, self.factor = experiment.flow, experiment.policy.unet.perceptron, factor
+        self.flow, self.perceptron, self.factor = experiment.flow, experiment.policy.network.perceptron, factor
 
     def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None, **_) -> tuple[Tensor]:
         alpha_bar, state = self.flow.alphas[timestep], x.flatten(1).double()
@@ -34,7 +34,7 @@ class ExactPolicy(nn.Module):
 def first_loss(steps: int, factor: float, **changes) -> float:
     config = settings("residual-db", steps=steps, exact_flow=True, rollout=ROLLOUT, updates=1, **changes)
     experiment = Experiment(config)
-    experiment.policy.unet.forward = ExactPolicy(experiment, factor).forward
+    experiment.policy.network.forward = ExactPolicy(experiment, factor).forward
     return next(iter(updates(experiment)))["loss_forward"]
 
 
@@ -66,7 +66,7 @@ def test_with_lambda_the_solution_is_the_target_at_beta_over_lambda(prior_weight
         left = (flow.alphas[timestep] / flow.alphas[0])[:, None]
         x = (left.sqrt() * clean + (1 - left).sqrt() * noise)[..., None, None]
         rows = table.rows(torch.full((len(x),), step), x)
-        o_ref = experiment.policy.unet.perceptron(x, timestep)[0]
+        o_ref = experiment.policy.network.perceptron(x, timestep)[0]
         o = ExactPolicy(experiment, factor)(x, timestep, None)[0].detach()
         residual, total = torch.zeros_like(x), torch.zeros_like(x)
         for sign in (1, -1):

@@ -54,4 +54,4 @@ def test_the_bytes_are_those_of_the_gradients() -> None:
     config = tiny()
     work, costs = work_of(config), unit_costs(config)
     assert work.reduced == sum(parameter.nbytes for parameter in Trainer.from_config(config).step.replicated)
-    assert work.rollout == pytest.approx(2 * costs.unet_flops + costs.decode_flops / 2)
+    assert work.rollout == pytest.approx(2 * costs.network_flops + costs.decode_flops / 2)

@@ -170,7 +170,7 @@ def test_split_charges_each_pass_to_its_network() -> None:
             output.register_hook(wait)
         return output
 
-    policy.unet.mid_block.register_forward_hook(lambda module, arguments, output: slow("UNet", output))
+    policy.network.mid_block.register_forward_hook(lambda module, arguments, output: slow("UNet", output))
     # Its layers' weights are taken without a call of theirs, but attention is called.
     decoder.vae.decoder.mid_block.attentions[0].register_forward_hook(lambda m, a, output: slow("decode", output))
     reward = workload.reward(variant)

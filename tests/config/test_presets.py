@@ -12,7 +12,7 @@ from fastnabla.config.train import TrainConfig, from_json, to_json
 from fastnabla.cost.planner import unit_costs
 from fastnabla.cost.unit_costs import UnitCosts
 from fastnabla.cost.update_cost import update_cost, update_trajectories
-from fastnabla.models.architectures import ARCHITECTURES, SD15, SDXL
+from fastnabla.models.architectures import ARCHITECTURES, SD15, SDXL_BASE
 from fastnabla.prompts import PROMPT_SETS, prompts_of
 from fastnabla.rewards import parse_term, published_class
 from tests.checks import NETWORK_DTYPE
@@ -74,9 +74,9 @@ def test_architectures_have_the_published_numbers_of_parameters() -> None:
         return sum(parameter.numel() for parameter in network.parameters())
 
     with torch.device("meta"):
-        assert count(UNet2DConditionModel(**SD15.unet)) == 859_520_964
-        assert count(UNet2DConditionModel(**SDXL.unet)) == 2_567_463_684
-        assert count(AutoencoderKL(**SD15.vae)) == count(AutoencoderKL(**SDXL.vae)) == 83_653_863
+        assert count(UNet2DConditionModel(**SD15.network)) == 859_520_964
+        assert count(UNet2DConditionModel(**SDXL_BASE.network)) == 2_567_463_684
+        assert count(AutoencoderKL(**SD15.vae)) == count(AutoencoderKL(**SDXL_BASE.vae)) == 83_653_863
 
 
 @pytest.mark.parametrize("name", OF_OTHER_SIZES)

@@ -19,6 +19,7 @@ OTHER_VALUES = {
     "objective.strength": 0.5,
     "objective.reverse": 0.25,
     "objective.trust_region": 3.0,
+    "memory.checkpoint_unet": True,
     "reward.tf32": True,
 }
 """Old name → a value that is not the default."""

@@ -46,15 +46,17 @@ def test_plans_fit_and_grow() -> None:
         assert chosen.total <= USABLE_FRACTION * chosen.budget
     for less, more in itertools.pairwise(plans):
         assert min(less.micro_batch, ENOUGH[0]) <= min(more.micro_batch, ENOUGH[0])
-        kept = [(not p.checkpoint_unet, not p.checkpoint_decoder, p.decode_chunk, p.micro_batch) for p in (less, more)]
+        kept = [
+            (not p.checkpoint_network, not p.checkpoint_decoder, p.decode_chunk, p.micro_batch) for p in (less, more)
+        ]
         assert kept[0] <= kept[1]
-    assert plans[0].checkpoint_unet
+    assert plans[0].checkpoint_network
     assert plans[-1].micro_batch == MAX_MICRO_BATCH
 
 
 def test_24_gigabytes_need_no_checkpointing() -> None:
     chosen = plan(24)
-    assert not chosen.checkpoint_unet and not chosen.checkpoint_decoder
+    assert not chosen.checkpoint_network and not chosen.checkpoint_decoder
     assert chosen.micro_batch >= 4
     larger = planner._step(stable_diffusion(), chosen.micro_batch + 1, chosen.decode_chunk, False, False)
     assert sum(chosen.fixed.values()) + max(larger.values()) > USABLE_FRACTION * 24e9, "one more would fit"
@@ -96,7 +98,7 @@ def test_activations_of_rewards_count() -> None:
 def test_full_finetuning() -> None:
     """Gradients and casts of 860 M weights are counted by network, not by transition."""
     chosen = plan(80, rank=0)
-    assert chosen.micro_batch == MAX_MICRO_BATCH and not chosen.checkpoint_unet
+    assert chosen.micro_batch == MAX_MICRO_BATCH and not chosen.checkpoint_network
     phase = "step, in backward passes"
     assert chosen.step[phase] < 1.2 * plan(80).step[phase]
     with pytest.raises(DoesNotFit, match=r"^vram = 12\.0 GB"):
@@ -109,7 +111,7 @@ def test_sharded_full_finetuning() -> None:
     costs = stable_diffusion(0)
     config = TrainConfig(vram=80, lora=LoraConfig(rank=0))
     alone, eight = (plan_memory(config, costs, int(80e9), CPU, ranks=ranks).fixed for ranks in (1, 8))
-    parameters = sum(p.numel() for p in costs.shapes.unet.parameters())
+    parameters = sum(p.numel() for p in costs.shapes.network.parameters())
     saved = sum(alone.values()) - sum(eight.values())
     assert saved == pytest.approx((18 - (4 + 18 / 8)) * parameters, rel=1e-5)
     replicated = dataclasses.replace(config, memory=MemoryConfig(shard=False))
@@ -118,14 +120,14 @@ def test_sharded_full_finetuning() -> None:
 
 
 def test_fixed_settings_are_respected() -> None:
-    chosen = plan(24, micro_batch=2, decode_chunk=1, checkpoint_unet=True, checkpoint_decoder=True)
+    chosen = plan(24, micro_batch=2, decode_chunk=1, checkpoint_network=True, checkpoint_decoder=True)
     assert (chosen.micro_batch, chosen.decode_chunk) == (2, 1)
-    assert chosen.checkpoint_unet and chosen.checkpoint_decoder
+    assert chosen.checkpoint_network and chosen.checkpoint_decoder
     assert plan(24, micro_batch=3).micro_batch == 3
-    assert plan(24, micro_batch=12).checkpoint_unet
+    assert plan(24, micro_batch=12).checkpoint_network
 
 
-@pytest.mark.parametrize(("gigabytes", "memory"), [(4, {}), (16, {"micro_batch": 8, "checkpoint_unet": False})])
+@pytest.mark.parametrize(("gigabytes", "memory"), [(4, {}), (16, {"micro_batch": 8, "checkpoint_network": False})])
 def test_what_does_not_fit_fits_into_what_is_said_to_be_needed(gigabytes: int, memory: dict) -> None:
     with pytest.raises(DoesNotFit, match=rf"^vram = {gigabytes}\.0 GB: the smallest settings need about ") as caught:
         plan(gigabytes, **memory)
@@ -153,7 +155,7 @@ def test_complete_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     complete, none = planned(config, CPU)
     assert none is None
     assert complete.memory == MemoryConfig(
-        micro_batch=3, decode_chunk=2, checkpoint_decoder=False, checkpoint_unet=False
+        micro_batch=3, decode_chunk=2, checkpoint_decoder=False, checkpoint_network=False
     )
     assert planned(complete, CPU) == (complete, None)
     opened, chosen = planned(dataclasses.replace(TrainConfig(), vram=24), CPU)
@@ -171,9 +173,7 @@ def test_complete_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
         (4, 4, 4, "reference"),
     ],
 )
-def test_measured_step(
-    micro_batch: int, chunk: int, rank: int, target: ReverseTarget, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measured_step(micro_batch: int, chunk: int, rank: int, target: ReverseTarget) -> None:
     """What a micro-step of the testbed takes is the larger of the planned phases: to 3% as measured, by backward passes and
     by decoding. Their sum would be a decode more. A target that follows the reference takes less than is planned:
     no graph is kept through a backward pass."""
@@ -185,7 +185,6 @@ def test_measured_step(
         objective=dataclasses.replace(small().objective, reverse_target=target),
     )
     trainer = Trainer.from_config(config)
-    monkeypatch.setattr("fastnabla.cost.unit_costs.TEXT_LENGTH", trainer.policy.conditions.text.shape[1])
     costs = unit_costs(config)
     trainer.source.collect(0)
     selection = trainer.components.buffer.select()

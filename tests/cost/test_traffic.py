@@ -16,6 +16,8 @@ from fastnabla.cost.traffic import update_traffic
 from fastnabla.cost.unit_costs import PassTraffic, UnitCosts
 from fastnabla.cost.update_cost import update_cost
 from fastnabla.methods.passes import StepCost
+from fastnabla.models.description import Description
+from fastnabla.models.families import SD
 from fastnabla.models.flow import UNetFlow
 from fastnabla.models.lora import add_lora
 
@@ -25,7 +27,7 @@ def made_up_costs() -> types.SimpleNamespace:
     return types.SimpleNamespace(
         shapes=types.SimpleNamespace(sample_shape=(2, 3, 3)),
         trained_sizes=[100, 50],
-        unet_traffic=lambda rows: PassTraffic(1000 + 10 * rows, 1000 + 30 * rows),
+        network_traffic=lambda rows: PassTraffic(1000 + 10 * rows, 1000 + 30 * rows),
         decode_traffic=lambda images: PassTraffic(500 + 7 * images, 500 + 9 * images),
         flow_traffic=lambda rows: PassTraffic(60 + rows, 80 + rows),
     )
@@ -61,7 +63,9 @@ def test_sums_by_hand() -> None:
 def small_costs() -> UnitCosts:
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(TOY.unet | {"sample_size": 8}).requires_grad_(False)
-        shapes = Shapes(unet, AutoencoderKL.from_config(TOY.vae), UNetFlow(4, 16, TOY.flow), torch.float32, (4, 8, 8))
+        vae, flow = AutoencoderKL.from_config(TOY.vae), UNetFlow(4, 16, TOY.flow)
+        description = Description(family=SD, network=unet.config, vae=vae.config, lengths=SD.text_lengths)
+        shapes = Shapes(unet, vae, flow, torch.float32, description, (4, 8, 8))
     add_lora(unet, 2, LORA_TARGETS)
     return UnitCosts(shapes, guided=True)
 
@@ -69,12 +73,12 @@ def small_costs() -> UnitCosts:
 def test_passes_read_their_weights_once() -> None:
     """Whatever the rows, of which each moves more than its graph keeps; a backward pass moves more than a forward one."""
     costs = small_costs()
-    weights = 4 * sum(parameter.numel() for parameter in costs.shapes.unet.parameters())
-    one, two = costs.unet_traffic(1), costs.unet_traffic(2)
+    weights = 4 * sum(parameter.numel() for parameter in costs.shapes.network.parameters())
+    one, two = costs.network_traffic(1), costs.network_traffic(2)
     by_row = two.forward - one.forward
     assert one.forward - by_row == pytest.approx(weights, rel=0.02)
     assert one.forward < one.backward < 4 * one.forward
-    assert costs.unet_bytes(False).kept < by_row
+    assert costs.network_bytes(False).kept < by_row
     decode = costs.decode_traffic(1)
     assert decode.forward < decode.backward < 4 * decode.forward
 

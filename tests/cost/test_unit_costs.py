@@ -9,6 +9,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from fastnabla.config.model_sections import LORA_TARGETS
 from fastnabla.cost.shapes import Shapes, fake_weights
 from fastnabla.cost.unit_costs import UnitCosts
+from fastnabla.models.description import Description
+from fastnabla.models.families import SD
 from fastnabla.models.flow import build_flow
 from fastnabla.models.lora import add_lora
 
@@ -26,45 +28,46 @@ def stable_diffusion(rank: int = 8, guided: bool = True) -> UnitCosts:
         add_lora(unet, rank, LORA_TARGETS)
     else:
         unet.float().requires_grad_()
-    return UnitCosts(Shapes(unet, vae, flow, torch.bfloat16, (4, 64, 64)), guided=guided)
+    description = Description(family=SD, network=unet.config, vae=vae.config, lengths=SD.text_lengths)
+    return UnitCosts(Shapes(unet, vae, flow, torch.bfloat16, description, (4, 64, 64)), guided=guided)
 
 
 def test_arithmetic() -> None:
     """A row of the UNet is 0.80 TFLOP as published (402 G multiply-adds), and a decode with its backward pass 5.06."""
     costs = stable_diffusion()
-    assert costs.unet_flops == pytest.approx(1.61e12, rel=0.03)
-    assert costs.unet_flops == pytest.approx(2 * stable_diffusion(guided=False).unet_flops)
+    assert costs.network_flops == pytest.approx(1.61e12, rel=0.03)
+    assert costs.network_flops == pytest.approx(2 * stable_diffusion(guided=False).network_flops)
     assert costs.decode_flops == pytest.approx(5.0e12, rel=0.05)
-    assert 0 < costs.flow_flops < 0.05 * costs.unet_flops
+    assert 0 < costs.flow_flops < 0.05 * costs.network_flops
 
 
 def test_memory_of_a_pass() -> None:
     """1.65 GB kept by a transition, in proportion to their number; a fifth of it with checkpointing."""
     costs = stable_diffusion()
-    one, eight = costs.unet_bytes(False), costs.unet_bytes(False, 8)
+    one, eight = costs.network_bytes(False), costs.network_bytes(False, 8)
     assert one.kept == pytest.approx(1.65e9, rel=0.03)
     assert one.kept < one.peak < 1.1 * one.kept
     # Not 8: the LoRA's weights and gradients are there once.
     assert 7.9 < eight.peak / one.peak < 8
-    recomputed = costs.unet_bytes(True)
+    recomputed = costs.network_bytes(True)
     assert recomputed.kept < 0.2 * one.kept
     assert recomputed.peak < 0.35 * one.peak
-    assert costs.shapes.unet.device.type == "meta" and not costs.shapes.unet.is_gradient_checkpointing
+    assert costs.shapes.network.device.type == "meta" and not costs.shapes.network.is_gradient_checkpointing
 
 
 def test_memory_of_full_finetuning() -> None:
     """More by float32 gradients and weights cast to bfloat16, however many transitions there are."""
     costs = stable_diffusion(rank=0)
-    weights = sum(parameter.numel() for parameter in costs.shapes.unet.parameters())
+    weights = sum(parameter.numel() for parameter in costs.shapes.network.parameters())
     assert weights == pytest.approx(860e6, rel=0.01)
-    extra = costs.unet_bytes(False).kept - stable_diffusion().unet_bytes(False).kept
+    extra = costs.network_bytes(False).kept - stable_diffusion().network_bytes(False).kept
     assert 1.9 * weights < extra < 2.6 * weights
-    assert costs.unet_bytes(False).peak > 4 * weights
-    assert costs.unet_bytes(False, 8).kept < 8 * costs.unet_bytes(False).kept - 6 * 2 * weights
+    assert costs.network_bytes(False).peak > 4 * weights
+    assert costs.network_bytes(False, 8).kept < 8 * costs.network_bytes(False).kept - 6 * 2 * weights
 
 
 def test_pretended_weights_are_put_back() -> None:
-    unet = stable_diffusion().shapes.unet
+    unet = stable_diffusion().shapes.network
     before = dict(unet.named_parameters())
     with pytest.raises(RuntimeError, match="within"), fake_weights(unet):
         assert unet.conv_in.weight.device.type == "cpu"

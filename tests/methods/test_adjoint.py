@@ -249,7 +249,7 @@ def test_the_optimal_control_is_the_fixed_point() -> None:
     """
     table = ddim_table(STEPS)
     step = affine_step(table)
-    network = step.policy.unet
+    network = step.policy.network
     w, v = regulator(table, network)
     assert (w - network.w).abs().max() > 0.1 and (v - network.v).abs().max() > 0.1, "the optimum is where it starts"
 

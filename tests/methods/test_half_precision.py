@@ -16,8 +16,8 @@ def gradients() -> dict[torch.dtype, tuple[dict[str, torch.Tensor], set[torch.dt
     for dtype in (torch.float32, torch.bfloat16):
         golden = load_step(GOLDEN)
         if dtype != torch.float32:
-            frozen = [p for p in golden.policy.unet.parameters() if not p.requires_grad]
-            for tensor in (*frozen, *golden.policy.unet.buffers(), *golden.policy.conditions.buffers()):
+            frozen = [p for p in golden.policy.network.parameters() if not p.requires_grad]
+            for tensor in (*frozen, *golden.policy.network.buffers(), *golden.policy.conditions.buffers()):
                 tensor.data = tensor.data.to(dtype)
             golden.policy.dtype = dtype
         computed = set()

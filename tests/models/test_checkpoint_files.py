@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.cost.shapes import shapes_of
-from fastnabla.models.model_config import Pipeline, configurations
+from fastnabla.models.description import described
 from fastnabla.models.model_source import CONFIGURATIONS, single_file_of, source_of
 from fastnabla.models.pipeline import pipeline_of
 from fastnabla.models.random_init import random_pipeline
@@ -21,12 +22,12 @@ from tests.single_file import save_single_file
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
+def pipeline() -> DiffusionPipeline:
     return random_pipeline(TINY["sd15"], {"default": torch.float32})
 
 
 @pytest.fixture(scope="module")
-def saved(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(pipeline: DiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the pipeline as full/ and as half/, which has fp16 files only, and as a single file."""
     folder = tmp_path_factory.mktemp("my models")
     pipeline.save_pretrained(folder / "full")
@@ -40,7 +41,7 @@ def config_of(name: Path | str, **settings) -> ModelConfig:
     return ModelConfig(name=str(name), dtype="float32", **settings)
 
 
-def assert_same_weights(found: Pipeline, expected: Pipeline) -> None:
+def assert_same_weights(found: DiffusionPipeline, expected: DiffusionPipeline) -> None:
     for part in ("unet", "vae", "text_encoder"):
         theirs, ours = (getattr(each, part).state_dict() for each in (expected, found))
         assert theirs.keys() == ours.keys()
@@ -48,7 +49,7 @@ def assert_same_weights(found: Pipeline, expected: Pipeline) -> None:
 
 
 def test_a_folder_with_one_variant_is_loaded_and_said_so(
-    saved: Path, pipeline: Pipeline, caplog: pytest.LogCaptureFixture
+    saved: Path, pipeline: DiffusionPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert_same_weights(pipeline_of(config_of(saved / "half")), pipeline)
     assert "has only weights of the variant fp16, which is loaded" in caplog.text
@@ -58,7 +59,9 @@ def test_a_folder_with_one_variant_is_loaded_and_said_so(
     assert not caplog.records
 
 
-def test_parts_that_transformers_has_dropped_are_not_loaded(saved: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_parts_that_transformers_has_dropped_are_not_loaded(
+    saved: Path, pipeline: DiffusionPipeline, tmp_path: Path
+) -> None:
     """Pipelines of 2022 have a CLIPFeatureExtractor, for their safety checker."""
     model = shutil.copytree(saved / "full", tmp_path / "m")
     index = json.loads((model / "model_index.json").read_text())
@@ -102,13 +105,14 @@ def test_variants(saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["single/cute.safetensors", "single"], ids=["file", "folder"])
-def test_a_single_file_is_loaded(saved: Path, pipeline: Pipeline, name: str) -> None:
+def test_a_single_file_is_loaded(saved: Path, pipeline: DiffusionPipeline, name: str) -> None:
     """The images of the single file are those of the folder: same weights, tokenizer and scheduler."""
     config = config_of(saved / name, config=str(saved / "full"))
     found = pipeline_of(config)
     assert_same_weights(found, pipeline)
     assert found.scheduler.config.beta_schedule == "scaled_linear" and not found.unet.training
-    unet, vae = configurations(config)
+    description = described(config)
+    unet, vae = description.network, description.vae
     assert unet["block_out_channels"] == [8, 16] and vae["block_out_channels"] == [8, 8]
     assert shapes_of(TrainConfig(model=config)).sample_shape == (4, 8, 8)
     half = pipeline_of(ModelConfig(name=config.name, config=config.config, dtype="float16", vae_dtype="float32"))
@@ -152,7 +156,7 @@ def test_without_its_configuration_a_single_file_names_the_remedy(saved: Path, m
         config_of("testbed", config="x")
 
 
-def test_a_single_file_that_does_not_fit_is_refused(pipeline: Pipeline, saved: Path, tmp_path: Path) -> None:
+def test_a_single_file_that_does_not_fit_is_refused(pipeline: DiffusionPipeline, saved: Path, tmp_path: Path) -> None:
     random_pipeline(TINY["sdxl"], {"default": torch.float32}).save_pretrained(tmp_path / "other")
     with pytest.raises(
         ValueError, match=r"cute\.safetensors does not fit the configuration .*other'.*Give another --model\.config"

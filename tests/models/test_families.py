@@ -14,7 +14,8 @@ from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import ComputeConfig, EvaluationConfig, MemoryConfig
 from fastnabla.cost.shapes import shapes_of
 from fastnabla.models.build import build_networks
-from fastnabla.models.model_config import vae_dtype
+from fastnabla.models.description import Description
+from fastnabla.models.families import SD, SDXL, Family
 from fastnabla.models.pipeline import encode_prompts, pipeline_of
 from fastnabla.models.sampler import use_sampler
 from fastnabla.prompts import RunPrompts
@@ -76,7 +77,7 @@ def test_channels_last_is_of_unet_and_decoder(model: str, channels_last: bool) -
     config = config_of(model, compute=ComputeConfig(channels_last=channels_last))
     prompts = RunPrompts(texts=PROMPTS, trained=2, evaluated=range(2))
     networks = build_networks(pipeline_of(config.model), prompts, config, torch.device("cpu"))
-    for layer in (networks.policy.unet.conv_in, networks.decoder.vae.decoder.conv_in):
+    for layer in (networks.policy.network.conv_in, networks.decoder.vae.decoder.conv_in):
         assert layer.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
@@ -97,7 +98,7 @@ def test_trained_weights_load_in_plain_diffusers(model: str, lora: LoraConfig, t
     else:
         pipeline.unet = type(pipeline.unet).from_pretrained(tmp_path / "unet")
     loaded = plain_images(pipeline, config)
-    pipeline.unet = trainer.policy.unet
+    pipeline.unet = trainer.policy.network
     torch.testing.assert_close(loaded, plain_images(pipeline, config), rtol=0, atol=1e-6)
     assert (loaded - before).abs().max() > 1e-4
 
@@ -113,10 +114,12 @@ def test_vae_of_xl_computes_in_float32_where_all_else_is_float16(tmp_path: Path)
         dtypes[family] = pipeline.vae.dtype
     assert dtypes == {"sd15": torch.float16, "sd21": torch.float16, "sdxl": torch.float32}
 
-    xl, fixed = {"addition_embed_type": "text_time"}, {"force_upcast": False}
-    assert vae_dtype(ModelConfig(dtype="float16"), xl, fixed) == torch.float16
-    assert vae_dtype(ModelConfig(dtype="bfloat16"), xl, {}) == torch.bfloat16
-    assert vae_dtype(ModelConfig(dtype="bfloat16", vae_dtype="float32"), {}, {}) == torch.float32
+    def of(family: Family, vae: dict, **dtypes: str) -> torch.dtype:
+        return Description(family=family, network={}, vae=vae, lengths={}).vae_dtype(ModelConfig(**dtypes))
+
+    assert of(SDXL, {"force_upcast": False}, dtype="float16") == torch.float16
+    assert of(SDXL, {}, dtype="bfloat16") == torch.bfloat16
+    assert of(SD, {}, dtype="bfloat16", vae_dtype="float32") == torch.float32
 
 
 def test_xl_is_told_nothing_for_no_prompt_and_the_size_of_its_images(tmp_path: Path) -> None:
@@ -129,10 +132,10 @@ def test_xl_is_told_nothing_for_no_prompt_and_the_size_of_its_images(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "name", ["FluxPipeline", "LatentConsistencyModelPipeline", ["pipeline", "Mine"]], ids=lambda name: name[0]
+    "name", ["QwenImagePipeline", "LatentConsistencyModelPipeline", ["pipeline", "Mine"]], ids=lambda name: name[0]
 )
 def test_pipeline_of_another_family_is_refused(name: object, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    said = rf"it is a {re.escape(str(name))}; supported are StableDiffusionPipeline.*_class_name in model_index\.json"
+    said = rf"it is a {re.escape(str(name))}.*; supported are StableDiffusionPipeline.*_class_name in model_index\.json"
     with pytest.raises(ValueError, match=rf"model\.name.*{said}"):
         Trainer.from_config(config_of(str(tmp_path), memory=MemoryConfig(micro_batch=1, decode_chunk=1)))

@@ -1,5 +1,6 @@
 """A pipeline whose parts do not fit each other is refused before its weights are loaded, and all misfits are named."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,9 @@ import torch
 from diffusers import AutoencoderTiny
 
 from fastnabla.config.model_sections import ModelConfig
-from fastnabla.models.fitting import checked_configurations
+from fastnabla.models.description import Description
+from fastnabla.models.families import SD
+from fastnabla.models.fitting import checked_description
 from fastnabla.models.image_size import image_size, latent_shape, size_problems
 from fastnabla.models.pipeline import encode_prompts, pipeline_of
 from tests.families import save_tiny
@@ -80,7 +83,7 @@ def changed(folders: Path, family: str, folder: Path, changes: dict[str, object]
             "sdxl",
             {"unet.in_channels": 9, "unet.class_embed_type": "timestep", "unet.sample_size": None, "vae.out_channels": 1,
              "text_encoder.hidden_size": 8},
-            ["(1) unet.in_channels", "(2) vae.out_channels", "(3) unet.class_embed_type", "(4) unet.cross_attention_dim",
+            ["(1) unet.in_channels", "(2) unet.class_embed_type", "(3) unet.cross_attention_dim", "(4) vae.out_channels",
              "(5) unet.sample_size"],
         ),
     ],
@@ -90,7 +93,7 @@ def test_misfits_are_refused_by_name(
 ) -> None:
     model = changed(folders, family, tmp_path, changes)
     with pytest.raises(ValueError) as refusal:
-        checked_configurations(model)
+        checked_description(model)
     message = str(refusal.value)
     assert message.startswith(f"model.name = {model.name!r}: ")
     assert all(name in message for name in named), message
@@ -109,7 +112,8 @@ def test_misfits_are_refused_by_name(
 )
 def test_parts_that_fit(folders: Path, tmp_path: Path, family: str, changes: dict) -> None:
     model = changed(folders, family, tmp_path, {f: v for f, v in changes.items() if family == "sdxl" or "_2" not in f})
-    unet, vae = checked_configurations(model)
+    description = checked_description(model)
+    unet, vae = description.network, description.vae
     assert unet["in_channels"] == vae["latent_channels"] == 4
 
 
@@ -119,19 +123,18 @@ def test_a_tokenizer_without_its_files_is_refused(folders: Path, tmp_path: Path,
     model = changed(folders, family, tmp_path, {})
     shutil.rmtree(tmp_path / family / part)
     with pytest.raises(ValueError, match=rf"model\.name = .*: {part}\.vocab: has no words; .* lacks tokenizer\.json"):
-        checked_configurations(model)
+        checked_description(model)
 
 
 def test_an_old_configuration_has_the_size_that_diffusers_gives_it(folders: Path, tmp_path: Path) -> None:
     model = changed(folders, "sd15", tmp_path, {"unet._diffusers_version": "0.6.0"})
-    unet, vae = checked_configurations(model)
-    assert image_size(model, unet, vae) == (128, 128)
+    assert image_size(model, checked_description(model)) == (128, 128)
 
 
 def test_a_size_must_be_a_multiple_and_the_nearest_ones_are_named() -> None:
     def refused(**sides: int) -> str:
         with pytest.raises(ValueError, match=r"model\.name = 'sd15-small': .*must be a multiple of 64") as refusal:
-            checked_configurations(ModelConfig(name="sd15-small", random_init=True, **sides))
+            checked_description(ModelConfig(name="sd15-small", random_init=True, **sides))
         return str(refusal.value)
 
     assert "model.height = 500: " in refused(height=500) and "448 and 512" in refused(height=500)
@@ -143,12 +146,13 @@ def test_a_size_must_be_a_multiple_and_the_nearest_ones_are_named() -> None:
 
 def test_sizes() -> None:
     unet, vae = {"sample_size": [8, 12], "in_channels": 4}, {"block_out_channels": (8, 8)}
-    assert image_size(ModelConfig(), unet, vae) == (16, 24)
-    assert image_size(ModelConfig(height=32), unet, vae) == (32, 24)
-    assert latent_shape(ModelConfig(height=32, width=8), unet, vae) == (4, 16, 4)
-    absent = {"sample_size": None, "block_out_channels": (8, 16)}
-    assert size_problems(ModelConfig(height=16), absent, vae)
-    assert not size_problems(ModelConfig(height=16, width=24), absent, vae)
+    model = Description(family=SD, network=unet, vae=vae, lengths=SD.text_lengths)
+    assert image_size(ModelConfig(), model) == (16, 24)
+    assert image_size(ModelConfig(height=32), model) == (32, 24)
+    assert latent_shape(ModelConfig(height=32, width=8), model) == (4, 16, 4)
+    absent = dataclasses.replace(model, network={"sample_size": None, "block_out_channels": (8, 16)})
+    assert size_problems(ModelConfig(height=16), absent)
+    assert not size_problems(ModelConfig(height=16, width=24), absent)
 
 
 @pytest.mark.parametrize(
@@ -164,11 +168,11 @@ def test_a_tiny_decoder_must_be_of_the_vae(folders: Path, tmp_path: Path, change
     tiny = tmp_path / "tiny"
     AutoencoderTiny(**blocks, **counts).save_pretrained(tiny)
     model = ModelConfig(name=str(folders / "sd15"), tiny_decoder=str(tiny))
-    checked_configurations(model)
+    checked_description(model)
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ValueError) as refusal:
-        checked_configurations(model)
+        checked_description(model)
     assert f"model.tiny_decoder = {str(tiny)!r}: {named}; use the one made for this VAE" in str(refusal.value)
 
 

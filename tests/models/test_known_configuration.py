@@ -25,8 +25,9 @@ from transformers import CLIPTextConfig
 from fastnabla.config.model_sections import LoraConfig, ModelConfig, SamplerConfig
 from fastnabla.cost.planner import unit_costs
 from fastnabla.models.build import build_networks
-from fastnabla.models.known_configuration import FILES, require_known
-from fastnabla.models.model_config import configurations
+from fastnabla.models.description import described
+from fastnabla.models.families import SD, SDXL, Family
+from fastnabla.models.known_configuration import require_known
 from fastnabla.models.pipeline import pipeline_of
 from fastnabla.prompts import RunPrompts
 from fastnabla.trajectories.rollout import sample
@@ -59,23 +60,23 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("file", "is_xl", "defaults"),
+    ("file", "family", "defaults"),
     [
-        (INDEX, False, parameters(StableDiffusionPipeline)),
-        (INDEX, True, parameters(StableDiffusionXLPipeline)),
-        (UNET, False, parameters(UNet2DConditionModel)),
-        (VAE, False, parameters(AutoencoderKL)),
-        (TEXT, False, CLIPTextConfig().to_dict()),
-        *[(SCHEDULER, False, parameters(scheduler)) for scheduler in SCHEDULERS],
+        (INDEX, SD, parameters(StableDiffusionPipeline)),
+        (INDEX, SDXL, parameters(StableDiffusionXLPipeline)),
+        (UNET, SD, parameters(UNet2DConditionModel)),
+        (VAE, SD, parameters(AutoencoderKL)),
+        (TEXT, SD, CLIPTextConfig().to_dict()),
+        *[(SCHEDULER, SD, parameters(scheduler)) for scheduler in SCHEDULERS],
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else str(value)[:60] if isinstance(value, Family) else "",
 )
-def test_all_settings_of_the_libraries_are_known(file: str, is_xl: bool, defaults: dict[str, Any]) -> None:
+def test_all_settings_of_the_libraries_are_known(file: str, family: Family, defaults: dict[str, Any]) -> None:
     """A new setting of diffusers or transformers must be added to the list, once its arithmetic is here. Defaults are
     supported, up to those of schedulers of flow matching."""
-    assert {name for name in defaults if not name.startswith("_")} <= FILES[file][is_xl].keys()
+    assert {name for name in defaults if not name.startswith("_")} <= family.known[file].keys()
     if "snr_shift_scale" not in defaults:
-        require_known("m", is_xl, {file: defaults})
+        require_known("m", family.known, {file: defaults})
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,8 @@ def test_configurations_of_the_families_are_known(model: str, tmp_path: Path) ->
     """So are those of diffusers' EMAModel, of old schedulers, and new ones that are off."""
     config = without_weights(model, tmp_path, UNET, {"power": 0.75, "a_new_setting": None})
     edit(tmp_path, SCHEDULER, {"tensor_format": "pt", "timestep_values": None, "predict_epsilon": True})
-    unet, vae = configurations(config)
+    description = described(config)
+    unet, vae = description.network, description.vae
     assert unet["power"] == 0.75 and vae["_class_name"] == "AutoencoderKL"
 
 
@@ -149,7 +151,7 @@ def test_refused_by_name_before_weights_are_loaded(
 ) -> None:
     config = without_weights(model, tmp_path, file, changes)
     with pytest.raises(ValueError, match=rf"(?s)model\.name = '.*{file}: {message}.*Use another checkpoint"):
-        configurations(config)
+        described(config)
 
 
 def test_all_are_named_at_once() -> None:
@@ -157,19 +159,19 @@ def test_all_are_named_at_once() -> None:
     with pytest.raises(
         ValueError, match=r"'m': \(1\).*new = 1.*\(2\).*attention_type.*\(3\).*mean.*\(4\).*std.*\(5\).*old"
     ):
-        require_known("m", False, files)
+        require_known("m", SD.known | {TEXT_2: SD.known[TEXT]}, files)
     del files[UNET], files[TEXT_2]
-    require_known("m", True, files)
+    require_known("m", SDXL.known, files)
 
 
 def changed(saved: Path, family: str, changes: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
     """A copy of a `saved` pipeline with `changes` by file. The networks are built with those that they take."""
     built = Path(shutil.copytree(saved / family, folder / family))
-    for file, (network, library) in {UNET: ("unet", UNet2DConditionModel), VAE: ("vae", AutoencoderKL)}.items():
+    for file, (part, library) in {UNET: ("unet", UNet2DConditionModel), VAE: ("vae", AutoencoderKL)}.items():
         own = {name: value for name, value in changes.get(file, {}).items() if name in parameters(library)}
         if own:
             torch.manual_seed(1)
-            library(**getattr(TINY[family], network) | own).save_pretrained(built / network)
+            library(**getattr(TINY[family], "network" if part == "unet" else part) | own).save_pretrained(built / part)
     for file, values in changes.items():
         edit(built, file, values)
     return str(built)
@@ -227,7 +229,7 @@ def test_distilled_guidance_is_an_input(size: int, saved: Path, tmp_path: Path) 
     x, one = torch.randn(2, 4, 8, 8), torch.ones(2, dtype=torch.int64)
     before = policy(x, one, torch.arange(2))
     assert before.shape == x.shape and not unit_costs(config).guided
-    policy.guidance_embedding.zero_()
+    policy.conditions.timestep_cond.zero_()
     assert (policy(x, one, torch.arange(2)) - before).abs().max() > 1e-3
 
 
@@ -273,7 +275,7 @@ def test_samples_as_plain_diffusers_or_is_refused(
         changes[file] = changes.get(file, {}) | values
     unet = changes.get(UNET, {})
     if unet.get("encoder_hid_dim_type") == "text_proj":
-        unet["encoder_hid_dim"] = TINY[family].unet["cross_attention_dim"]
+        unet["encoder_hid_dim"] = TINY[family].network["cross_attention_dim"]
     model = changed(saved, family, changes, tmp_path_factory.mktemp("drawn"))
     try:
         difference = largest_difference(model)

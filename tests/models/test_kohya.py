@@ -13,6 +13,7 @@ from fastnabla import export
 from fastnabla.config.model_sections import LORA_TARGETS
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.train import to_json
+from fastnabla.models.conditions import Conditions
 from fastnabla.models.kohya import save_kohya
 from fastnabla.models.lora_targets import ALL_LINEAR
 from fastnabla.models.policy import Policy
@@ -29,7 +30,7 @@ def trained(family: str, targets: tuple[str, ...], weights: Path) -> tuple[Stabl
     torch.manual_seed(0)
     pipeline = random_pipeline(TINY[family], {"default": torch.float32})
     pipeline.set_progress_bar_config(disable=True)
-    policy = Policy(copy.deepcopy(pipeline.unet), None, None, RANK, targets)
+    policy = Policy(copy.deepcopy(pipeline.unet), Conditions(torch.zeros(1, 1, 1)), None, RANK, targets)
     for parameter in policy.trained().values():
         torch.nn.init.normal_(parameter, std=0.1)
     save_policy(policy, weights, torch.float32)
@@ -51,7 +52,7 @@ def test_plain_diffusers_samples_the_same_images(family: str, tmp_path: Path) ->
     exported = images(pipeline)
     pipeline.unload_lora_weights()
     assert images(pipeline).equal(pretrained)
-    pipeline.unet = policy.unet
+    pipeline.unet = policy.network
     own = images(pipeline)
     assert (own - pretrained).abs().max() > 0.01
     assert (exported - own).abs().max() < 1e-5
@@ -117,7 +118,7 @@ def test_without_a_lora_it_says_what_to_do(run: Path, capsys: pytest.CaptureFixt
     assert "trained all parameters" in capsys.readouterr().err
     (run / "unet").rename(run / "gone")
     assert export.main([str(run)]) == 2
-    assert "has no lora/ or unet/ yet" in capsys.readouterr().err
+    assert "has no trained weights yet" in capsys.readouterr().err
     (run / "ema" / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"cut")
     assert export.main([str(run), "--weights", "ema"]) == 2
     assert "cannot be read" in capsys.readouterr().err

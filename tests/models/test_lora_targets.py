@@ -25,7 +25,7 @@ TESTBED = ModelConfig(name="testbed")
 
 def tiny_unet() -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return UNet2DConditionModel(**TINY["sd15"].unet).requires_grad_(False)
+    return UNet2DConditionModel(**TINY["sd15"].network).requires_grad_(False)
 
 
 UNET = tiny_unet()

@@ -41,4 +41,4 @@ def test_first_condition_is_the_empty_prompt() -> None:
     assert text.shape == (4, pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size)
     assert torch.equal(text[1], text[3]) and not torch.equal(text[1], text[2])
     torch.testing.assert_close(text[:1], encode_prompts(pipeline, [""]).text[1:])
-    assert conditions.pooled is None and conditions.time_ids is None
+    assert conditions.pooled is None and not conditions.shared

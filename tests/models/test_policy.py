@@ -77,7 +77,7 @@ def in_precision(policy: Policy, kind: str) -> Policy:
     if kind == "one_graph":
         policy.lora.one_graph = True
     elif kind == "bfloat16":
-        policy.unet.bfloat16()
+        policy.network.bfloat16()
         policy.conditions.bfloat16()
         for parameter in policy.trainable():
             parameter.data = parameter.data.float()
@@ -122,7 +122,7 @@ def test_scaled_lora_equals_pefts_scale(scale, kind):
         parameter.data = 0.1 * randn(*parameter.shape, seed=number)
     plain = UNet2DConditionModel.from_pretrained(UNET).requires_grad_(False)
     plain.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(targets)), adapter_name=ADAPTER)
-    plain.load_state_dict(policy.unet.state_dict())
+    plain.load_state_dict(policy.network.state_dict())
     plain.set_adapters(ADAPTER, scale)
     x = X.clone().requires_grad_()
     expected = plain(x, TIMESTEP, encoder_hidden_states=CONDITIONS[PROMPT + 1]).sample
@@ -148,8 +148,8 @@ def test_scale_that_cannot_be_used_is_an_error():
 def test_trains_the_lora_alone():
     policy = build()
     policy(X, TIMESTEP, PROMPT).square().mean().backward()
-    trained = {name for name, parameter in policy.unet.named_parameters() if parameter.grad is not None}
-    assert trained == {name for name, _ in policy.unet.named_parameters() if "lora_" in name}
+    trained = {name for name, parameter in policy.network.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in policy.network.named_parameters() if "lora_" in name}
     assert len(policy.trainable()) == len(trained)
     assert all(parameter.dtype == torch.float32 for parameter in policy.trainable())
 
@@ -288,8 +288,8 @@ def test_settings_change_rounding_alone(setting, rank):
     assert relative_error(gradient, expected_gradient) < 1e-5
     assert_gradients(gradients, expected)
     if setting == "channels_last":
-        assert optimised.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert optimised.unet.is_gradient_checkpointing == (setting == "checkpoint")
+        assert optimised.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert optimised.network.is_gradient_checkpointing == (setting == "checkpoint")
 
 
 def test_saves_all_parameters_of_whatever_layout(tmp_path):

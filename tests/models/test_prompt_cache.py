@@ -29,13 +29,15 @@ def build(capacity: int = 3, pooled: bool = False) -> tuple[PromptCache, list[li
         return [(value, 10 * value[:, 0]) if pooled else (value,) for value in values]
 
     unconditional = (torch.zeros(1, 2, 4), torch.zeros(1, 4)) if pooled else (torch.zeros(1, 2, 4),)
-    return PromptCache(PROMPTS, encode, unconditional, torch.arange(6) if pooled else None, capacity), asked
+    return PromptCache(
+        PROMPTS, encode, unconditional, {"time_ids": torch.arange(6)} if pooled else None, capacity
+    ), asked
 
 
 def seen(cache: PromptCache, *numbers: int) -> list[float]:
     prompt = torch.tensor(numbers)
     cache.ensure(prompt)
-    assert torch.equal(cache(prompt, guided=False)["encoder_hidden_states"], cache.of_prompts(prompt))
+    assert torch.equal(cache(prompt, guided=False)["text"], cache.of_prompts(prompt))
     return cache.of_prompts(prompt)[:, 1, 2].tolist()
 
 
@@ -71,9 +73,9 @@ def test_all_that_xl_is_told_comes_with_them() -> None:
     prompt = torch.tensor([3, 1])
     cache.ensure(prompt)
     told = cache(prompt, guided=True)
-    assert told["encoder_hidden_states"][:, 0, 0].tolist() == [0, 0, 4, 2]
-    assert told["added_cond_kwargs"]["text_embeds"][:, 0].tolist() == [0, 0, 40, 20]
-    assert told["added_cond_kwargs"]["time_ids"].shape == (4, 6)
+    assert told["text"][:, 0, 0].tolist() == [0, 0, 4, 2]
+    assert told["pooled"][:, 0].tolist() == [0, 0, 40, 20]
+    assert told["time_ids"].shape == (4, 6)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -89,7 +91,7 @@ def test_they_are_the_pipelines_whatever_was_encoded_before(family: str, tmp_pat
         for conditions in (at_once, one, other):
             conditions.ensure(prompt)
             arguments = conditions(prompt, guided=True)
-            told.append([arguments["encoder_hidden_states"], *arguments.get("added_cond_kwargs", {}).values()])
+            told.append([arguments["text"], *arguments.get("added_cond_kwargs", {}).values()])
         assert all(map(torch.equal, told[1], told[2]))
         for alone, batched in zip(told[1], told[0], strict=True):
             torch.testing.assert_close(alone, batched, rtol=1e-5, atol=1e-6)

@@ -15,6 +15,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     EDMEulerScheduler,
@@ -31,7 +32,6 @@ from diffusers import (
 )
 
 from fastnabla.config.model_sections import ModelConfig, SamplerConfig
-from fastnabla.models.model_config import Pipeline
 from fastnabla.models.pipeline import encode_prompts, pipeline_of
 from fastnabla.models.policy import Policy
 from fastnabla.models.sampler import NoiseFloor, scheduler_of, use_sampler
@@ -94,12 +94,12 @@ PUBLISHED = {
 
 
 @pytest.fixture(scope="module")
-def testbed() -> Pipeline:
+def testbed() -> DiffusionPipeline:
     return pipeline_of(ModelConfig(name="testbed", dtype="float32"))
 
 
 @pytest.fixture
-def pipeline(testbed: Pipeline) -> Iterator[Pipeline]:
+def pipeline(testbed: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
     """The testbed with its own scheduler, which tests replace."""
     own = testbed.scheduler
     yield testbed
@@ -109,7 +109,7 @@ def pipeline(testbed: Pipeline) -> Iterator[Pipeline]:
 @pytest.mark.parametrize("kind", ["ddim", "sde-dpmsolver++"])
 @pytest.mark.parametrize(("shipped", "settings"), SAVED_WITH, ids=lambda value: getattr(value, "__name__", ""))
 def test_checkpoints_of_one_model_are_sampled_alike(
-    pipeline: Pipeline, kind: str, shipped: type, settings: dict, tmp_path: Path
+    pipeline: DiffusionPipeline, kind: str, shipped: type, settings: dict, tmp_path: Path
 ) -> None:
     """Whatever scheduler they were saved with: the table of the testbed's own, to the bit, and its scheduler's settings."""
     expected = use_sampler(pipeline, SamplerConfig(scheduler=kind, steps=20))
@@ -123,7 +123,7 @@ def test_checkpoints_of_one_model_are_sampled_alike(
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-xl-base-1.0"])
-def test_ordinary_checkpoints_are_sampled_with_their_own_settings(pipeline: Pipeline, name: str) -> None:
+def test_ordinary_checkpoints_are_sampled_with_their_own_settings(pipeline: DiffusionPipeline, name: str) -> None:
     """The scheduler_config.json of the published models: DDIM from it has the table of the run's DDIM."""
     shipped, settings = PUBLISHED[name]
     pipeline.scheduler = shipped.from_config(settings)
@@ -145,7 +145,7 @@ def test_ordinary_checkpoints_are_sampled_with_their_own_settings(pipeline: Pipe
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_the_noise_schedule_is_the_checkpoint_s(pipeline: Pipeline, kind: str, changes: dict) -> None:
+def test_the_noise_schedule_is_the_checkpoint_s(pipeline: DiffusionPipeline, kind: str, changes: dict) -> None:
     pipeline.scheduler = EulerDiscreteScheduler(**SCHEDULE | changes)
     betas = pipeline.scheduler.betas
     use_sampler(pipeline, SamplerConfig(scheduler=kind, spacing="trailing"))
@@ -153,7 +153,9 @@ def test_the_noise_schedule_is_the_checkpoint_s(pipeline: Pipeline, kind: str, c
     assert all(pipeline.scheduler.config[name] == value for name, value in changes.items())
 
 
-def test_zero_terminal_snr_starts_from_pure_noise(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+def test_zero_terminal_snr_starts_from_pure_noise(
+    pipeline: DiffusionPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
     """At ᾱ = 0 the first step is x' = −√ᾱ' v + √(1 − ᾱ') ε, whatever x is."""
     shipped = DDIMScheduler(**SCHEDULE | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
     pipeline.scheduler = shipped
@@ -169,7 +171,7 @@ def test_zero_terminal_snr_starts_from_pure_noise(pipeline: Pipeline, caplog: py
     assert "Consider --sampler.spacing trailing" in caplog.text
 
 
-def test_without_default_spacing_a_run_of_an_older_version_has_the_checkpoint_s(pipeline: Pipeline) -> None:
+def test_without_default_spacing_a_run_of_an_older_version_has_the_checkpoint_s(pipeline: DiffusionPipeline) -> None:
     pipeline.scheduler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing")
     assert use_sampler(pipeline, SamplerConfig(spacing=None)).timestep[0] == 999
     pipeline.scheduler = PNDMScheduler(
@@ -195,7 +197,9 @@ def test_without_default_spacing_a_run_of_an_older_version_has_the_checkpoint_s(
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_schedulers_of_other_kinds_of_model_are_refused(pipeline: Pipeline, shipped: object, message: str) -> None:
+def test_schedulers_of_other_kinds_of_model_are_refused(
+    pipeline: DiffusionPipeline, shipped: object, message: str
+) -> None:
     pipeline.scheduler = shipped
     with pytest.raises(ValueError, match=f"the checkpoint's scheduler, .*{message}"):
         use_sampler(pipeline, SamplerConfig())
@@ -227,7 +231,9 @@ def test_the_table_says_where_every_value_is_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "spacing", "timesteps"), SPACINGS, ids=str)
-def test_spacing_and_bound_give_the_table(pipeline: Pipeline, kind: str, spacing: str, timesteps: np.ndarray) -> None:
+def test_spacing_and_bound_give_the_table(
+    pipeline: DiffusionPipeline, kind: str, spacing: str, timesteps: np.ndarray
+) -> None:
     """σ² = (1 − ᾱ')/(1 − ᾱ) (1 − ᾱ/ᾱ') for both schedulers, in numpy's float64 and here of betas in float32: 1e-4."""
     alphas = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     now = np.array(timesteps, dtype=int)
@@ -275,13 +281,13 @@ def test_spacing_and_bound_give_the_table(pipeline: Pipeline, kind: str, spacing
     ],
     ids=["divisor", "no offset", "linspace", "zero SNR", "eta", "ddim steps", "dpm steps", "all steps alike"],
 )
-def test_refuses_what_has_no_density(pipeline: Pipeline, own: dict, settings: dict, message: str) -> None:
+def test_refuses_what_has_no_density(pipeline: DiffusionPipeline, own: dict, settings: dict, message: str) -> None:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **own)
     with pytest.raises(ValueError, match=message):
         use_sampler(pipeline, SamplerConfig(**settings))
 
 
-def test_plain_diffusers_samples_alike_with_spacing_and_bound(pipeline: Pipeline) -> None:
+def test_plain_diffusers_samples_alike_with_spacing_and_bound(pipeline: DiffusionPipeline) -> None:
     """The last of four steps is raised. Of the noise after its mean the policy's sampler draws σ' ε, and diffusers σ ε and
     then √(σ'² − σ²) ε'. Everything else is the same, to float32 rounding."""
     config = SamplerConfig(steps=4, spacing="trailing", min_sigma=0.1, guidance_scale=2.0)
@@ -310,7 +316,7 @@ def test_plain_diffusers_samples_alike_with_spacing_and_bound(pipeline: Pipeline
     assert relative_error(plain - finished, difference.float()) < 1e-3
 
 
-def test_without_a_bound_no_noise_is_drawn(pipeline: Pipeline) -> None:
+def test_without_a_bound_no_noise_is_drawn(pipeline: DiffusionPipeline) -> None:
     config, generator = SamplerConfig(steps=4), torch.Generator()
     before, latents = generator.get_state(), torch.ones(1, 4, 8, 8)
     add = NoiseFloor(pipeline, use_sampler(pipeline, config), config, [generator])

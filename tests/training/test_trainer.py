@@ -188,7 +188,7 @@ def test_other_settings_run_with_the_planned_passes(reward_gradient: str, flow: 
 
 def test_bfloat16_networks_train_a_float32_lora(tmp_path: Path) -> None:
     trainer = Trainer.from_config(small(updates=2, model=ModelConfig(name="testbed", dtype="bfloat16")))
-    assert trainer.policy.unet.dtype == torch.bfloat16
+    assert trainer.policy.network.dtype == torch.bfloat16
     folder = tmp_path / "run"
     folder.mkdir()
     without_pictures(trainer).train(folder)
