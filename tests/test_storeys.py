@@ -34,7 +34,7 @@ STOREYS = (
     ("objective",),
     ("kernels",),
     ("transition",),
-    ("scheduler_coefficients",),
+    ("scheduler_coefficients", "flow_matching_coefficients"),
     ("utils",),
 )
 HEIGHT = {name: -height for height, names in enumerate(STOREYS) for name in names}
