@@ -30,7 +30,7 @@ STOREYS = (
     ("distributed",),
     ("testbed",),
     ("config",),
-    ("losses", "compat"),
+    ("losses", "compat", "table_scheduler"),
     ("objective",),
     ("kernels",),
     ("transition",),
