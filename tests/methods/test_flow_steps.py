@@ -1,4 +1,4 @@
-"""The reference's golden steps once more, as steps of a flow.
+"""Training steps of flows: the reference's golden steps in other units, and the definition in float64.
 
 The golden UNet predicts ε at variance-preserving states x. In the units y = k x, k = 1/(√ᾱ + √(1 − ᾱ)), it is the velocity network
 ``v(y) = (ε(y/k) − y)/(1 − t)`` of a flow with the same signal-to-noise ratios. Scores are in units of 1/y. So with g(y) = g(x)/k, the
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fastnabla.methods.nabla_db import BalanceStep
 from fastnabla.transition import TransitionTable
-from tests.checks import BACKENDS, assert_gradients, matched_flow_table
-from tests.golden import ALL_STEP_SETS, GoldenStep, load_step
+from tests.checks import BACKENDS, assert_gradients, flow_table, matched_flow_table, randn
+from tests.exact import Exact
+from tests.golden import ALL_STEP_SETS, STEP_SETS, GoldenStep, load_step
 
 
 @dataclasses.dataclass
@@ -114,3 +115,43 @@ def test_agrees_with_the_reference_as_a_flow(folder: Path, backend: str) -> None
         for name, gradient in gradients_of_row(golden, levels, row, backend).items():
             total[name] = total.get(name, 0) + gradient
     assert_gradients(total, {name: g for name, g in golden.expected.items() if name.startswith("grad.")})
+
+
+def sampled_by(table: TransitionTable) -> GoldenStep:
+    """A golden step whose transitions are those of `table`, with the golden UNet for a velocity network."""
+    golden = load_step(next(folder for folder in STEP_SETS if (folder / "flow").exists()))
+    batch = golden.transitions
+    rows = table.rows(batch.step_index, batch.x)
+    x_next = rows.a * batch.x + rows.b * batch.model_output + rows.sigma * randn(*batch.x.shape, seed=3)
+    return dataclasses.replace(golden, table=table, transitions=dataclasses.replace(batch, x_next=x_next))
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        ("ddim", {}),
+        ("ddim", {"reverse_target": "reference"}),
+        ("flow-sde", {}),
+        ("dance", {}),
+        ("cps", {"reward_gradient": "lookahead_detached"}),
+    ],
+    ids=str,
+)
+def test_agrees_with_the_definition(rows: str, settings: dict) -> None:
+    golden = sampled_by(flow_table(50, 0.7, rows=rows))
+    step = golden.step(4, weighting="sigma", **settings)
+    step(golden.transitions)
+    exact = Exact(golden)
+    loss = exact.reference_target_loss if settings.get("reverse_target") == "reference" else exact.balance_loss
+    assert_gradients(golden.gradients(), exact.gradients(golden, loss(step.objective)))
+
+
+def test_plain_nabla_db_agrees_with_the_definition() -> None:
+    """With the noising kernel of a flow whose sampler ends before the clean sample."""
+    golden = sampled_by(flow_table(50, end=0.02))
+    step = golden.step(4, noising=True, weighting="sigma", prior_weight=1.0)
+    step(golden.transitions)
+    exact = Exact(golden)
+    assert_gradients(golden.gradients(), exact.gradients(golden, exact.balance_loss(step.objective, noising=True)))
+    with pytest.raises(ValueError, match=r"method = 'db': the sampler ends at the clean sample"):
+        sampled_by(flow_table(50)).step(4, noising=True, prior_weight=1.0)
