@@ -12,7 +12,7 @@ from t to s < t, with Δ = t − s. η is the scale of its noise:
 | "dance"    | Euler–Maruyama, diffusion g = η (DanceGRPO, arXiv 2505.07818)           | σ = g √Δ                           |
 
 Euler–Maruyama steps are ``x' = x − Δ [o + (g²/2t)(x + (1 − t) o)] + g √Δ z``. As η goes to 0, all rows go to Euler's step ``x − Δ o``.
-"ddim" with η = 1 is DDPM, the posterior of the noising process, and alone makes x_T independent of x_0.
+"ddim" with η = 1 is DDPM, the posterior of the noising process, and makes x_T independent of x_0 (`TransitionTable.memory`).
 
 At s = 0 "ddim" and "cps" have no noise. There the last row is ``x' = x̂0 + σ z`` with σ = min(0.02, t), so that it has a density.
 Euler–Maruyama's last rows have noise, and are as the formulas say.
