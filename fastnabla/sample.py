@@ -63,10 +63,11 @@ def sample_run(config: SampleConfig) -> Path:
     from fastnabla.config.train import load_run
     from fastnabla.models.image_size import image_size
     from fastnabla.models.pipeline import pipeline_of
-    from fastnabla.models.sampler import NoiseFloor, use_sampler
+    from fastnabla.models.sampler import use_sampler
     from fastnabla.models.saved_policy import load_policy, require_policy
     from fastnabla.prompts.loading import checked_prompt
     from fastnabla.run.pictures import save_grid
+    from fastnabla.table_scheduler import TableScheduler
     from fastnabla.utils.seeding import seed_of
 
     for prompt in config.prompt:
@@ -85,6 +86,7 @@ def sample_run(config: SampleConfig) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = pipeline_of(run.model).to(device)
     table = use_sampler(pipeline, run.sampler)
+    pipeline.scheduler = TableScheduler(table, pipeline.scheduler.config)
     height, width = image_size(run.model, pipeline.unet.config, pipeline.vae.config)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
 
@@ -103,9 +105,7 @@ def sample_run(config: SampleConfig) -> Path:
                     width=width,
                     num_inference_steps=run.sampler.steps,
                     guidance_scale=run.sampler.guidance_scale,
-                    eta=run.sampler.eta,
                     generator=generators,
-                    callback_on_step_end=NoiseFloor(pipeline, table, run.sampler, generators),
                     output_type="pt",
                 ).images.float()
             )
