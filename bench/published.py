@@ -36,8 +36,8 @@ def ddim_table(steps: int = 50, eta: float = 1.0) -> TransitionTable:
     c, d = now.rsqrt(), -((1 - now) / now).sqrt()
     finished = timestep_next == 0
     return TransitionTable(
-        timestep=timestep,
-        timestep_next=timestep_next,
+        timestep=timestep.float(),
+        timestep_next=timestep_next.float(),
         a=then.sqrt() * c,
         b=then.sqrt() * d + (1 - then - sigma**2).sqrt(),
         sigma=sigma,
@@ -47,6 +47,8 @@ def ddim_table(steps: int = 50, eta: float = 1.0) -> TransitionTable:
         d_next=torch.where(finished, 0.0, -((1 - then) / then).sqrt()),
         alpha_bar=now,
         alpha_bar_next=then,
+        noise_std=(1 - now).sqrt(),
+        noise_std_next=(1 - then).sqrt(),
     )
 
 

@@ -34,7 +34,7 @@ SUBJECTS = (
     (GROUND, "processes, devices, sharding"),
     (GROUND, "the embedded model and its data"),
     (GROUND, "settings of a run; imports neither torch nor diffusers"),
-    (PAPER, "the loss for other training loops"),
+    (PAPER, "the loss for other training loops; the table in diffusers"),
     (PAPER, "the paper's maths, in plain torch and fused"),
     (PAPER, "Triton kernels"),
     (PAPER, "a sampler as a table with one row per step"),

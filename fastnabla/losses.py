@@ -24,6 +24,8 @@ from fastnabla.objective.ops import PLAIN, ObjectiveOps
 from fastnabla.objective.settings import Backend, Gamma, Objective, Weighting
 from fastnabla.transition import TransitionRows, TransitionTable, table_of
 
+TIMESTEP_DTYPES = (torch.int64, torch.float32, torch.float64)
+"""Half precision would round timesteps."""
 STATISTICS = ("norm_ref", "norm_residual", "norm_reward", "norm_target", "max_residual")
 
 
@@ -80,14 +82,16 @@ def residual_db_loss(
     arithmetic is float32 (float64 if `x_t` is).
 
     Args:
-        noise_pred: the policy's output at x (its prediction of ε, v or the clean sample), pair `[2N, …]` or `[N, …]`;
-            gradients flow to it.
+        noise_pred: the policy's output at x (its prediction of ε, v, the clean sample or a flow's velocity ε − x0), pair
+            `[2N, …]` or `[N, …]`; gradients flow to it.
         noise_pred_ref: the pretrained policy's output, with the same shape; no gradient flows.
         x_t, x_next: the transition's states x and x', `[N, …]`.
-        timesteps: timesteps of x, `[N]` int64; those of x' follow from the sampler.
-        scheduler: diffusers scheduler after `set_timesteps`, or a `TransitionTable`. The table of a scheduler is computed in
-            its first call (0.43 ms on a CPU for 50 steps; 5 µs afterwards), and again when its timesteps, its configuration
-            or η change.
+        timesteps: timesteps of x, `[N]` int64, float32 or float64: values of `scheduler.timesteps`, or of the table's column
+            `timestep`. For a flow they are 1000 t, whatever its network is called with. Those of x' follow from the sampler.
+        scheduler: diffusers scheduler after `set_timesteps`, or a `TransitionTable`. A flow's scheduler stands for DDIM's rows;
+            for others build the table (`TransitionTable.from_scheduler`). The table of a scheduler is computed in its first
+            call (0.43 ms on a CPU for 50 steps; 5 µs afterwards), and again when its timesteps, its configuration or η
+            change.
         reward_score_next: ∇_{x'} r(x̂0(x')), `[N, …]`, the raw gradient in reward per unit of latent; β and γ are
             applied here. In last rows it is ∇_{x'} r(x').
         flow_score_next: g(x') `[N, …]`, last rows included; None for g ≡ 0.
@@ -95,8 +99,8 @@ def residual_db_loss(
             trust region.
         guidance_scale: w of classifier-free guidance; None for outputs without guidance, `[N, …]`.
         beta: β ≥ 0, the reward scale: the target distribution is p_ref · exp(β r).
-        eta: η > 0, noise of DDIM steps; 1 if None. A `TransitionTable` has its own η and needs None.
-        gamma: γ by signal share ᾱ: "alpha_bar" (the paper), "sqrt_alpha_bar" or "constant".
+        eta: η > 0, noise of DDIM steps, at most 1 for a flow; 1 if None. A `TransitionTable` has its own η and needs None.
+        gamma: γ by ᾱ, which is (1 − t)² in a flow: "alpha_bar" (the paper), "sqrt_alpha_bar" or "constant".
         prior_weight: λ ≥ 0, the weight of the pretrained policy's score.
         weighting: units of the residuals: "score", 1/σ (the paper), or "sigma", multiplied by the step's σ.
         reverse_weight: ρ ≥ 0, weight of the reverse term. The term needs the next four arguments.
@@ -247,10 +251,10 @@ def _check_states(x_t: Tensor, x_next: Tensor, timesteps: Tensor) -> None:
         raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected [N, …] with N ≥ 1")
     _check_tensor("x_t", x_t, x_t)
     _check_tensor("x_next", x_next, x_t)
-    if timesteps.dtype != torch.int64 or timesteps.shape != x_t.shape[:1] or timesteps.device != x_t.device:
+    if timesteps.dtype not in TIMESTEP_DTYPES or timesteps.shape != x_t.shape[:1] or timesteps.device != x_t.device:
         raise ValueError(
             f"timesteps is {timesteps.dtype} {tuple(timesteps.shape)} on {timesteps.device}, "
-            f"expected torch.int64 ({len(x_t)},) on {x_t.device}"
+            f"expected torch.int64, torch.float32 or torch.float64 ({len(x_t)},) on {x_t.device}"
         )
 
 

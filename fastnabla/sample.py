@@ -63,10 +63,11 @@ def sample_run(config: SampleConfig) -> Path:
     from fastnabla.config.train import load_run
     from fastnabla.models.image_size import image_size, latent_shape
     from fastnabla.models.pipeline import description_of, pipeline_of
-    from fastnabla.models.sampler import NoiseFloor, use_sampler
+    from fastnabla.models.sampler import use_sampler
     from fastnabla.models.saved_policy import load_policy, require_policy
     from fastnabla.prompts.loading import checked_prompt
     from fastnabla.run.pictures import save_grid
+    from fastnabla.table_scheduler import TableScheduler
     from fastnabla.utils.seeding import seed_of
 
     for prompt in config.prompt:
@@ -88,6 +89,7 @@ def sample_run(config: SampleConfig) -> Path:
     height, width = image_size(run.model, description)
     tokens = description.family.tokens(description.network, *latent_shape(run.model, description)[1:])
     table = use_sampler(pipeline, run.sampler, tokens)
+    pipeline.scheduler = TableScheduler(table, pipeline.scheduler.config)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
 
     def images() -> torch.Tensor:
@@ -105,9 +107,7 @@ def sample_run(config: SampleConfig) -> Path:
                     width=width,
                     num_inference_steps=run.sampler.steps,
                     guidance_scale=run.sampler.guidance_scale,
-                    eta=run.sampler.eta,
                     generator=generators,
-                    callback_on_step_end=NoiseFloor(pipeline, table, run.sampler, generators),
                     output_type="pt",
                 ).images.float()
             )

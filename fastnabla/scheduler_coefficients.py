@@ -1,7 +1,7 @@
 """The coefficients of `fastnabla.transition.TransitionTable`, derived from a diffusers scheduler.
 
 Supported are the schedulers whose steps are Gaussian with a mean affine in the network's output: DDIM with noise, DDPM, and
-first-order SDE-DPM-Solver++.
+first-order SDE-DPM-Solver++. `fastnabla.flow_matching_coefficients` has those of flow matching.
 """
 
 from typing import Any
@@ -14,7 +14,8 @@ _DDPM = ("DDPMScheduler", "DDPMParallelScheduler")
 _DPM_SOLVER = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
 _ALTERNATIVES = (
     "Use DDIMScheduler (any eta > 0), DDPMScheduler (variance_type='fixed_small'), or DPMSolverMultistepScheduler "
-    "with algorithm_type='sde-dpmsolver++', solver_order=1, final_sigmas_type='sigma_min'."
+    "with algorithm_type='sde-dpmsolver++', solver_order=1, final_sigmas_type='sigma_min'; for flow matching "
+    "FlowMatchEulerDiscreteScheduler."
 )
 
 
@@ -156,8 +157,8 @@ def _columns(
     c, d = _clean_prediction(kind, alphas[timestep], timestep)
     c_next, d_next = _clean_prediction(kind, alphas[timestep_next], timestep_next)
     return {
-        "timestep": timestep,
-        "timestep_next": timestep_next,
+        "timestep": timestep.float(),
+        "timestep_next": timestep_next.float(),
         "a": a,
         "b": b,
         "sigma": sigma,
@@ -167,4 +168,6 @@ def _columns(
         "d_next": d_next,
         "alpha_bar": alphas[timestep],
         "alpha_bar_next": alphas[timestep_next],
+        "noise_std": (1 - alphas[timestep]).sqrt(),
+        "noise_std_next": (1 - alphas[timestep_next]).sqrt(),
     }

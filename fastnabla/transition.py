@@ -5,8 +5,11 @@ one-step predictions of the clean sample are affine in the state x and the (guid
 
     P(x_{i+1} | x_i) = N(a_i x_i + b_i o_i, σ_i² I),        x̂0(x_i) = c_i x_i + d_i o_i
 
-So a sampler is a table of coefficients with one row per step. It is computed once, in float64, from a diffusers scheduler
-(`fastnabla.scheduler_coefficients`). The rest of the code sees only the table.
+So a sampler is a table of coefficients with one row per step. It is computed once, in float64, from a diffusers scheduler of
+a variance-preserving diffusion (`fastnabla.scheduler_coefficients`) or of flow matching
+(`fastnabla.flow_matching_coefficients`). The rest of the code sees only the table.
+
+States are noised data, ``x = √ᾱ x0 + n ε``. In a variance-preserving diffusion n² = 1 − ᾱ; in flow matching √ᾱ = 1 − t and n = t.
 """
 
 import dataclasses
@@ -18,23 +21,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnabla.flow_matching_coefficients import FLOW_SCHEDULERS, FlowRows, flow_matching_coefficients
 from fastnabla.scheduler_coefficients import scheduler_coefficients
 
 PACKED = ("a", "b", "sigma", "precision", "c", "d", "alpha_bar", "alpha_bar_next")
 """Columns of `TransitionTable.packed`; precision is 1/σ²."""
+TIMESTEPS = ("timestep", "timestep_next")
+"""Columns that are the network's arguments, not coefficients."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TransitionTable:
     """Coefficients of the T steps of a sampler; row i is the step from x_i to x_{i+1}.
 
-    All columns are `[T]`: the two timesteps, which the network is called with, are int64, the others float64.
+    All columns are `[T]`: the two timesteps are float32, as diffusers has them for networks, and the others float64.
     """
 
     timestep: Tensor
-    """Timestep of x_i."""
+    """Timestep of x_i, in the scheduler's units: a whole number, or 1000 t in flow matching."""
     timestep_next: Tensor
-    """Timestep of x_{i+1}; 0 in the last row, whose next state is the finished sample."""
+    """Timestep of x_{i+1}. In the last row, whose next state is the finished sample, it is 0 unless the sampler ends before."""
     a: Tensor
     b: Tensor
     """μ_i = a x_i + b o_i."""
@@ -47,9 +53,13 @@ class TransitionTable:
     d_next: Tensor
     """x̂0(x_{i+1}) = c_next x_{i+1} + d_next o_{i+1}; 1 and 0 in the last row, where x_{i+1} is clean."""
     alpha_bar: Tensor
-    """ᾱ at x_i: the fraction of the state's variance that is signal."""
+    """ᾱ at x_i: the square of the clean sample's coefficient."""
     alpha_bar_next: Tensor
     """ᾱ at x_{i+1}."""
+    noise_std: Tensor
+    """n at x_i: the standard deviation of the noise in the state."""
+    noise_std_next: Tensor
+    """n at x_{i+1}."""
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -72,19 +82,39 @@ class TransitionTable:
 
     @classmethod
     def from_scheduler(
-        cls, scheduler: Any, num_inference_steps: int | None = None, eta: float = 1.0
+        cls,
+        scheduler: Any,
+        num_inference_steps: int | None = None,
+        eta: float = 1.0,
+        *,
+        rows: FlowRows = "ddim",
+        mu: float | None = None,
+        end: float = 0.0,
     ) -> "TransitionTable":
         """The table of a diffusers scheduler.
 
         Args:
-            scheduler: a DDIM, DDPM or first-order SDE-DPM-Solver++ scheduler of diffusers; not modified.
-            num_inference_steps: T; None if `scheduler.set_timesteps` has been called.
-            eta: noise scale of DDIM steps, > 0 (η of arXiv 2010.02502, equation 16); 1 is DDPM.
+            scheduler: a DDIM, DDPM, first-order SDE-DPM-Solver++ or `FlowMatchEulerDiscreteScheduler` of diffusers; not
+                modified.
+            num_inference_steps: T; None if `scheduler.set_timesteps` has been called. A flow's noise levels are then the
+                scheduler's; otherwise they are T, T − 1, … 1 over T, shifted once.
+            eta: noise scale of DDIM steps, > 0 (η of arXiv 2010.02502, equation 16), or of a flow's `rows`; 1 is DDPM.
+            rows: steps of a flow: "ddim", "flow-sde" (Flow-GRPO), "dance" (DanceGRPO) or "cps" (coefficients preserved); see
+                `fastnabla.flow_matching_coefficients`.
+            mu: μ of a flow with `use_dynamic_shifting`, as from `dynamic_shift`; for `num_inference_steps` only.
+            end: noise level t at which a flow's sampler ends. With 0 the last row of "ddim" and "cps" is x̂0 and a little noise.
+                With 0 < `end` < t it is an ordinary row, which plain ∇-DB and DAG need.
 
         Raises:
             ValueError: the scheduler or one of its settings does not give a Gaussian step affine in the network's
-                output, or eta is not positive and finite.
+                output, eta is out of range, a flow's noise levels do not fall from at most 1 to 0, or `mu` is missing or, like
+                the other arguments for flows, given where it has no effect.
         """
+        if type(scheduler).__name__ in FLOW_SCHEDULERS:
+            return cls(**flow_matching_coefficients(scheduler, num_inference_steps, eta, rows, mu, end))
+        for name, value, default in (("rows", rows, "ddim"), ("mu", mu, None), ("end", end, 0.0)):
+            if value != default:
+                raise ValueError(f"{name} = {value!r}: only flow schedulers have it, not {type(scheduler).__name__}.")
         return cls(**scheduler_coefficients(scheduler, num_inference_steps, eta))
 
     def with_min_sigma(self, min_sigma: float) -> "TransitionTable":
@@ -93,7 +123,7 @@ class TransitionTable:
         It bounds |b|/σ², the factor between outputs and scores, which is largest in the last steps. These are tilted only
         through their noise: the output can change by at most (σ²/b) ∇log F. The price is that finished samples keep noise of
         this standard deviation, in units of the states. If it raises earlier steps too, their states have more noise than
-        the network expects at ᾱ. `alpha_bar` and the noising kernel do not change, so the kernel no longer reverses the
+        the network expects. `alpha_bar`, `noise_std` and the noising kernel do not change, so the kernel no longer reverses the
         raised steps.
 
         Raises:
@@ -109,8 +139,22 @@ class TransitionTable:
 
     def is_chain(self) -> bool:
         """Whether every step ends where the next begins, with the same timestep and the same clean prediction."""
-        pairs = [(self.timestep_next, self.timestep), (self.c_next, self.c), (self.d_next, self.d)]
-        return all(torch.equal(then[:-1], now[1:]) for then, now in [*pairs, (self.alpha_bar_next, self.alpha_bar)])
+        names = ("timestep", "c", "d", "alpha_bar", "noise_std")
+        return all(torch.equal(getattr(self, f"{name}_next")[:-1], getattr(self, name)[1:]) for name in names)
+
+    def memory(self) -> float:
+        """corr(x_T, x_0): how much finished samples depend on the noise that they start from, between −1 and 1.
+
+        It is that of standard Gaussian data, whose optimal network is linear: ``x̂0 = √ᾱ x / (ᾱ + n²)``. A *memoryless* sampler has
+        0. With it, finetuning to the optimum samples p_ref · exp(βr); otherwise the part of the tilt that depends on x_0 is
+        missing (section 2 of `objective/README.md`; arXiv 2409.08861).
+        """
+        slope = self.alpha_bar.sqrt() / (self.alpha_bar + self.noise_std.square())
+        factors = self.a + self.b * (slope - self.c) / self.d
+        variance = 1.0
+        for factor, sigma in zip(factors.tolist(), self.sigma.tolist(), strict=True):
+            variance = factor**2 * variance + sigma**2
+        return factors.prod().item() / variance**0.5
 
     @functools.cached_property
     def noising_scale(self) -> Tensor:
@@ -119,8 +163,9 @@ class TransitionTable:
 
     @functools.cached_property
     def noising_std(self) -> Tensor:
-        """s, the noising kernel's standard deviation, `[T]` float64."""
-        return (1 - self.alpha_bar / self.alpha_bar_next).sqrt()
+        """s, the noising kernel's standard deviation, ``s² = n² − α² n'²``, `[T]` float64."""
+        kept = self.noising_scale * self.noise_std_next
+        return ((self.noise_std - kept) * (self.noise_std + kept)).sqrt()
 
     def to(self, device: torch.device | str) -> "TransitionTable":
         """The table with its columns on `device`. The copy is made once and cached."""
@@ -155,18 +200,22 @@ class TransitionTable:
     def step_index(self, timestep: Tensor, check: bool = True) -> Tensor:
         """Row numbers (int64, shape of `timestep`) of timesteps at which this sampler calls the network.
 
+        Timesteps are compared in float32, without a tolerance. This is exact for whole numbers below 2²⁴ of any dtype, and for a
+        flow's, which diffusers computes in float32 and networks get as such.
+
         Args:
-            timestep: the timesteps, of any shape.
+            timestep: the timesteps, of any shape; int64, float32 or float64.
             check: raise for an unknown timestep, which synchronises with the device; otherwise its row number is -1.
 
         Raises:
             ValueError: with `check`, a timestep is not one of the sampler's.
         """
-        match = timestep.unsqueeze(-1) == self.to(timestep.device).timestep
+        match = timestep.float().unsqueeze(-1) == self.to(timestep.device).timestep
         known = match.any(-1)
         if check and not bool(known.all()):
             stray = timestep[~known].flatten()[0].item()
-            raise ValueError(f"timestep {stray} is not one of the sampler's {len(self)}: {self.timestep.tolist()}")
+            own = ", ".join(f"{value:g}" for value in self.timestep.tolist())
+            raise ValueError(f"timestep {stray:g} is not one of the sampler's {len(self)}: {own}")
         return torch.where(known, match.int().argmax(-1), -1)
 
 
@@ -174,7 +223,8 @@ class TransitionRows:
     """Rows of a `TransitionTable`, one for each state of a batch.
 
     The table's columns, and those of the noising kernel, are attributes on the states' device. Each is gathered on first
-    use: coefficients as float32 (float64 if the states are), `[N, 1, …]` to broadcast against the states; timesteps `[N]`.
+    use: coefficients as float32 (float64 if the states are), `[N, 1, …]` to broadcast against the states; timesteps `[N]`
+    float32.
 
     Args:
         table: the sampler.
@@ -191,7 +241,7 @@ class TransitionRows:
         if name.startswith("_"):
             raise AttributeError(name)
         values = getattr(self.table, name)[self.step_index]
-        values = values.to(self._dtype).view(self._shape) if values.is_floating_point() else values
+        values = values if name in TIMESTEPS else values.to(self._dtype).view(self._shape)
         setattr(self, name, values)
         return values
 
@@ -217,7 +267,7 @@ def table_of(scheduler: Any, eta: float) -> TransitionTable:
     Raises:
         ValueError: as `from_scheduler`.
     """
-    parts = [getattr(scheduler, name, None) for name in ("config", "timesteps", "alphas_cumprod")]
+    parts = [getattr(scheduler, name, None) for name in ("config", "timesteps", "alphas_cumprod", "sigmas")]
     versions = [part._version for part in parts if isinstance(part, Tensor) and not part.is_inference()]
     settings = (eta, getattr(scheduler, "num_inference_steps", None), versions)
     with _LOCK:

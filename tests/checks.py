@@ -1,6 +1,7 @@
 """Assertions and small inputs shared by several test files."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,27 @@ def ddim(num_steps: int | None = None, **changes):
 
 def ddim_table(num_steps: int = 10, eta: float = 1.0, **changes) -> TransitionTable:
     return TransitionTable.from_scheduler(ddim(**changes), num_steps, eta)
+
+
+def flow_table(steps: int = 10, eta: float = 1.0, shift: float = 3.0, **settings: Any) -> TransitionTable:
+    """A table of flow matching with SD3's shift, and `settings` of `from_scheduler`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return TransitionTable.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=shift), steps, eta, **settings)
+
+
+def matched_flow_table(table: TransitionTable, eta: float) -> TransitionTable:
+    """DDIM rows of a flow with the signal-to-noise ratios of a variance-preserving table, in float64: its states are those of
+    `table` times 1/(√ᾱ + √(1 − ᾱ))."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    signal = torch.cat([table.alpha_bar, table.alpha_bar_next[-1:]]).sqrt()
+    noise = torch.cat([table.noise_std, table.noise_std_next[-1:]])
+    levels = noise / (signal + noise)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=levels[:-1].tolist())
+    scheduler.sigmas = torch.cat([levels[:-1], levels.new_zeros(1)])  # not rounded to float32
+    return TransitionTable.from_scheduler(scheduler, eta=eta, end=levels[-1].item())
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -71,9 +71,10 @@ class Exact:
         return Normal(mean, sigma).log_prob(x_next).sum()
 
     def log_noising(self, x: Tensor, x_next: Tensor, i: int) -> Tensor:
-        """log q(x|x') of DDPM's noising from ᾱ' to ᾱ, a scalar."""
+        """log q(x|x') of the noising from the signal and noise of x' to those of x, a scalar."""
         share = self.at("alpha_bar", i) / self.at("alpha_bar_next", i)
-        return Normal(share.sqrt() * x_next, math.sqrt(1 - share)).log_prob(x).sum()
+        variance = self.at("noise_std", i) ** 2 - share * self.at("noise_std_next", i) ** 2
+        return Normal(share.sqrt() * x_next, math.sqrt(variance)).log_prob(x).sum()
 
     def flow_at(self, x: Tensor, i: int, prompt: Tensor, after: bool = False) -> Tensor:
         timestep = self.at("timestep_next" if after else "timestep", i)[None]

@@ -5,9 +5,11 @@ import functools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.distributions import Normal
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +18,7 @@ import fastnabla
 from fastnabla import transition
 from fastnabla.losses import STATISTICS, residual_db_loss, reverse_scores
 from fastnabla.transition import TransitionTable, table_of
-from tests.checks import BACKENDS, assert_gradients, ddim, ddim_table, randn
+from tests.checks import BACKENDS, assert_gradients, ddim, ddim_table, flow_table, randn
 from tests.exact import gamma_of, guided
 from tests.golden import ALL_STEP_SETS, GoldenStep, load_step
 
@@ -30,18 +32,20 @@ def random(seed: int, dtype: torch.dtype = torch.float64, copies: int = 1) -> Te
     return randn(copies * SHAPE[0], *SHAPE[1:], seed=seed, dtype=dtype)
 
 
-def arguments(guidance: float | None, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """What a user holds, without flow, trust region and reverse term."""
-    copies = 1 if guidance is None else 2
+def arguments(
+    guidance: float | None, dtype: torch.dtype = torch.float64, table: TransitionTable | None = None
+) -> dict[str, Any]:
+    """What a user holds, without flow, trust region and reverse term; the sampler is DDIM's unless another `table` is given."""
+    copies, table = 1 if guidance is None else 2, table or ddim_table()
     x = random(0, dtype)
-    rows = ddim_table().rows(STEPS, x)
+    rows = table.rows(STEPS, x)
     return {
         "noise_pred": random(1, dtype, copies).requires_grad_(),
         "noise_pred_ref": random(2, dtype, copies),
         "x_t": x,
         "x_next": rows.a * x + rows.b * random(3, dtype) + rows.sigma * random(4, dtype),
         "timesteps": rows.timestep,
-        "scheduler": ddim_table(),
+        "scheduler": table,
         "reward_score_next": random(5, dtype),
     }
 
@@ -57,8 +61,7 @@ def naive_loss(
     held: dict, *, guidance_scale, beta, gamma, prior_weight, weighting, reverse_weight, trust_region_weight
 ) -> Tensor:
     """One row at a time: scores by autograd of log-densities, terms by the definition."""
-
-    table, total = ddim_table(), 0
+    table, total = held["scheduler"], 0
     outputs, outputs_ref = (guided(held[name], guidance_scale) for name in ("noise_pred", "noise_pred_ref"))
     for row, i in enumerate(STEPS):
         x, x_next, last = held["x_t"][row], held["x_next"][row].clone().requires_grad_(), i == 9
@@ -133,6 +136,43 @@ def test_agrees_with_the_definition(prior_weight, guidance, weighting, trust_reg
     assert all(value.shape == (4,) for value in result.statistics.values())
     details = [result.forward, result.reverse, result.terminal, result.trust_region, *result.statistics.values()]
     assert not any(value.requires_grad for value in details)
+
+
+@pytest.mark.parametrize("rows", ["ddim", "flow-sde", "dance", "cps"])
+def test_agrees_with_the_definition_in_flows(rows):
+    """With a velocity network's rows, and its timesteps in float32, as the scheduler has them."""
+    table = flow_table(eta=0.6, rows=rows)
+    held = arguments(5.0, table=table) | reverse_arguments()
+    held |= {"flow_score_next": random(6).requires_grad_(), "noise_pred_old": random(7)}
+    assert held["timesteps"].dtype == torch.float32 and held["timesteps"][2] == table.timestep[5]
+    settings = {"guidance_scale": 5.0, "beta": 3.0, "gamma": "alpha_bar", "prior_weight": 0.5, "weighting": "sigma"}
+    settings |= {"reverse_weight": 0.7, "trust_region_weight": 2.5}
+    result, expected = residual_db_loss(**held, **settings).loss, naive_loss(held, **settings)
+    torch.testing.assert_close(result, expected, **EXACT)
+    inputs = [value for value in held.values() if isinstance(value, Tensor) and value.requires_grad]
+    for one, other in zip(*(torch.autograd.grad(loss, inputs) for loss in (result, expected)), strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_flow_scheduler_is_one_of_ddpm_rows(backend):
+    """Float32 tensors and a scheduler of diffusers after `set_timesteps`, against float64 and the table: to 1e-5, of float32
+    coefficients and sums of 30 elements."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0.1, 10).tolist())
+    table = flow_table()
+    held = arguments(5.0, torch.float32, table) | reverse_arguments(torch.float32)
+    settings = {"guidance_scale": 5.0, "beta": 3.0, "weighting": "sigma"}
+    timesteps = scheduler.timesteps[STEPS]
+    found = residual_db_loss(
+        **held | {"scheduler": scheduler, "timesteps": timesteps}, **settings, backend=backend
+    ).loss
+    others = {name: held.pop(name) for name in ("timesteps", "scheduler")}
+    exact = residual_db_loss(**{name: value.double() for name, value in held.items()}, **others, **settings).loss
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    (gradient,) = torch.autograd.grad(found, held["noise_pred"])
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
 def test_no_gradient_to_targets_and_states():
@@ -222,7 +262,7 @@ def test_a_table_goes_to_a_device_in_two_copies():
     with Operations() as seen:
         moved = table.to("meta")
     assert seen.names.count("_to_copy") == 2
-    assert {getattr(moved, field.name).dtype for field in dataclasses.fields(moved)} == {torch.int64, torch.float64}
+    assert {getattr(moved, field.name).dtype for field in dataclasses.fields(moved)} == {torch.float32, torch.float64}
     with Operations() as seen:
         assert table.to("meta") is moved
     assert seen.names == []
@@ -233,9 +273,10 @@ def test_low_precision(dtype):
     held = (
         arguments(5.0, torch.float32) | reverse_arguments(torch.float32) | {"flow_score_next": random(6, torch.float32)}
     )
-    low = {n: v.detach().to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in held.items()}
+    others = {name: held.pop(name) for name in ("timesteps", "scheduler")}
+    low = {name: value.detach().to(dtype) for name, value in held.items()} | others
     low["noise_pred"].requires_grad_()
-    same = {n: v.detach().float() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in low.items()}
+    same = {name: low[name].detach().float() for name in held} | others
     loss = residual_db_loss(**low, guidance_scale=5.0, beta=3.0).loss
     assert loss.dtype == torch.float32
     assert loss == residual_db_loss(**same, guidance_scale=5.0, beta=3.0).loss
@@ -352,9 +393,12 @@ WRONG = {
     "old": ({"noise_pred_old": random(1, copies=2)}, r"noise_pred_old has shape \(8, .* expected \(4, "),
     "timestep_shape": (
         {"timesteps": torch.tensor(901)},
-        r"timesteps is torch.int64 \(\) on cpu, expected torch.int64 \(4,\)",
+        r"timesteps is torch.int64 \(\) on cpu, expected torch.int64, torch.float32 or torch.float64 \(4,\)",
     ),
-    "timestep_dtype": ({"timesteps": torch.tensor([901.0] * 4)}, "timesteps is torch.float32 .* expected torch.int64"),
+    "timestep_dtype": (
+        {"timesteps": torch.tensor([901.0] * 4, dtype=torch.bfloat16)},
+        "timesteps is torch.bfloat16 .* expected torch.int64",
+    ),
     "timestep": ({"timesteps": torch.tensor([901, 1, 2, 1])}, "timestep 2 is not one of the sampler's 10"),
     "scheduler": ({"scheduler": object()}, "scheduler object is not supported"),
     "no_timesteps": ({"scheduler": ddim()}, r"call scheduler\.set_timesteps"),

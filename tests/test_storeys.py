@@ -30,11 +30,11 @@ STOREYS = (
     ("distributed",),
     ("testbed",),
     ("config",),
-    ("losses", "compat"),
+    ("losses", "compat", "table_scheduler"),
     ("objective",),
     ("kernels",),
     ("transition",),
-    ("scheduler_coefficients",),
+    ("scheduler_coefficients", "flow_matching_coefficients"),
     ("utils",),
 )
 HEIGHT = {name: -height for height, names in enumerate(STOREYS) for name in names}

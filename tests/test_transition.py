@@ -49,8 +49,8 @@ def test_agrees_with_the_reference(folder, case):
     rows = table.rows(golden["step_index"], golden["x_t"])
     output = golden["model_output"]
 
-    assert torch.equal(rows.timestep, golden["timestep"])
-    assert torch.equal(rows.timestep_next, golden["timestep_next"])
+    assert torch.equal(rows.timestep, golden["timestep"].float())
+    assert torch.equal(rows.timestep_next, golden["timestep_next"].float())
     assert relative_error(rows.alpha_bar.flatten(), golden["alpha_bar"]) < 1e-6
     assert relative_error(rows.alpha_bar_next.flatten(), golden["alpha_bar_next"]) < 1e-6
     score = case["pretrained_strength"] * step_score(output, golden["x_t"], golden["x_next"], rows)
@@ -95,7 +95,7 @@ def test_dpm_solver_step(solver, kind):
     table = TransitionTable.from_scheduler(scheduler, 20)
     x, o, noise = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), randn(2, 4, 8, 8, seed=2)
     scheduler.set_timesteps(20)
-    assert torch.equal(table.timestep, scheduler.timesteps)
+    assert torch.equal(table.timestep, scheduler.timesteps.float())
     for i, timestep in enumerate(scheduler.timesteps):
         expected = scheduler.step(o, timestep, x, generator=torch.Generator().manual_seed(2)).prev_sample
         assert relative_error(table.a[i] * x + table.b[i] * o + table.sigma[i] * noise, expected) < 1e-5
@@ -175,7 +175,7 @@ def test_step_index_round_trip():
 
 
 def test_stray_timestep():
-    with pytest.raises(ValueError, match=r"timestep 3 is not one of the sampler's 10: \[901, "):
+    with pytest.raises(ValueError, match=r"timestep 3 is not one of the sampler's 10: 901, 801, "):
         ddim_table().step_index(torch.tensor([901, 3]))
 
 

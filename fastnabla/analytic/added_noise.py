@@ -21,7 +21,7 @@ def added_variance(mixture: GaussianMixture, table: TransitionTable, raised: Tra
     """
     variance = torch.zeros_like(mixture.stds)
     for i in range(len(table)):
-        signal, noise = table.alpha_bar[i], 1 - table.alpha_bar[i]
+        signal, noise = table.alpha_bar[i], table.noise_std[i].square()
         slope = table.a[i] + table.b[i] * noise.sqrt() / (signal * mixture.stds.square() + noise)
         variance = slope.square() * variance + raised.sigma[i] ** 2 - table.sigma[i] ** 2
     return variance

@@ -41,7 +41,7 @@ class ExactFlow(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
         """g `[N, D, 1, 1]` at states `x [N, D, 1, 1]` and `timestep [N]`, in the dtype of x. Prompts are ignored."""
-        alpha_bar = self.alphas[timestep]
+        alpha_bar = self.alphas[timestep.long()]
         state, left = x.detach().flatten(1).double(), alpha_bar / self.alphas[0]
         flow = self.objective.prior_weight * (self.target.score(state, left) - self.reference.score(state, left))
         weight = self.objective.beta * reward_weight(alpha_bar, self.objective.gamma)

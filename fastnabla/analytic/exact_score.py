@@ -24,6 +24,6 @@ class ExactScoreNetwork(nn.Module):
         self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
         """ε `[N, D, 1, 1]` in the dtype of the states `x [N, D, 1, 1]`, at `timestep [N]`. The condition is ignored."""
-        alpha_bar = self.alphas[timestep]
+        alpha_bar = self.alphas[timestep.long()]
         score = self.target.score(x.flatten(1).double(), alpha_bar / self.alphas[0])
         return ((-(1 - alpha_bar).sqrt()[:, None] * score).to(x.dtype).view_as(x),)

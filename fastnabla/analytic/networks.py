@@ -37,7 +37,7 @@ class Perceptron(nn.Module):
 
         Both are `[N, D, 1, 1]` float32, for states `x [N, D, 1, 1]` and `timestep [N]`.
         """
-        alpha_bar = self.alphas[timestep]
+        alpha_bar = self.alphas[timestep.long()]
         state, noise = x.flatten(1).double(), (1 - alpha_bar).sqrt()[:, None]
         exact = self.mixture.noise_prediction(state, alpha_bar)
         clean = (state - noise * exact) / alpha_bar.sqrt()[:, None]

@@ -81,9 +81,11 @@ def inference_step(
     rows = table.rows(step, sample)
     if prev_timestep is not None:
         given = _by_row("prev_timestep", prev_timestep, sample).clamp(min=0)
-        if not torch.equal(given, rows.timestep_next):
-            expected = rows.timestep_next.tolist()
-            raise ValueError(f"prev_timestep = {given.tolist()}: expected {expected}, the schedule's next timesteps")
+        expected = rows.timestep_next.long()
+        if not torch.equal(given, expected):
+            raise ValueError(
+                f"prev_timestep = {given.tolist()}: expected {expected.tolist()}, the schedule's next timesteps"
+            )
     if type(scheduler).__name__.startswith("DPMSolver") and (isinstance(step_index, Tensor) or step_index != 0):
         given = _by_row("step_index", step_index, sample)
         if not torch.equal(given, step):

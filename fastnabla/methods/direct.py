@@ -98,8 +98,8 @@ def _deviation(sampling: Sampling, step: int, x: Tensor, output: Tensor) -> Tens
     row = sampling.table.rows(torch.full((len(x),), step, device=x.device), x)
     with torch.no_grad():
         output_ref = guide(policy.reference(x, row.timestep, sampling.prompt), policy.guidance_scale)
-    # ε = (x − √ᾱ x̂0) / √(1 − ᾱ) with x̂0 = c x + d o; for ε-prediction this factor is −1.
-    factor = row.d * (row.alpha_bar / (1 - row.alpha_bar)).sqrt()
+    # ε = (x − √ᾱ x̂0) / n with x̂0 = c x + d o; for ε-prediction this factor is −1.
+    factor = row.d * row.alpha_bar.sqrt() / row.noise_std
     return (factor * (output - output_ref)).square().flatten(1).mean(1)
 
 

@@ -179,7 +179,7 @@ class Policy(nn.Module):
 
         Args:
             x: states `[N, C, H, W]`.
-            timestep: `[N]` int64.
+            timestep: `[N]` float32.
             prompt: prompt indices `[N]`, int64.
         """
         largest = max(self.static_rows, default=len(x))

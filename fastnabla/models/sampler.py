@@ -7,10 +7,7 @@ whatever scheduler they were saved with.
 import logging
 from typing import Any
 
-import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
 
 from fastnabla.config.model_sections import SamplerConfig
 from fastnabla.models.noise_schedule import noise_schedule
@@ -87,37 +84,3 @@ def _check_terminal_snr(scheduler: DDIMScheduler | DPMSolverMultistepScheduler, 
             f"sampler.spacing = {config.spacing!r}: starts at zero terminal SNR (the checkpoint has rescale_betas_zero_snr), "
             "where ε-prediction does not determine the clean sample. Use --sampler.spacing leading."
         )
-
-
-class NoiseFloor:
-    """`callback_on_step_end` of a diffusers pipeline that raises the noise of its steps to that of `table`.
-
-    The pipeline's scheduler takes a step with its own σ. The callback adds independent noise of variance σ_table² − σ².
-
-    Args:
-        pipeline: its scheduler is that of `table`, without a lower bound of σ.
-        table: the sampler, from `use_sampler`.
-        config: the settings of `table`.
-        generators: one per sample, those given to the pipeline. They are used only where noise is added.
-    """
-
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        table: TransitionTable,
-        config: SamplerConfig,
-        generators: list[torch.Generator],
-    ) -> None:
-        own = TransitionTable.from_scheduler(pipeline.scheduler, config.steps, config.eta)
-        self.added = (table.sigma**2 - own.sigma**2).sqrt().tolist()
-        self.generators = generators
-
-    def __call__(
-        self, pipeline: DiffusionPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The state after the step, `tensors["latents"]`, with the noise added."""
-        latents = tensors["latents"]
-        if self.added[step] > 0:
-            noise = randn_tensor(latents.shape, self.generators, latents.device, latents.dtype)
-            latents = latents + self.added[step] * noise
-        return {"latents": latents}

@@ -59,4 +59,4 @@ def unused_settings(shipped: SchedulerMixin, ours: SchedulerMixin) -> dict[str, 
 def _timesteps(steps: TransitionTable) -> str:
     numbers = [*steps.timestep.tolist(), 0]
     shown = numbers if len(numbers) <= 8 else [*numbers[:3], "…", *numbers[-4:]]
-    return " → ".join(map(str, shown))
+    return " → ".join(number if isinstance(number, str) else f"{number:g}" for number in shown)

@@ -24,7 +24,7 @@ from fastnabla.transition import TransitionRows
 
 
 def reward_weight(alpha_bar: Tensor, gamma: Gamma) -> Tensor:
-    """γ: the weight of the predicted clean sample's reward at signal share ᾱ (arXiv 2412.07775)."""
+    """γ: the weight of the predicted clean sample's reward at ᾱ, the squared signal (arXiv 2412.07775)."""
     if gamma == "alpha_bar":
         return alpha_bar
     return alpha_bar.sqrt() if gamma == "sqrt_alpha_bar" else torch.ones_like(alpha_bar)

@@ -1,13 +1,13 @@
 """DDPM's noising kernel (arXiv 2006.11239) as the backward policy P_B of a step x → x'.
 
-With ᾱ, ᾱ' the signal shares of x and x', α² = ᾱ/ᾱ' and s² = 1 − α²:
+With the states ``√ᾱ x0 + n ε`` and ``√ᾱ' x0 + n' ε``, α² = ᾱ/ᾱ' and s² = n² − α² n'² (for variance-preserving states 1 − α²):
 
     P_B(x|x') = N(α x', s² I),   ∇_{x'} log P_B = α (x − α x')/s²,   ∇_x log P_B = −(x − α x')/s²
 
-By Bayes' rule DDPM's step given a clean sample is q(x'|x, x̂0) ∝ P_B(x|x') N(x'; √ᾱ' x̂0, (1 − ᾱ') I). So the score of a
+By Bayes' rule DDPM's step given a clean sample is q(x'|x, x̂0) ∝ P_B(x|x') N(x'; √ᾱ' x̂0, n'² I). So the score of a
 step with mean a x + b o differs from P_B's score by a score of the clean sample alone:
 
-    s_θ − ∇_{x'} log P_B = −(x' − √ᾱ' x̂0_θ(x))/(1 − ᾱ') = (b/σ²)(o_θ − o_B),   x̂0 of o_B: c x + d o_B = x'/√ᾱ'
+    s_θ − ∇_{x'} log P_B = −(x' − √ᾱ' x̂0_θ(x))/n'² = (b/σ²)(o_θ − o_B),   x̂0 of o_B: c x + d o_B = x'/√ᾱ'
 
 P_B therefore takes the place of a reference policy with the output o_B. Plain ∇-DB (arXiv 2412.07775),
 
@@ -33,9 +33,15 @@ def check_is_ddpm(table: TransitionTable, method: str) -> None:
     Raises:
         ValueError: they are not. The message names `method`, which needs them.
     """
-    now, then, scale, std = table.alpha_bar, table.alpha_bar_next, table.noising_scale, table.noising_std
-    of_x, of_clean = scale * (1 - then) / (1 - now), then.sqrt() * std**2 / (1 - now)
-    expected = (of_x + of_clean * table.c, of_clean * table.d, std * ((1 - then) / (1 - now)).sqrt())
+    share = table.noise_std_next / table.noise_std
+    of_x = table.noising_scale * share**2
+    of_clean = table.alpha_bar_next.sqrt() * (table.noising_std / table.noise_std) ** 2
+    expected = (of_x + of_clean * table.c, of_clean * table.d, table.noising_std * share)
+    if table.alpha_bar_next[-1] == 1:
+        raise ValueError(
+            f"method = {method!r}: the sampler ends at the clean sample, a step that DDPM's noising kernel does not reverse; "
+            "build its table with end > 0."
+        )
     remedies = ("eta = 1", "eta = 1", "min_sigma = None")  # eta changes means too, min_sigma does not
     for column, value, remedy in zip((table.a, table.b, table.sigma), expected, remedies, strict=True):
         if not torch.allclose(column, value, rtol=1e-9, atol=1e-12):

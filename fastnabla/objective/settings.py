@@ -27,8 +27,9 @@ class Objective:
     "terminal": at the finished sample, once per trajectory; saves two passes and nearly all decodes, but all steps of a
     trajectory get the same gradient."""
     gamma: Gamma = "alpha_bar"
-    """γ, weight of the reward score as a function of the signal share ᾱ: "alpha_bar" (the paper), "sqrt_alpha_bar" or
-    "constant"."""
+    """γ, weight of the reward score as a function of ᾱ, the squared signal of a state: "alpha_bar" (the paper),
+    "sqrt_alpha_bar" or "constant". For flow models, ᾱ = (1 − t)², the first is VGG-Flow's and the second that of Reward Score
+    Matching."""
     weighting: Weighting = "score"
     """Units of the residuals. "score": 1/σ, unchanged (the paper; late steps dominate). "sigma": multiplied by the step's
     σ, so that each step is in units of its own noise."""

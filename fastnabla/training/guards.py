@@ -147,7 +147,7 @@ class Guard:
 
 
 def trace(
-    report: StepReport, norms: dict[str, Tensor], prompts: Sequence[str], timestep: Sequence[int]
+    report: StepReport, norms: dict[str, Tensor], prompts: Sequence[str], timestep: Sequence[float]
 ) -> tuple[str, str]:
     """What is not finite in a step, in words, and a remedy. Waits for the device.
 
@@ -193,7 +193,7 @@ def spikes(metrics: dict[str, float], records: Sequence[dict[str, Any]], factor:
     return {name: median for name, median in medians.items() if median and abs(metrics[name]) > factor * median}
 
 
-def largest_row(rows: dict[str, Tensor], prompts: Sequence[str], timestep: Sequence[int]) -> str:
+def largest_row(rows: dict[str, Tensor], prompts: Sequence[str], timestep: Sequence[float]) -> str:
     """The row with the largest loss, in words. Without losses by row, the one with the largest residual, ratio or reward."""
     parts = {name: values for name, values in rows.items() if name.startswith("loss_")}
     if not parts:
@@ -204,9 +204,9 @@ def largest_row(rows: dict[str, Tensor], prompts: Sequence[str], timestep: Seque
     return f"the largest {' + '.join(parts)}{share} is{place(rows, row, prompts, timestep)}"
 
 
-def place(rows: dict[str, Tensor], row: int, prompts: Sequence[str], timestep: Sequence[int]) -> str:
+def place(rows: dict[str, Tensor], row: int, prompts: Sequence[str], timestep: Sequence[float]) -> str:
     """Timestep and prompt of a row, in words. A method whose rows are whole trajectories has no timestep."""
-    at = f" at timestep {timestep[rows['step_index'][row]]}" if "step_index" in rows else ""
+    at = f" at timestep {timestep[rows['step_index'][row]]:g}" if "step_index" in rows else ""
     return f"{at} of a sample for {prompts[rows['prompt'][row]]!r}"
 
 

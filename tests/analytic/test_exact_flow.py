@@ -23,7 +23,7 @@ class ExactPolicy(nn.Module):
         self.flow, self.perceptron, self.factor = experiment.flow, experiment.policy.network.perceptron, factor
 
     def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None, **_) -> tuple[Tensor]:
-        alpha_bar, state = self.flow.alphas[timestep], x.flatten(1).double()
+        alpha_bar, state = self.flow.alphas[timestep.long()], x.flatten(1).double()
         left = alpha_bar / self.flow.alphas[0]
         change = self.flow.target.score(state, left) - self.flow.reference.score(state, left)
         noise = (1 - alpha_bar).sqrt()[:, None]
@@ -63,7 +63,7 @@ def test_with_lambda_the_solution_is_the_target_at_beta_over_lambda(prior_weight
 
     def left_over(factor: float, step: int) -> float:
         timestep = table.timestep[step].expand(len(clean))
-        left = (flow.alphas[timestep] / flow.alphas[0])[:, None]
+        left = (flow.alphas[timestep.long()] / flow.alphas[0])[:, None]
         x = (left.sqrt() * clean + (1 - left).sqrt() * noise)[..., None, None]
         rows = table.rows(torch.full((len(x),), step), x)
         o_ref = experiment.policy.network.perceptron(x, timestep)[0]

@@ -242,7 +242,7 @@ from fastnabla.losses import residual_db_loss
 from fastnabla.transition import TransitionTable
 
 columns = {field.name: torch.full((2,), 0.5) for field in dataclasses.fields(TransitionTable)}
-table = TransitionTable(**{**columns, "timestep": torch.tensor([1, 0]), "timestep_next": torch.tensor([0, 0])})
+table = TransitionTable(**{**columns, "timestep": torch.tensor([1.0, 0]), "timestep_next": torch.zeros(2)})
 output, x = torch.ones(4, 3, requires_grad=True), torch.ones(2, 3)
 result = residual_db_loss(output, 0 * x.repeat(2, 1), x, x, table.timestep, table, x, guidance_scale=5.0, beta=1.0)
 result.loss.backward()

@@ -18,7 +18,7 @@ from fastnabla.methods.direct import (
 )
 from fastnabla.trajectories.sources import Trajectories, UnsampledTrajectories
 from fastnabla.transition import TransitionTable
-from tests.checks import assert_gradients, ddim
+from tests.checks import assert_gradients, ddim, flow_table
 from tests.exact import Exact
 from tests.golden import STEP_SETS, GoldenStep, load_step
 
@@ -70,8 +70,8 @@ class Sampler:
         """The mean squared difference of the predicted noises; the reference's is a constant."""
         with torch.no_grad():
             o_ref = self.exact.output(x, i, self.prompt, reference=True)
-        share = self.exact.at("alpha_bar", i)
-        noises = [(x - share.sqrt() * self.exact.clean(x, output, i)) / (1 - share).sqrt() for output in (o, o_ref)]
+        signal, noise = self.exact.at("alpha_bar", i).sqrt(), self.exact.at("noise_std", i)
+        noises = [(x - signal * self.exact.clean(x, output, i)) / noise for output in (o, o_ref)]
         return (noises[0] - noises[1]).square().mean()
 
     def walk(self, until: int, gradient_from: int = STEPS) -> Tensor:
@@ -105,7 +105,8 @@ def draft_lv(number: int) -> tuple[Sampler, list[Tensor]]:
     sample = sampler.walk(STEPS, gradient_from=last)
     finished = sample.detach()
     share = sampler.exact.at("alpha_bar", last) / sampler.exact.at("alpha_bar_next", last)
-    states = [share.sqrt() * finished + (1 - share).sqrt() * sampler.noise() for _ in range(REDRAWS)]
+    added = (sampler.exact.at("noise_std", last) ** 2 - share * sampler.exact.at("noise_std_next", last) ** 2).sqrt()
+    states = [share.sqrt() * finished + added * sampler.noise() for _ in range(REDRAWS)]
     return sampler, [sample, *(sampler.move(x, last) for x in states)]
 
 
@@ -147,6 +148,14 @@ def test_gradients(name, micro_batch):
     )
     torch.testing.assert_close(report.statistics["rollout_reward"], -report.losses["reward"])
     assert report.passes == {"trajectory": pytest.approx(passes)}
+
+
+@pytest.mark.parametrize("name", ["draft-lv", "draft-random-kl", "refl"])
+def test_gradients_in_flows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The redraws' noise and the penalty's ε have the noise levels t of a flow."""
+    flow = dataclasses.replace(golden(), table=flow_table(STEPS))
+    monkeypatch.setitem(globals(), "golden", lambda: flow)
+    test_gradients(name, COUNT)
 
 
 def test_refl_draws_a_step_of_its_own_for_each_trajectory():

@@ -15,7 +15,7 @@ from fastnabla.objective.noising import (
 )
 from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionTable
-from tests.checks import DDIM, STABLE_DIFFUSION, ddim_table, randn
+from tests.checks import DDIM, STABLE_DIFFUSION, ddim_table, flow_table, randn
 from tests.exact import Smooth, grad
 
 SIZE, STEPS = 5, 10
@@ -30,6 +30,7 @@ def solver_table(kind: str) -> TransitionTable:
 TABLES = {
     **{kind: ddim_table(STEPS, prediction_type=kind) for kind in ("epsilon", "v_prediction", "sample")},
     **{f"solver {kind}": solver_table(kind) for kind in ("epsilon", "v_prediction")},
+    "flow": flow_table(STEPS, end=0.02),
 }
 
 
@@ -40,10 +41,13 @@ def states(table: TransitionTable):
 
 
 def densities(table: TransitionTable, x, x_next, o):
-    column = {name: getattr(table, name)[:, None] for name in ("a", "b", "sigma", "alpha_bar", "alpha_bar_next")}
-    share = column["alpha_bar"] / column["alpha_bar_next"]
-    forward = Normal(column["a"] * x + column["b"] * o, column["sigma"]).log_prob(x_next).sum()
-    return forward, Normal(share.sqrt() * x_next, (1 - share).sqrt()).log_prob(x).sum(1)
+    """log P and log P_B: noise is added to x' until it has the signal-to-noise ratio of x."""
+    names = ("a", "b", "sigma", "alpha_bar", "alpha_bar_next", "noise_std", "noise_std_next")
+    a, b, sigma, signal, signal_next, noise, noise_next = (getattr(table, name)[:, None] for name in names)
+    scale = (signal / signal_next).sqrt()
+    added = (noise**2 - scale**2 * noise_next**2).sqrt()
+    forward = Normal(a * x + b * o, sigma).log_prob(x_next).sum()
+    return forward, Normal(scale * x_next, added).log_prob(x).sum(1)
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -205,7 +205,7 @@ def test_a_spoilt_update_is_skipped_in_training(tmp_path: Path, caplog: pytest.L
     assert same == [False, True, False, False, False]
     assert all(parameter.isfinite().all() for parameter in weights[-1])
     assert "update 3 is skipped" in caplog.text and "norm_reward" in caplog.text
-    assert any(f"timestep {t} of a sample for 'a" in caplog.text for t in trainer.table.timestep.tolist())
+    assert any(f"timestep {t:g} of a sample for 'a" in caplog.text for t in trainer.table.timestep.tolist())
 
 
 def test_skipped_updates_are_counted_across_a_resume(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.draws import draw_stratified
 from fastnabla.trajectories.rollout import sample
 from fastnabla.utils.seeding import STREAMS, TrajectoryNoise, generator_of, seed_of
-from tests.checks import ddim_table, relative_error
+from tests.checks import ddim_table, flow_table, relative_error
 from tests.golden import STEP_SETS, load_step
 
 SHAPE = (4, 8, 8)
@@ -22,12 +22,12 @@ def policy():
     return load_step(STEP_SETS[0]).policy
 
 
-def rollout(policy, batch, seeds=SEEDS):
+def rollout(policy, batch, seeds=SEEDS, table=TABLE):
     """Finished latents and the buffered transitions; every step kept."""
     buffer = TrajectoryBuffer(5, 4, 5, SHAPE)
     steps = draw_stratified(0, 0, 5, 4, 4)
     finished = sample(
-        policy, TABLE, PROMPT, seeds, SHAPE, batch=batch, buffer=buffer, slots=buffer.reserve(steps, PROMPT)
+        policy, table, PROMPT, seeds, SHAPE, batch=batch, buffer=buffer, slots=buffer.reserve(steps, PROMPT)
     )
     return finished, buffer.gather(buffer.transitions())
 
@@ -45,12 +45,14 @@ def test_batches_do_not_matter(policy, batch):
         assert torch.equal(getattr(others, name), getattr(transitions, name))
 
 
-def test_transitions_satisfy_the_step_equation(policy):
-    """``x' = a x + b o + σ ε`` with the seeds' noise, o the policy's guided output at x, and x_T the last x'."""
-    finished, batch = rollout(policy, None)
+@pytest.mark.parametrize("table", [TABLE, flow_table(4)], ids=["ddim", "flow"])
+def test_transitions_satisfy_the_step_equation(policy, table):
+    """``x' = a x + b o + σ ε`` with the seeds' noise, o the policy's guided output at x, and x_T the last x'. The buffer keeps
+    numbers of steps, whose timesteps need not be whole."""
+    finished, batch = rollout(policy, None, table=table)
     noise = TrajectoryNoise(SEEDS, SHAPE, "cpu")
     draws = torch.stack([noise.draw() for _ in range(5)])
-    rows = TABLE.rows(batch.step_index, batch.x)
+    rows = table.rows(batch.step_index, batch.x)
     expected = (
         rows.a * batch.x + rows.b * batch.model_output + rows.sigma * draws[batch.step_index + 1, batch.trajectory]
     )
