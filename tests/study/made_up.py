@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastnabla.comparison.plan import LAST_FILE
+from fastnabla.comparison.plan import LAST_FILE, PlannedRun
 from fastnabla.config.train import to_json
 from fastnabla.metrics.measures import Measures
 from fastnabla.study.choice import tuned
@@ -131,12 +131,12 @@ def made_samples(part: Part, shift: float) -> Samples:
     return Samples(measures=measures, correct=numbers().round())
 
 
-def train(run: StudyRun) -> None:
+def train(run: PlannedRun) -> None:
     """Make up the folder of a finished run."""
     run.folder.mkdir(parents=True)
-    (run.folder / "config.json").write_text(to_json(run.planned.config))
+    (run.folder / "config.json").write_text(to_json(run.config))
     (run.folder / "timing.jsonl").write_text("")
-    point = {"phase": "evaluate", "update": run.planned.config.updates}
+    point = {"phase": "evaluate", "update": run.config.updates}
     (run.folder / "metrics.jsonl").write_text(f"{json.dumps(point)}\n")
     (run.folder / LAST_FILE).write_text("")
 

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from fastnabla.comparison.plan import LAST_FILE, PlannedRun
 from fastnabla.study import __main__ as command
 from fastnabla.study import recording, running
-from fastnabla.study.parts import end_part, held_out_part, pretrained_part
+from fastnabla.study.parts import end_part, held_out_part, pretrained_part, shared_parts
 from fastnabla.study.plan import ENDED_EARLY, Setting, StudyRun, final_runs, tuning_runs
 from fastnabla.study.protocol import Protocol
 from fastnabla.study.recording import record_measured
 from fastnabla.study.records import RunResult, read_records
 from fastnabla.study.results import read_results
 from fastnabla.study.samples import write_samples
-from tests.study.made_up import TOML, measure, protocol_file, train
+from tests.study.made_up import TOML, made_samples, measure, protocol_file, train
 
 OURS, THEIRS = Setting("ours", 1e-2), Setting("theirs", 3e-3)
 SHIFTS = {Setting("ours", 1e-3): 0.2, OURS: 0.7, THEIRS: 0.9}
@@ -34,32 +35,30 @@ def made(tmp_path: Path) -> tuple[Path, Protocol, Path]:
     path = protocol_file(tmp_path, WIDE)
     protocol, folder = Protocol.read(path), tmp_path / "study"
     for run in planned(protocol, folder):
-        train(run)
+        train(run.planned)
         measure(run, protocol, folder, SHIFTS[run.setting])
     return path, protocol, folder
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Names of the runs that are trained, whose training and measures are made up; and of what is measured beside them."""
-    names = []
-    folder = tmp_path / "study"
-    protocol = Protocol.read(protocol_file(tmp_path, WIDE))
-    runs = {run.planned.folder: run for run in planned(protocol, folder)}
+    """Runs that are trained, and those for which the pretrained model is measured. All of this is made up."""
+    names, folder = [], tmp_path / "study"
 
-    def train_one(plans: Sequence, *_: object) -> int:
+    def train_one(plans: Sequence[PlannedRun], *_: object) -> int:
         names.extend(plan.folder.name for plan in plans)
-        train(runs[plans[0].folder])
+        for plan in plans:
+            train(plan)
         return 0
 
-    def measure_before(runs: Sequence[StudyRun], protocol: Protocol, folder: Path, *_: object) -> None:
+    def measure_shared(runs: Sequence[StudyRun], protocol: Protocol, folder: Path, *_: object) -> None:
         names.extend(f"pretrained for {run.name}" for run in runs)
-        for run in runs:
-            measure(run, protocol, folder, SHIFTS[run.setting])
+        for part in shared_parts(runs, protocol, folder):
+            write_samples(part.path, made_samples(part, shift=0), part.key)
 
     monkeypatch.setattr(running, "train_all", train_one)
     monkeypatch.setattr(running, "measure_run", lambda run, protocol, _: measure(run, protocol, folder))
-    monkeypatch.setattr(running, "measure_pretrained", measure_before)
+    monkeypatch.setattr(running, "measure_pretrained", measure_shared)
     return names
 
 
@@ -195,8 +194,7 @@ def test_records_of_runs_that_the_protocol_does_not_choose_are_named(made: tuple
 def test_runs_that_diverged_are_recorded(made: tuple[Path, Protocol, Path], trained: list[str]):
     path, protocol, folder = made
     early, broken, *_ = planned(protocol, folder)
-    shutil.rmtree(early.folder)
-    early.folder.mkdir()
+    (early.folder / LAST_FILE).unlink()
     (early.folder / ENDED_EARLY).write_text("")
     part = end_part(broken, protocol)
     samples = part.read()

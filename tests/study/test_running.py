@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fastnabla.config.train import to_json
 from fastnabla.study import running
 from fastnabla.study.plan import tuning_runs
 from fastnabla.study.protocol import Protocol
@@ -20,6 +21,7 @@ def test_a_run_that_ends_early_is_not_repeated(tmp_path: Path, monkeypatch: pyte
 
     def diverge(runs: list, console: Console, ended: object) -> int:
         trained.extend(runs)
+        (run.folder / "config.json").write_text(to_json(run.planned.config))
         return 0
 
     monkeypatch.setattr(running, "train_all", diverge)
