@@ -22,13 +22,17 @@ class RunFolderError(ValueError):
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of the run folder `run`. The operating system releases it when the process ends.
 
     A file system without locks gives a warning.
 
+    Args:
+        run: the folder.
+        wait: wait until no other process holds the lock.
+
     Raises:
-        RunFolderError: another process holds the lock, or the lock file cannot be opened.
+        RunFolderError: another process holds the lock and `wait` is False, or the lock file cannot be opened.
     """
     try:
         opened = (run / FILE).open("a+", encoding="utf-8")
@@ -36,7 +40,7 @@ def locked(run: Path) -> Iterator[None]:
         raise RunFolderError(f"{str(run / FILE)!r} cannot be opened ({error.strerror}); remove it.") from error
     with opened as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             file.seek(0)
             raise RunFolderError(

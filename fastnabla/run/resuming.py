@@ -99,12 +99,17 @@ def check_length(done: int, updates: int) -> None:
         raise RunFolderError(f"updates = {updates}: the run has done {done}; set at least that in its config.json.")
 
 
-def fingerprint(config: TrainConfig, prompts: RunPrompts) -> str:
-    """SHA-256 of the prompts and the fields that results depend on."""
+def effective_fields(config: TrainConfig) -> dict[str, Any]:
+    """The fields that results depend on, by dotted name, with their JSON values."""
     without_effect = (*WITHOUT_EFFECT, "updates") if can_extend(config) else WITHOUT_EFFECT
     fields = {name: value for name, value in flat(config).items() if name not in without_effect}
     fields = {name: value for name, value in fields.items() if (name, value) not in INTRODUCED.items()}
-    fields = with_old_names(fields)
+    return with_old_names(fields)
+
+
+def fingerprint(config: TrainConfig, prompts: RunPrompts) -> str:
+    """SHA-256 of the prompts and the fields that results depend on."""
+    fields = effective_fields(config)
     fields["prompts.json"] = [prompts.texts, prompts.trained, prompts.evaluated.start, prompts.evaluated.stop]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

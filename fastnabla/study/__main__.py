@@ -18,8 +18,8 @@ from fastnabla.utils.require import require
 @dataclasses.dataclass(kw_only=True, slots=True)
 class StudyConfig:
     """Tune every method of a protocol alike, train the chosen settings with fresh seeds, measure them, and write the page of
-    results beside the protocol. Running the same command again continues where it stopped; seeds and methods may be added.
-    docs/comparison.md explains the steps."""
+    results beside the protocol, together with a record of each run. Running the same command again trains the runs without a
+    record; seeds and methods may be added. docs/comparison.md explains the steps."""
 
     protocol: tyro.conf.Positional[Path]
     """TOML file, such as docs/results/comparison.toml."""
@@ -30,10 +30,11 @@ class StudyConfig:
     """Runs at the same time, each in its own process with an equal share of the CPU cores and, while there are enough, its
     own GPU."""
     only: tuple[str, ...] = ()
-    """Train and measure only these runs (draft,0.001-seed-0, …) and write no page. Use it to share a folder between several
+    """Train, measure and record only these runs (draft,0.001-seed-0, …) and write no page. Use it to share a folder between several
     machines."""
     page_only: bool = False
-    """Train and measure nothing: write the page from the runs that have been measured, and say which are missing."""
+    """Train and measure nothing: record the runs that have been measured, write the page from the records, and say which runs are
+    missing. It needs no folder of the study."""
     dry_run: bool = False
     """Check all settings, print what each run would spend, and stop."""
 
@@ -60,17 +61,22 @@ def study(config: StudyConfig, arguments: Sequence[str], console: Console) -> in
     protocol = Protocol.read(config.protocol)
     # These modules import torch, so they are imported only after the protocol has been checked.
     from fastnabla.study.page import write_page
+    from fastnabla.study.records import records_file
     from fastnabla.study.results import read_results
     from fastnabla.study.running import run_named, run_study
 
     console.print(_plan(protocol))
     if config.dry_run:
         return 0
+    folder, file = config.folder, records_file(config.protocol)
     if config.only:
-        return run_named(config.only, protocol, config.folder, console)
-    if not config.page_only and (status := run_study(protocol, config.folder, config.jobs, arguments, console)):
+        return run_named(config.only, protocol, folder, file, console)
+    if not config.page_only and (status := run_study(protocol, folder, file, config.jobs, arguments, console)):
         return status
-    paths = write_page(read_results(protocol, config.folder), config.protocol)
+    results = read_results(protocol, folder, file)
+    for remark in results.remarks:
+        print_plain(console, remark)
+    paths = write_page(results, config.protocol)
     print_plain(console, f"wrote {', '.join(map(str, paths))}")
     return 0
 

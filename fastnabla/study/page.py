@@ -7,6 +7,7 @@ from fastnabla.study.claims import Comparison, comparisons
 from fastnabla.study.figures import fronts
 from fastnabla.study.measures import MEASURES
 from fastnabla.study.protocol import Protocol
+from fastnabla.study.records import records_file
 from fastnabla.study.results import Results
 from fastnabla.study.statistics import LEVEL
 from fastnabla.study.tables import (
@@ -28,7 +29,7 @@ def write_page(results: Results, protocol_file: Path) -> list[Path]:
         ValueError: no final run has been measured.
     """
     if not results.runs:
-        raise ValueError(f"no final run has been measured yet: {' '.join(results.remarks)}")
+        raise ValueError("no final run has been measured yet, so there is no page.")
     page, picture = protocol_file.with_suffix(".md"), protocol_file.with_name(f"{protocol_file.stem}-fronts.png")
     write_file(picture, fronts(results))
     write_file(page, "\n".join(_parts(results, protocol_file, picture.name)))
@@ -41,7 +42,8 @@ def _parts(results: Results, protocol_file: Path, picture: str) -> list[str]:
     parts = [
         f"# {len(protocol.methods)} methods{', tuned alike' if _is_tuned(protocol) else ''}\n",
         f"    python -m fastnabla.study {protocol_file.name if protocol_file.is_absolute() else protocol_file.as_posix()}\n",
-        "remakes this page, which is generated; docs/comparison.md explains the steps.\n",
+        f"remakes this page, which is generated, from the [records of all runs]({records_file(protocol_file).name}); "
+        "docs/comparison.md explains the steps.\n",
         *(f"**{remark}**\n" for remark in results.remarks),
         "## Protocol\n",
         *(f"- {line}" for line in _protocol(protocol)),

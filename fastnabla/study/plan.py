@@ -45,6 +45,11 @@ class StudyRun:
         return self.planned.config.seed
 
     @property
+    def name(self) -> str:
+        """`run_name`."""
+        return run_name(self.setting, self.seed)
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         return self.planned.folder
@@ -53,6 +58,11 @@ class StudyRun:
     def ended_early(self) -> bool:
         """Whether the run diverged, or passed a bound of its evaluation."""
         return (self.folder / ENDED_EARLY).exists() and not self.planned.done
+
+
+def run_name(setting: Setting, seed: int) -> str:
+    """The name of a run and of its folder."""
+    return f"{setting}-seed-{seed}"
 
 
 def tuning_runs(protocol: Protocol, folder: Path) -> list[StudyRun]:
@@ -108,5 +118,5 @@ def _run(
 ) -> StudyRun:
     setting = Setting(contender.name, learning_rate)
     config = run_config(protocol, contender, learning_rate)
-    config = dataclasses.replace(config, seed=seed, run=folder / RUNS / f"{setting}-seed-{seed}", resume=AUTO)
+    config = dataclasses.replace(config, seed=seed, run=folder / RUNS / run_name(setting, seed), resume=AUTO)
     return StudyRun(setting=setting, is_final=is_final, planned=PlannedRun(variant=str(setting), config=config))

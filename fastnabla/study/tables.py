@@ -10,7 +10,8 @@ from fastnabla.study.claims import Comparison
 from fastnabla.study.measures import MEASURES
 from fastnabla.study.plan import Setting
 from fastnabla.study.protocol import Protocol
-from fastnabla.study.results import Results, RunResult
+from fastnabla.study.records import RunResult
+from fastnabla.study.results import Results
 from fastnabla.study.statistics import paired
 
 END = tuple(name for name in MEASURES if name != "reward")

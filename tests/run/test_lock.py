@@ -4,6 +4,8 @@ import errno
 import fcntl
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,24 @@ def test_death_ends_it(tmp_path: Path) -> None:
     os.waitpid(child, 0)
     with locked(tmp_path):
         pass
+
+
+def test_one_that_waits_gets_it_after_the_first(tmp_path: Path) -> None:
+    order, inside = [], threading.Event()
+
+    def first() -> None:
+        with locked(tmp_path):
+            inside.set()
+            time.sleep(0.1)
+            order.append("first")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait()
+    with locked(tmp_path, wait=True):
+        order.append("second")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 def test_a_file_system_without_locks_is_warned_of(

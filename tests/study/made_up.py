@@ -1,14 +1,25 @@
-"""Protocols and results that no network was run for."""
+"""Protocols, samples and results that no network was run for."""
 
+import json
 import math
+import zlib
 from pathlib import Path
 
+import torch
+
+from fastnabla.comparison.plan import LAST_FILE, PlannedRun
+from fastnabla.config.train import to_json
+from fastnabla.metrics.measures import Measures
 from fastnabla.study.choice import tuned
 from fastnabla.study.fronts import Place
 from fastnabla.study.measures import MEASURES
-from fastnabla.study.plan import Setting
+from fastnabla.study.measuring import DIVERGENCE_FILE
+from fastnabla.study.parts import MEASURED, Part, own_parts, shared_parts
+from fastnabla.study.plan import Setting, StudyRun
 from fastnabla.study.protocol import Protocol
-from fastnabla.study.results import Results, RunResult, Spent
+from fastnabla.study.records import RunResult, Spent
+from fastnabla.study.results import Results
+from fastnabla.study.samples import Samples, write_samples
 
 TOML = """
 preset = "testbed"
@@ -96,3 +107,43 @@ def results(protocol: Protocol, losses: dict[str, list[float]], gain: float = 1.
         runs=[run_result(settings[n], seed, gain, loss) for n, own in losses.items() for seed, loss in enumerate(own)],
         remarks=[],
     )
+
+
+def made_samples(part: Part, shift: float) -> Samples:
+    """Random samples of two prompts. The reward rises by about `shift` times the part's scale."""
+    drawn = torch.Generator().manual_seed(zlib.crc32(f"{part.path.stem} {part.seed} {part.noise}".encode()))
+    count = 2 * part.samples
+
+    def numbers(*size: int) -> torch.Tensor:
+        return torch.rand(count, *size, generator=drawn, dtype=torch.float64)
+
+    reward = numbers() / 10 + shift * part.scale
+    measures = Measures(
+        prompt=torch.arange(2).repeat_interleave(part.samples),
+        reward=reward,
+        total=reward.clone(),
+        parts={},
+        hue=numbers(),
+        dark=numbers().round(),
+        features=numbers(3).float().double(),
+        pixels=numbers(3).float().double(),
+    )
+    return Samples(measures=measures, correct=numbers().round())
+
+
+def train(run: PlannedRun) -> None:
+    """Make up the folder of a finished run."""
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.json").write_text(to_json(run.config))
+    (run.folder / "timing.jsonl").write_text("")
+    point = {"phase": "evaluate", "update": run.config.updates}
+    (run.folder / "metrics.jsonl").write_text(f"{json.dumps(point)}\n")
+    (run.folder / LAST_FILE).write_text("")
+
+
+def measure(run: StudyRun, protocol: Protocol, folder: Path, shift: float = 0.7) -> None:
+    """Make up all samples of a run and of the pretrained model that stands beside it."""
+    for part in (*own_parts(run, protocol), *shared_parts([run], protocol, folder)):
+        write_samples(part.path, made_samples(part, shift), part.key)
+    if run.is_final:
+        (run.folder / MEASURED / DIVERGENCE_FILE).write_text('{"without_last_two": 2.0}\n')

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fastnabla.config.train import to_json
 from fastnabla.study import running
 from fastnabla.study.plan import tuning_runs
 from fastnabla.study.protocol import Protocol
-from fastnabla.study.results import read_tuning
+from fastnabla.study.recording import record_measured
 from tests.study.made_up import protocol_file
 
 
@@ -20,20 +21,21 @@ def test_a_run_that_ends_early_is_not_repeated(tmp_path: Path, monkeypatch: pyte
 
     def diverge(runs: list, console: Console, ended: object) -> int:
         trained.extend(runs)
+        (run.folder / "config.json").write_text(to_json(run.planned.config))
         return 0
 
     monkeypatch.setattr(running, "train_all", diverge)
-    assert not running.is_complete(run, protocol)
+    study, file = tmp_path / "study", tmp_path / "made-up.runs.jsonl"
+    assert record_measured([run], protocol, study, file) == {}
     for _ in range(2):
-        assert running.run_one(run, protocol, Console(quiet=True)) == 0
+        assert running.run_one(run, protocol, study, file, Console(quiet=True)) == 0
     assert trained == [run.planned]
-    assert running.is_complete(run, protocol)
-    assert read_tuning(protocol, tmp_path / "study") == {}
+    assert record_measured([run], protocol, study, file)[run.name].result is None
 
 
 def test_a_run_that_fails_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     protocol = Protocol.read(protocol_file(tmp_path))
     run = tuning_runs(protocol, tmp_path / "study")[0]
     monkeypatch.setattr(running, "train_all", lambda *_: 130)
-    assert running.run_one(run, protocol, Console(quiet=True)) == 130
-    assert not run.ended_early
+    assert running.run_one(run, protocol, tmp_path / "study", tmp_path / "file", Console(quiet=True)) == 130
+    assert not run.ended_early and not (tmp_path / "file").exists()

@@ -24,7 +24,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Protocol, Path]:
 
 
 def settings(done: tuple[Protocol, Path]) -> list[Setting]:
-    return list(read_results(*done).settings)
+    protocol, folder = done
+    return list(read_results(protocol, folder, folder.parent / "made-up.runs.jsonl").settings)
 
 
 def test_tuning_comes_first_and_chosen_settings_get_fresh_seeds(done: tuple[Protocol, Path]):
@@ -68,6 +69,14 @@ def test_the_page_and_its_picture_are_beside_the_protocol(done: tuple[Protocol, 
     assert (folder.parent / "made-up-fronts.png").exists()
 
 
+def test_what_a_run_has_spent_is_recorded(done: tuple[Protocol, Path]):
+    protocol, folder = done
+    results = read_results(protocol, folder, folder.parent / "made-up.runs.jsonl")
+    assert len(results.runs) == 2
+    for run in results.runs:
+        assert 0 < run.spent.passes <= protocol.passes and run.spent.decodes > 0 and run.spent.seconds > 0
+
+
 def test_the_same_command_trains_and_measures_nothing_again(done: tuple[Protocol, Path], capsys: pytest.CaptureFixture):
     _, folder = done
     files = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -81,6 +90,7 @@ def test_a_missing_measurement_is_named_and_made_again(done: tuple[Protocol, Pat
     part = scale_parts(run, protocol)[0]
     before = part.path.read_bytes()
     part.path.unlink()
+    (folder.parent / "made-up.runs.jsonl").unlink()
     options = [str(folder.parent / "made-up.toml"), "--run", str(folder)]
     assert command.main([*options, "--page-only"]) == 0
     assert (
@@ -89,6 +99,7 @@ def test_a_missing_measurement_is_named_and_made_again(done: tuple[Protocol, Pat
     )
     assert command.main([*options, "--only", run.folder.name]) == 0
     assert part.path.read_bytes() == before
+    assert f'"name": "{run.setting.name}"' in (folder.parent / "made-up.runs.jsonl").read_text()
 
 
 def test_results_of_another_protocol_are_refused(
