@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fastnabla.models.architectures import SD15, SD21, SDXL_BASE, Architecture, Sizes
+from fastnabla.models.architectures import FLUX_DEV, SD3_MEDIUM, SD15, SD21, SD35_MEDIUM, SDXL_BASE, Architecture, Sizes
 from fastnabla.models.random_init import random_pipeline
 
 VAE = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 16}
@@ -47,6 +47,47 @@ TINY = {
         (16, 24),
     ),
 }
+
+
+def _tiny_text(sizes: Sizes, width: int) -> Sizes:
+    if "d_model" in sizes:
+        return sizes | {"d_model": width, "d_kv": 8, "d_ff": 2 * width, "num_layers": 1, "num_heads": 2}
+    small = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return sizes | small | {"projection_dim": width}
+
+
+def _tiny_flow(full: Architecture, transformer: Sizes, widths: tuple[int, ...]) -> Architecture:
+    texts = [_tiny_text(sizes, width) for sizes, width in zip(full.text_encoders, widths, strict=True)]
+    vae = full.vae | VAE | {"block_out_channels": (8, 16)}
+    network = full.network | {"num_layers": 2, "joint_attention_dim": widths[-1]} | transformer
+    return dataclasses.replace(full, network=network, vae=vae, text_encoders=tuple(texts))
+
+
+_SD3 = {
+    "sample_size": 8,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 8 + 12,
+    "pos_embed_max_size": 8,
+}
+FLOW_MODELS = {
+    "sd3": _tiny_flow(SD3_MEDIUM, _SD3, (8, 12, 32)),
+    "sd35": _tiny_flow(SD35_MEDIUM, _SD3 | {"dual_attention_layers": (0,)}, (8, 12, 32)),
+    "flux": _tiny_flow(
+        FLUX_DEV,
+        {
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "pooled_projection_dim": 16,
+            "axes_dims_rope": (4, 4, 8),
+        },
+        (16, 32),
+    ),
+}
+TINY |= FLOW_MODELS
 
 
 def save_tiny(family: str, folder: Path) -> str:

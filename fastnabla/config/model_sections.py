@@ -24,7 +24,7 @@ class ModelConfig:
     """The pretrained model."""
 
     name: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """Folder or Hub id of a diffusers pipeline of Stable Diffusion 1, 2 or XL, a .safetensors file with a whole checkpoint of
+    """Folder or Hub id of a diffusers pipeline of Stable Diffusion 1, 2, XL, 3, 3.5 or FLUX.1, a .safetensors file with a whole checkpoint of
     one, or "testbed" for the embedded model."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. None: the default branch."""
@@ -76,8 +76,10 @@ class SamplerConfig:
     """How trajectories are sampled, in training and in evaluation. docs/stable-diffusion.md has the effect of spacing and
     min_sigma on the last steps."""
 
-    scheduler: Literal["ddim", "sde-dpmsolver++"] = "ddim"
-    """"ddim": DDIM with noise, which is DDPM for η = 1. "sde-dpmsolver++": first-order SDE-DPM-Solver++."""
+    scheduler: Literal["ddim", "sde-dpmsolver++", "flow-sde", "dance", "cps"] = "ddim"
+    """"ddim": DDIM with noise, which is DDPM for η = 1. "sde-dpmsolver++": first-order SDE-DPM-Solver++, for diffusion
+    models. For flow models, for comparison: "flow-sde" is Flow-GRPO's step, "dance" DanceGRPO's and "cps" the one that
+    preserves coefficients. Only DDPM forgets the first noise, so only with it a run ends at the tilted model."""
     steps: int = 50
     """T, the number of network evaluations per trajectory. Fewer steps train faster but give worse images."""
     spacing: Literal["leading", "trailing", "linspace"] | None = "leading"
@@ -87,7 +89,7 @@ class SamplerConfig:
     and DDIM then needs a number of steps that divides the trained ones. "linspace" is for sde-dpmsolver++. None: the
     checkpoint's, as in runs of older versions."""
     eta: float = 1.0
-    """η, the scale of DDIM's noise. > 0; 1 is DDPM."""
+    """η, the scale of the noise. > 0; 1 is DDPM. Published values: 0.7 for flow-sde, 0.3 for dance."""
     min_sigma: float | None = None
     """Lower bound of every step's standard deviation σ, in units of the latents, which have variance about 1. The means
     stay. The score of a step, and so a residual of ∇-DB, is proportional to b/σ²: with 20 "leading" steps 134 in step

@@ -8,7 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.architectures import architecture_of
@@ -16,6 +16,10 @@ from fastnabla.models.description import loading
 from fastnabla.models.model_source import source_of
 
 ENTRIES = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+FLOW_ENTRIES = (
+    *("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len"),
+    *("max_image_seq_len", "time_shift_type"),
+)
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -35,6 +39,16 @@ def shipped_scheduler(model: ModelConfig) -> SchedulerMixin:
         return getattr(diffusers, name).from_pretrained(source, subfolder="scheduler", revision=model.revision)
 
 
+def is_flow_matching(scheduler: SchedulerMixin) -> bool:
+    """Whether `scheduler` is that of a flow model."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler) -> dict[str, Any]:
+    """The arguments of a flow model's `scheduler` that define its noise levels, by diffusers' names."""
+    return {name: scheduler.config[name] for name in FLOW_ENTRIES}
+
+
 def noise_schedule(scheduler: SchedulerMixin) -> dict[str, Any]:
     """The arguments of `scheduler` that define its noise schedule and the network's output, by diffusers' names.
 
@@ -50,7 +64,7 @@ def noise_schedule(scheduler: SchedulerMixin) -> dict[str, Any]:
         raise _refusal(
             scheduler,
             f"it has no {', '.join(missing)}, so it is not a variance-preserving diffusion with discrete timesteps. Models "
-            "of flow matching or EDM cannot be finetuned",
+            "of EDM, and of flow matching with another scheduler than FlowMatchEulerDiscreteScheduler, cannot be finetuned",
         )
     schedule = {name: own[name] for name in ENTRIES} | {
         "rescale_betas_zero_snr": own.get("rescale_betas_zero_snr", False)

@@ -7,7 +7,7 @@ from diffusers import SchedulerMixin
 from rich.table import Table
 
 from fastnabla.config.model_sections import ModelConfig, SamplerConfig
-from fastnabla.models.noise_schedule import noise_schedule, shipped_scheduler
+from fastnabla.models.noise_schedule import flow_schedule, is_flow_matching, noise_schedule, shipped_scheduler
 from fastnabla.models.sampler import FIXED, scheduler_of
 from fastnabla.transition import TransitionTable
 
@@ -24,7 +24,8 @@ def sampler_table(model: ModelConfig, config: SamplerConfig, steps: TransitionTa
         ValueError: the files cannot be read.
     """
     shipped = shipped_scheduler(model)
-    ours, schedule, name = scheduler_of(shipped, config), noise_schedule(shipped), type(shipped).__name__
+    ours, name, flow = scheduler_of(shipped, config), type(shipped).__name__, is_flow_matching(shipped)
+    schedule = flow_schedule(shipped) if flow else noise_schedule(shipped)
     spacing = "the checkpoint" if config.spacing is None else "sampler.spacing"
     table = Table(title="sampler")
     for column in ("what", "value", "from"):
@@ -34,21 +35,27 @@ def sampler_table(model: ModelConfig, config: SamplerConfig, steps: TransitionTa
         table.add_row(entry, text, f"the checkpoint's noise schedule ({name})")
     table.add_row("scheduler", type(ours).__name__, f"sampler.scheduler = {config.scheduler}")
     table.add_row("timesteps", _timesteps(steps), f"sampler.steps = {config.steps}")
-    table.add_row("timestep_spacing", ours.config.timestep_spacing, spacing)
-    table.add_row("steps_offset", str(ours.config.steps_offset), spacing if config.spacing is None else "fastnabla")
+    if flow:
+        table.add_row("times before the shift", f"1 → 1/{len(steps)}, linear", "fastnabla")
+    else:
+        table.add_row("timestep_spacing", ours.config.timestep_spacing, spacing)
+        table.add_row("steps_offset", str(ours.config.steps_offset), spacing if config.spacing is None else "fastnabla")
     for field in ("eta", "min_sigma", "guidance_scale"):
         table.add_row(field, str(getattr(config, field)), f"sampler.{field}")
-    for entry, value in FIXED[config.scheduler].items():
+    table.add_row(
+        "memory", f"{steps.memory():.3f}", "correlation of finished samples with the first noise, Gaussian data"
+    )
+    for entry, value in ({} if flow else FIXED[config.scheduler]).items():
         table.add_row(entry, str(value), "fastnabla")
-    for entry, value in unused_settings(shipped, ours).items():
+    for entry, value in unused_settings(shipped, ours, schedule).items():
         table.add_row(entry, f"not {value}", f"fastnabla; {name} is not used to sample")
     return table
 
 
-def unused_settings(shipped: SchedulerMixin, ours: SchedulerMixin) -> dict[str, Any]:
+def unused_settings(shipped: SchedulerMixin, ours: SchedulerMixin, schedule: dict[str, Any]) -> dict[str, Any]:
     """Settings of the checkpoint's scheduler, besides its noise schedule, that `ours` has otherwise or does not have at all.
     Of the latter, its class's defaults are left out."""
-    parameters, schedule = inspect.signature(type(shipped).__init__).parameters, noise_schedule(shipped)
+    parameters = inspect.signature(type(shipped).__init__).parameters
     return {
         name: value
         for name, value in shipped.config.items()

@@ -53,11 +53,9 @@ def require_policy(run: Path) -> None:
     Raises:
         ValueError: it has none.
     """
-    networks = sorted({family.network for family in FAMILIES.values()})
+    networks = {family.network for family in FAMILIES.values()}
     if not any((run / trained).is_dir() for trained in ("lora", *networks)):
-        raise ValueError(
-            f"{str(run)!r} has no lora/ or {'/ or '.join(networks)}/ yet: the run has not reached its first evaluation."
-        )
+        raise ValueError(f"{str(run)!r} has no trained weights yet: the run has not reached its first evaluation.")
 
 
 @torch.no_grad()
