@@ -63,6 +63,7 @@ def build_vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=8,
         sample_size=IMAGE_SIZE,
+        shift_factor=0.0,
     )
 
 

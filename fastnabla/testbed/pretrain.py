@@ -7,96 +7,25 @@ It has three stages. Each resumes from its last checkpoint if it is interrupted.
    silhouettes, VAE reconstructions, and images decoded from noised latents.
 3. The UNet and the CLIP text model are trained together on the frozen VAE's latents: noise prediction with 10% of the
    captions dropped. Their exponential moving average is shipped.
-"""
 
-import dataclasses
-from collections.abc import Callable
-from pathlib import Path
+`--model testbed-flow` trains the flow testbed instead: one stage on the shipped VAE (`pretrain_flow`).
+"""
 
 import torch
 import tyro
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastnabla.testbed import networks as build
+from fastnabla.testbed import pipeline_folder
 from fastnabla.testbed.classifier import AnimalClassifier
+from fastnabla.testbed.pretrain_flow import train_flow
 from fastnabla.testbed.silhouettes import ANIMALS, PHRASINGS, caption, load_masks, tint
+from fastnabla.testbed.stages import PretrainConfig, latent_bank, run_stage, seeded
 from fastnabla.utils.console import command_console, quiet_libraries
-from fastnabla.utils.progress import TaskProgress
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class PretrainConfig:
-    """Train the testbed's VAE, classifiers, UNet and text model. This takes about 75 minutes on two CPU cores."""
-
-    output: Path = Path("runs/testbed")
-    """Output folder. It also holds the checkpoints from which an interrupted run resumes."""
-    vae_steps: int = 2000
-    """Optimizer steps of the VAE, 48 images each."""
-    classifier_steps: int = 2500
-    """Optimizer steps of each classifier, 128 images each."""
-    unet_steps: int = 6500
-    """Optimizer steps of the UNet and text model, 64 latents each."""
-    seed: int = 0
-    """Seed of all random draws. The draws of a step depend only on the seed and the step."""
-    checkpoint_every: int = 250
-    """Optimizer steps between checkpoints."""
-    copies: int = 6
-    """Tinted copies of each silhouette for the UNet; the classifiers use half as many."""
-    limit: int | None = None
-    """Largest number of silhouettes per split, for testing the script. None: all."""
-
-
-def seeded(*key: int) -> torch.Generator:
-    """A generator seeded by the numbers of `key`."""
-    seed = 0
-    for part in key:
-        seed = (seed * 1_000_003 + part) % (2**63)
-    return torch.Generator().manual_seed(seed)
-
-
-def run_stage(
-    name: str,
-    config: PretrainConfig,
-    module: nn.Module,
-    steps: int,
-    learning_rate: float,
-    loss_of_step: Callable[[int], Tensor],
-    ema: AveragedModel | None = None,
-) -> None:
-    """Minimise `loss_of_step(step)` over the parameters of `module`, resuming from the stage's checkpoint."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    state = {"module": module, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
-    path = config.output / f"{name}.checkpoint"
-    first = 0
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        first = saved.pop("step")
-        for key, part in state.items():
-            part.load_state_dict(saved[key])
-
-    with TaskProgress(Console(), name, steps, first) as progress:
-        average = None
-        for step in range(first, steps):
-            loss = loss_of_step(step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if ema:
-                ema.update_parameters(module)
-            average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-            progress.advance(status=f"loss {average:.4f}")
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
-                partial = path.with_suffix(".partial")
-                torch.save({"step": step + 1} | {key: part.state_dict() for key, part in state.items()}, partial)
-                partial.rename(path)
 
 
 def train_vae(config: PretrainConfig) -> AutoencoderKL:
@@ -119,19 +48,6 @@ def train_vae(config: PretrainConfig) -> AutoencoderKL:
     error = torch.cat([vae.decode(part).sample for part in latents.split(100)]).sub(images).abs().mean() / 2
     print(f"VAE: mean absolute error {error:.4f} on the test split, in [0, 1]; latent std {latents.std():.3f}")
     return vae
-
-
-@torch.no_grad()
-def latent_bank(vae: AutoencoderKL, split: str, copies: int, config: PretrainConfig) -> tuple[Tensor, Tensor]:
-    """Scaled latents of `copies` tinted versions of every silhouette of `split`, and their labels."""
-    masks, labels = (part[: config.limit] for part in load_masks(split))
-    generator = seeded(config.seed, 3)
-    latents = []
-    for _ in range(copies):
-        for part in masks.split(100):
-            posterior = vae.encode(tint(part, generator) * 2 - 1).latent_dist
-            latents.append(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator))
-    return torch.cat(latents) * vae.config.scaling_factor, labels.repeat(copies)
 
 
 @torch.no_grad()
@@ -207,8 +123,15 @@ def train_unet(config: PretrainConfig, vae: AutoencoderKL) -> StableDiffusionPip
 
 
 def pretrain(config: PretrainConfig) -> None:
-    """Run all stages and write `pipeline/` and the two classifiers under `config.output`, in fp16 safetensors."""
+    """Run all stages of `config.model` and write its parts under `config.output`, in fp16 safetensors.
+
+    testbed: `pipeline/` and the two classifiers. testbed-flow: `pipeline_flow/`.
+    """
     config.output.mkdir(parents=True, exist_ok=True)
+    if config.model == "testbed-flow":
+        vae = AutoencoderKL.from_pretrained(pipeline_folder() / "vae", dtype=torch.float32).requires_grad_(False).eval()
+        train_flow(config, vae).to(dtype=torch.float16).save_pretrained(config.output / "pipeline_flow")
+        return
     vae = train_vae(config)
     for role in ("reward", "evaluation"):
         classifier = train_classifier(config, vae, role)
