@@ -10,7 +10,8 @@ from typing import Literal
 
 from fastnabla.utils.require import require, require_positive
 
-TESTBED = "testbed"
+TESTBED, TESTBED_FLOW = TESTBEDS = ("testbed", "testbed-flow")
+"""Names of the embedded models: one of diffusion and one of flow matching."""
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """Projections of the UNet's attention layers."""
 PromptDraw = Literal["cycles", "independent"]
@@ -25,7 +26,7 @@ class ModelConfig:
 
     name: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Folder or Hub id of a diffusers pipeline of Stable Diffusion 1, 2, XL, 3, 3.5 or FLUX.1, a .safetensors file with a whole checkpoint of
-    one, or "testbed" for the embedded model."""
+    one, or "testbed" or "testbed-flow" for the embedded models."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. None: the default branch."""
     variant: str | None = None
@@ -55,13 +56,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(
-            not (self.random_init and self.name == TESTBED),
+            not (self.random_init and self.name in TESTBEDS),
             "model.random_init",
             self.random_init,
             "the testbed's weights are part of the package; use the preset stable-diffusion.",
         )
         require(
-            self.config is None or not (self.random_init or self.name == TESTBED),
+            self.config is None or not (self.random_init or self.name in TESTBEDS),
             "model.config",
             self.config,
             "is for a .safetensors file; leave it out.",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-from fastnabla.config.model_sections import TESTBED, ModelConfig
+from fastnabla.config.model_sections import TESTBED, TESTBEDS, ModelConfig
 from fastnabla.models.safetensors_header import SafetensorsHeader
-from fastnabla.testbed import pipeline_folder
+from fastnabla.testbed import flow_pipeline_folder, pipeline_folder
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 CONFIGURATION_FILES = (".yaml", ".yml", ".json")
@@ -32,8 +32,8 @@ def source_of(model: ModelConfig) -> str | Path:
     Raises:
         ValueError: as `single_file_of`, a single file does not tell what its configuration is, or `model.config` is a file.
     """
-    if model.name == TESTBED:
-        return pipeline_folder()
+    if model.name in TESTBEDS:
+        return pipeline_folder() if model.name == TESTBED else flow_pipeline_folder()
     file = single_file_of(model)
     if file is None:
         return os.path.expanduser(model.name)
@@ -55,7 +55,7 @@ def single_file_of(model: ModelConfig) -> Path | None:
     Raises:
         ValueError: the file does not exist, is of another format, or a folder has several.
     """
-    if model.name == TESTBED or model.random_init:
+    if model.name in TESTBEDS or model.random_init:
         return None
     path = Path(os.path.expanduser(model.name))  # unlike Path.expanduser, leaves an unknown user as it is
     if path.is_dir():
@@ -84,7 +84,7 @@ def single_file_of(model: ModelConfig) -> Path | None:
 
 def remedy(model: ModelConfig) -> str:
     """What to do if `model` cannot be loaded."""
-    if model.name == TESTBED or (file := single_file_of(model)) is None:
+    if model.name in TESTBEDS or (file := single_file_of(model)) is None:
         if os.path.isdir(os.path.expanduser(model.name)):
             return "Give a folder with all files of a diffusers pipeline, as its save_pretrained writes them."
         return (

@@ -22,7 +22,7 @@ from fastnabla.models.weight_files import require_whole, variant_to_load
 
 
 def pipeline_of(config: ModelConfig) -> DiffusionPipeline:
-    """The pipeline that `config` names, frozen: from a folder, the Hub, the package ("testbed"), or with random weights.
+    """The pipeline that `config` names, frozen: from a folder, the Hub, the package ("testbed", "testbed-flow"), or with random weights.
 
     Raises:
         ValueError: it is not found, cannot be loaded, is not of a supported family, or its parts do not fit each other.
