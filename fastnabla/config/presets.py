@@ -8,7 +8,16 @@ docs/stable-diffusion.md has the origin of each setting, memory and time.
 
 import dataclasses
 
-from fastnabla.config.model_sections import TESTBED, FlowConfig, ModelConfig, PromptConfig, RewardConfig, SamplerConfig
+from fastnabla.config.model_sections import (
+    TESTBED,
+    TESTBED_FLOW,
+    FlowConfig,
+    LoraConfig,
+    ModelConfig,
+    PromptConfig,
+    RewardConfig,
+    SamplerConfig,
+)
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import EvaluationConfig, MemoryConfig, OptimizerConfig, RolloutConfig
 from fastnabla.objective.settings import Objective
@@ -33,6 +42,20 @@ _AESTHETIC = dataclasses.replace(
     reward=RewardConfig(terms=("aesthetic=1",)),
     prompts=PromptConfig(source="simple-animals"),
     objective=Objective(beta=1e4, trust_region_weight=2e3),
+)
+
+# Flow models. No settings of ∇-DB are published for them. In units of the step's noise (weighting = "sigma") the residual of
+# the last step weighs as much as the others; in units of scores it would weigh hundreds of times more. The reward's gradient
+# is taken at the finished sample, because a one-step prediction from early steps is a blur.
+_SD35M = dataclasses.replace(
+    _PUBLISHED,
+    model=ModelConfig(name="stabilityai/stable-diffusion-3.5-medium"),
+    sampler=SamplerConfig(steps=28, guidance_scale=4.5),
+    prompts=PromptConfig(source="photos-and-paintings", held_out=0.1),
+    objective=Objective(beta=1e3, reward_gradient="terminal", weighting="sigma", trust_region_weight=1.0),
+    rollout=RolloutConfig(trajectories=64, updates=2, batch=4, fraction=0.25),
+    flow=FlowConfig(kind="conv"),
+    optimizer=OptimizerConfig(learning_rate=3e-4),
 )
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
@@ -80,6 +103,45 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             objective=Objective(beta=1e3, trust_region_weight=1e3),
             rollout=RolloutConfig(trajectories=64, updates=2, batch=4),
             optimizer=OptimizerConfig(learning_rate=3e-4),
+        ),
+    ),
+    TESTBED_FLOW: (
+        "The embedded flow model, in the shape of Stable Diffusion 3, with the testbed's rewards and prompts.",
+        dataclasses.replace(_TESTBED, model=ModelConfig(name=TESTBED_FLOW, dtype="float32")),
+    ),
+    "sd35m-pickscore": (
+        "Stable Diffusion 3.5 medium, 1024², towards PickScore. No settings are published: expect to tune β and the "
+        "learning rate.",
+        dataclasses.replace(_SD35M, reward=RewardConfig(terms=("pickscore=1",))),
+    ),
+    "sd35m-hpsv2": (
+        "Stable Diffusion 3.5 medium, 1024², towards HPSv2.1. β is SD 1.5's for this reward; otherwise as sd35m-pickscore.",
+        dataclasses.replace(
+            _SD35M,
+            reward=RewardConfig(terms=("hpsv2=1",)),
+            objective=dataclasses.replace(_SD35M.objective, beta=1e4),
+        ),
+    ),
+    "sd35m-24gb": (
+        "sd35m-pickscore on one consumer GPU: 512², planned for 24 GB, with 16 trajectories per update and twice the updates.",
+        dataclasses.replace(
+            _SD35M,
+            vram=24.0,
+            updates=400,
+            model=ModelConfig(name="stabilityai/stable-diffusion-3.5-medium", height=512, width=512),
+            reward=RewardConfig(terms=("pickscore=1",)),
+            rollout=RolloutConfig(trajectories=32, updates=2, batch=4, fraction=0.25),
+        ),
+    ),
+    "flux-hpsv2": (
+        "FLUX.1-dev, 512², towards HPSv2.1, with its guidance as an input. No settings are published: expect to tune them.",
+        dataclasses.replace(
+            _SD35M,
+            model=ModelConfig(name="black-forest-labs/FLUX.1-dev", height=512, width=512),
+            sampler=SamplerConfig(steps=28, guidance_scale=3.5),
+            reward=RewardConfig(terms=("hpsv2=1",)),
+            objective=dataclasses.replace(_SD35M.objective, beta=1e4),
+            lora=LoraConfig(rank=16),
         ),
     ),
     "stable-diffusion": (
