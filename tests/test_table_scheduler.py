@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import retrieve_timesteps
 from torch import Tensor
 
+from fastnabla.flow_matching_coefficients import dynamic_shift
 from fastnabla.table_scheduler import TableScheduler
 from fastnabla.testbed import pipeline_folder
 from fastnabla.transition import TransitionTable
@@ -158,3 +164,103 @@ def test_is_not_saved(pipeline: StableDiffusionPipeline, tmp_path) -> None:
     with pytest.raises(ValueError, match="cannot be saved; give the pipeline its own scheduler back"):
         pipeline.save_pretrained(tmp_path / "pipeline")
     assert math.isclose(pipeline.scheduler.init_noise_sigma, 1)
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+
+
+def noise_of(seeds: tuple[int, ...], shape: tuple[int, ...], draws: int) -> Tensor:
+    """What a generator of each sample draws, `[draws, N, …]`."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.cat([torch.randn(1, *shape, generator=g) for g in generators]) for _ in range(draws)])
+
+
+@torch.no_grad()
+def test_stable_diffusion_3_samples_by_the_table() -> None:
+    """A tiny random transformer, stepped here by the formula, with one generator for each sample."""
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=16,
+    )  # fmt: skip
+    own = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    text = dict.fromkeys(f"{kind}{i}" for kind in ("text_encoder", "tokenizer") for i in ("", "_2", "_3"))
+    pipeline = StableDiffusion3Pipeline(transformer=transformer, scheduler=own, vae=tiny_vae(), **text)
+    pipeline.set_progress_bar_config(disable=True)
+    table = TransitionTable.from_scheduler(own, 4)
+    pipeline.scheduler = TableScheduler(table, own.config, final_noise=False)
+    pipeline.scheduler.generator = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    prompts, pooled = randn(4, 5, 16), randn(4, 16, seed=1)  # unconditional rows first
+    found = pipeline(
+        negative_prompt_embeds=prompts[:2],
+        prompt_embeds=prompts[2:],
+        negative_pooled_prompt_embeds=pooled[:2],
+        pooled_prompt_embeds=pooled[2:],
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        height=16,
+        width=16,
+        generator=pipeline.scheduler.generator,
+        output_type="latent",
+    ).images
+
+    x, *noise = noise_of((1, 2), (4, 8, 8), 5)
+    for i in range(4):
+        u, c = transformer(
+            torch.cat([x, x]),
+            timestep=table.timestep[i].expand(4),
+            encoder_hidden_states=prompts,
+            pooled_projections=pooled,
+        ).sample.chunk(2)
+        x = table.a[i] * x + table.b[i] * (2 * c - u) + (i < 3) * table.sigma[i] * noise[i]
+    assert relative_error(found, x) < 1e-5
+
+
+@torch.no_grad()
+def test_flux_samples_by_the_table() -> None:
+    """Packed latents, guidance as an argument of the network, t for its time, and the mu of the image's size."""
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+    )  # fmt: skip
+    own = FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    text = dict.fromkeys(f"{kind}{i}" for kind in ("text_encoder", "tokenizer") for i in ("", "_2"))
+    pipeline = FluxPipeline(transformer=transformer, scheduler=own, vae=tiny_vae(), **text)
+    pipeline.set_progress_bar_config(disable=True)
+    table = TransitionTable.from_scheduler(own, 4, 0.7, rows="flow-sde", mu=dynamic_shift(16, own.config))
+    pipeline.scheduler = TableScheduler(table, own.config)
+    pipeline.scheduler.generator = torch.Generator().manual_seed(1)
+    settings = {
+        "prompt_embeds": randn(2, 5, 16),
+        "pooled_prompt_embeds": randn(2, 16, seed=1),
+        "num_inference_steps": 4,
+        "guidance_scale": 3.5,
+        "latents": randn(2, 16, 16, seed=2),
+        "output_type": "latent",
+    }
+    found = pipeline(height=16, width=16, **settings).images
+
+    generator, x = torch.Generator().manual_seed(1), settings["latents"]
+    places = pipeline._prepare_latent_image_ids(2, 4, 4, "cpu", torch.float32)
+    for i in range(4):
+        o = transformer(
+            x,
+            timestep=table.timestep[i].expand(2) / 1000,
+            guidance=torch.full((2,), 3.5),
+            encoder_hidden_states=settings["prompt_embeds"],
+            pooled_projections=settings["pooled_prompt_embeds"],
+            txt_ids=torch.zeros(5, 3),
+            img_ids=places,
+        ).sample
+        x = table.a[i] * x + table.b[i] * o + table.sigma[i] * torch.randn(2, 16, 16, generator=generator)
+    assert relative_error(found, x) < 1e-5
+    with pytest.raises(ValueError, match=r"sigmas and mu = 0\.\d+: the timesteps .* this image size's mu"):
+        pipeline(height=64, width=64, **settings | {"latents": randn(2, 256, 16)})
