@@ -51,8 +51,8 @@ class ModelConfig:
     random_init: bool = False
     """Use random weights in the architecture of `name`, and in the published rewards, without any download. For dry
     runs, smoke tests and benchmarks: images and rewards are meaningless. Supported names: the Hub ids of Stable
-    Diffusion 1.5, 2.1 and XL, and sd15-midsize and sd15-small, which are 1.5 with a fifth and a tenth of the
-    channels."""
+    Diffusion 1.5, 2.1, XL, 3 medium, 3.5 medium and FLUX.1-dev (whose T5 then has one layer), and sd15-midsize and
+    sd15-small, which are 1.5 with a fifth and a tenth of the channels."""
 
     def __post_init__(self) -> None:
         require(

@@ -1,6 +1,8 @@
 """Chooses the fastest micro-batch, decode chunk and checkpointing that fit into a given memory."""
 
+import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -135,8 +137,9 @@ def plan_memory(
             for chunk in _open(memory.decode_chunk, (4, 2, 1)):
                 settings = (chunk, checkpoint_network, checkpoint_decoder, rewards.image)
                 sizes = range(min(enough, most), most + 1) if memory.micro_batch is None else (memory.micro_batch,)
-                fitting = [size for size in sizes if max(_step(costs, alive * size, *settings).values()) <= room]
-                if fitting and (size := fitting[-1]) >= min(enough, most):
+                bytes_of = functools.partial(_largest, costs, alive, settings)
+                fitting = bisect.bisect_right(sizes, room, key=bytes_of)
+                if fitting and (size := sizes[fitting - 1]) >= min(enough, most):
                     return MemoryPlan(
                         micro_batch=size,
                         decode_chunk=chunk,
@@ -154,6 +157,11 @@ def plan_memory(
         f"{needed / 1e9:.1f} GB. Use {' or '.join(['a smaller model', *_smaller(config)])}; or unset memory.micro_batch, "
         "decode_chunk and checkpoint_*, which are then planned."
     )
+
+
+def _largest(costs: UnitCosts, alive: int, settings: tuple[int, bool, bool, int], size: int) -> int:
+    """Bytes of the larger phase of a step with micro-batches of `size`."""
+    return max(_step(costs, alive * size, *settings).values())
 
 
 def _smaller(config: TrainConfig) -> list[str]:

@@ -119,10 +119,11 @@ def _flow_vae(**sizes: Any) -> Sizes:
     return _vae(1024, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, **sizes)
 
 
+# T5 XXL with one of its 24 layers: random weights say nothing, and a step's cost does not depend on the text encoders.
 _T5 = {
     "d_model": 4096,
     "d_ff": 10240,
-    "num_layers": 24,
+    "num_layers": 1,
     "num_heads": 64,
     "vocab_size": 32128,
     "feed_forward_proj": "gated-gelu",
