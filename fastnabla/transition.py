@@ -167,7 +167,7 @@ class TransitionTable:
         variance = 1.0
         for factor, sigma in zip(factors.tolist(), self.sigma.tolist(), strict=True):
             variance = factor**2 * variance + sigma**2
-        return factors.prod().item() / variance**0.5
+        return factors.prod().item() / variance**0.5 if variance else 0.0  # Euler's single step gives a constant
 
     @functools.cached_property
     def noising_scale(self) -> Tensor:
