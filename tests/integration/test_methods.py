@@ -174,7 +174,7 @@ def test_settings_without_a_part_in_a_method_are_refused_on_its_command_line() -
         ("residual-db", "direct.k", "2"), ("draft", "objective.gamma", "constant"), ("refl", "direct.k", "2"),
         ("ddpo", "flow.kind", "unet"), ("dag", "objective.reverse_weight", "2"), ("adjoint", "objective.reverse_weight", "2"), ("draft-lv", "rollout.fraction", "0.5"),
         ("db", "objective.reverse_target", "reference"), ("dag", "flow.average", "0.9"),
-        ("residual-db", "objective.beta_schedule", "linear"), ("vgg-flow", "flow.kind", "unet"), ("rsm", "objective.gamma", "constant"), ("dag-kl", "policy_gradient.window", "8"),
+        ("residual-db", "objective.beta_schedule", "linear"), ("rsm", "objective.gamma", "constant"), ("dag-kl", "policy_gradient.window", "8"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"{re.escape(name)} = .* has no effect on method = '{method}'"):
             parse(["testbed", "--method", method, f"--{name}", value])
