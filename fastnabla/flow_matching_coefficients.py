@@ -10,17 +10,19 @@ from t to s < t, with Δ = t − s. η is the scale of its noise:
 | "cps"      | the same, "coefficients preserved" (arXiv 2509.05952)                   | σ = s sin(ηπ/2)                    |
 | "flow-sde" | Euler–Maruyama, diffusion g² = η² t/(1−t) (Flow-GRPO, arXiv 2505.05470) | σ = g √Δ                           |
 | "dance"    | Euler–Maruyama, diffusion g = η (DanceGRPO, arXiv 2505.07818)           | σ = g √Δ                           |
+| "euler"    | x − Δ o, Euler's step of the ODE: diffusers' own sampler                | none                               |
 
-Euler–Maruyama steps are ``x' = x − Δ [o + (g²/2t)(x + (1 − t) o)] + g √Δ z``. As η goes to 0, all rows go to Euler's step ``x − Δ o``.
+Euler–Maruyama steps are ``x' = x − Δ [o + (g²/2t)(x + (1 − t) o)] + g √Δ z``. As η goes to 0, they all go to Euler's step.
 "ddim" with η = 1 is DDPM, the posterior of the noising process, and makes x_T independent of x_0 (`TransitionTable.memory`).
 
 At s = 0 "ddim" and "cps" have no noise. There the last row is ``x' = x̂0 + σ z`` with σ = min(0.02, t), so that it has a density.
-Euler–Maruyama's last rows have noise, and are as the formulas say.
+Euler–Maruyama's last rows have noise, and are as the formulas say. "euler" has no noise and no density in any row.
 """
 
 import copy
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -32,7 +34,8 @@ FINAL_SIGMA = 0.02
 ROUNDING = 1e-6
 """Shifting takes σ = 1 to within this of 1: diffusers computes it in float32."""
 
-FlowRows = Literal["ddim", "flow-sde", "dance", "cps"]
+FlowRows = Literal["ddim", "flow-sde", "dance", "cps", "euler"]
+Coefficients = tuple[Tensor, Tensor, Tensor]
 
 
 def flow_matching_coefficients(
@@ -51,7 +54,7 @@ def flow_matching_coefficients(
             f"end = {end}: must be at least 0 and below the noise level of the last step, {t[-1].item():.3g}."
         )
     s, count = torch.cat([t[1:], t.new_tensor([end])]), scheduler.config.num_train_timesteps
-    a, b, sigma = _affine_denoising(t, s, eta, rows) if rows in ("ddim", "cps") else _euler_maruyama(t, s, eta, rows)
+    a, b, sigma = ROWS[rows](t, s, eta)
     finished = torch.arange(len(t)) == len(t) - 1
     # The noise that a step to s = 0 leaves in the finished sample; s itself in the other rows.
     left = ((a * t + b).square() + sigma.square()).sqrt()
@@ -85,8 +88,10 @@ def dynamic_shift(tokens: int, config: Any) -> float:
 
 
 def _check_settings(config: Any, rows: str, eta: float) -> None:
-    if rows not in ("ddim", "flow-sde", "dance", "cps"):
-        raise ValueError(f"rows = {rows!r}: must be one of ddim, flow-sde, dance, cps.")
+    if rows not in get_args(FlowRows):
+        raise ValueError(f"rows = {rows!r}: must be one of {', '.join(get_args(FlowRows))}.")
+    if rows == "euler" and eta != 1:
+        raise ValueError(f"eta = {eta}: has no effect with rows = 'euler', whose steps have no noise. Leave it at 1.")
     largest = 1.0 if rows in ("ddim", "cps") else math.inf
     if not (0 < eta <= largest and eta < math.inf):
         limits = "above 0 and at most 1" if largest == 1 else "positive and finite"
@@ -147,24 +152,46 @@ def _check_falling(name: str, values: Tensor) -> None:
         )
 
 
-def _affine_denoising(t: Tensor, s: Tensor, eta: float, rows: str) -> tuple[Tensor, Tensor, Tensor]:
+def _ddim(t: Tensor, s: Tensor, eta: float) -> Coefficients:
+    kept = (s * (1 - t) / (t * (1 - s))).square()  # of the noise: η = 1 gives r = s √kept, exactly 0 at t = 1
+    variance = eta**2 * (1 - kept)
+    return _affine_denoising(t, s, s * (1 - variance).sqrt(), s * variance.sqrt())
+
+
+def _cps(t: Tensor, s: Tensor, eta: float) -> Coefficients:
+    return _affine_denoising(t, s, s * math.cos(eta * math.pi / 2), s * math.sin(eta * math.pi / 2))
+
+
+def _affine_denoising(t: Tensor, s: Tensor, r: Tensor, sigma: Tensor) -> Coefficients:
     """a, b and σ of ``(1 − s) x̂0 + r ε̂``."""
-    if rows == "ddim":
-        kept = (s * (1 - t) / (t * (1 - s))).square()  # of the noise: η = 1 gives r = s √kept, exactly 0 at t = 1
-        variance = eta**2 * (1 - kept)
-        r, sigma = s * (1 - variance).sqrt(), s * variance.sqrt()
-    else:
-        r, sigma = s * math.cos(eta * math.pi / 2), s * math.sin(eta * math.pi / 2)
     a, b = (1 - s) + r, (1 - t) * r - t * (1 - s)
     return a, b, torch.where(s > 0, sigma, t.clamp(max=FINAL_SIGMA))
 
 
-def _euler_maruyama(t: Tensor, s: Tensor, eta: float, rows: str) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b and σ of a step of the SDE with diffusion g."""
-    diffusion = torch.full_like(t, eta**2)
-    if (
-        rows == "flow-sde"
-    ):  # at t = 1, where it is infinite, Flow-GRPO replaces t in the denominator with the next level
-        diffusion = diffusion * t / (1 - torch.where(t == 1, s, t))
+def _flow_sde(t: Tensor, s: Tensor, eta: float) -> Coefficients:
+    # At t = 1, where the diffusion is infinite, Flow-GRPO replaces t in its denominator with the next level.
+    return _euler_maruyama(t, s, eta**2 * t / (1 - torch.where(t == 1, s, t)))
+
+
+def _dance(t: Tensor, s: Tensor, eta: float) -> Coefficients:
+    return _euler_maruyama(t, s, torch.full_like(t, eta**2))
+
+
+def _euler_maruyama(t: Tensor, s: Tensor, diffusion: Tensor) -> Coefficients:
+    """a, b and σ of a step of the SDE with diffusion g, from g²."""
     step = t - s
     return 1 - diffusion * step / (2 * t), -step * (1 + diffusion * (1 - t) / (2 * t)), (diffusion * step).sqrt()
+
+
+def _euler(t: Tensor, s: Tensor, eta: float) -> Coefficients:
+    return torch.ones_like(t), s - t, torch.zeros_like(t)
+
+
+ROWS: dict[FlowRows, Callable[[Tensor, Tensor, float], Coefficients]] = {
+    "ddim": _ddim,
+    "flow-sde": _flow_sde,
+    "dance": _dance,
+    "cps": _cps,
+    "euler": _euler,
+}
+"""Name → a, b and σ of the steps from t to s, `[T]` each, from both and η."""

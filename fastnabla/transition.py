@@ -45,7 +45,7 @@ class TransitionTable:
     b: Tensor
     """μ_i = a x_i + b o_i."""
     sigma: Tensor
-    """Standard deviation σ_i of the step, > 0."""
+    """Standard deviation σ_i of the step, > 0; or 0 in all steps, if the sampler is an ODE's."""
     c: Tensor
     d: Tensor
     """x̂0(x_i) = c x_i + d o_i."""
@@ -69,7 +69,9 @@ class TransitionTable:
             return  # a copy of a table checked on the CPU; checking it again would synchronise
         for field in dataclasses.fields(self):
             column = getattr(self, field.name)
-            bad = ~torch.isfinite(column) if field.name != "sigma" else ~(torch.isfinite(column) & (column > 0))
+            bad = ~torch.isfinite(column)
+            if field.name == "sigma" and not self.is_deterministic:
+                bad |= ~(column > 0)
             if bad.any():
                 row = int(bad.nonzero()[0])
                 raise ValueError(
@@ -99,8 +101,8 @@ class TransitionTable:
             num_inference_steps: T; None if `scheduler.set_timesteps` has been called. A flow's noise levels are then the
                 scheduler's; otherwise they are T, T − 1, … 1 over T, shifted once.
             eta: noise scale of DDIM steps, > 0 (η of arXiv 2010.02502, equation 16), or of a flow's `rows`; 1 is DDPM.
-            rows: steps of a flow: "ddim", "flow-sde" (Flow-GRPO), "dance" (DanceGRPO) or "cps" (coefficients preserved); see
-                `fastnabla.flow_matching_coefficients`.
+            rows: steps of a flow: "ddim", "flow-sde" (Flow-GRPO), "dance" (DanceGRPO), "cps" (coefficients preserved) or
+                "euler" (the ODE); see `fastnabla.flow_matching_coefficients`.
             mu: μ of a flow with `use_dynamic_shifting`, as from `dynamic_shift`; for `num_inference_steps` only.
             end: noise level t at which a flow's sampler ends. With 0 the last row of "ddim" and "cps" is x̂0 and a little noise.
                 With 0 < `end` < t it is an ordinary row, which plain ∇-DB and DAG need.
@@ -137,6 +139,17 @@ class TransitionTable:
             )
         return dataclasses.replace(self, sigma=self.sigma.clamp(min=min_sigma))
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether no step has noise, so that steps have no density. Waits for the device."""
+        return not bool(self.sigma.any())
+
+    @property
+    def is_flow_matching(self) -> bool:
+        """Whether states are ``(1 − t) x0 + t ε``, as in flow matching, and not those of a variance-preserving diffusion. Waits
+        for the device."""
+        return torch.allclose(self.alpha_bar.sqrt() + self.noise_std, torch.ones_like(self.noise_std))
+
     def is_chain(self) -> bool:
         """Whether every step ends where the next begins, with the same timestep and the same clean prediction."""
         names = ("timestep", "c", "d", "alpha_bar", "noise_std")
@@ -154,7 +167,7 @@ class TransitionTable:
         variance = 1.0
         for factor, sigma in zip(factors.tolist(), self.sigma.tolist(), strict=True):
             variance = factor**2 * variance + sigma**2
-        return factors.prod().item() / variance**0.5
+        return factors.prod().item() / variance**0.5 if variance else 0.0  # Euler's single step gives a constant
 
     @functools.cached_property
     def noising_scale(self) -> Tensor:

@@ -1,6 +1,7 @@
 """Tables of flow matching against the named samplers, written out here, against diffusers, and against variance-preserving
 tables."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -95,6 +96,29 @@ def test_the_last_row_is_the_clean_sample_with_noise(rows: str, steps: int) -> N
     assert (table.timestep_next[-1], table.alpha_bar_next[-1], table.c_next[-1], table.d_next[-1]) == (0, 1, 1, 0)
     if rows in ("ddim", "cps"):
         assert (a, b, sigma) == (1, -t, 0.02)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_euler_is_diffusers_own_step(steps: int) -> None:
+    """To float32 rounding; the last row ends at the clean sample, and the sampler is not memoryless."""
+    scheduler, table = FlowMatchEulerDiscreteScheduler(shift=3.0), flow_table(steps, rows="euler")
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    x, o = randn(2, 3, 5)
+    for i, timestep in enumerate(scheduler.timesteps):
+        step = scheduler.step(o, timestep, x, return_dict=False)[0]
+        torch.testing.assert_close((table.a[i] * x + table.b[i] * o).float(), step, rtol=1e-6, atol=1e-6)
+    assert table.is_deterministic and table.is_flow_matching and (table.sigma == 0).all()
+    assert abs(table.memory()) == pytest.approx(float(steps > 1)) and table.noise_std_next[-1] == 0
+    assert not flow_table(steps).is_deterministic and not ddim_table().is_flow_matching
+    with pytest.raises(ValueError, match=r"eta = 0\.5: has no effect with rows = 'euler'"):
+        flow_table(steps, 0.5, rows="euler")
+
+
+def test_one_step_without_noise_has_no_density() -> None:
+    table = flow_table(4)
+    sigma = torch.cat([table.sigma[:-1], table.sigma.new_zeros(1)])
+    with pytest.raises(ValueError, match=r"sigma\[3\] = 0\.0"):
+        dataclasses.replace(table, sigma=sigma)
 
 
 def test_the_noise_of_a_last_row_is_at_most_its_level() -> None:

@@ -13,6 +13,7 @@ from fastnabla.config.model_sections import FlowConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import MemoryConfig, OptimizerConfig, RolloutConfig
 from fastnabla.objective.settings import Objective
+from fastnabla.utils.require import require
 
 ScheduleName = Literal["log-snr", "stable-diffusion"]
 
@@ -165,5 +166,10 @@ SETTINGS: dict[MethodName, dict[str, Any]] = {
 
 
 def settings(method: MethodName, **changes: Any) -> AnalyticConfig:
-    """The default configuration of `method`, with `changes` of its fields."""
+    """The default configuration of `method`, with `changes` of its fields.
+
+    Raises:
+        ValueError: the analytic testbed does not have the method.
+    """
+    require(method in SETTINGS, "method", method, f"is not on the analytic testbed; use {', '.join(SETTINGS)}.")
     return AnalyticConfig(method=method, **copy.deepcopy(SETTINGS[method]) | changes)

@@ -48,7 +48,11 @@ def _target_sheet(group: str, evaluations: Mapping[str, Sequence[dict[str, Any]]
     rows = []
     for variant, seen in of_variant.items():
         found = targets[variant]
-        divergence = [_cell(Spread.of([each["divergence"][name] for each in seen])) for name in DIVERGENCES.values()]
+        divergence = ["none" for _ in DIVERGENCES]  # a sampler without noise
+        if all(each["divergence"] is not None for each in seen):
+            divergence = [
+                _cell(Spread.of([each["divergence"][name] for each in seen])) for name in DIVERGENCES.values()
+            ]
         if found[0] is None:  # so for all seeds, which have the same λ
             rows.append([variant, "none for its λ", "", *divergence, *("" for _ in names)])
             continue

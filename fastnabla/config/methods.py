@@ -14,7 +14,9 @@ from fastnabla.config.model_sections import FlowConfig
 from fastnabla.objective.settings import Objective
 from fastnabla.utils.require import require
 
-MethodName = Literal["residual-db", "db", "adjoint", "refl", "draft", "draft-lv", "ddpo", "dag", "dag-kl"]
+MethodName = Literal[
+    "residual-db", "db", "adjoint", "refl", "draft", "draft-lv", "ddpo", "dag", "dag-kl", "vgg-flow", "rsm"
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,8 @@ class Method:
     """Whether it trains a flow network."""
     has_reference: bool = False
     """Whether its step runs the pretrained network, whose outputs later inner epochs read from a cache."""
+    has_densities: bool = True
+    """Whether it uses the densities of the sampler's steps, or their noise. If not, it also learns from an ODE's trajectories."""
     without: tuple[str, ...] = ()
     """Fields, as SECTION.FIELD, that have no effect on it."""
     only: Mapping[str, tuple[tuple[Any, ...], str]] = dataclasses.field(default_factory=dict)
@@ -44,6 +48,12 @@ class Method:
         """
         for name, (allowed, remedy) in self.only.items():
             require(values[name] in allowed, name, values[name], f"method = {values['method']!r} {remedy}")
+        require(
+            not (self.has_densities and values["sampler.scheduler"] == "euler"),
+            "sampler.scheduler",
+            values["sampler.scheduler"],
+            f"method = {values['method']!r} needs steps with noise; use ddim.",
+        )
 
 
 _DIRECT = names_of("direct", Direct)
@@ -139,6 +149,23 @@ METHODS: dict[str, Method] = {
             "flow.average",
         ),
         only=_NOISING | _LEARNED | _EXACT_OUTPUTS,
+    ),
+    "vgg-flow": Method(
+        has_reference=True,
+        has_densities=False,
+        without=(*_DIRECT, *_objective_but("reward_gradient", "gamma"), *_POLICY_GRADIENT, *_FLOW),
+        only={
+            "objective.reward_gradient": (
+                ("lookahead", "lookahead_detached"),
+                "takes the reward's gradient at predicted clean samples; use lookahead_detached, as the authors' code does, or "
+                "lookahead.",
+            )
+        },
+    ),
+    "rsm": Method(
+        has_reference=True,
+        has_densities=False,
+        without=(*_DIRECT, *_objective_but("trust_region_weight"), *_POLICY_GRADIENT, *_FLOW),
     ),
 }
 """Name (`--method`) → what it needs."""

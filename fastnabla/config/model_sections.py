@@ -77,10 +77,11 @@ class SamplerConfig:
     """How trajectories are sampled, in training and in evaluation. docs/stable-diffusion.md has the effect of spacing and
     min_sigma on the last steps."""
 
-    scheduler: Literal["ddim", "sde-dpmsolver++", "flow-sde", "dance", "cps"] = "ddim"
+    scheduler: Literal["ddim", "sde-dpmsolver++", "flow-sde", "dance", "cps", "euler"] = "ddim"
     """"ddim": DDIM with noise, which is DDPM for η = 1. "sde-dpmsolver++": first-order SDE-DPM-Solver++, for diffusion
     models. For flow models, for comparison: "flow-sde" is Flow-GRPO's step, "dance" DanceGRPO's and "cps" the one that
-    preserves coefficients. Only DDPM forgets the first noise, so only with it a run ends at the tilted model."""
+    preserves coefficients. Only DDPM forgets the first noise, so only with it a run ends at the tilted model. "euler" is the ODE,
+    for vgg-flow and rsm: its steps have no noise, so they have no density, and fastnabla.evaluate measures no KL."""
     steps: int = 50
     """T, the number of network evaluations per trajectory. Fewer steps train faster but give worse images."""
     spacing: Literal["leading", "trailing", "linspace"] | None = "leading"
@@ -90,7 +91,8 @@ class SamplerConfig:
     and DDIM then needs a number of steps that divides the trained ones. "linspace" is for sde-dpmsolver++. None: the
     checkpoint's, as in runs of older versions."""
     eta: float = 1.0
-    """η, the scale of the noise. > 0; 1 is DDPM. Published values: 0.7 for flow-sde, 0.3 for dance."""
+    """η, the scale of the noise. > 0; 1 is DDPM. Published values: 0.7 for flow-sde, 0.3 for dance. Leave it at 1 with
+    euler."""
     min_sigma: float | None = None
     """Lower bound of every step's standard deviation σ, in units of the latents, which have variance about 1. The means
     stay. The score of a step, and so a residual of ∇-DB, is proportional to b/σ²: with 20 "leading" steps 134 in step
@@ -112,6 +114,13 @@ class SamplerConfig:
         )
         if self.min_sigma is not None:
             require_positive("sampler", self, "min_sigma")
+        for name, default in (("eta", 1.0), ("min_sigma", None)):
+            require(
+                self.scheduler != "euler" or getattr(self, name) == default,
+                f"sampler.{name}",
+                getattr(self, name),
+                f"sampler.scheduler = euler has no noise; leave it at {default}.",
+            )
         require(
             (self.scheduler, self.spacing) != ("ddim", "linspace"),
             "sampler.spacing",

@@ -52,7 +52,9 @@ class TrainConfig:
     pretrained model. "adjoint": Adjoint Matching with lean adjoints (β and γ of section objective). "refl", "draft",
     "draft-lv": the reward's gradient through the sampler (section direct). "ddpo": policy gradients (section
     policy_gradient). "dag": DAG-DB, detailed balance of scalar flows (β, its schedule, γ and κ of section
-    objective). "dag-kl": DAG-KL, a policy gradient of the same balance (also section policy_gradient)."""
+    objective). "dag-kl": DAG-KL, a policy gradient of the same balance (also section policy_gradient).
+    "vgg-flow": VGG-Flow for flow models, without its value network (β, γ and reward_gradient of section objective). "rsm":
+    Reward Score Matching with reward gradients at finished samples (β and κ of section objective)."""
     run: Path | None = None
     """Folder to write everything into. It must not exist. None: the next free one of runs/NAME-001, -002, …"""
     resume: Path | None = None

@@ -84,6 +84,9 @@ def _cells(group: dict[str, Any], settings: dict[str, Any]) -> dict[tuple[str, s
         cells["", f"{name}, share of its ceiling"] = f"{shares} (of {ceiling:.3f})"
     divergence = group["divergence"]
     for label, name in DIVERGENCES.items():
+        if divergence is None:
+            cells["", label] = "none: the sampler has no noise"
+            continue
         error = divergence["standard_error" if name == "nats" else f"{name}_standard_error"]
         cells["", label] = f"{divergence[name]:.4g} ± {error:.2g}"
     for section, title in (("tilted", "target"), ("same_reward", "target of equal reward")):

@@ -108,9 +108,10 @@ class RunEvaluation:
         components, options = self.components, self.options
         texts = [components.prompts.texts[number] for number in numbers]
         reference = self._reference(name, numbers, texts)
-        divergence = TrajectoryDivergence(
-            components.policy, components.table, torch.tensor(numbers).repeat_interleave(options.samples_per_prompt)
-        )
+        divergence = None
+        if not components.table.is_deterministic:
+            repeated = torch.tensor(numbers).repeat_interleave(options.samples_per_prompt)
+            divergence = TrajectoryDivergence(components.policy, components.table, repeated)
         # Sample both models from the same noise; only the finetuned one's divergence is recorded.
         samples = range(options.samples_per_prompt)
         with components.policy.pretrained_weights():
@@ -123,7 +124,7 @@ class RunEvaluation:
         return {
             "prompts": texts,
             **summaries,
-            "divergence": divergence_summary(divergence.steps),
+            "divergence": None if divergence is None else divergence_summary(divergence.steps),
             "reference_floor": reference_floor(models["pretrained"], reference),
             **{f"{name}_ceiling": ceiling(options.samples_per_prompt) for name, ceiling in CEILINGS.items()},
             "targets": self._targets(reference, models),

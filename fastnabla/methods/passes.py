@@ -48,7 +48,7 @@ it takes 1 + 1 / L, or 1. With "terminal" it takes none. A last transition takes
 
 import dataclasses
 
-from fastnabla.objective.settings import Objective
+from fastnabla.objective.settings import Objective, RewardGradient
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,17 @@ def planned_passes(
     at_next_states = ahead * (1 + lookahead) * unshared / run
     at_shared_states = lookahead * (run > unshared)
     return 2 + reference + reverse + second_order + at_next_states + at_shared_states, 2 + reference + follows
+
+
+def matching_cost(reward_gradient: RewardGradient, cached: bool = False) -> tuple[float, tuple[float, float]]:
+    """U per transition, and decodes per inner and per last transition, of `fastnabla.methods.velocity_matching`; its table.
+
+    Args:
+        reward_gradient: the objective's.
+        cached: whether an earlier inner epoch has cached the reference's outputs.
+    """
+    passes = 3 + (reward_gradient == "lookahead") - cached
+    return passes, (0, 1) if reward_gradient == "terminal" else (1, 1)
 
 
 def planned_decodes(objective: Objective, with_flow: bool, run: int = 1, unshared: float = 1) -> tuple[float, float]:

@@ -18,9 +18,10 @@ from fastnabla.methods.dag_kl import KullbackLeiblerStep
 from fastnabla.methods.ddpo import PolicyGradientStep
 from fastnabla.methods.direct import DirectStep, Ending, last_step_redrawn, last_steps, late_prediction
 from fastnabla.methods.nabla_db import BalanceStep
-from fastnabla.methods.passes import StepCost, planned_decodes, planned_passes
+from fastnabla.methods.passes import StepCost, matching_cost, planned_decodes, planned_passes
 from fastnabla.methods.reference_target import ReferenceTargetStep
 from fastnabla.methods.rollout_plan import RolloutPlan
+from fastnabla.methods.velocity_matching import VelocityMatchingStep
 from fastnabla.models.build import Networks
 from fastnabla.models.decoder import RewardFunction
 from fastnabla.models.policy import Policy
@@ -54,6 +55,11 @@ def _trajectories(config: TrainConfig) -> dict[str, float]:
     return {"trajectory": config.rollout.trajectories // config.rollout.updates}
 
 
+def _over_epochs(first: float, later: float, epochs: int) -> float:
+    """The mean over inner epochs of a cost in the first and in each later one."""
+    return (first + (epochs - 1) * later) / epochs
+
+
 def objective_of(config: TrainConfig) -> Objective:
     """The objective, whose target follows the reference only where there is one to follow."""
     target = "reference" if config.follows_reference else "policy"
@@ -85,7 +91,7 @@ def _balance(noising: bool) -> MethodStep:
             unshared += (run - 1) / (config.sampler.steps - 1)  # runs that wrap around to the first step
         settings, epochs = (objective, with_flow, run, unshared, noising), config.rollout.epochs
         first, later = planned_passes(*settings), planned_passes(*settings, cached=True)
-        passes = [(one + (epochs - 1) * other) / epochs for one, other in zip(first, later, strict=True)]
+        passes = [_over_epochs(one, other, epochs) for one, other in zip(first, later, strict=True)]
         decodes = planned_decodes(objective, with_flow, run, unshared)
         with_reverse = objective.reverse_weight > 0
         flow_passes = 3 * (rows["inner"] * (1 + unshared / run if with_reverse else 1) + rows["last"])
@@ -237,6 +243,43 @@ def _dag_cost(config: TrainConfig) -> StepCost:
     )
 
 
+def matching_objective(config: TrainConfig, is_flow_matching: bool) -> Objective:
+    """The objective of `vgg-flow` and `rsm`, with the method's own values of the fields that it does not have.
+
+    VGG-Flow has no trust region. Reward Score Matching takes ∇r at finished samples, with γ = 1 − t for flow models; for
+    diffusion models γ = 1 and both terms of the residual are in units of the step's noise.
+    """
+    objective = dataclasses.replace(config.objective, prior_weight=1.0, reverse_second_order=False)
+    if config.method == "vgg-flow":
+        return dataclasses.replace(objective, trust_region_weight=0.0)
+    gamma = "sqrt_alpha_bar" if is_flow_matching else "constant"
+    return dataclasses.replace(objective, reward_gradient="terminal", gamma=gamma, weighting="sigma")
+
+
+def _build_matching(
+    config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]
+) -> Accumulation:
+    table, is_flow = networks.table, networks.table.is_flow_matching
+    require(
+        is_flow or config.method == "rsm",
+        "method",
+        config.method,
+        f"matches velocities, and {config.model.name} is not a model of flow matching; use rsm.",
+    )
+    policy, objective = networks.policy, matching_objective(config, is_flow)
+    settings = (networks.gradient_decoder, reward, prompts, table, objective, config.memory.micro_batch, config.backend)
+    return VelocityMatchingStep(policy, *settings) if is_flow else BalanceStep(policy, None, *settings)
+
+
+def _matching_cost(config: TrainConfig) -> StepCost:
+    """Reward Score Matching costs the same for both kinds of models."""
+    reward_gradient = "terminal" if config.method == "rsm" else config.objective.reward_gradient
+    first, decodes = matching_cost(reward_gradient)
+    later, _ = matching_cost(reward_gradient, cached=True)
+    rows, passes = _transitions(config), _over_epochs(first, later, config.rollout.epochs)
+    return StepCost(rows=rows, passes=dict.fromkeys(rows, passes), decodes=dict(zip(rows, decodes, strict=True)))
+
+
 STEPS: dict[str, MethodStep] = {
     "residual-db": _balance(noising=False),
     "db": _balance(noising=True),
@@ -256,5 +299,7 @@ STEPS: dict[str, MethodStep] = {
     ),
     "dag": MethodStep(build=_build_dag, cost=_dag_cost),
     "dag-kl": MethodStep(build=_build_dag, cost=_dag_cost),
+    "vgg-flow": MethodStep(build=_build_matching, cost=_matching_cost),
+    "rsm": MethodStep(build=_build_matching, cost=_matching_cost),
 }
 """Name (`--method`) → step; the names are those of `fastnabla.config.methods.METHODS`."""

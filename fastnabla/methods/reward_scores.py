@@ -128,6 +128,32 @@ def predicted_scores(
     return RewardScores(at_next=at_next, at_prediction=pixel if at_current else None)
 
 
+def current_scores(
+    policy: Policy,
+    pixel_gradient: PixelGradient,
+    part: MicroBatch,
+    rows: TransitionRows,
+    x: Tensor,
+    output: Tensor,
+    *,
+    through_network: bool,
+) -> Tensor:
+    """∇r(x̂0(x)) `[n, C, H, W]` at the states x of a micro-batch.
+
+    Args:
+        policy, pixel_gradient: compute them.
+        part: the micro-batch.
+        rows: table rows of its transitions.
+        x: their states, a leaf that requires a gradient.
+        output: the policy's output pair at `x`; its graph is kept.
+        through_network: differentiate through the network too.
+    """
+    w = policy.guidance_scale
+    clean = rows.c * x.detach() + rows.d * guide(output.detach(), w)
+    pixel = pixel_gradient(clean, part.selection.prompt.tolist())
+    return _score(pixel, rows.c, rows.d, x, output if through_network else None, w, retain_graph=True)
+
+
 def _score(
     pixel: Tensor,
     c: Tensor,

@@ -49,9 +49,14 @@ class TrajectoryDivergence:
         policy: the policy that samples the trajectories.
         table: the sampler.
         prompt: prompt numbers `[N]` of the trajectories.
+
+    Raises:
+        ValueError: the sampler's steps have no noise, so that the divergence is infinite.
     """
 
     def __init__(self, policy: Policy, table: TransitionTable, prompt: Tensor) -> None:
+        if table.is_deterministic:
+            raise ValueError("table: its steps have no noise, so their divergence is infinite; sample with noise.")
         self.policy, self.table, self.prompt = policy, table, prompt
         self.steps = torch.zeros(len(prompt), len(table), dtype=torch.float64)
         """KL of each step `[N, T]`, in nats, on the CPU. The sum over a row is an unbiased estimate of the trajectory KL."""

@@ -36,7 +36,7 @@ FIXED: dict[str, dict[str, Any]] = {
     },
 }
 """By `sampler.scheduler`: settings without which a step has no density, or no mean affine in the network's output."""
-FLOW_ROWS = ("ddim", "flow-sde", "dance", "cps")
+FLOW_ROWS = ("ddim", "flow-sde", "dance", "cps", "euler")
 """Values of `sampler.scheduler` for flow models."""
 MEMORY = 0.05
 """Correlation of the finished sample with the first noise above which a flow model's sampler is warned of. (Stable Diffusion
@@ -72,7 +72,8 @@ def use_sampler(pipeline: DiffusionPipeline, config: SamplerConfig, tokens: int 
             f"sampler.spacing = {config.spacing!r} with sampler.scheduler = {config.scheduler!r}, sampler.eta = {config.eta} "
             f"and sampler.steps = {config.steps}: {error}"
         ) from error
-    if is_flow_matching(scheduler) and abs(memory := table.memory()) > MEMORY:
+    noisy_flow = is_flow_matching(scheduler) and not table.is_deterministic
+    if noisy_flow and abs(memory := table.memory()) > MEMORY:
         logger.warning(
             "sampler.scheduler = %r with sampler.eta = %g: finished samples have a correlation of %.2f with the first noise (on "
             "Gaussian data), so a run does not end at the pretrained model tilted by the reward. Use --sampler.scheduler ddim "

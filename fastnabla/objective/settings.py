@@ -14,7 +14,7 @@ ReverseTarget = Literal["policy", "reference"]
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Objective:
     """Residual ∇-DB. Plain ∇-DB has no λ and the paper's reverse target; DAG uses β, its schedule, γ and κ,
-    Adjoint Matching β and γ."""
+    Adjoint Matching β and γ, VGG-Flow β, γ and the reward gradient, Reward Score Matching β and κ."""
 
     beta: float = 1000.0
     """β, the reward scale: the target distribution is p_ref · exp(β r), or p_ref · exp(β r / λ) with λ ≠ 1. ≥ 0."""

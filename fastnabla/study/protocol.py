@@ -167,6 +167,13 @@ class Protocol:
         _require_distinct("methods.name", [method.name for method in self.methods])
         names = [method.name for method in self.methods]
         require(self.claims.method in names, "claims.method", self.claims.method, f"must be one of {', '.join(names)}.")
+        for settings in (self.settings, *(method.settings for method in self.methods)):
+            require(
+                settings.get("sampler.scheduler") != "euler",
+                "settings.sampler.scheduler",
+                "euler",
+                "a study measures the KL along trajectories, which needs steps with noise; use ddim.",
+            )
         common = set(self.tuning.seeds).intersection(self.final.seeds)
         require(not common, "final.seeds", sorted(common), "are tuning seeds too; the final runs need fresh ones.")
 

@@ -9,7 +9,7 @@ import pytest
 from fastnabla.config.fields import dotted
 from fastnabla.config.method_sections import Direct
 from fastnabla.config.methods import METHODS, MethodName
-from fastnabla.config.model_sections import FlowConfig
+from fastnabla.config.model_sections import FlowConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.methods.registry import STEPS
 from fastnabla.objective.settings import Objective
@@ -42,6 +42,7 @@ REFUSED = [
     ("dag-kl", "sampler.eta", 0.5, "method = 'dag-kl'"),
     ("dag-kl", "flow.kind", "none", "learns a flow"),
     ("dag-kl", "memory.output_block", 64, "leave it None"),
+    ("vgg-flow", "objective.reward_gradient", "terminal", "use lookahead_detached"),
 ]
 
 
@@ -79,6 +80,22 @@ def test_lambda_has_a_known_target_if_the_forward_residual_trains_no_flow(
     follows = dataclasses.replace(objective, reverse_target="reference")
     assert TrainConfig(objective=follows).target_beta == expected
     assert TrainConfig(objective=objective, flow=FlowConfig(kind="none")).target_beta == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_methods_without_densities_learn_from_an_ode(method: MethodName) -> None:
+    sampler = SamplerConfig(scheduler="euler")
+    if method in ("vgg-flow", "rsm"):
+        TrainConfig(method=method, sampler=sampler)
+        return
+    with pytest.raises(ValueError, match=rf"sampler\.scheduler = 'euler': method = '{method}' needs steps with noise"):
+        TrainConfig(method=method, sampler=sampler)
+
+
+@pytest.mark.parametrize(("name", "value"), [("eta", 0.5), ("min_sigma", 0.1)])
+def test_an_ode_has_no_noise_to_scale(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"sampler\.{name} = {value}: .*euler has no noise; leave it"):
+        SamplerConfig(scheduler="euler", **{name: value})
 
 
 def test_refl_has_no_guidance_of_its_own_if_guidance_was_distilled() -> None:

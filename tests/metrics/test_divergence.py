@@ -12,7 +12,7 @@ from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.draws import draw_stratified
 from fastnabla.trajectories.rollout import sample
 from fastnabla.utils.seeding import seed_of
-from tests.checks import ddim_table, randn, relative_error
+from tests.checks import ddim_table, flow_table, randn, relative_error
 from tests.golden import STEP_SETS, load_step
 
 SHAPE = (4, 8, 8)
@@ -30,6 +30,11 @@ def steps_of(o, o_ref, x, step):
     """The two policies' distributions of x', as torch distributions."""
     a, b, sigma = (getattr(TABLE, name)[step] for name in ("a", "b", "sigma"))
     return tuple(Independent(Normal(a * x + b * output, sigma), 3) for output in (o, o_ref))
+
+
+def test_an_ode_has_no_divergence(policy) -> None:
+    with pytest.raises(ValueError, match="its steps have no noise"):
+        TrajectoryDivergence(policy, flow_table(4, rows="euler"), PROMPT)
 
 
 def test_the_summary_in_closed_form() -> None:
