@@ -1,4 +1,4 @@
-"""`python -m fastnabla.testbed [--folder DIR] [--guidance-scale W]`: measure the quality of the testbed's model.
+"""`python -m fastnabla.testbed [--model testbed-flow] [--folder DIR] [--guidance-scale W]`: measure a testbed's model.
 
 From 500 samples with plain diffusers: the fraction that the evaluation classifier assigns to the prompt's animal, and the
 entropy of their hues, compared with as many tinted silhouettes from the test split.
@@ -6,56 +6,68 @@ entropy of their hues, compared with as many tinted silhouettes from the test sp
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from torch import Tensor
 
 from fastnabla.distributed.launch import require_single_process
 from fastnabla.metrics.diversity import hue_entropy, mean_hue
 from fastnabla.run.pictures import save_grid
-from fastnabla.testbed import pipeline_folder
+from fastnabla.testbed import flow_pipeline_folder, pipeline_folder
 from fastnabla.testbed.classifier import load_classifier
+from fastnabla.testbed.networks import PROMPT_TOKENS
 from fastnabla.testbed.silhouettes import ANIMALS, caption, load_masks, tint
 from fastnabla.utils.console import command_console, print_error, quiet_libraries
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ReportConfig:
-    """Measure the testbed's pretrained pipeline."""
+    """Measure a testbed's pretrained pipeline."""
 
-    folder: Path = dataclasses.field(default_factory=pipeline_folder)
-    """Pipeline folder. Default: the shipped one."""
+    model: Literal["testbed", "testbed-flow"] = "testbed"
+    """testbed: the diffusion model. testbed-flow: the flow model."""
+    folder: Path | None = None
+    """Pipeline folder of that kind. None: the shipped one."""
     samples: int = 50
     """Samples per animal."""
-    steps: int = 20
-    """DDIM steps, with η = 1."""
+    steps: int | None = None
+    """DDIM steps with η = 1 (testbed) or Euler steps (testbed-flow). None: 20 or 28."""
     guidance_scale: float = 3.0
     """Scale w of classifier-free guidance."""
     picture: Path = Path("runs/testbed.png")
     """PNG file for the grid of samples."""
 
 
+def sampler(config: ReportConfig) -> Callable[[list[str], torch.Generator], Tensor]:
+    """A function from prompts and a generator to images `[N, 3, 32, 32]` in [0, 1], sampled by plain diffusers."""
+    if config.model == "testbed":
+        pipe = StableDiffusionPipeline.from_pretrained(config.folder or pipeline_folder(), dtype=torch.float32)
+        settings = {"num_inference_steps": config.steps or 20, "eta": 1.0}
+    else:
+        pipe = StableDiffusion3Pipeline.from_pretrained(config.folder or flow_pipeline_folder(), dtype=torch.float32)
+        settings = {"num_inference_steps": config.steps or 28, "max_sequence_length": PROMPT_TOKENS}
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(prompts: list[str], generator: torch.Generator) -> Tensor:
+        output = pipe(prompts, generator=generator, guidance_scale=config.guidance_scale, output_type="pt", **settings)
+        return output.images.float()
+
+    return sample
+
+
 def report(config: ReportConfig) -> dict[str, float]:
     """Sample, write the grid and return the measures by name."""
-    pipe = StableDiffusionPipeline.from_pretrained(config.folder, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    sample = sampler(config)
     labels = torch.arange(len(ANIMALS)).repeat_interleave(config.samples)
-    parts = []
-    for part in labels.split(100):
-        prompts = [caption(ANIMALS[i]) for i in part.tolist()]
-        generator = torch.Generator().manual_seed(len(parts))
-        parts.append(
-            pipe(
-                prompts,
-                num_inference_steps=config.steps,
-                guidance_scale=config.guidance_scale,
-                eta=1.0,
-                generator=generator,
-                output_type="pt",
-            ).images.float()
-        )
+    parts = [
+        sample([caption(ANIMALS[i]) for i in part.tolist()], torch.Generator().manual_seed(number))
+        for number, part in enumerate(labels.split(100))
+    ]
     images = torch.cat(parts)
     config.picture.parent.mkdir(parents=True, exist_ok=True)
     save_grid(config.picture, {f"guidance {config.guidance_scale:g}": images}, [caption(a) for a in ANIMALS], 16)

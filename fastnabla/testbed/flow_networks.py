@@ -94,6 +94,6 @@ def build_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """A flow-matching Euler scheduler with shift 1, i.e. uniform times.
 
     Stable Diffusion 3 shifts times at 1024² pixels because many correlated pixels reveal an image through more noise
-    (arXiv 2403.03206, section 5.3.2). Latents of 8×8 have no such surplus.
+    (arXiv 2403.03206). Latents of 8×8 have no such surplus.
     """
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
