@@ -87,9 +87,10 @@ def sample_run(config: SampleConfig) -> Path:
     pipeline = pipeline_of(run.model).to(device)
     description = description_of(pipeline)
     height, width = image_size(run.model, description)
-    tokens = description.family.tokens(description.network, *latent_shape(run.model, description)[1:])
-    table = use_sampler(pipeline, run.sampler, tokens)
+    family, sample_shape = description.family, latent_shape(run.model, description)
+    table = use_sampler(pipeline, run.sampler, family.tokens(description.network, *sample_shape[1:]))
     pipeline.scheduler = TableScheduler(table, pipeline.scheduler.config)
+    pipeline.scheduler.latents = sample_shape
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
 
     def images() -> torch.Tensor:
@@ -100,6 +101,7 @@ def sample_run(config: SampleConfig) -> Path:
                 torch.Generator().manual_seed(seed_of(config.seed, "evaluation", 0, start + i))
                 for i in range(len(part))
             ]
+            pipeline.scheduler.generator = generators
             parts.append(
                 pipeline(
                     part,
@@ -109,6 +111,7 @@ def sample_run(config: SampleConfig) -> Path:
                     guidance_scale=run.sampler.guidance_scale,
                     generator=generators,
                     output_type="pt",
+                    **family.sampling_arguments(pipeline),
                 ).images.float()
             )
         return torch.cat(parts)

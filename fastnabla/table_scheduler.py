@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastnabla.objective.gaussian import guided_step
 from fastnabla.transition import TransitionTable
+from fastnabla.utils.patches import pack
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -33,6 +34,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     Attributes:
         generator: source of the noise where the pipeline does not pass its own to `step`, as those of SD3 and FLUX: one
             generator or one for each sample. None is torch's global one.
+        latents: (C, H, W) of the latents, for a pipeline whose states are packed patches of them, as FLUX's. Noise is then
+            drawn for the latents and packed, as in a run. None: it is drawn in the shape of the states.
     """
 
     order = 1
@@ -42,6 +45,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(**{name: value for name, value in config.items() if not name.startswith("_")})
         self.table, self.final_noise = table, final_noise
         self.generator: Generators = None
+        self.latents: tuple[int, int, int] | None = None
         self.timesteps = table.timestep
         self._is_flow = "base_image_seq_len" in config
 
@@ -115,7 +119,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         row = self.table.step_index(torch.as_tensor(timestep, device=sample.device))
         if self.final_noise or int(row) < len(self.table) - 1:
             source = self.generator if generator is None else generator
-            noise = randn_tensor(sample.shape, source, sample.device, model_output.dtype)
+            shape = sample.shape if self.latents is None else (len(sample), *self.latents)
+            noise = randn_tensor(shape, source, sample.device, model_output.dtype)
+            noise = noise if noise.shape == sample.shape else pack(noise)
         else:
             noise = torch.zeros_like(sample)
         rows = self.table.rows(row.expand(len(sample)), sample)

@@ -87,6 +87,7 @@ FLOW_MODELS = {
         (16, 32),
     ),
 }
+UNETS = list(TINY)
 TINY |= FLOW_MODELS
 
 

@@ -52,4 +52,9 @@ def save_kohya(weights: Path, file: Path) -> None:
         lora = load_file(weights / "lora" / LORA_FILE)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{str(weights / 'lora')!r} cannot be read ({error}).") from error
+    if not all(name.startswith("unet.") for name in lora):
+        raise ValueError(
+            f"{str(weights / 'lora')!r}: kohya's names are those of Stable Diffusion 1, 2 and XL, and this is the LoRA of a "
+            f"transformer; load {LORA_FILE} with diffusers' load_lora_weights."
+        )
     write_file(file, save(to_kohya(lora), metadata={"format": "pt"}))

@@ -36,7 +36,9 @@ def save_policy(policy: Policy, run: Path, dtype: torch.dtype, write: bool = Tru
                 weights[name] = weight.cpu()
         if write:
             network = policy.family.network_class.from_config(policy.network.config).to(dtype)
-            network.load_state_dict(weights)
+            stored = network.state_dict().keys()
+            buffers = {name: buffer for name, buffer in policy.network.named_buffers() if name in stored}
+            network.load_state_dict(weights | buffers)
             network.save_pretrained(run / policy.family.network)
         return
     if not write:
@@ -75,7 +77,7 @@ def read_policy(policy: Policy, run: Path) -> None:
             suffix = f".{ADAPTER}.weight"
             saved = {name.replace(".weight", suffix): w for name, w in convert_unet_state_dict_to_peft(state).items()}
         else:
-            saved = policy.family.network_class.from_pretrained(run / policy.family.network).state_dict()
+            saved = dict(policy.family.network_class.from_pretrained(run / policy.family.network).named_parameters())
         if saved.keys() != trained.keys():
             raise ValueError(
                 f"it has {len(saved)} tensors and the policy has {len(trained)}; {len(saved.keys() ^ trained.keys())} "

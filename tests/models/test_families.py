@@ -1,4 +1,4 @@
-"""Every family of Stable Diffusion trains, is saved, and is loaded again by plain diffusers."""
+"""Every family with a UNet trains, is saved, and is loaded again by plain diffusers. Those of flow models: `test_flow_families.py`."""
 
 import json
 import re
@@ -21,10 +21,9 @@ from fastnabla.models.sampler import use_sampler
 from fastnabla.prompts import RunPrompts
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.rollout import sample
-from tests.families import TINY, save_tiny
+from tests.families import UNETS, save_tiny
 from tests.training.test_trainer import small
 
-FAMILIES = list(TINY)
 PROMPTS = ["a cat", "a dog"]
 
 
@@ -39,7 +38,7 @@ def config_of(model: str, **changes) -> TrainConfig:
     return small(**(settings | changes))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=UNETS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(request.param, tmp_path_factory.mktemp("models"))
 
@@ -106,7 +105,7 @@ def test_trained_weights_load_in_plain_diffusers(model: str, lora: LoraConfig, t
 def test_vae_of_xl_computes_in_float32_where_all_else_is_float16(tmp_path: Path) -> None:
     """Its activations overflow in float16; diffusers' own pipeline upcasts it for that reason."""
     dtypes = {}
-    for family in FAMILIES:
+    for family in UNETS:
         model = ModelConfig(name=save_tiny(family, tmp_path), dtype="float16")
         pipeline = pipeline_of(model)
         assert pipeline.vae.dtype == shapes_of(small(model=model)).vae.dtype

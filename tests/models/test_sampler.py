@@ -21,7 +21,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LCMScheduler,
@@ -183,7 +183,7 @@ def test_without_default_spacing_a_run_of_an_older_version_has_the_checkpoint_s(
 @pytest.mark.parametrize(
     ("shipped", "message"),
     [
-        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler, is not supported: it has no beta_start"),
+        (FlowMatchHeunDiscreteScheduler(), "FlowMatchHeunDiscreteScheduler, is not supported: it has no beta_start"),
         (EDMEulerScheduler(), "EDMEulerScheduler, is not supported: it has no beta_start"),
         (
             DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),

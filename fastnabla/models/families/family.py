@@ -54,8 +54,6 @@ class Family(abc.ABC):
     """Hub id of the `AutoencoderTiny` made for the family's VAE."""
     vae_overflows: ClassVar[bool] = False
     """Whether the VAE overflows in float16, unless its configuration has ``force_upcast = False``."""
-    kohya: ClassVar[bool] = False
-    """Whether a LoRA can be written under kohya's names."""
 
     def __str__(self) -> str:
         return self.pipeline.__name__
@@ -113,6 +111,10 @@ class Family(abc.ABC):
             tokenizer = getattr(pipeline, tokenizer_of(name))
             limit = self.text_limit(name, getattr(pipeline, name).config)
             tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+
+    def sampling_arguments(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """Arguments with which a call of the pipeline encodes prompts as `encode` does."""
+        return {}
 
     def text_limit(self, encoder: str, config: PreTrainedConfig) -> int:
         """Tokens that the text encoder of this name reads; more are cut off."""

@@ -7,15 +7,13 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import CLIPTextModel, T5EncoderModel
 
 from fastnabla.models.families.family import Configuration
 from fastnabla.models.families.transformer import FLOW_VAE, TransformerFamily
 from fastnabla.models.known_configuration import CLIP, FLOW_SCHEDULER, T5, Only, any_value
+from fastnabla.utils.patches import PATCH, pack, unpack
 
-PATCH = 2
-"""Height and width of the patches of latents that are packed into one token."""
 SAMPLE_SIZE = 128
 """diffusers' `FluxPipeline.default_sample_size`."""
 
@@ -68,19 +66,19 @@ class Flux(TransformerFamily):
 
     @staticmethod
     def call(network: nn.Module, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
+        height, width = x.shape[-2:]
         text = conditions["text"]
         output = network(
-            hidden_states=pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2),
+            hidden_states=pack(x),
             encoder_hidden_states=text,
             pooled_projections=conditions["pooled"],
             timestep=timestep / 1000,
-            img_ids=_positions(height, width, x),
+            img_ids=_positions(height // PATCH, width // PATCH, x),
             txt_ids=x.new_zeros(text.shape[1], 3),
             guidance=conditions.get("guidance"),
             return_dict=False,
         )[0]
-        return pixel_shuffle(output.transpose(1, 2).unflatten(2, (height, width)), PATCH)
+        return unpack(output, height, width)
 
     def guidance_problem(self, network: Configuration, guidance_scale: float) -> str | None:
         if network["guidance_embeds"] or guidance_scale == 1:

@@ -1,10 +1,11 @@
 """What the families of flow matching with a diffusion transformer share."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from fastnabla.models.families.family import Family
+from fastnabla.models.families.family import Family, tokenizer_of
 from fastnabla.models.families.parts import Parts
 from fastnabla.models.known_configuration import VAE, Known, any_value
 
@@ -46,6 +47,10 @@ class TransformerFamily(Family):
                     f"transformer.pooled_projection_dim = {pooled}: must be {sum_of} = {own}; use the text encoders that the "
                     "transformer was trained with"
                 )
+
+    def sampling_arguments(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        *_, t5 = self.text_encoders
+        return {"max_sequence_length": getattr(pipeline, tokenizer_of(t5)).model_max_length}
 
     pooled_field: str
     """The setting of a CLIP text encoder that is the width of its pooled embedding."""

@@ -50,7 +50,6 @@ class UNetFamily(Family):
     network_class = UNet2DConditionModel
     blocks = (ResnetBlock2D, BasicTransformerBlock)
     scheduler = DDIMScheduler
-    kohya = True
 
     def channels(self, network: Configuration) -> int:
         return network["in_channels"]
