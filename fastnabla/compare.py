@@ -27,10 +27,10 @@ class CompareConfig:
 
     preset: tyro.extras.literal_type_from_choices(PRESETS) = TESTBED
     """Preset of `python -m fastnabla.train` from which all runs start."""
-    methods: tuple[str, ...] = get_args(MethodName)
+    methods: tuple[str, ...] = tuple(method for method in get_args(MethodName) if method != "vgg-flow")
     """Methods (docs/objectives.md) and variants of methods, METHOD,FIELD=VALUE,FIELD=VALUE,…, to compare. An ablation, for
     example: residual-db residual-db,flow.kind=none residual-db,objective.beta=30. If no budget is given, the first one sets
-    it."""
+    it. Default: all but vgg-flow, which is for flow models alone."""
     seeds: int = 1
     """Runs per method, with seeds 0, 1, … Runs vary a lot between seeds: with one seed, small differences mean nothing."""
     run: Path | None = None

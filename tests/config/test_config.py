@@ -70,4 +70,4 @@ def test_every_field_is_documented_in_help(capsys: pytest.CaptureFixture[str]) -
     for section in sections:
         for field in dataclasses.fields(section.default_factory):
             assert f"--{section.name}.{field.name}".replace("_", "-") in text
-    assert "Rank and alpha" in text and "η, the scale of DDIM's noise" in text
+    assert "Rank and alpha" in text and "η, the scale of the noise" in text

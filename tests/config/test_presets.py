@@ -17,10 +17,10 @@ from fastnabla.prompts import PROMPT_SETS, prompts_of
 from fastnabla.rewards import parse_term, published_class
 from tests.checks import NETWORK_DTYPE
 
-REAL = [name for name in PRESETS if name.startswith("sd")]
-OF_OTHER_SIZES = [name for name in REAL if name not in ("sd15-hpsv2", "sd15-imagereward")]
+REAL = [name for name in PRESETS if not name.startswith("testbed") and name != "stable-diffusion"]
+OF_OTHER_SIZES = [name for name in REAL if name not in ("sd15-hpsv2", "sd15-imagereward", "sd35m-hpsv2", "flux-hpsv2")]
 """Without those that differ from sd15-aesthetic in their prompts, reward, β and κ alone."""
-DOCUMENT = Path(__file__).parents[2] / "docs" / "stable-diffusion.md"
+DOCUMENTS = [Path(__file__).parents[2] / "docs" / f"{page}.md" for page in ("stable-diffusion", "flow-models")]
 
 
 COSTS: dict[str, UnitCosts] = {}
@@ -56,7 +56,7 @@ def test_documented_cost_is_the_cost_model_s(name: str) -> None:
     """Three digits are written down."""
     config = preset(name, "--model.random-init", "--memory.micro-batch=4", "--memory.decode-chunk=4")
     cost = update_cost(config, costs_of(config))
-    row = next(line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| `{name}`"))
+    row = next(line for page in DOCUMENTS for line in page.read_text().splitlines() if line.startswith(f"| `{name}`"))
     trajectories, updates = map(int, re.search(r"\| (\d+) × (\d+) \|", row).groups())
     assert (trajectories, updates) == (update_trajectories(config), config.updates)
     documented = float(re.search(r"\| ([\d,]+) \| [\d.]+", row)[1].replace(",", ""))
@@ -86,7 +86,9 @@ def test_preset_dry_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments += ["--memory.micro-batch=2", "--memory.decode-chunk=1"]
     assert train.main([name, *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "expected time" in printed and ("memory plan for 24.0 GB" in printed) == (name == "sd15-24gb")
+    assert "expected time" in printed and ("memory plan for 24.0 GB" in printed) == (
+        name in ("sd15-24gb", "sd35m-24gb")
+    )
 
 
 def test_stable_diffusion_s_shapes_with_few_channels_run_to_the_end(tmp_path: Path) -> None:

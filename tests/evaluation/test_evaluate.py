@@ -227,7 +227,7 @@ def test_a_normalised_reward_tilts_by_what_was_trained_on(tmp_path: Path) -> Non
     ("arguments", "words"),
     [
         (["nowhere"], "not a run folder"),
-        (["unfinished"], "has no lora/"),
+        (["unfinished"], "has no trained weights"),
         ([], "run folder"),
         (["nowhere", "--samples-per-prompt=1"], "samples_per_prompt = 1"),
         (["nowhere", "--reference-samples=3"], "reference_samples = 3"),

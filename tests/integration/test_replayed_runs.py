@@ -68,12 +68,12 @@ def test_updates_learn_from_what_the_policy_one_rollout_before_sampled(tmp_path:
     @torch.no_grad()
     def error(batch, weights) -> float:
         now = {name: parameter.clone() for name, parameter in trained.items()}
-        trainer.policy.load_state_dict({f"unet.{name}": weight for name, weight in weights.items()}, strict=False)
+        trainer.policy.load_state_dict({f"network.{name}": weight for name, weight in weights.items()}, strict=False)
         output = guide(
             trainer.policy(batch.x, trainer.table.timestep[batch.step_index], batch.prompt),
             trainer.policy.guidance_scale,
         )
-        trainer.policy.load_state_dict({f"unet.{name}": weight for name, weight in now.items()}, strict=False)
+        trainer.policy.load_state_dict({f"network.{name}": weight for name, weight in now.items()}, strict=False)
         return (output - batch.model_output).abs().max().item()
 
     def watched(selection):

@@ -61,7 +61,7 @@ def as_flow(golden: GoldenStep) -> tuple[GoldenStep, Levels]:
     table = matched_flow_table(plain, golden.meta["eta"])
     levels = Levels.of(plain, table)
     table = dataclasses.replace(table, alpha_bar=plain.alpha_bar, alpha_bar_next=plain.alpha_bar_next)
-    golden.policy.unet.forward = as_velocity(golden.policy.unet.forward, levels)
+    golden.policy.network.forward = as_velocity(golden.policy.network.forward, levels)
     if golden.flow is not None:
         flow = golden.flow.forward
 

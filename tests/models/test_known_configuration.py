@@ -31,7 +31,7 @@ from fastnabla.models.known_configuration import require_known
 from fastnabla.models.pipeline import pipeline_of
 from fastnabla.prompts import RunPrompts
 from fastnabla.trajectories.rollout import sample
-from tests.families import TINY, save_tiny
+from tests.families import TINY, UNETS, save_tiny
 from tests.models.test_families import PROMPTS, config_of, plain_images
 
 UNET, VAE, TEXT, TEXT_2 = (
@@ -83,12 +83,12 @@ def test_all_settings_of_the_libraries_are_known(file: str, family: Family, defa
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny pipelines, by family."""
     folder = tmp_path_factory.mktemp("models")
-    for family in TINY:
+    for family in UNETS:
         save_tiny(family, folder)
     return folder
 
 
-@pytest.fixture(scope="module", params=list(TINY))
+@pytest.fixture(scope="module", params=UNETS)
 def model(request: pytest.FixtureRequest, saved: Path) -> str:
     return str(saved / request.param)
 
