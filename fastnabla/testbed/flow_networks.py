@@ -8,7 +8,6 @@ import string
 
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -16,7 +15,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from fastnabla.testbed.networks import LATENT_SIZE, PROMPT_TOKENS
+from fastnabla.testbed.networks import LATENT_SIZE, PROMPT_TOKENS, clip_config
 from fastnabla.testbed.silhouettes import ANIMALS, PHRASINGS, caption
 
 CLIP_WIDTHS = (24, 32)
@@ -38,20 +37,7 @@ def build_t5_tokenizer() -> T5Tokenizer:
 
 def build_clip_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
     """A CLIP text model with two layers: the pipeline takes tokens from the first, and a pooled embedding from the second."""
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            projection_dim=width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=PROMPT_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModelWithProjection(clip_config(tokenizer, width, layers=2, heads=2))
 
 
 def build_t5_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:

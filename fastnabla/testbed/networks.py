@@ -35,22 +35,25 @@ def build_tokenizer() -> CLIPTokenizer:
     )
 
 
+def clip_config(tokenizer: CLIPTokenizer, width: int, layers: int, heads: int) -> CLIPTextConfig:
+    """A small CLIP text model with the tokenizer's vocabulary, and prompts of `PROMPT_TOKENS`."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=PROMPT_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """A one-layer CLIP text model, which is trained together with the UNet."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            max_position_embeddings=PROMPT_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModel(clip_config(tokenizer, TEXT_WIDTH, layers=1, heads=4))
 
 
 def build_vae() -> AutoencoderKL:
