@@ -19,6 +19,7 @@ from fastnabla.cost.reward_bytes import RewardBytes, reward_bytes
 from fastnabla.cost.shapes import shapes_of
 from fastnabla.cost.unit_costs import UnitCosts
 from fastnabla.methods.registry import STEPS
+from fastnabla.models.cached_conditions import DEVICE_BYTES
 from fastnabla.optim.optimizer import expected_state_bytes
 
 CUDA_CONTEXT = 2**30
@@ -48,8 +49,7 @@ class DoesNotFit(ValueError):
 class MemoryPlan:
     """Memory settings and their expected memory, in bytes by purpose.
 
-    Not included are the prompt embeddings, whose number is unknown until the prompts are loaded (118 kB each for Stable
-    Diffusion 1.5 in bfloat16), and the networks of custom rewards.
+    Not included are the networks of custom rewards, and the text encoders, which are on the device only while they encode.
     """
 
     micro_batch: int
@@ -103,6 +103,7 @@ def plan_memory(
     device: torch.device,
     rewards: RewardBytes = NO_REWARDS,
     ranks: int = 1,
+    prompts: int | None = None,
 ) -> MemoryPlan:
     """Keep the fields of `config.memory` that are set, and choose the fastest values that fit for those that are None.
 
@@ -118,12 +119,14 @@ def plan_memory(
         device: where the run computes.
         rewards: bytes of the reward networks.
         ranks: number of ranks, which may shard the weights.
+        prompts: number of prompts; None for as many as the device can hold.
 
     Raises:
         DoesNotFit: not even one transition and one image at a time fit.
     """
     memory = config.memory
     fixed = _fixed(config, costs, device, ranks) | {"reward networks": rewards.weights}
+    fixed["prompt embeddings"] = embedding_bytes(config, costs, prompts)
     room = int(USABLE_FRACTION * budget) - sum(fixed.values())
     step = STEPS[config.method]
     alive, most = step.graphs(config), min(MAX_MICRO_BATCH, *map(math.ceil, step.cost(config).rows.values()))
@@ -173,7 +176,7 @@ def _smaller(config: TrainConfig) -> list[str]:
 
 
 def planned(
-    config: TrainConfig, device: torch.device, processes: int = 1, ranks: int = 1
+    config: TrainConfig, device: torch.device, processes: int = 1, ranks: int = 1, prompts: int | None = None
 ) -> tuple[TrainConfig, MemoryPlan | None]:
     """`config` with its memory settings filled in, and the plan; None if all were set and `vram` was not.
 
@@ -182,6 +185,7 @@ def planned(
         device: where the run computes.
         processes: number of processes that share the machine's memory, for a run on the CPU.
         ranks: number of ranks, which may shard the weights.
+        prompts: number of prompts; None for as many as the device can hold.
 
     Raises:
         DoesNotFit: see `plan_memory`.
@@ -198,7 +202,7 @@ def planned(
     budget = int(config.vram * 1e9) if config.vram is not None else free_bytes(device) // shared
     costs = unit_costs(config)
     rewards = reward_bytes(config.reward, costs.shapes.image_size)
-    plan = plan_memory(config, costs, budget, device, rewards, ranks)
+    plan = plan_memory(config, costs, budget, device, rewards, ranks, prompts)
     return dataclasses.replace(config, memory=plan.settings(memory)), plan
 
 
@@ -225,6 +229,16 @@ def cache_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: int
         return 0
     with_product = config.has_flow and config.objective.reverse_weight > 0
     return 4 * (1 + with_product) * trajectories * (config.drawn_steps + 1) * sample_shape.numel()
+
+
+def embedding_bytes(config: TrainConfig, costs: UnitCosts, prompts: int | None = None) -> int:
+    """Bytes of the prompts' embeddings on the device (`fastnabla.models.cached_conditions`): of all `prompts`, or at most
+    `DEVICE_BYTES`, or more for the trajectories of a rollout's batch or of an update. None stands for a long list."""
+    rollout, shapes = config.rollout, costs.shapes
+    each = shapes.dtype.itemsize * sum(map(math.prod, shapes.description.embedding_shapes.values()))
+    at_once = max(rollout.batch, math.ceil(rollout.trajectories / rollout.updates))
+    most = max(DEVICE_BYTES, (1 + at_once) * each)
+    return most if prompts is None else min(most, (1 + prompts) * each)
 
 
 def _open(value: bool | int | None, choices: tuple) -> tuple:

@@ -9,13 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.architectures import architecture_of
+from fastnabla.models.cached_conditions import DEVICE_BYTES, CachedConditions
 from fastnabla.models.conditions import Conditions
 from fastnabla.models.description import Description, family_of, loading
+from fastnabla.models.encoded_prompts import HOST_BYTES, EncodedPrompts
 from fastnabla.models.families import FAMILIES, Family, tokenizer_of
 from fastnabla.models.fitting import checked_description
 from fastnabla.models.image_size import image_size
 from fastnabla.models.model_source import single_file_of, source_of
-from fastnabla.models.prompt_cache import CAPACITY, PromptCache
 from fastnabla.models.random_init import random_pipeline
 from fastnabla.models.single_file import load_single_file
 from fastnabla.models.weight_files import require_whole, variant_to_load
@@ -84,30 +85,29 @@ def reading_tokenizers(pipeline: DiffusionPipeline) -> list[PreTrainedTokenizerB
 
 @torch.no_grad()
 def encode_prompts(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], most: int | None = None, size: tuple[int, int] | None = None
+    pipeline: DiffusionPipeline, prompts: Sequence[str], size: tuple[int, int] | None = None
 ) -> Conditions:
     """The network's conditions for `prompts`, as the pipeline itself encodes them. Stable Diffusion XL's size conditions are
     those of an uncropped image of `size`.
 
-    More than `most` prompts are encoded lazily, one at a time, on the device where the text encoders are now, even if they
-    are moved later. The choice depends only on the list of prompts, not on which of them a run draws, so that an extended
-    run continues with the same numbers.
+    Up to `DEVICE_BYTES` of embeddings are all computed now, in batches of 64, and stay on the device. So are those that take no
+    more than the text encoders and `HOST_BYTES`, so that large encoders need not come back for a few prompts; but they are in
+    host memory, and the device holds those used last. Of a longer list each prompt is encoded by itself on first use, on the
+    device where the text encoders are now, even if they are moved later. The choice depends only on the model and the list of
+    prompts, not on which of them a run draws, so that an extended run continues with the same numbers.
 
     Args:
         pipeline: its text encoders are on the device to encode on.
         prompts: texts, by index.
-        most: up to this many prompts are encoded up front, in batches of 64; of a longer list, this many are cached. None
-            for `CAPACITY`.
         size: (H, W) of the images, in pixels; None for the network's own.
     """
-    most = CAPACITY if most is None else most
     device, family = pipeline.text_encoder.device, family_of_pipeline(pipeline)
 
     def encode_each(texts: Sequence[str]) -> list[tuple[Tensor, ...]]:
         encoders = {encoder: encoder.device for encoder in text_encoders(pipeline)}
         for encoder in encoders:
             encoder.to(device)
-        embeddings = [family.encode(pipeline, [text]) for text in texts]
+        embeddings = [tuple(column[0].cpu() for column in family.encode(pipeline, [text])) for text in texts]
         for encoder, previous in encoders.items():
             encoder.to(previous)
         return embeddings
@@ -115,8 +115,17 @@ def encode_prompts(
     unconditional = family.encode_nothing(pipeline)
     size = size or image_size(ModelConfig(), description_of(pipeline))
     shared = {name: value.to(device) for name, value in family.size_input(size, unconditional[0].dtype).items()}
-    if len(prompts) > most:
-        return PromptCache(prompts, encode_each, unconditional, shared, most)
-    parts = [family.encode(pipeline, prompts[start : start + 64]) for start in range(0, len(prompts), 64)]
-    text, *pooled = (torch.cat(column) for column in zip(unconditional, *parts, strict=True))
-    return Conditions(text, *(pooled or [None]), shared)
+    each = sum(table.nbytes for table in unconditional)
+    needed, on_device = len(prompts) * each, (1 + len(prompts)) * each <= DEVICE_BYTES
+    weights = sum(weight.nbytes for encoder in text_encoders(pipeline) for weight in encoder.parameters())
+    if not on_device and needed > min(HOST_BYTES, weights):
+        encoded = EncodedPrompts(prompts, encode_each, each, HOST_BYTES)
+        return CachedConditions(len(prompts), encoded, unconditional, shared, DEVICE_BYTES)
+    parts = (family.encode(pipeline, prompts[start : start + 64]) for start in range(0, len(prompts), 64))
+    if on_device:
+        text, *pooled = (torch.cat(column) for column in zip(unconditional, *parts, strict=True))
+        return Conditions(text, *(pooled or [None]), shared)
+    rows = [row for part in parts for row in zip(*(column.cpu() for column in part), strict=True)]
+    return CachedConditions(
+        len(prompts), lambda numbers: [rows[i] for i in numbers], unconditional, shared, DEVICE_BYTES
+    )

@@ -86,7 +86,8 @@ def plan_and_build(config: TrainConfig, prompts: RunPrompts | None = None, world
     """
     if config.deterministic:
         make_deterministic()  # planning may start CUDA
-    config, _ = planned(config, device_of(config, world.rank_info), world.local_size, world.size)
+    count = None if prompts is None else len(prompts.texts)
+    config, _ = planned(config, device_of(config, world.rank_info), world.local_size, world.size, count)
     return build_components(config, prompts, world)
 
 

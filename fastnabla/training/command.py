@@ -112,16 +112,16 @@ def _start(config: TrainConfig, world: World, console: Console) -> dict[str, Any
         raise ValueError(
             f"run = {str(run)!r}: exists already and is never overwritten; choose another folder or remove it."
         )
-    config, plan = planned(config, device_of(config), world.local_size, world.size)
-    if plan is None:
-        check_targets(config.model, config.lora)  # as planning does, before anything is loaded
-    else:
-        console.print(plan.table())
     prompts = (
         prompts_of(config.prompts, config.evaluation.prompts, config.seed)
         if resume is None
         else RunPrompts.load(run / "prompts.json")
     )
+    config, plan = planned(config, device_of(config), world.local_size, world.size, len(prompts.texts))
+    if plan is None:
+        check_targets(config.model, config.lora)  # as planning does, before anything is loaded
+    else:
+        console.print(plan.table())
     print_plain(console, look(prompts))
     return {
         "config": to_json(config),

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,11 +24,14 @@ from fastnabla.cost.planner import (
     unit_costs,
 )
 from fastnabla.cost.reward_bytes import RewardBytes
+from fastnabla.models import pipeline as pipelines
+from fastnabla.models.pipeline import family_of_pipeline, pipeline_of
 from fastnabla.objective.settings import ReverseTarget
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.utils.tensor_bytes import LiveBytes
 from tests.cost.test_unit_costs import stable_diffusion
+from tests.families import save_tiny
 from tests.training.test_trainer import small
 
 CPU = torch.device("cpu")
@@ -93,6 +97,38 @@ def test_activations_of_rewards_count() -> None:
     settings = (stable_diffusion(), chosen.micro_batch, chosen.decode_chunk, False, False)
     more = chosen.step["step, while decoding"] - planner._step(*settings)["step, while decoding"]
     assert more == chosen.decode_chunk * rewards.image
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd35"])
+def test_prompt_embeddings_take_what_is_planned(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the byte if all fit on the device, or if a call needs more than `DEVICE_BYTES`; else to less than a prompt."""
+    config = TrainConfig(
+        model=ModelConfig(name=save_tiny(family, tmp_path), dtype="float32"),
+        rollout=RolloutConfig(trajectories=24, updates=2, batch=8),
+    )
+    costs, pipeline = unit_costs(config), pipeline_of(config.model)
+    each = sum(table.nbytes for table in family_of_pipeline(pipeline).encode_nothing(pipeline))
+    for rows, prompts, planned_rows in ((20, 5, 6), (20, 19, 20), (20, 30, 20), (10, 30, 13), (10, 11, 12)):
+        for module in (planner, pipelines):
+            monkeypatch.setattr(module, "DEVICE_BYTES", rows * each + each // 2)
+        conditions = pipelines.encode_prompts(pipeline, [f"{i} dogs" for i in range(prompts)])
+        for at_once in (8, 12):
+            conditions.ensure(torch.arange(min(at_once, prompts)))
+        held = sum(table.nbytes for table in (conditions.text, conditions.pooled) if table is not None)
+        assert held == planned_rows * each
+        extra = each // 2 if (rows, prompts) == (20, 30) else 0
+        assert planner.embedding_bytes(config, costs, prompts) == held + extra
+    assert planner.embedding_bytes(config, costs) == 13 * each, "of any list, with the larger update"
+
+
+def test_a_plan_has_room_for_the_prompts() -> None:
+    """118 kB each for Stable Diffusion 1.5, up to 256 MiB."""
+    config, costs = TrainConfig(vram=24), stable_diffusion()
+    sizes = [
+        plan_memory(config, costs, int(24e9), CPU, prompts=prompts).fixed["prompt embeddings"]
+        for prompts in (49, 1_000_000, None)
+    ]
+    assert sizes == [50 * 2 * 77 * 768, 2**28, 2**28]
 
 
 def test_full_finetuning() -> None:

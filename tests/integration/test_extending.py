@@ -46,8 +46,9 @@ def test_an_extended_run_equals_one_of_that_length_from_the_start(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Extended twice: on the command line, and in its config.json. Each length is evaluated at its end, so all are. Two of
-    ten prompts are kept at a time, so that each process encodes other ones before."""
-    monkeypatch.setattr(pipeline, "CAPACITY", 2)
+    ten prompts, of 4 KiB each, are kept at a time, so that each process encodes other ones before."""
+    monkeypatch.setattr(pipeline, "DEVICE_BYTES", 3 * 4096)
+    monkeypatch.setattr(pipeline, "HOST_BYTES", 2 * 4096)
     assert train.main([*QUICK, "--run=whole", "--updates=3"]) == 0
     command = [*QUICK, "--run=run", "--resume=auto"]
     assert train.main([*command, "--updates=1"]) == 0

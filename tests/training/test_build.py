@@ -24,7 +24,7 @@ def test_a_command_line_plans_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (command, build):
         monkeypatch.setattr(module, "planned", counted)
     assert train.main([*QUICK, "--dry-run"]) == 0
-    assert len(calls) == 1
+    assert len(calls) == 1 and calls[0][-1] == 10, "for the prompts of the testbed"
 
 
 def test_what_is_open_is_planned() -> None:
