@@ -16,7 +16,9 @@ Euler–Maruyama steps are ``x' = x − Δ [o + (g²/2t)(x + (1 − t) o)] + g �
 "ddim" with η = 1 is DDPM, the posterior of the noising process, and makes x_T independent of x_0 (`TransitionTable.memory`).
 
 At s = 0 "ddim" and "cps" have no noise. There the last row is ``x' = x̂0 + σ z`` with σ = min(0.02, t), so that it has a density.
-Euler–Maruyama's last rows have noise, and are as the formulas say. "euler" has no noise and no density in any row.
+Evaluation takes its mean, x̂0 (`TransitionTable.ends_at_prediction`). Euler–Maruyama's last rows have noise, and are as the formulas
+say, in evaluation too: their means are ``x̂0 − (g²/2) ε̂``, which the noise makes up for. "euler" has no noise and no density in any
+row.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""A diffusers scheduler that steps by a `TransitionTable`, so that a plain pipeline samples as a run does."""
+"""A diffusers scheduler that steps by a `TransitionTable`, so that a plain pipeline samples as a run's evaluation does."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,13 +23,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
         pipeline.scheduler = TableScheduler(table, pipeline.scheduler.config)
 
-    The table alone says how many steps there are and at which noise levels. What the pipeline asks for must agree with it.
+    The table alone says how many steps there are and at which noise levels. What the pipeline asks for must agree with it. A last
+    step that only has noise for its density (`TransitionTable.ends_at_prediction`) returns its mean, as in an evaluation.
 
     Args:
         table: the sampler.
         config: configuration of the pipeline's own scheduler, which pipelines read. If it is one of flow matching, it is also
             checked that the image size has the table's shift.
-        final_noise: whether the last step adds its noise; without, finished samples are its mean.
 
     Attributes:
         generator: source of the noise where the pipeline does not pass its own to `step`, as those of SD3 and FLUX: one
@@ -41,9 +41,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     init_noise_sigma = 1.0
 
-    def __init__(self, table: TransitionTable, config: Mapping[str, Any], *, final_noise: bool = True) -> None:
+    def __init__(self, table: TransitionTable, config: Mapping[str, Any]) -> None:
         self.register_to_config(**{name: value for name, value in config.items() if not name.startswith("_")})
-        self.table, self.final_noise = table, final_noise
+        self.table, self.noisy_steps = table, len(table) - table.ends_at_prediction
         self.generator: Generators = None
         self.latents: tuple[int, int, int] | None = None
         self.timesteps = table.timestep
@@ -117,7 +117,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             ValueError: the timestep is not one of the table's.
         """
         row = self.table.step_index(torch.as_tensor(timestep, device=sample.device))
-        if self.final_noise or int(row) < len(self.table) - 1:
+        if int(row) < self.noisy_steps:
             source = self.generator if generator is None else generator
             shape = sample.shape if self.latents is None else (len(sample), *self.latents)
             noise = randn_tensor(shape, source, sample.device, model_output.dtype)

@@ -105,7 +105,7 @@ class TransitionTable:
                 "euler" (the ODE); see `fastnabla.flow_matching_coefficients`.
             mu: μ of a flow with `use_dynamic_shifting`, as from `dynamic_shift`; for `num_inference_steps` only.
             end: noise level t at which a flow's sampler ends. With 0 the last row of "ddim" and "cps" is x̂0 and a little noise.
-                With 0 < `end` < t it is an ordinary row, which plain ∇-DB and DAG need.
+                With 0 < `end` < t it is an ordinary row, which plain ∇-DB and DAG need. See `ends_at_prediction`.
 
         Raises:
             ValueError: the scheduler or one of its settings does not give a Gaussian step affine in the network's
@@ -124,9 +124,9 @@ class TransitionTable:
 
         It bounds |b|/σ², the factor between outputs and scores, which is largest in the last steps. These are tilted only
         through their noise: the output can change by at most (σ²/b) ∇log F. The price is that finished samples keep noise of
-        this standard deviation, in units of the states. If it raises earlier steps too, their states have more noise than
-        the network expects. `alpha_bar`, `noise_std` and the noising kernel do not change, so the kernel no longer reverses the
-        raised steps.
+        this standard deviation, in units of the states, unless the sampler `ends_at_prediction`. If it raises earlier steps too,
+        their states have more noise than the network expects. `alpha_bar`, `noise_std` and the noising kernel do not change, so
+        the kernel no longer reverses the raised steps.
 
         Raises:
             ValueError: `min_sigma` is not positive, or not below the largest σ.
@@ -149,6 +149,12 @@ class TransitionTable:
         """Whether states are ``(1 − t) x0 + t ε``, as in flow matching, and not those of a variance-preserving diffusion. Waits
         for the device."""
         return torch.allclose(self.alpha_bar.sqrt() + self.noise_std, torch.ones_like(self.noise_std))
+
+    @functools.cached_property
+    def ends_at_prediction(self) -> bool:
+        """Whether the mean of the last step is x̂0. Its noise then serves only to give it a density, and is no part of the sample:
+        training adds it, evaluation does not. Waits for the device."""
+        return torch.equal(self.a[-1], self.c[-1]) and torch.equal(self.b[-1], self.d[-1])
 
     def is_chain(self) -> bool:
         """Whether every step ends where the next begins, with the same timestep and the same clean prediction."""

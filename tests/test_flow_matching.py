@@ -198,6 +198,25 @@ def test_the_noising_kernel_leads_from_level_to_level(rows: str, end: float) -> 
     assert table.is_chain()
 
 
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("rows", [*NAMED, "euler"])
+def test_only_rows_that_would_have_no_noise_end_at_the_prediction(rows: str, steps: int) -> None:
+    """A bound on σ does not change that, and an end before the clean sample does."""
+    eta, own = ETA.get(rows, 1.0), rows in ("ddim", "cps", "euler")
+    table = flow_table(steps, eta, rows=rows)
+    assert table.ends_at_prediction == own
+    assert not flow_table(steps, eta, rows=rows, end=0.01).ends_at_prediction
+    if rows != "euler" and steps > 1:
+        assert table.with_min_sigma(0.05).ends_at_prediction == own
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_variance_preserving_rows_never_end_at_the_prediction(kind: str, spacing: str) -> None:
+    for eta in (0.3, 1.0):
+        assert not ddim_table(10, eta, prediction_type=kind, timestep_spacing=spacing).ends_at_prediction
+
+
 def test_ddpm_rows_are_reversed_by_the_noising_kernel() -> None:
     check_is_ddpm(flow_table(28, end=0.01), "db")
     with pytest.raises(ValueError, match=r"method = 'db': the sampler ends at the clean sample.* end > 0"):

@@ -98,8 +98,8 @@ class SamplerConfig:
     stay. The score of a step, and so a residual of ∇-DB, is proportional to b/σ²: with 20 "leading" steps 134 in step
     51 → 1, where σ is 0.04, and 1.3 to 7 before. A bound of 0.1 makes that 22. A step is tilted only through its noise,
     by at most (σ²/b) ∇log F in the network's output, so it can also be tilted more. The price: finished samples of the
-    pretrained and the finetuned model keep noise of this standard deviation. Not for db, dag and dag-kl, which need DDPM's
-    variances. None: no bound."""
+    pretrained and the finetuned model keep noise of this standard deviation; those of flow models with ddim or cps only in
+    training. Not for db, dag and dag-kl, which need DDPM's variances. None: no bound."""
     guidance_scale: float = 5.0
     """w of classifier-free guidance. 1 turns guidance off and halves the cost."""
 

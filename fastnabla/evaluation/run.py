@@ -239,6 +239,7 @@ class RunEvaluation:
             batch=self.options.batch or components.config.rollout.batch,
             buffer=recorder,
             slots=torch.arange(len(prompt)),
+            final_noise=False,
             on_step=self._advance,
             backend=components.config.backend,
         )

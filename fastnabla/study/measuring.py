@@ -189,6 +189,7 @@ class _Networks:
             batch=components.config.rollout.batch,
             buffer=recorder,
             slots=torch.arange(len(prompt)),
+            final_noise=False,
             on_step=advance,
             backend=components.config.backend,
         )

@@ -47,7 +47,8 @@ class Sampler:
         Args:
             prompt: prompt numbers `[n]`.
             seeds: n seeds of the noise.
-            buffer, slots: where to store the steps, and the trajectories' slots `[n]` in it.
+            buffer, slots: where to store the steps, and the trajectories' slots `[n]` in it. None for an evaluation, which leaves
+                out the noise of a last step that only gives it a density.
 
         Raises:
             Stopped: a rank was asked to stop.
@@ -64,6 +65,7 @@ class Sampler:
                 batch=self.config.rollout.batch,
                 buffer=buffer,
                 slots=slots,
+                final_noise=buffer is not None,
                 on_step=self.advance,
                 backend=self.config.backend,
             )

@@ -53,6 +53,7 @@ def sample(
     batch: int | None = None,
     buffer: Recorder | None = None,
     slots: Tensor | None = None,
+    final_noise: bool = True,
     on_step: Callable[[int], None] | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -67,11 +68,14 @@ def sample(
         batch: trajectories sampled together; None for all.
         buffer: receives each step and stores the drawn ones.
         slots: the trajectories' slots `[N]` in the buffer.
+        final_noise: whether the last step of a sampler that `ends_at_prediction` adds its noise. Training needs it, because the
+            loss has the step's density; an evaluation takes the mean.
         on_step: called after each step with the number of trajectories that took it.
         backend: computes the steps; see `fastnabla.objective.backend`.
     """
     device = policy.conditions.device
     ops = select(backend, device)
+    noisy_steps = len(table) - (table.ends_at_prediction and not final_noise)
     finished = []
     for part in torch.arange(len(prompt)).split(batch or len(prompt)):
         policy.conditions.ensure(prompt[part])
@@ -79,7 +83,8 @@ def sample(
         noise = TrajectoryNoise([seeds[i] for i in part.tolist()], sample_shape, device)
         x = noise.draw()
         for step in range(len(table)):
-            x_next, o = advance(policy, table, ops, step, x, noise.draw(), rows)
+            z = noise.draw() if step < noisy_steps else torch.zeros_like(x)
+            x_next, o = advance(policy, table, ops, step, x, z, rows)
             if buffer is not None:
                 buffer.append(slots[part], step, x, o, x_next)
             x = x_next

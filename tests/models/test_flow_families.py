@@ -12,6 +12,8 @@ from torch import Tensor
 from fastnabla.config.model_sections import LoraConfig, ModelConfig, RewardConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import EvaluationConfig
+from fastnabla.evaluation.options import EvaluationOptions
+from fastnabla.evaluation.run import RunEvaluation
 from fastnabla.models.build import Networks, build_networks
 from fastnabla.models.kohya import save_kohya
 from fastnabla.models.pipeline import family_of_pipeline, pipeline_of
@@ -19,6 +21,8 @@ from fastnabla.models.sampler import use_sampler
 from fastnabla.models.saved_policy import load_policy, read_policy
 from fastnabla.prompts import RunPrompts
 from fastnabla.sample import SampleConfig, sample_run
+from fastnabla.study.measuring import _Networks
+from fastnabla.study.parts import Part
 from fastnabla.table_scheduler import TableScheduler
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.rollout import sample
@@ -55,8 +59,10 @@ def networks_of(config: TrainConfig) -> Networks:
     return build_networks(pipeline_of(config.model), prompts, config, torch.device("cpu"))
 
 
-def own_latents(networks: Networks) -> Tensor:
-    return sample(networks.policy, networks.table, torch.arange(2), SEEDS, networks.sample_shape, backend="torch")
+def own_latents(networks: Networks, seeds: list[int] = SEEDS) -> Tensor:
+    """As an evaluation samples them."""
+    policy, table, shape = networks.policy, networks.table, networks.sample_shape
+    return sample(policy, table, torch.arange(2), seeds, shape, final_noise=False, backend="torch")
 
 
 def plain(model: str) -> DiffusionPipeline:
@@ -189,8 +195,38 @@ def test_a_finished_run_is_sampled_as_the_policy_samples(
     networks = networks_of(config)
     read_policy(networks.policy, tmp_path)
     seeds = [seed_of(0, "evaluation", 0, number) for number in range(2)]
-    latents = sample(networks.policy, networks.table, torch.arange(2), seeds, networks.sample_shape, backend="torch")
     _, finetuned = grids[0].values()
-    torch.testing.assert_close(finetuned, networks.decoder.decode(latents), rtol=0, atol=2e-5)
+    own = networks.decoder.decode(own_latents(networks, seeds))
+    torch.testing.assert_close(finetuned, own, rtol=0, atol=2e-5)
     with pytest.raises(ValueError, match=r"LoRA of a transformer; load pytorch_lora_weights\.safetensors"):
         save_kohya(tmp_path, tmp_path / "kohya.safetensors")
+
+
+def test_every_evaluation_takes_the_mean_of_the_last_step(tmp_path: Path) -> None:
+    """In training, of a finished run, and in a study; the last two here of the pretrained model. A rollout has the step's noise,
+    σ = 0.02. In batches of other sizes samples differ by rounding."""
+    config = config_of(save_tiny("sd35", tmp_path / "models"))
+    run = tmp_path / "run"
+    run.mkdir()
+    trainer = without_pictures(Trainer.from_config(config))
+    trainer.train(run)
+    options = EvaluationOptions(samples_per_prompt=2, reference_samples=4, ess=0.5)
+    RunEvaluation(run, options).measure()
+    reference = load_file(run / "reference-trained.safetensors")["latents"]
+    studied = _Networks(config, None)
+    part = Part(path=run, scale=1.0, samples=1, seed=0)
+    samples = {
+        "training": (trainer.components, trainer.evaluator.sample(torch.tensor([0, 2]), 0), [(0, 0), (0, 2)]),
+        "evaluate": (studied.components, reference[:, 0], [(1, 0, 0), (1, 1, 0)]),
+        "study": (studied.components, studied._sample([0, 1], part, lambda count: None)[:, 0], [(2, 0, 0), (2, 1, 0)]),
+    }
+    for name, (components, latents, keys) in samples.items():
+        expected = own_latents(components, [seed_of(0, "evaluation", *key) for key in keys])
+        torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5, msg=name)
+
+    buffer, prompt = trainer.components.buffer, torch.arange(2)
+    buffer.clear()
+    slots = buffer.reserve(torch.tensor([[0, STEPS - 1]] * 2), prompt)
+    finished = trainer.sampler(prompt, SEEDS, buffer, slots)
+    noise = finished - own_latents(trainer.components)
+    assert 0.01 < noise.std() < 0.03

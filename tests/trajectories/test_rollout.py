@@ -22,12 +22,20 @@ def policy():
     return load_step(STEP_SETS[0]).policy
 
 
-def rollout(policy, batch, seeds=SEEDS, table=TABLE):
+def rollout(policy, batch, seeds=SEEDS, table=TABLE, **settings):
     """Finished latents and the buffered transitions; every step kept."""
     buffer = TrajectoryBuffer(5, 4, 5, SHAPE)
     steps = draw_stratified(0, 0, 5, 4, 4)
     finished = sample(
-        policy, table, PROMPT, seeds, SHAPE, batch=batch, buffer=buffer, slots=buffer.reserve(steps, PROMPT)
+        policy,
+        table,
+        PROMPT,
+        seeds,
+        SHAPE,
+        batch=batch,
+        buffer=buffer,
+        slots=buffer.reserve(steps, PROMPT),
+        **settings,
     )
     return finished, buffer.gather(buffer.transitions())
 
@@ -64,6 +72,31 @@ def test_transitions_satisfy_the_step_equation(policy, table):
     with torch.no_grad():
         o = guide(policy(batch.x, rows.timestep, batch.prompt), policy.guidance_scale)
     assert relative_error(batch.model_output, o) < 1e-5
+
+
+@pytest.mark.parametrize("rows", ["ddim", "cps"])
+def test_without_final_noise_a_flow_s_samples_are_the_last_mean(policy, rows):
+    """x̂0 = x − t o of the last state that the rollout with noise has recorded, to float32 rounding. All states before are the
+    same to the bit."""
+    table = flow_table(4, rows=rows)
+    noisy, batch = rollout(policy, None, table=table)
+    finished, others = rollout(policy, None, table=table, final_noise=False)
+    last = batch.step_index == 3
+    clean = batch.x - table.rows(batch.step_index, batch.x).noise_std * batch.model_output
+    torch.testing.assert_close(finished[batch.trajectory[last]], clean[last], rtol=1e-6, atol=1e-6)
+    assert torch.equal(others.x_next[last], finished[batch.trajectory[last]])
+    assert torch.equal(others.x, batch.x) and torch.equal(others.x_next[~last], batch.x_next[~last])
+    assert (noisy - finished).std().item() == pytest.approx(0.02, rel=0.1)  # 1280 values: their spread is known to 2%
+
+
+@pytest.mark.parametrize(
+    "table",
+    [TABLE, TABLE.with_min_sigma(0.3), flow_table(4, 0.7, rows="flow-sde"), flow_table(4, 0.3, rows="dance"), flow_table(4, end=0.01)],
+    ids=["ddim", "bound", "flow-sde", "dance", "end"],
+)  # fmt: skip
+def test_noise_that_is_the_sampler_s_own_stays(policy, table):
+    finished, _ = rollout(policy, None, table=table)
+    assert torch.equal(rollout(policy, None, table=table, final_noise=False)[0], finished)
 
 
 def test_seeds_fix_the_samples(policy):
