@@ -56,13 +56,20 @@ def build_networks(
     family, description = family_of_pipeline(pipeline), description_of(pipeline)
     size, sample_shape = image_size(config.model, description), latent_shape(config.model, description)
     table = use_sampler(pipeline, config.sampler, family.tokens(description.network, *sample_shape[1:]))
-    pipeline.to(device)
+    # The text encoders leave the device before the network comes, because they can be larger than it.
+    encoders = text_encoders(pipeline)
+    for encoder in encoders:
+        encoder.to(device)
+    conditions = encode_prompts(pipeline, prompts.texts, size=size)
+    for encoder in encoders:
+        encoder.to("cpu")
+    pipeline.vae.to(device)
     policy_seed, flow_seed = (seed_of(config.seed, "weights", number) for number in range(2))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(policy_seed)
         policy = Policy(
             network_of(pipeline),
-            encode_prompts(pipeline, prompts.texts, size=size),
+            conditions,
             config.sampler.guidance_scale,
             config.lora.rank,
             config.lora.targets,
@@ -70,8 +77,6 @@ def build_networks(
         ).to(device)
     if config.is_sharded(world.size):
         policy.shard(world)
-    for encoder in text_encoders(pipeline):
-        encoder.to("cpu")
     memory = config.memory
     kind = config.flow.kind if config.has_flow else "none"
     flow = build_flow(kind, sample_shape[0], policy.conditions.width, flow_seed, config.flow.start)

@@ -4,6 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from fastnabla import train
 from fastnabla.config.training_sections import EvaluationConfig, RolloutConfig
@@ -41,6 +42,22 @@ def test_parts_are_shared() -> None:
         assert getattr(state, name) is getattr(anomalies, name) is getattr(components, name)
     for name in ("optimizer", "buffer", "ema"):
         assert getattr(state, name) is getattr(components, name)
+
+
+def test_the_text_encoders_are_off_the_device_before_the_network_is_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T5 XXL is larger than Stable Diffusion 3.5 medium's transformer."""
+    moves, move = [], nn.Module.to
+
+    def recorded(module: nn.Module, *arguments: object, **settings: object) -> nn.Module:
+        moves.append((type(module).__name__, *arguments))
+        return move(module, *arguments, **settings)
+
+    monkeypatch.setattr(nn.Module, "to", recorded)
+    build_components(tiny())
+    names = [name for name, *_ in moves]
+    away = moves.index(("CLIPTextModel", "cpu"))
+    assert names.index("CLIPTextModel") < away < names.index("Policy")
+    assert "UNet2DConditionModel" not in names[:away]
 
 
 @pytest.mark.parametrize(
