@@ -62,7 +62,8 @@ class Exact:
 
     def reward(self, clean: Tensor, prompt: Tensor) -> Tensor:
         """`[N]`, differentiable."""
-        images = self.vae.decode(clean / self.vae.config.scaling_factor).sample / 2 + 0.5
+        config = self.vae.config
+        images = self.vae.decode(clean / config.scaling_factor + (config.shift_factor or 0)).sample / 2 + 0.5
         return self.reward_network(images.clamp(0, 1), [str(p) for p in prompt.tolist()])
 
     def log_prob(self, x: Tensor, x_next: Tensor, o: Tensor, i: int) -> Tensor:

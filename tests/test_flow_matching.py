@@ -221,9 +221,12 @@ def test_ddpm_rows_are_reversed_by_the_noising_kernel() -> None:
     check_is_ddpm(flow_table(28, end=0.01), "db")
     with pytest.raises(ValueError, match=r"method = 'db': the sampler ends at the clean sample.* end > 0"):
         check_is_ddpm(flow_table(28), "db")
-    for rows, eta in (("ddim", 0.9), ("cps", 0.8), ("dance", 0.3), ("flow-sde", 0.7)):
-        with pytest.raises(ValueError, match=r"method = 'dag': DDPM's noising kernel reverses DDPM's steps only"):
+    said = r"method = 'dag': DDPM's noising kernel reverses DDPM's steps only; set sampler\."
+    for rows, eta in (("ddim", 0.9), ("cps", 0.8), ("cps", 1.0), ("dance", 0.3), ("flow-sde", 0.7), ("flow-sde", 1.0)):
+        with pytest.raises(ValueError, match=rf"{said}scheduler = ddim and sampler\.eta = 1\."):
             check_is_ddpm(flow_table(28, eta, rows=rows, end=0.01), "dag")
+    with pytest.raises(ValueError, match=rf"{said}min_sigma = None\."):
+        check_is_ddpm(flow_table(28, end=0.01).with_min_sigma(0.1), "dag")
 
 
 def correlation(table: TransitionTable, slope: Tensor) -> float:

@@ -22,6 +22,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fastnabla.flow_matching_coefficients import FLOW_SCHEDULERS
 from fastnabla.objective.backend import select
 from fastnabla.objective.gaussian import full, step_score
 from fastnabla.objective.ops import PLAIN
@@ -76,7 +77,7 @@ def inference_step(
         raise ValueError("retain_graph and allow_2nd have no effect without reverse_grad=True")
     if reverse_grad and not sample.requires_grad:
         raise ValueError("reverse_grad=True: sample must require a gradient, and model_output be computed from it")
-    table = TransitionTable.from_scheduler(scheduler, eta=eta)
+    table = _table(scheduler, eta)
     step = table.step_index(_by_row("timestep", timestep, sample))
     rows = table.rows(step, sample)
     if prev_timestep is not None:
@@ -134,10 +135,10 @@ def predict_clean(
     Raises:
         ValueError: as `inference_step`; or `strength` with another prediction type.
     """
+    rows, finished = _state_rows(scheduler, timestep, sample)
     kind = scheduler.config.prediction_type
     if strength != 1.0 and kind != "epsilon":
         raise ValueError(f"strength = {strength}: expected 1 with prediction_type={kind!r}; only 'epsilon' has it")
-    rows, finished = _state_rows(scheduler, timestep, sample)
     output = model_output.detach() if no_jacobian else model_output
     if kind == "sample":
         return output.to(sample.dtype)
@@ -160,9 +161,18 @@ def get_alpha_prod_t(scheduler: Any, timestep: Tensor | int, sample: Tensor) -> 
     return torch.where(finished, rows.alpha_bar_next, rows.alpha_bar).expand(sample.shape)
 
 
+def _table(scheduler: Any, eta: float = 1.0) -> TransitionTable:
+    if (name := type(scheduler).__name__) in FLOW_SCHEDULERS:
+        raise ValueError(
+            f"scheduler = {name}: the reference has no flow matching. Use fastnabla.losses, or the coefficients of "
+            "TransitionTable.from_scheduler."
+        )
+    return TransitionTable.from_scheduler(scheduler, eta=eta)
+
+
 def _state_rows(scheduler: Any, timestep: Tensor | int, sample: Tensor) -> tuple[TransitionRows, Tensor]:
     """Table rows of the steps that start at `timestep`, and where `timestep` is 0. There the row is the step that ends at 0."""
-    table = TransitionTable.from_scheduler(scheduler)
+    table = _table(scheduler)
     timestep = _by_row("timestep", timestep, sample)
     finished = timestep == 0
     rows = table.rows(table.step_index(torch.where(finished, table.timestep[-1].item(), timestep)), sample)

@@ -31,6 +31,8 @@ class Method:
     """Whether its step runs the pretrained network, whose outputs later inner epochs read from a cache."""
     has_densities: bool = True
     """Whether it uses the densities of the sampler's steps, or their noise. If not, it also learns from an ODE's trajectories."""
+    reverses_noising: bool = False
+    """Whether its backward policy is DDPM's noising kernel, which reverses DDPM's steps only."""
     without: tuple[str, ...] = ()
     """Fields, as SECTION.FIELD, that have no effect on it."""
     only: Mapping[str, tuple[tuple[Any, ...], str]] = dataclasses.field(default_factory=dict)
@@ -113,6 +115,7 @@ METHODS: dict[str, Method] = {
     ),
     "db": Method(
         has_flow=True,
+        reverses_noising=True,
         without=(*_DIRECT, *_POLICY_GRADIENT, *_FOLLOWING, "objective.beta_schedule"),
         only=_NOISING | {"objective.prior_weight": ((1,), "has no pretrained policy to weight; leave it at 1.")},
     ),
@@ -137,11 +140,13 @@ METHODS: dict[str, Method] = {
     ),
     "dag": Method(
         has_flow=True,
+        reverses_noising=True,
         without=(*_objective_but(*_OF_DAG), *_DIRECT, *_POLICY_GRADIENT, "flow.average"),
         only=_NOISING | _LEARNED,
     ),
     "dag-kl": Method(
         has_flow=True,
+        reverses_noising=True,
         without=(
             *_objective_but(*_OF_DAG),
             *_DIRECT,

@@ -15,7 +15,6 @@ from fastnabla.models.fitting import checked_description
 from fastnabla.models.flow import build_flow
 from fastnabla.models.image_size import latent_shape, vae_factor
 from fastnabla.models.lora import add_lora
-from fastnabla.utils.require import require
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,10 +49,6 @@ def shapes_of(config: TrainConfig) -> Shapes:
         with loading(config.model):
             network = family.network_class.from_config(description.network).to(dtype).requires_grad_(False)
             vae = AutoencoderKL.from_config(description.vae).requires_grad_(False)
-        description = dataclasses.replace(description, network=network.config, vae=vae.config)
-        guidance_scale = config.sampler.guidance_scale
-        problem = family.guidance_problem(network.config, guidance_scale)
-        require(problem is None, "sampler.guidance_scale", guidance_scale, str(problem))
         vae.to(description.vae_dtype(config.model))
         kind, width = config.flow.kind if config.has_flow else "none", description.embedding_shapes["text"][-1]
         flow = build_flow(kind, family.channels(network.config), width, seed=0)

@@ -27,6 +27,7 @@ from fastnabla.models.decoder import RewardFunction
 from fastnabla.models.policy import Policy
 from fastnabla.objective.settings import Objective
 from fastnabla.trajectories.draws import expected_draws
+from fastnabla.transition import TransitionTable
 from fastnabla.utils.require import require
 
 
@@ -256,16 +257,25 @@ def matching_objective(config: TrainConfig, is_flow_matching: bool) -> Objective
     return dataclasses.replace(objective, reward_gradient="terminal", gamma=gamma, weighting="sigma")
 
 
-def _build_matching(
-    config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]
-) -> Accumulation:
-    table, is_flow = networks.table, networks.table.is_flow_matching
+def require_flow_model(config: TrainConfig, table: TransitionTable) -> None:
+    """Check that a method for flow models alone has one, whose sampler has the steps `table`.
+
+    Raises:
+        ValueError: it does not.
+    """
     require(
-        is_flow or config.method == "rsm",
+        config.method != "vgg-flow" or table.is_flow_matching,
         "method",
         config.method,
         f"matches velocities, and {config.model.name} is not a model of flow matching; use rsm.",
     )
+
+
+def _build_matching(
+    config: TrainConfig, networks: Networks, reward: RewardFunction, prompts: Sequence[str]
+) -> Accumulation:
+    require_flow_model(config, networks.table)
+    table, is_flow = networks.table, networks.table.is_flow_matching
     policy, objective = networks.policy, matching_objective(config, is_flow)
     settings = (networks.gradient_decoder, reward, prompts, table, objective, config.memory.micro_batch, config.backend)
     return VelocityMatchingStep(policy, *settings) if is_flow else BalanceStep(policy, None, *settings)

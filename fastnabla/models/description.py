@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,8 +23,9 @@ class Description:
 
     family: Family
     network: Configuration
-    """Of the network that is finetuned."""
+    """Of the network that is finetuned, complete with the library's defaults."""
     vae: Configuration
+    """Complete, too."""
     lengths: Mapping[str, int]
     """Tokens of a prompt, by text encoder."""
 
@@ -90,14 +92,24 @@ def described(model: ModelConfig) -> Description:
     family = family_of(model)
     if model.random_init:
         architecture = architecture_of(model.name)
-        return Description(
-            family=family, network=architecture.network, vae=architecture.vae, lengths=family.text_lengths
-        )
-    with loading(model):
-        files = _configuration_files(model, family)
-    require_known(model.name, family.known, files)
-    network, vae = files[f"{family.network}/config.json"], files["vae/config.json"]
-    return Description(family=family, network=network, vae=vae, lengths=family.text_lengths)
+        network, vae = architecture.network, architecture.vae
+    else:
+        with loading(model):
+            files = _configuration_files(model, family)
+        require_known(model.name, family.known, files)
+        network, vae = files[f"{family.network}/config.json"], files["vae/config.json"]
+    return Description(
+        family=family,
+        network=complete(family.network_class, network),
+        vae=complete(AutoencoderKL, vae),
+        lengths=family.text_lengths,
+    )
+
+
+def complete(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the defaults of `cls` for missing entries."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(config)
 
 
 def _configuration_files(model: ModelConfig, family: Family) -> dict[str, dict[str, Any]]:

@@ -1,17 +1,16 @@
 """Whether the parts of a pipeline fit each other, judged by their configurations before any weights are loaded."""
 
 import dataclasses
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import diffusers
 import transformers
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.architectures import architecture_of
-from fastnabla.models.description import Description, described, loading
+from fastnabla.models.description import Description, complete, described, loading
 from fastnabla.models.families import Family, Parts, tokenizer_of
 from fastnabla.models.image_size import size_problems, vae_factor
 from fastnabla.models.model_source import source_of
@@ -48,9 +47,8 @@ def misfits(parts: Parts, model: ModelConfig, description: Description) -> list[
         description: of the model.
     """
     family = description.family
-    complete = dataclasses.replace(description, network=parts.network, vae=parts.vae)
     problems = [*family.misfits(parts), *_vae(parts), *_tokens(parts), *_tiny_decoder(parts, model, family)]
-    return problems + size_problems(model, complete)
+    return problems + size_problems(model, description)
 
 
 def _read(model: ModelConfig, description: Description) -> tuple[list[str], Parts]:
@@ -77,20 +75,14 @@ def _read(model: ModelConfig, description: Description) -> tuple[list[str], Part
                     tokenizers[name] = tokenizer.from_pretrained(
                         source_of(model), subfolder=tokenizer_of(name), revision=model.revision
                     )
-    tiny = None if model.tiny_decoder is None else _complete(AutoencoderTiny, tiny_decoder_config(model.tiny_decoder))
+    tiny = None if model.tiny_decoder is None else complete(AutoencoderTiny, tiny_decoder_config(model.tiny_decoder))
     return problems, Parts(
-        network=_complete(family.network_class, description.network),
-        vae=_complete(AutoencoderKL, description.vae),
+        network=description.network,
+        vae=description.vae,
         text_encoders=texts,
         tokenizers=tokenizers,
         tiny_decoder=tiny,
     )
-
-
-def _complete(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the defaults of `cls` for missing entries."""
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(config)
 
 
 def _class_of(index: Mapping[str, Any], part: str) -> str | None:
@@ -103,7 +95,9 @@ def _class_problems(index: Mapping[str, Any], family: Family) -> list[str]:
     needed = (family.network, "vae", *encoders, *map(tokenizer_of, encoders), "scheduler")
     problems = []
     if missing := [part for part in needed if _class_of(index, part) is None]:
-        problems.append(f"the pipeline has no {', '.join(missing)}: finetuning needs {', '.join(needed)}")
+        problems.append(
+            f"the pipeline has no {', '.join(missing)}: finetuning needs {', '.join(needed)}; use a checkpoint that has all"
+        )
     for part in needed:
         found, wanted = _class_of(index, part), classes.get(part)
         if wanted is not None and found not in (None, wanted):

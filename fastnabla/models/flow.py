@@ -61,7 +61,8 @@ class ConvFlow(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
         """As `UNetFlow.forward`."""
-        condition = self.time(self.embed(timestep)) + self.text(full(embeddings).mean(1))
+        embeddings = full(embeddings)
+        condition = self.time(self.embed(timestep).to(embeddings.dtype)) + self.text(embeddings.mean(1))
         h = self.first(full(x))
         for convolution, modulation in zip(self.middle, self.modulate, strict=True):
             scale, shift = modulation(nn.functional.silu(condition))[..., None, None].chunk(2, 1)

@@ -123,9 +123,10 @@ SAMPLING: Known = any_value("""
 DIFFUSION_SCHEDULER: Known = NOISE_SCHEDULE | SAMPLING
 FLOW_SCHEDULER: Known = {
     **any_value("""
-        base_image_seq_len base_shift invert_sigmas max_image_seq_len max_shift num_train_timesteps shift shift_terminal
-        stochastic_sampling time_shift_type use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_karras_sigmas
+        base_image_seq_len base_shift max_image_seq_len max_shift num_train_timesteps shift shift_terminal stochastic_sampling
+        time_shift_type use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_karras_sigmas
     """),
+    "invert_sigmas": Only((False, None), "the network's time would be 1 − t, and noise levels would rise"),
 }
 """`fastnabla.models.sampler` decides what of it is used."""
 

@@ -64,7 +64,8 @@ def noise_schedule(scheduler: SchedulerMixin) -> dict[str, Any]:
         raise _refusal(
             scheduler,
             f"it has no {', '.join(missing)}, so it is not a variance-preserving diffusion with discrete timesteps. Models "
-            "of EDM, and of flow matching with another scheduler than FlowMatchEulerDiscreteScheduler, cannot be finetuned",
+            "of EDM cannot be finetuned; of a flow model, give a copy with FlowMatchEulerDiscreteScheduler, its shift and its "
+            "num_train_timesteps in model_index.json and scheduler/scheduler_config.json",
         )
     schedule = {name: own[name] for name in ENTRIES} | {
         "rescale_betas_zero_snr": own.get("rescale_betas_zero_snr", False)

@@ -59,7 +59,24 @@ def use_sampler(pipeline: DiffusionPipeline, config: SamplerConfig, tokens: int 
         ValueError: the pipeline's scheduler does not describe a discrete variance-preserving diffusion or flow matching, or a
             setting does not fit its noise schedule.
     """
-    pipeline.scheduler = scheduler = scheduler_of(pipeline.scheduler, config)
+    pipeline.scheduler, table = sampler_of(pipeline.scheduler, config, tokens)
+    _warn(pipeline.scheduler, table, config)
+    return table
+
+
+def sampler_of(
+    shipped: SchedulerMixin, config: SamplerConfig, tokens: int | None = None
+) -> tuple[SchedulerMixin, TransitionTable]:
+    """The scheduler of `config` and its table.
+
+    Args:
+        shipped: the scheduler that came with the checkpoint.
+        config, tokens: as for `use_sampler`.
+
+    Raises:
+        ValueError: as `use_sampler`.
+    """
+    scheduler = scheduler_of(shipped, config)
     try:
         if is_flow_matching(scheduler):
             mu = dynamic_shift(tokens, scheduler.config) if scheduler.config.use_dynamic_shifting else None
@@ -72,18 +89,8 @@ def use_sampler(pipeline: DiffusionPipeline, config: SamplerConfig, tokens: int 
             f"sampler.spacing = {config.spacing!r} with sampler.scheduler = {config.scheduler!r}, sampler.eta = {config.eta} "
             f"and sampler.steps = {config.steps}: {error}"
         ) from error
-    noisy_flow = is_flow_matching(scheduler) and not table.is_deterministic
-    if noisy_flow and abs(memory := table.memory()) > MEMORY:
-        logger.warning(
-            "sampler.scheduler = %r with sampler.eta = %g: finished samples have a correlation of %.2f with the first noise (on "
-            "Gaussian data), so a run does not end at the pretrained model tilted by the reward. Use --sampler.scheduler ddim "
-            "--sampler.eta 1.",
-            config.scheduler,
-            config.eta,
-            memory,
-        )
     try:
-        return table if config.min_sigma is None else table.with_min_sigma(config.min_sigma)
+        return scheduler, table if config.min_sigma is None else table.with_min_sigma(config.min_sigma)
     except ValueError as error:
         raise ValueError(f"sampler.{error}") from error
 
@@ -96,8 +103,9 @@ def scheduler_of(
     Raises:
         ValueError: as `fastnabla.models.noise_schedule.noise_schedule`, or a setting is not for this kind of model.
     """
-    flow, kinds = is_flow_matching(shipped), FLOW_ROWS if is_flow_matching(shipped) else tuple(CLASSES)
-    kind = "flow" if flow else "diffusion"
+    flow = is_flow_matching(shipped)
+    schedule = flow_schedule(shipped) if flow else noise_schedule(shipped)
+    kind, kinds = ("flow", FLOW_ROWS) if flow else ("diffusion", tuple(CLASSES))
     require(
         config.scheduler in kinds,
         "sampler.scheduler",
@@ -112,26 +120,39 @@ def scheduler_of(
             config.spacing,
             f"is for diffusion models, and this is a flow model, whose times are linear; leave it at {default!r}.",
         )
-        return FlowMatchEulerDiscreteScheduler(**flow_schedule(shipped))
+        return FlowMatchEulerDiscreteScheduler(**schedule)
     settings = {"timestep_spacing": config.spacing, "steps_offset": STEPS_OFFSET}
     if config.spacing is None:
         written = set(shipped.config) - set(shipped.config.get("_use_default_values", ()))
         settings = {name: shipped.config[name] for name in settings if name in written}
-    return CLASSES[config.scheduler](**noise_schedule(shipped), **settings, **FIXED[config.scheduler])
+    return CLASSES[config.scheduler](**schedule, **settings, **FIXED[config.scheduler])
 
 
 def _check_terminal_snr(scheduler: DDIMScheduler | DPMSolverMultistepScheduler, config: SamplerConfig) -> None:
-    """Zero terminal SNR needs a prediction of x̂0 or v where sampling starts from pure noise, and spacing that does so."""
-    if not scheduler.config.rescale_betas_zero_snr:
-        return
-    if scheduler.config.timestep_spacing == "leading":
-        logger.warning(
-            "The checkpoint was trained with zero terminal SNR, and sampler.spacing = %r leaves out the timesteps of pure "
-            "noise. Consider --sampler.spacing trailing.",
-            config.spacing,
-        )
-    elif scheduler.config.prediction_type == "epsilon":
+    """Zero terminal SNR needs a prediction of x̂0 or v where sampling starts from pure noise."""
+    own = scheduler.config
+    if own.rescale_betas_zero_snr and own.timestep_spacing != "leading" and own.prediction_type == "epsilon":
         raise ValueError(
             f"sampler.spacing = {config.spacing!r}: starts at zero terminal SNR (the checkpoint has rescale_betas_zero_snr), "
             "where ε-prediction does not determine the clean sample. Use --sampler.spacing leading."
+        )
+
+
+def _warn(scheduler: SchedulerMixin, table: TransitionTable, config: SamplerConfig) -> None:
+    """Warn of a sampler that does not start from pure noise though the network knows it, or that remembers its noise."""
+    if not is_flow_matching(scheduler):
+        if scheduler.config.rescale_betas_zero_snr and scheduler.config.timestep_spacing == "leading":
+            logger.warning(
+                "The checkpoint was trained with zero terminal SNR, and sampler.spacing = %r leaves out the timesteps of pure "
+                "noise. Consider --sampler.spacing trailing.",
+                config.spacing,
+            )
+    elif not table.is_deterministic and abs(memory := table.memory()) > MEMORY:
+        logger.warning(
+            "sampler.scheduler = %r with sampler.eta = %g: finished samples have a correlation of %.2f with the first noise (on "
+            "Gaussian data), so a run does not end at the pretrained model tilted by the reward. Use --sampler.scheduler ddim "
+            "--sampler.eta 1.",
+            config.scheduler,
+            config.eta,
+            memory,
         )

@@ -40,9 +40,10 @@ def check_is_ddpm(table: TransitionTable, method: str) -> None:
     if table.alpha_bar_next[-1] == 1:
         raise ValueError(
             f"method = {method!r}: the sampler ends at the clean sample, a step that DDPM's noising kernel does not reverse; "
-            "build its table with end > 0."
+            "use --method residual-db, or in Python a table with end > 0."
         )
-    remedies = ("eta = 1", "eta = 1", "min_sigma = None")  # eta changes means too, min_sigma does not
+    steps = "scheduler = ddim and sampler.eta = 1" if table.is_flow_matching else "eta = 1"
+    remedies = (steps, steps, "min_sigma = None")  # other steps have other means too, min_sigma has not
     for column, value, remedy in zip((table.a, table.b, table.sigma), expected, remedies, strict=True):
         if not torch.allclose(column, value, rtol=1e-9, atol=1e-12):
             raise ValueError(

@@ -29,6 +29,7 @@ from fastnabla.prompts import RunPrompts, prompts_of, used_prompts, warn_truncat
 from fastnabla.rewards import RewardSum, check_reward, reward_of
 from fastnabla.run.state import TrainState
 from fastnabla.testbed.silhouettes import IMAGE_SIZE
+from fastnabla.training.check_model import check_model
 from fastnabla.training.guards import require_measurable
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.collection import RolloutCollector, Sampler, rank_ranges
@@ -82,10 +83,11 @@ def plan_and_build(config: TrainConfig, prompts: RunPrompts | None = None, world
         config, prompts, world: see `build_components`.
 
     Raises:
-        ValueError: see `build_components` and `fastnabla.cost.planner.planned`.
+        ValueError: see `build_components`, `check_model` and `fastnabla.cost.planner.planned`.
     """
     if config.deterministic:
         make_deterministic()  # planning may start CUDA
+    check_model(config)
     count = None if prompts is None else len(prompts.texts)
     config, _ = planned(config, device_of(config, world.rank_info), world.local_size, world.size, count)
     return build_components(config, prompts, world)

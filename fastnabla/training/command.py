@@ -15,13 +15,13 @@ from fastnabla.cost.update_cost import cost_table, measured_rate, update_cost
 from fastnabla.distributed.devices import device_of
 from fastnabla.distributed.launch import RankInfo
 from fastnabla.distributed.world import LostProcess, World, log_as
-from fastnabla.models.lora_targets import check_targets
 from fastnabla.models.sampler_table import sampler_table
 from fastnabla.prompts import RunPrompts, look, prompts_of
 from fastnabla.run.folder import create_run_folder
 from fastnabla.run.lock import locked
 from fastnabla.run.resuming import AUTO, is_unbegun, run_to_resume, updates_of
 from fastnabla.training.build import build_components
+from fastnabla.training.check_model import check_model
 from fastnabla.training.trainer import Trainer
 from fastnabla.training.whole_run import fail, train_to_the_end
 from fastnabla.utils.console import print_error, print_plain, silenced
@@ -112,15 +112,14 @@ def _start(config: TrainConfig, world: World, console: Console) -> dict[str, Any
         raise ValueError(
             f"run = {str(run)!r}: exists already and is never overwritten; choose another folder or remove it."
         )
+    check_model(config)
     prompts = (
         prompts_of(config.prompts, config.evaluation.prompts, config.seed)
         if resume is None
         else RunPrompts.load(run / "prompts.json")
     )
     config, plan = planned(config, device_of(config), world.local_size, world.size, len(prompts.texts))
-    if plan is None:
-        check_targets(config.model, config.lora)  # as planning does, before anything is loaded
-    else:
+    if plan is not None:
         console.print(plan.table())
     print_plain(console, look(prompts))
     return {

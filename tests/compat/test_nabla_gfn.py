@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributions import Normal
@@ -212,3 +219,25 @@ def test_step_index_of_dpm_solver():
     assert torch.equal(score, expected)
     with pytest.raises(ValueError, match=r"step_index = \[1, 1, 1\]: expected \[4, 5, 6\]"):
         inference_step(scheduler, X, timestep, X, prev_sample=X, step_index=torch.ones(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            FlowMatchEulerDiscreteScheduler,
+            r"scheduler = FlowMatch.*: the reference has no flow matching\. Use fastnabla\.losses",
+        ),
+        (FlowMatchHeunDiscreteScheduler, "scheduler FlowMatchHeunDiscreteScheduler is not supported"),
+    ],
+)
+def test_flow_matching_is_refused(kind: type, message: str):
+    scheduler, x = kind(), torch.zeros(SHAPE)
+    scheduler.set_timesteps(4)
+    for call in (
+        lambda: inference_step(scheduler, x, 1000, x),
+        lambda: predict_clean(scheduler, x, x, 1000),
+        lambda: get_alpha_prod_t(scheduler, 1000, x),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

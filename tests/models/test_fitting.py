@@ -17,7 +17,8 @@ from fastnabla.models.image_size import image_size, latent_shape, size_problems
 from fastnabla.models.pipeline import encode_prompts, pipeline_of
 from tests.families import save_tiny
 
-CONFIG = {"tokenizer": "tokenizer_config.json", "tokenizer_2": "tokenizer_config.json"}
+CONFIG = {part: "tokenizer_config.json" for part in ("tokenizer", "tokenizer_2")}
+CONFIG["scheduler"] = "scheduler_config.json"
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,13 @@ def test_half_precision_inputs(flow):
     assert flow(X.bfloat16(), TIMESTEP, EMBEDDINGS.bfloat16()).dtype == torch.float32
 
 
+def test_double_precision(flow):
+    expected = perturbed(flow)(X, TIMESTEP, EMBEDDINGS)
+    output = flow.double()(X.double(), TIMESTEP, EMBEDDINGS.double())
+    assert output.dtype == torch.float64
+    torch.testing.assert_close(output.float(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_build_flow():
     assert build_flow("none", 4, 16, seed=0) is None
     torch.manual_seed(1)

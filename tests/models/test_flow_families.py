@@ -16,10 +16,10 @@ from fastnabla.evaluation.options import EvaluationOptions
 from fastnabla.evaluation.run import RunEvaluation
 from fastnabla.models.build import Networks, build_networks
 from fastnabla.models.kohya import save_kohya
-from fastnabla.models.pipeline import family_of_pipeline, pipeline_of
+from fastnabla.models.pipeline import family_of_pipeline, pipeline_of, reading_tokenizers
 from fastnabla.models.sampler import use_sampler
 from fastnabla.models.saved_policy import load_policy, read_policy
-from fastnabla.prompts import RunPrompts
+from fastnabla.prompts import RunPrompts, warn_truncated
 from fastnabla.sample import SampleConfig, sample_run
 from fastnabla.study.measuring import _Networks
 from fastnabla.study.parts import Part
@@ -174,6 +174,15 @@ def test_recomputed_blocks_give_the_same_gradients(model: str) -> None:
         )
     for kept, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, kept, rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_are_cut_where_t5_cuts_them(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizers = reading_tokenizers(pipeline_of(config_of(model).model))
+    limit = 512 if "flux" in model else 256
+    warn_truncated([" ".join(["cat"] * (limit - 2))], *tokenizers)
+    assert not caplog.messages
+    warn_truncated([" ".join(["cat"] * (limit - 1))], *tokenizers)
+    assert f"1 of the run's 1 prompts are longer than the {limit} tokens of the text encoder" in caplog.text
 
 
 def test_all_repeated_blocks_are_compiled(model: str) -> None:

@@ -13,20 +13,25 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SchedulerMixin,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, T5Config
 
 from fastnabla.config.model_sections import LoraConfig, ModelConfig, SamplerConfig
 from fastnabla.cost.planner import unit_costs
 from fastnabla.models.build import build_networks
 from fastnabla.models.description import described
-from fastnabla.models.families import SD, SDXL, Family
+from fastnabla.models.families import FLUX, SD, SD3, SDXL, Family
 from fastnabla.models.known_configuration import require_known
 from fastnabla.models.pipeline import pipeline_of
 from fastnabla.prompts import RunPrompts
@@ -41,6 +46,7 @@ UNET, VAE, TEXT, TEXT_2 = (
     "text_encoder_2/config.json",
 )
 SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
+TRANSFORMER = "transformer/config.json"
 STATISTICS = {"latents_mean": [-1.6, 1.1, 0.7, -0.9], "latents_std": [8.4, 5.9, 7.1, 6.2]}
 
 SCHEDULERS = [
@@ -68,6 +74,15 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
         (VAE, SD, parameters(AutoencoderKL)),
         (TEXT, SD, CLIPTextConfig().to_dict()),
         *[(SCHEDULER, SD, parameters(scheduler)) for scheduler in SCHEDULERS],
+        (INDEX, SD3, parameters(StableDiffusion3Pipeline)),
+        (INDEX, FLUX, parameters(FluxPipeline)),
+        (TRANSFORMER, SD3, parameters(SD3Transformer2DModel)),
+        (TRANSFORMER, FLUX, parameters(FluxTransformer2DModel)),
+        *[(VAE, family, parameters(AutoencoderKL)) for family in (SD3, FLUX)],
+        ("text_encoder_3/config.json", SD3, T5Config().to_dict()),
+        (TEXT_2, FLUX, T5Config().to_dict()),
+        *[(TEXT, family, CLIPTextConfig().to_dict()) for family in (SD3, FLUX)],
+        *[(SCHEDULER, family, parameters(FlowMatchEulerDiscreteScheduler)) for family in (SD3, FLUX)],
     ],
     ids=lambda value: value if isinstance(value, str) else str(value)[:60] if isinstance(value, Family) else "",
 )

@@ -21,6 +21,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
@@ -32,10 +33,11 @@ from diffusers import (
 )
 
 from fastnabla.config.model_sections import ModelConfig, SamplerConfig
+from fastnabla.models.noise_schedule import flow_schedule
 from fastnabla.models.pipeline import encode_prompts, pipeline_of
 from fastnabla.models.policy import Policy
-from fastnabla.models.sampler import scheduler_of, use_sampler
-from fastnabla.models.sampler_table import sampler_table
+from fastnabla.models.sampler import sampler_of, scheduler_of, use_sampler
+from fastnabla.models.sampler_table import sampler_table, unused_settings
 from fastnabla.table_scheduler import TableScheduler
 from fastnabla.testbed import pipeline_folder
 from fastnabla.trajectories.rollout import sample
@@ -120,6 +122,26 @@ def test_checkpoints_of_one_model_are_sampled_alike(
     for column in dataclasses.fields(table):
         assert torch.equal(getattr(table, column.name), getattr(expected, column.name)), column.name
     assert dict(pipeline.scheduler.config) == own
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True},
+        {"shift_terminal": 0.1},
+        {"stochastic_sampling": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_flow_models_are_sampled_alike(settings: dict) -> None:
+    """By the steps of a checkpoint without these settings, which --dry-run lists."""
+    plain, other = (FlowMatchEulerDiscreteScheduler(shift=3.0, **more) for more in ({}, settings))
+    (_, expected), (scheduler, table) = (sampler_of(shipped, SamplerConfig(steps=20)) for shipped in (plain, other))
+    for column in dataclasses.fields(table):
+        assert torch.equal(getattr(table, column.name), getattr(expected, column.name)), column.name
+    assert unused_settings(other, scheduler, flow_schedule(other)) == settings
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-xl-base-1.0"])

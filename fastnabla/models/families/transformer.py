@@ -7,10 +7,16 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from fastnabla.models.families.family import Family, tokenizer_of
 from fastnabla.models.families.parts import Parts
-from fastnabla.models.known_configuration import VAE, Known, any_value
+from fastnabla.models.known_configuration import VAE, Known, Only, any_value
 
-FLOW_VAE: Known = VAE | any_value("shift_factor")
-"""The pipelines decode with shift_factor, and without latents_mean and latents_std."""
+_NO_STATISTICS = Only(
+    (None,), "the pipelines of Stable Diffusion 3 and FLUX do not decode with statistics of each channel"
+)
+FLOW_VAE: Known = VAE | {
+    **any_value("shift_factor"),
+    "latents_mean": _NO_STATISTICS,
+    "latents_std": _NO_STATISTICS,
+}
 
 
 class TransformerFamily(Family):
