@@ -212,7 +212,7 @@ def test_only_rows_that_would_have_no_noise_end_at_the_prediction(rows: str, ste
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_variance_preserving_rows_never_end_at_the_prediction(kind: str, spacing: str) -> None:
+def test_variance_preserving_ddim_rows_never_end_at_the_prediction(kind: str, spacing: str) -> None:
     for eta in (0.3, 1.0):
         assert not ddim_table(10, eta, prediction_type=kind, timestep_spacing=spacing).ends_at_prediction
 

@@ -33,6 +33,8 @@ class Method:
     """Whether it uses the densities of the sampler's steps, or their noise. If not, it also learns from an ODE's trajectories."""
     reverses_noising: bool = False
     """Whether its backward policy is DDPM's noising kernel, which reverses DDPM's steps only."""
+    needs_flow_model: bool = False
+    """Whether it is for models of flow matching alone."""
     without: tuple[str, ...] = ()
     """Fields, as SECTION.FIELD, that have no effect on it."""
     only: Mapping[str, tuple[tuple[Any, ...], str]] = dataclasses.field(default_factory=dict)
@@ -158,6 +160,7 @@ METHODS: dict[str, Method] = {
     "vgg-flow": Method(
         has_reference=True,
         has_densities=False,
+        needs_flow_model=True,
         without=(*_DIRECT, *_objective_but("reward_gradient", "gamma"), *_POLICY_GRADIENT, *_FLOW),
         only={
             "objective.reward_gradient": (

@@ -51,7 +51,7 @@ class RunEvaluation:
     """
 
     def __init__(self, run: Path, options: EvaluationOptions, others: Sequence[Path] = ()) -> None:
-        config = load_run(run)
+        config = dataclasses.replace(load_run(run), vram=None)  # a bound on training
         weights = weights_folder(run, options.weights, config.optimizer.ema)
         require_policy(weights)
         if options.probe is not None:

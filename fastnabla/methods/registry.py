@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
+from fastnabla.config.methods import METHODS
 from fastnabla.config.train import TrainConfig
 from fastnabla.methods.accumulation import Accumulation
 from fastnabla.methods.adjoint import AdjointStep
@@ -264,7 +265,7 @@ def require_flow_model(config: TrainConfig, table: TransitionTable) -> None:
         ValueError: it does not.
     """
     require(
-        config.method != "vgg-flow" or table.is_flow_matching,
+        table.is_flow_matching or not METHODS[config.method].needs_flow_model,
         "method",
         config.method,
         f"matches velocities, and {config.model.name} is not a model of flow matching; use rsm.",

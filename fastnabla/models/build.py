@@ -68,7 +68,7 @@ def build_networks(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(policy_seed)
         policy = Policy(
-            network_of(pipeline),
+            network_of(pipeline).to(device),
             conditions,
             config.sampler.guidance_scale,
             config.lora.rank,

@@ -105,12 +105,13 @@ def encode_prompts(
 
     def encode_each(texts: Sequence[str]) -> list[tuple[Tensor, ...]]:
         encoders = {encoder: encoder.device for encoder in text_encoders(pipeline)}
-        for encoder in encoders:
-            encoder.to(device)
-        embeddings = [tuple(column[0].cpu() for column in family.encode(pipeline, [text])) for text in texts]
-        for encoder, previous in encoders.items():
-            encoder.to(previous)
-        return embeddings
+        try:
+            for encoder in encoders:
+                encoder.to(device)
+            return [tuple(column[0].cpu() for column in family.encode(pipeline, [text])) for text in texts]
+        finally:
+            for encoder, previous in encoders.items():
+                encoder.to(previous)
 
     unconditional = family.encode_nothing(pipeline)
     size = size or image_size(ModelConfig(), description_of(pipeline))

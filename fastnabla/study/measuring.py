@@ -1,6 +1,7 @@
 """Samples the runs of a study and measures the samples. Nothing is sampled twice."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,6 +119,7 @@ class _Networks:
     """
 
     def __init__(self, config: TrainConfig, held_out: str | None) -> None:
+        config = dataclasses.replace(config, vram=None)  # a bound on training
         self.components = plan_and_build(config, measured_prompts(config, held_out))
 
     def progress(self, name: str, parts: Sequence[Part], divergence: int, console: Console) -> TaskProgress:

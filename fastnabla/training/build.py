@@ -88,8 +88,8 @@ def plan_and_build(config: TrainConfig, prompts: RunPrompts | None = None, world
     if config.deterministic:
         make_deterministic()  # planning may start CUDA
     check_model(config)
-    count = None if prompts is None else len(prompts.texts)
-    config, _ = planned(config, device_of(config, world.rank_info), world.local_size, world.size, count)
+    prompts = _read_prompts(config, world) if prompts is None else prompts
+    config, _ = planned(config, device_of(config, world.rank_info), world.local_size, world.size, len(prompts.texts))
     return build_components(config, prompts, world)
 
 
@@ -116,9 +116,7 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
     # Inputs
     probe = build_probe(config.evaluation.probe, device)
     require_measurable(config.evaluation, probe)
-    if prompts is None:  # rank 0 reads them for all ranks
-        read = functools.partial(prompts_of, config.prompts, config.evaluation.prompts, seed)
-        prompts = RunPrompts.from_json(world.broadcast(lambda: read().to_json()))
+    prompts = _read_prompts(config, world) if prompts is None else prompts
     reward = reward_of(config.reward, config.model.random_init, device)
 
     # Networks
@@ -191,6 +189,12 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
         ),
         anomalies=Anomalies(policy=policy, flow=flow, reward=reward, step=step),
     )
+
+
+def _read_prompts(config: TrainConfig, world: World) -> RunPrompts:
+    """The prompts that `config` names, which rank 0 reads for all ranks."""
+    read = functools.partial(prompts_of, config.prompts, config.evaluation.prompts, config.seed)
+    return RunPrompts.from_json(world.broadcast(lambda: read().to_json()))
 
 
 def fix_rows(config: TrainConfig, policy: Policy, step: Accumulation, world: World) -> None:

@@ -261,7 +261,7 @@ DEEP = {
     ids=str,
 )
 def test_measured_step_of_flow_models(family: str, settings: dict, checkpoint: bool, tmp_path: Path) -> None:
-    """To 3%, with SD3's two rows and FLUX's single one."""
+    """To 5%, with SD3's two rows and FLUX's single one."""
     architecture = dataclasses.replace(TINY[family], network=TINY[family].network | DEEP[family])
     random_pipeline(architecture, {"default": torch.float32}).save_pretrained(tmp_path)
     config = small(

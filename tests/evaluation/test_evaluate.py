@@ -95,6 +95,14 @@ def test_the_table_has_a_column_a_run(run: Path, tmp_path: Path, capsys: pytest.
     assert {**results(other), "run": ""} == {**results(run), "run": ""}
 
 
+def test_the_memory_of_training_does_not_bound_an_evaluation(run: Path, tmp_path: Path) -> None:
+    """A run with `vram` was planned to the last byte, perhaps by a version that counted less."""
+    other = copy_of(run, tmp_path / "planned")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vram": 0.001}))
+    RunEvaluation(other, OPTIONS, [run])
+
+
 def test_a_run_beside_it_shares_its_reference_samples_in_a_later_evaluation(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

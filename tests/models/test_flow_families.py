@@ -1,5 +1,6 @@
 """SD3, SD3.5 and FLUX sample as plain diffusers does, train, are saved, and are loaded again."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from fastnabla.evaluation.run import RunEvaluation
 from fastnabla.models.build import Networks, build_networks
 from fastnabla.models.kohya import save_kohya
 from fastnabla.models.pipeline import family_of_pipeline, pipeline_of, reading_tokenizers
+from fastnabla.models.random_init import random_pipeline
 from fastnabla.models.sampler import use_sampler
 from fastnabla.models.saved_policy import load_policy, read_policy
 from fastnabla.prompts import RunPrompts, warn_truncated
@@ -183,6 +185,18 @@ def test_prompts_are_cut_where_t5_cuts_them(model: str, caplog: pytest.LogCaptur
     assert not caplog.messages
     warn_truncated([" ".join(["cat"] * (limit - 1))], *tokenizers)
     assert f"1 of the run's 1 prompts are longer than the {limit} tokens of the text encoder" in caplog.text
+
+
+def test_a_flux_without_guidance_reads_fewer_tokens() -> None:
+    """FLUX.1-schnell was trained with 256; its tokenizer has 512."""
+    full = FLOW_MODELS["flux"]
+    schnell = dataclasses.replace(full, network=full.network | {"guidance_embeds": False})
+    pipeline = random_pipeline(schnell, {"default": torch.float32})
+    family = family_of_pipeline(pipeline)
+    family.limit_tokenizers(pipeline)
+    shape = family.embedding_shapes(pipeline.transformer.config, family.text_lengths)["text"]
+    assert family.encode(pipeline, ["a cat"])[0].shape == (1, *shape) and shape[0] == 256
+    assert family.sampling_arguments(pipeline) == {"max_sequence_length": 256}
 
 
 def test_all_repeated_blocks_are_compiled(model: str) -> None:

@@ -16,6 +16,8 @@ from fastnabla.utils.patches import PATCH, pack, unpack
 
 SAMPLE_SIZE = 128
 """diffusers' `FluxPipeline.default_sample_size`."""
+DISTILLED_TOKENS = 256
+"""T5 tokens that a FLUX without guidance, as FLUX.1-schnell, was trained with (diffusers' page on Flux)."""
 
 
 class Flux(TransformerFamily):
@@ -54,8 +56,13 @@ class Flux(TransformerFamily):
         return PATCH
 
     def embedding_shapes(self, network: Configuration, lengths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        text = (lengths["text_encoder_2"], network["joint_attention_dim"])
-        return {"text": text, "pooled": (network["pooled_projection_dim"],)}
+        tokens = min(lengths["text_encoder_2"], _most_tokens(network))
+        return {"text": (tokens, network["joint_attention_dim"]), "pooled": (network["pooled_projection_dim"],)}
+
+    def limit_tokenizers(self, pipeline: FluxPipeline) -> None:
+        super().limit_tokenizers(pipeline)
+        tokenizer = pipeline.tokenizer_2
+        tokenizer.model_max_length = min(tokenizer.model_max_length, _most_tokens(pipeline.transformer.config))
 
     def encode(self, pipeline: FluxPipeline, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         length, device = pipeline.tokenizer_2.model_max_length, pipeline.text_encoder.device
@@ -92,6 +99,10 @@ class Flux(TransformerFamily):
         if not network.config.guidance_embeds:
             return {}
         return {"guidance": torch.tensor(1.0 if guidance_scale is None else float(guidance_scale))}
+
+
+def _most_tokens(network: Configuration) -> int:
+    return Flux.text_lengths["text_encoder_2"] if network["guidance_embeds"] else DISTILLED_TOKENS
 
 
 def _positions(height: int, width: int, like: Tensor) -> Tensor:
