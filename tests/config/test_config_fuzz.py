@@ -132,7 +132,7 @@ ARGUMENTS = st.lists(st.tuples(OPTIONS, TEXTS).map("=".join) | OPTIONS | TEXTS, 
 def test_any_command_line(preset: list[str], arguments: list[str], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        patch.setattr(command, "planned", stop)
+        patch.setattr(command, "check_model", stop)
         try:
             assert train.main([*preset, *arguments]) == 2
         except SystemExit as end:

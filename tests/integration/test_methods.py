@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from fastnabla.config.method_sections import Direct
 from fastnabla.config.methods import METHODS
-from fastnabla.config.model_sections import ModelConfig
+from fastnabla.config.model_sections import ModelConfig, RewardConfig
 from fastnabla.config.train import TrainConfig, from_json, to_json
+from fastnabla.config.training_sections import EvaluationConfig
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.methods.direct import late_step, random_k
 from fastnabla.methods.registry import STEPS
@@ -127,7 +128,14 @@ def test_methods_that_store_nothing_sample_what_a_rollout_does(tmp_path: Path) -
 
 @pytest.mark.parametrize("method", OTHERS)
 def test_bfloat16_networks_train_a_float32_lora(method: str, tmp_path: Path) -> None:
-    config = config_of(method, updates=2, model=ModelConfig(name="testbed", dtype="bfloat16"))
+    """On latents of 4 × 4: a CPU without bfloat16 instructions is slow."""
+    config = config_of(
+        method,
+        updates=2,
+        model=ModelConfig(name="testbed", dtype="bfloat16", height=16, width=16),
+        reward=RewardConfig(terms=("hue=1",)),
+        evaluation=EvaluationConfig(every=2, samples=2, prompts=2),
+    )
     trainer = without_pictures(Trainer.from_config(config))
     folder = tmp_path / "run"
     folder.mkdir()

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from fastnabla.config.model_sections import ModelConfig, SamplerConfig
+from fastnabla.config.model_sections import ModelConfig, RewardConfig, SamplerConfig
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig, RolloutConfig
@@ -187,7 +187,13 @@ def test_other_settings_run_with_the_planned_passes(reward_gradient: str, flow: 
 
 
 def test_bfloat16_networks_train_a_float32_lora(tmp_path: Path) -> None:
-    trainer = Trainer.from_config(small(updates=2, model=ModelConfig(name="testbed", dtype="bfloat16")))
+    config = small(
+        updates=2,
+        model=ModelConfig(name="testbed", dtype="bfloat16", height=16, width=16),
+        reward=RewardConfig(terms=("hue=1",)),
+        evaluation=EvaluationConfig(every=2, samples=2, prompts=2),
+    )
+    trainer = Trainer.from_config(config)
     assert trainer.policy.network.dtype == torch.bfloat16
     folder = tmp_path / "run"
     folder.mkdir()
