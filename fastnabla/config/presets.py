@@ -107,7 +107,13 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     ),
     TESTBED_FLOW: (
         "The embedded flow model, in the shape of Stable Diffusion 3, with the testbed's rewards and prompts.",
-        dataclasses.replace(_TESTBED, model=ModelConfig(name=TESTBED_FLOW, dtype="float32")),
+        dataclasses.replace(
+            _TESTBED,
+            model=ModelConfig(name=TESTBED_FLOW, dtype="float32"),
+            objective=dataclasses.replace(_TESTBED.objective, beta=550.0),
+            optimizer=dataclasses.replace(_TESTBED.optimizer, learning_rate=1.5e-2),
+            evaluation=dataclasses.replace(_TESTBED.evaluation, every=12),
+        ),
     ),
     "sd35m-pickscore": (
         "Stable Diffusion 3.5 medium, 1024², towards PickScore. No settings are published: expect to tune β and the "
