@@ -42,6 +42,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_gradients_were_compared(result: dict) -> None:
     found = {row["name"]: row.get("gradient difference") for row in result["rows"]}
     assert found["published"] is None and found["these, reward_gradient=terminal"] is None
@@ -49,6 +50,7 @@ def test_gradients_were_compared(result: dict) -> None:
     assert all(found[name] < FLOAT64_LIMIT for name in compared)
 
 
+@pytest.mark.slow
 def test_rows_have_the_passes_of_the_plan(result: dict) -> None:
     found = {row["name"]: row for row in result["rows"]}
     assert all("note" not in row for row in found.values())
@@ -58,6 +60,7 @@ def test_rows_have_the_passes_of_the_plan(result: dict) -> None:
     assert all(row["s"] > 0 and row["peak GiB"] > 0 for row in found.values())
 
 
+@pytest.mark.slow
 def test_markdown_has_all_columns(result: dict) -> None:
     assert f"| {' | '.join(HEADER)} |" in markdown(result)
 

@@ -26,6 +26,8 @@ from fastnabla.optim.optimizer import Optimizer
 from fastnabla.training.guards import Guard
 from fastnabla.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a giraffe", "a <b>cow</b> & more"]
 ODD = "<i>odd & bold"
 BUDGET = 88

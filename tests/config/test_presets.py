@@ -105,6 +105,7 @@ def test_preset_dry_runs(name: str, tiny_model: str, capsys: pytest.CaptureFixtu
     )
 
 
+@pytest.mark.slow
 def test_stable_diffusion_s_shapes_with_few_channels_run_to_the_end(tmp_path: Path) -> None:
     """32×48 latents, 77 tokens; all but the reward, which would take most of the time. In bfloat16, or float32
     where that takes too long; `test_trainer.py` trains smaller networks in bfloat16 everywhere."""

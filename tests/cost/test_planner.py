@@ -43,6 +43,7 @@ def plan(gigabytes: float, rank: int = 8, **memory) -> MemoryPlan:
     return plan_memory(config, stable_diffusion(rank), int(gigabytes * 1e9), CPU)
 
 
+@pytest.mark.slow
 def test_plans_fit_and_grow() -> None:
     """With more memory nothing is recomputed that was not before; micro-batches grow, but beyond `ENOUGH` not at the
     price of recomputing or of smaller chunks."""
@@ -59,6 +60,7 @@ def test_plans_fit_and_grow() -> None:
     assert plans[-1].micro_batch == MAX_MICRO_BATCH
 
 
+@pytest.mark.slow
 def test_24_gigabytes_need_no_checkpointing() -> None:
     chosen = plan(24)
     assert not chosen.checkpoint_network and not chosen.checkpoint_decoder
@@ -132,6 +134,7 @@ def test_a_plan_has_room_for_the_prompts() -> None:
     assert sizes == [50 * 2 * 77 * 768, 2**28, 2**28]
 
 
+@pytest.mark.slow
 def test_full_finetuning() -> None:
     """Gradients and casts of 860 M weights are counted by network, not by transition."""
     chosen = plan(80, rank=0)
@@ -175,6 +178,7 @@ def test_what_does_not_fit_fits_into_what_is_said_to_be_needed(gigabytes: int, m
         plan(needed - 0.06, **memory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["residual-db", "draft", "ddpo"])
 def test_what_would_fit_is_within_the_method(method: str) -> None:
     """Each option that the error names is accepted."""
@@ -218,6 +222,7 @@ def measured_share(config: TrainConfig) -> float:
     return measured.peak / max(planner._step(unit_costs(config), *settings).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("micro_batch", "chunk", "rank", "target"),
     [

@@ -41,6 +41,7 @@ def test_arithmetic() -> None:
     assert 0 < costs.flow_flops < 0.05 * costs.network_flops
 
 
+@pytest.mark.slow
 def test_memory_of_a_pass() -> None:
     """1.65 GB kept by a transition, in proportion to their number; a fifth of it with checkpointing."""
     costs = stable_diffusion()

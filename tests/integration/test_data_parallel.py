@@ -104,6 +104,7 @@ def first_step(world: World, config: TrainConfig) -> dict:
     return {"gradient": gradient(trainer), "numbers": numbers | rollout | report.passes | counts}
 
 
+@pytest.mark.slow
 def test_all_methods_on_2_processes(tmp_path: Path) -> None:
     others = [name for name in METHODS if name not in ("residual-db", "vgg-flow")]  # the testbed is a diffusion model
     configs = {name: row_by_row(5, 1, method=name) for name in others}

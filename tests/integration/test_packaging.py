@@ -81,6 +81,7 @@ def test_genuine_kernels_is_found_behind_the_root(genuine, before):
     assert run(code, *before, genuine) == [f"genuine genuine {genuine / 'kernels' / '__init__.py'}"]
 
 
+@pytest.mark.slow
 @without_genuine
 def test_libraries_that_look_for_kernels_import_at_the_root():
     """transformers imports what is called `kernels` to see its version; these are the imports that make it."""

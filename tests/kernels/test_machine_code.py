@@ -10,6 +10,8 @@ from typing import NamedTuple
 import pytest
 import triton
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "bench" / "results" / "machine_code.md"
 ARCHITECTURES = (80, 90, 100)

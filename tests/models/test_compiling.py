@@ -174,6 +174,7 @@ def test_graph_is_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch._functorch.config.donated_buffer
 
 
+@pytest.mark.slow
 def test_what_should_cancel_does_to_the_bit() -> None:
     """A new LoRA changes nothing, and the policy that samples is the one that is trained: compiled too, in half precision,
     whatever the number of rows. Two graphs of one network would round differently: on a CPU by 4e-3 of the output's mean

@@ -13,6 +13,8 @@ from fastnabla.study.protocol import Protocol
 from fastnabla.study.results import read_results
 from tests.study.made_up import TOML, protocol_file
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Protocol, Path]:

@@ -76,6 +76,7 @@ def test_a_probe_without_features_has_no_distance_from_the_prior() -> None:
         require_measurable(BOTH, Compares())
 
 
+@pytest.mark.slow
 def test_a_run_that_passes_a_bound_ends_and_can_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
