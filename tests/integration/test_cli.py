@@ -158,6 +158,7 @@ def reward(images, prompts):
 """Call 1 is the check before the run; each update has three of its own."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("break_", "found"),
     [

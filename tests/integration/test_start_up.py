@@ -51,6 +51,7 @@ def test_help_imports_no_torch(module: str) -> None:
     assert "usage: python -m fastnabla" in done.stdout
 
 
+@pytest.mark.slow
 def test_commands_in_an_awkward_environment(tmp_path: Path) -> None:
     """In one process, for speed: training into a log file, in ASCII and without control characters, with a line per update;
     nothing is written outside the run. Then every command starts and chooses a backend."""

@@ -111,6 +111,7 @@ def test_pictures_show_any_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
+@pytest.mark.slow
 def test_file_names_never_come_from_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.txt").write_text("\n".join(p for p in PROMPTS if not CONTROL.search(p)))
