@@ -5,8 +5,8 @@ From the same state, both policies take Gaussian steps with the same σ, so each
     KL(N(μ_θ, σ² I) ‖ N(μ_ref, σ² I)) = ‖μ_θ − μ_ref‖² / (2 σ²) = (b/σ)² ‖o_θ − o_ref‖² / 2
 
 with guided outputs o. By the chain rule, the expectation of the sum over a policy trajectory is the KL divergence of the two
-trajectory distributions. It bounds the divergence of the finished samples from above, with the last step's noise: that of a flow
-model's evaluated samples, which are means (`TransitionTable.ends_at_prediction`), is not defined.
+trajectory distributions. It bounds the divergence of the finished samples from above. These have the last step's noise. A flow
+model's evaluated samples have not (`TransitionTable.ends_at_prediction`), and the bound is not theirs.
 """
 
 from typing import Any
