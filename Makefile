@@ -14,6 +14,9 @@ OLDEST_TESTS := tests/kernels tests/test_losses.py $(patsubst %,tests/%.py, \
   distributed/test_sharding objective/test_balance objective/test_reference_target bench/test_whole_step training/test_guards rewards/test_models \
   $(addprefix trajectories/test_,buffer buffer_ops buffer_pinned extension))
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A worker that dies ends the tests: xdist would start another one, which repeats the test, or waits for ever. A test that takes
+# 20 minutes, ten times the longest, ends its worker with a traceback.
+SIDE_BY_SIDE += --max-worker-restart 0 -o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-oldest bench lint sanitize clean

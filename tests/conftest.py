@@ -3,10 +3,14 @@
 - Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors.
 - xdist workers divide the CPU cores among them. Folders with long files are run first, so that no worker waits long at the end.
 - Hypothesis draws the same examples in every run, unless started with `--hypothesis-profile random`.
+- Figures are saved blank, without being drawn, except in tests that use the fixture `drawn`.
+- What importing and collecting leaves in memory is excluded from garbage collection.
 """
 
 import contextlib
+import gc
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -46,3 +50,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run `LONG` folders first. xdist keeps this order with --no-loadscope-reorder; by itself it would order files by their
     numbers of tests, and so start the long ones last."""
     items.sort(key=lambda item: item.path.parent.name not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """A full collection would scan the millions of objects of torch, diffusers and the collected tests each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def savefig() -> Iterator[Callable[..., None] | None]:
+    """Save figures as blank pictures, because drawing would take most of the time of short runs. Returns the original."""
+    try:
+        from matplotlib.figure import Figure
+        from PIL import Image
+    except ImportError:  # on GPU machines, where nothing is drawn
+        yield None
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        original = Figure.savefig
+        patch.setattr(Figure, "savefig", lambda figure, file, **options: Image.new("L", (1, 1)).save(file, "png"))
+        yield original
+
+
+@pytest.fixture
+def drawn(savefig: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw figures as outside the tests."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)

@@ -20,6 +20,7 @@ from fastnabla.cost.shapes import shapes_of
 from fastnabla.cost.unit_costs import UnitCosts
 from fastnabla.methods.registry import STEPS
 from fastnabla.models.cached_conditions import DEVICE_BYTES
+from fastnabla.models.fitting import checked_description
 from fastnabla.optim.optimizer import expected_state_bytes
 
 CUDA_CONTEXT = 2**30
@@ -39,6 +40,8 @@ SMALLER = (
 )
 """Fields, a value, and another with which a run needs less memory."""
 NO_REWARDS = RewardBytes(0, 0)
+_COUNTED: dict[str, UnitCosts] = {}
+"""By what the networks depend on."""
 
 
 class DoesNotFit(ValueError):
@@ -207,11 +210,14 @@ def planned(
 
 
 def unit_costs(config: TrainConfig) -> UnitCosts:
-    """Costs of the networks of `config`."""
-    shapes = shapes_of(config)
-    scale, family = config.sampler.guidance_scale, shapes.description.family
-    is_input = bool(family.guidance_input(shapes.network, scale))
-    return UnitCosts(shapes, guided=scale != 1 and not is_input)
+    """Costs of the networks of `config`, which are counted once in a process."""
+    scale, flow = config.sampler.guidance_scale, config.flow.kind if config.has_flow else "none"
+    networks = repr((checked_description(config.model), config.model, config.lora, flow, scale))
+    if networks not in _COUNTED:
+        shapes = shapes_of(config)
+        is_input = bool(shapes.description.family.guidance_input(shapes.network, scale))
+        _COUNTED[networks] = UnitCosts(shapes, guided=scale != 1 and not is_input)
+    return _COUNTED[networks]
 
 
 def buffer_bytes(config: TrainConfig, sample_shape: torch.Size, trajectories: int) -> int:

@@ -20,6 +20,7 @@ QUICK = ["--updates=4", "--steps=4", "--width=8", "--samples=64", "--rollout.tra
 QUICK += ["--rollout.updates=4"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_command_line_writes_everything(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(QUICK) == 0 and main([*QUICK, "--dimension=16"]) == 0
@@ -44,6 +45,7 @@ def test_methods_have_settings_of_their_own():
     assert (draft.updates, draft.optimizer.beta1) == (8, 0.5)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_comparison_writes_a_line_for_each_method(tmp_path, capsys):
     folder = tmp_path / "run"
     assert compare([f"--folder={folder}", "--updates=4", "--samples=64", "--methods", "draft", "ddpo"]) == 0

@@ -1,6 +1,7 @@
 """The memory plan: what it chooses for Stable Diffusion, and a training step measured against it."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -31,23 +32,23 @@ from fastnabla.objective.settings import ReverseTarget
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.utils.tensor_bytes import LiveBytes
-from tests.cost.test_unit_costs import stable_diffusion
+from tests.cost.test_unit_costs import stable_diffusion as costs_of
 from tests.families import TINY, save_tiny
 from tests.training.test_trainer import small
 
 CPU = torch.device("cpu")
+shallow = functools.partial(costs_of, shallow=True)
 
 
 def plan(gigabytes: float, rank: int = 8, **memory) -> MemoryPlan:
     config = TrainConfig(vram=gigabytes, lora=LoraConfig(rank=rank), memory=MemoryConfig(**memory))
-    return plan_memory(config, stable_diffusion(rank), int(gigabytes * 1e9), CPU)
+    return plan_memory(config, shallow(rank), int(gigabytes * 1e9), CPU)
 
 
-@pytest.mark.slow
 def test_plans_fit_and_grow() -> None:
     """With more memory nothing is recomputed that was not before; micro-batches grow, but beyond `ENOUGH` not at the
     price of recomputing or of smaller chunks."""
-    plans = [plan(gigabytes) for gigabytes in (8, 10, 12, 14, 16, 20, 24, 32, 48, 80)]
+    plans = [plan(gigabytes) for gigabytes in (4, 5, 6, 8, 10, 12, 14, 20, 32)]
     for chosen in plans:
         assert chosen.total <= USABLE_FRACTION * chosen.budget
     for less, more in itertools.pairwise(plans):
@@ -62,10 +63,11 @@ def test_plans_fit_and_grow() -> None:
 
 @pytest.mark.slow
 def test_24_gigabytes_need_no_checkpointing() -> None:
-    chosen = plan(24)
+    """All blocks of Stable Diffusion 1.5 are counted here."""
+    chosen = plan_memory(TrainConfig(vram=24), costs_of(), int(24e9), CPU)
     assert not chosen.checkpoint_network and not chosen.checkpoint_decoder
     assert chosen.micro_batch >= 4
-    larger = planner._step(stable_diffusion(), chosen.micro_batch + 1, chosen.decode_chunk, False, False)
+    larger = planner._step(costs_of(), chosen.micro_batch + 1, chosen.decode_chunk, False, False)
     assert sum(chosen.fixed.values()) + max(larger.values()) > USABLE_FRACTION * 24e9, "one more would fit"
 
 
@@ -74,7 +76,7 @@ def test_a_pinned_buffer_is_counted_in_the_hosts_memory() -> None:
     on_device, pinned = (
         plan_memory(
             TrainConfig(vram=24, memory=MemoryConfig(buffer=buffer, output_block=64)),
-            stable_diffusion(),
+            shallow(),
             int(24e9),
             torch.device("cuda"),
         )
@@ -93,11 +95,11 @@ def test_activations_of_rewards_count() -> None:
     """Those of hpsv2, once for each image of a chunk; its weights once."""
     without = plan(24)
     rewards = RewardBytes(3_900_000_000, 435_000_000)
-    chosen = plan_memory(TrainConfig(vram=24), stable_diffusion(), int(24e9), CPU, rewards)
+    chosen = plan_memory(TrainConfig(vram=24), shallow(), int(24e9), CPU, rewards)
     assert chosen.total <= USABLE_FRACTION * chosen.budget
     assert chosen.fixed["reward networks"] == rewards.weights
     assert (chosen.micro_batch, chosen.decode_chunk) < (without.micro_batch, without.decode_chunk)
-    settings = (stable_diffusion(), chosen.micro_batch, chosen.decode_chunk, False, False)
+    settings = (shallow(), chosen.micro_batch, chosen.decode_chunk, False, False)
     more = chosen.step["step, while decoding"] - planner._step(*settings)["step, while decoding"]
     assert more == chosen.decode_chunk * rewards.image
 
@@ -126,7 +128,7 @@ def test_prompt_embeddings_take_what_is_planned(family: str, tmp_path: Path, mon
 
 def test_a_plan_has_room_for_the_prompts() -> None:
     """118 kB each for Stable Diffusion 1.5, up to 256 MiB."""
-    config, costs = TrainConfig(vram=24), stable_diffusion()
+    config, costs = TrainConfig(vram=24), shallow()
     sizes = [
         plan_memory(config, costs, int(24e9), CPU, prompts=prompts).fixed["prompt embeddings"]
         for prompts in (49, 1_000_000, None)
@@ -141,14 +143,14 @@ def test_full_finetuning() -> None:
     assert chosen.micro_batch == MAX_MICRO_BATCH and not chosen.checkpoint_network
     phase = "step, in backward passes"
     assert chosen.step[phase] < 1.2 * plan(80).step[phase]
-    with pytest.raises(DoesNotFit, match=r"^vram = 12\.0 GB"):
-        plan(12, rank=0)
+    with pytest.raises(DoesNotFit, match=r"^vram = 3\.0 GB"):
+        plan(3, rank=0)
 
 
 def test_sharded_full_finetuning() -> None:
     """By the arithmetic of docs/full-finetuning.md for P parameters in bfloat16: 4 P whole, of both networks, and a share of 4 P
     of masters, 2 P of the frozen copy, 4 P of gradients and 8 P of moments."""
-    costs = stable_diffusion(0)
+    costs = shallow(0)
     config = TrainConfig(vram=80, lora=LoraConfig(rank=0))
     alone, eight = (plan_memory(config, costs, int(80e9), CPU, ranks=ranks).fixed for ranks in (1, 8))
     parameters = sum(p.numel() for p in costs.shapes.network.parameters())
@@ -156,7 +158,7 @@ def test_sharded_full_finetuning() -> None:
     assert saved == pytest.approx((18 - (4 + 18 / 8)) * parameters, rel=1e-5)
     replicated = dataclasses.replace(config, memory=MemoryConfig(shard=False))
     assert plan_memory(replicated, costs, int(80e9), CPU, ranks=8).fixed == alone
-    assert plan_memory(TrainConfig(vram=80), stable_diffusion(), int(80e9), CPU, ranks=8).fixed == plan(80).fixed
+    assert plan_memory(TrainConfig(vram=80), shallow(), int(80e9), CPU, ranks=8).fixed == plan(80).fixed
 
 
 def test_fixed_settings_are_respected() -> None:
@@ -164,10 +166,10 @@ def test_fixed_settings_are_respected() -> None:
     assert (chosen.micro_batch, chosen.decode_chunk) == (2, 1)
     assert chosen.checkpoint_network and chosen.checkpoint_decoder
     assert plan(24, micro_batch=3).micro_batch == 3
-    assert plan(24, micro_batch=12).checkpoint_network
+    assert plan(10, micro_batch=12).checkpoint_network
 
 
-@pytest.mark.parametrize(("gigabytes", "memory"), [(4, {}), (16, {"micro_batch": 8, "checkpoint_network": False})])
+@pytest.mark.parametrize(("gigabytes", "memory"), [(3, {}), (10, {"micro_batch": 8, "checkpoint_network": False})])
 def test_what_does_not_fit_fits_into_what_is_said_to_be_needed(gigabytes: int, memory: dict) -> None:
     with pytest.raises(DoesNotFit, match=rf"^vram = {gigabytes}\.0 GB: the smallest settings need about ") as caught:
         plan(gigabytes, **memory)
@@ -184,14 +186,14 @@ def test_what_would_fit_is_within_the_method(method: str) -> None:
     """Each option that the error names is accepted."""
     config = TrainConfig(method=method, vram=1, model=ModelConfig(dtype="float32"))
     with pytest.raises(DoesNotFit, match=r"Use a smaller model or --model\.dtype bfloat16") as caught:
-        plan_memory(config, stable_diffusion(), int(1e9), CPU)
+        plan_memory(config, shallow(), int(1e9), CPU)
     options = dict(re.findall(r"--([\w.]+) (\w+)", str(caught.value)))
     assert all(METHODS[method].accepts(field, value) for field, value in options.items())
     assert ("flow.kind" in options, "memory.buffer" in options) == (METHODS[method].has_flow, METHODS[method].stores)
 
 
 def test_complete_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "unit_costs", lambda config: stable_diffusion())
+    monkeypatch.setattr(planner, "unit_costs", lambda config: shallow())
     config = TrainConfig(memory=MemoryConfig(micro_batch=3, decode_chunk=2))
     complete, none = planned(config, CPU)
     assert none is None

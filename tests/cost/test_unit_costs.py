@@ -15,14 +15,24 @@ from fastnabla.models.flow import build_flow
 from fastnabla.models.lora import add_lora
 
 
+SHALLOW = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (320, 1280),
+    "layers_per_block": 1,
+}
+
+
 @functools.cache
-def stable_diffusion(rank: int = 8, guided: bool = True) -> UnitCosts:
-    """In bfloat16; with rank 0 for full finetuning."""
+def stable_diffusion(rank: int = 8, guided: bool = True, shallow: bool = False) -> UnitCosts:
+    """In bfloat16; with rank 0 for full finetuning. A quarter of its blocks, the `SHALLOW` ones, are counted four times as fast."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        vae = AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
-        flow = build_flow("unet", 4, 768, seed=0)
+        unet = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768, attention_head_dim=8, **SHALLOW if shallow else {}
+        )
+        vae = AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=1 if shallow else 2)
+        flow = build_flow("conv" if shallow else "unet", 4, 768, seed=0)
     unet, vae = (network.bfloat16().requires_grad_(False) for network in (unet, vae))
     if rank:
         add_lora(unet, rank, LORA_TARGETS)
@@ -43,25 +53,30 @@ def test_arithmetic() -> None:
 
 @pytest.mark.slow
 def test_memory_of_a_pass() -> None:
-    """1.65 GB kept by a transition, in proportion to their number; a fifth of it with checkpointing."""
+    """1.65 GB kept by a transition, in proportion to their number."""
     costs = stable_diffusion()
     one, eight = costs.network_bytes(False), costs.network_bytes(False, 8)
     assert one.kept == pytest.approx(1.65e9, rel=0.03)
     assert one.kept < one.peak < 1.1 * one.kept
     # Not 8: the LoRA's weights and gradients are there once.
     assert 7.9 < eight.peak / one.peak < 8
-    recomputed = costs.network_bytes(True)
-    assert recomputed.kept < 0.2 * one.kept
-    assert recomputed.peak < 0.35 * one.peak
-    assert costs.shapes.network.device.type == "meta" and not costs.shapes.network.is_gradient_checkpointing
+    assert costs.shapes.network.device.type == "meta"
+
+
+def test_recomputing_keeps_less() -> None:
+    """A fifth, if all blocks are counted."""
+    costs = stable_diffusion(shallow=True)
+    kept, recomputed = costs.network_bytes(False), costs.network_bytes(True)
+    assert recomputed.kept < 0.3 * kept.kept
+    assert recomputed.peak < 0.7 * kept.peak
+    assert not costs.shapes.network.is_gradient_checkpointing
 
 
 def test_memory_of_full_finetuning() -> None:
     """More by float32 gradients and weights cast to bfloat16, however many transitions there are."""
-    costs = stable_diffusion(rank=0)
+    costs = stable_diffusion(rank=0, shallow=True)
     weights = sum(parameter.numel() for parameter in costs.shapes.network.parameters())
-    assert weights == pytest.approx(860e6, rel=0.01)
-    extra = costs.network_bytes(False).kept - stable_diffusion().network_bytes(False).kept
+    extra = costs.network_bytes(False).kept - stable_diffusion(shallow=True).network_bytes(False).kept
     assert 1.9 * weights < extra < 2.6 * weights
     assert costs.network_bytes(False).peak > 4 * weights
     assert costs.network_bytes(False, 8).kept < 8 * costs.network_bytes(False).kept - 6 * 2 * weights

@@ -34,7 +34,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_train_then_sample(capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_then_sample(capsys: pytest.CaptureFixture[str], drawn: None) -> None:
     table = Path("animals.csv")
     table.write_text("Prompts,Place\na cow,field\na dog,house\na bear,wood\n", encoding="utf-8")
     assert train.main([*QUICK, "--prompts.source", str(table)]) == 0

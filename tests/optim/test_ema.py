@@ -151,7 +151,7 @@ def test_resumed_run_equals_an_uninterrupted_one(run, tmp_path: Path) -> None:
         assert torch.equal(resumed.ema.average[name], average)
 
 
-def test_is_measured_and_sampled_alone(run, tmp_path: Path) -> None:
+def test_is_measured_and_sampled_alone(run, tmp_path: Path, drawn: None) -> None:
     """Of the average, evaluation takes its weights; the results have a file of their own."""
     options = ["--samples-per-prompt=2", "--reference-samples=4", "--ess=0.5"]
     assert evaluate.main([str(run[0]), *options, "--weights=ema"]) == 0

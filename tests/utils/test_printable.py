@@ -92,6 +92,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_pictures_show_any_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a warning, and mathematics is never set: the labels are the prompts."""
     labels = []
@@ -170,6 +171,7 @@ def test_the_evaluations_table_shows_run_names_as_they_are() -> None:
     assert "[red]\\x1b[2J" in capture.get() and "reward_[red]:x" in capture.get()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_what_is_not_finite_is_null_and_everything_reads_it(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, "none", {})
     nan, inf = float("nan"), float("inf")
