@@ -212,6 +212,7 @@ def test_changes_are_from_the_run_s_own_start_and_means_are_over_seeds() -> None
     assert all(p.metrics["reward"] == 0 for p in changes(POINTS) if p.update == 0)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_pictures_tell_all_variants_apart() -> None:
     variants = ["residual-db", "draft", *(f"draft,direct.k={k}" for k in range(10))]
     colours = figures._colours(variants)

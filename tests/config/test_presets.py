@@ -93,13 +93,13 @@ def test_preset_dry_runs(name: str, tiny_model: str, capsys: pytest.CaptureFixtu
 
 @pytest.mark.slow
 def test_stable_diffusion_s_shapes_with_few_channels_run_to_the_end(tmp_path: Path) -> None:
-    """8×12 latents, 77 tokens; all but the reward, which would take most of the time. In bfloat16, or float32
+    """8×16 latents, 77 tokens; all but the reward, which would take most of the time. In bfloat16, or float32
     where that takes too long; `test_trainer.py` trains smaller networks in bfloat16 everywhere."""
     run = tmp_path / "run"
     arguments = ["sd15-aesthetic", "--model.random-init", "--model.name=sd15-small", "--reward.terms=hue=1"]
     arguments += ["--updates=1", "--rollout.updates=1", "--rollout.trajectories=2", "--tracker=none", f"--run={run}"]
     arguments += ["--sampler.steps=2", "--rollout.fraction=0.5", "--evaluation.prompts=1", "--evaluation.samples=2"]
     arguments += ["--memory.micro-batch=2", "--memory.decode-chunk=1", f"--model.dtype={NETWORK_DTYPE}"]
-    arguments += ["--model.height=64", "--model.width=96"]
+    arguments += ["--model.height=64", "--model.width=128"]
     assert train.main(arguments) == 0
     assert (run / "lora" / "pytorch_lora_weights.safetensors").is_file() and (run / "table.md").is_file()

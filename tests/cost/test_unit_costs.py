@@ -14,7 +14,6 @@ from fastnabla.models.families import SD
 from fastnabla.models.flow import build_flow
 from fastnabla.models.lora import add_lora
 
-
 SHALLOW = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),

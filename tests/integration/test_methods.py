@@ -41,9 +41,9 @@ RUNS = {name: {"method": name} for name in OTHERS} | {
 
 
 def config_of(method: str, **changes) -> TrainConfig:
-    """Four updates, two a rollout. ReFL's steps are the last two."""
+    """One rollout of two updates. ReFL's steps are the last two."""
     evaluation = dataclasses.replace(small().evaluation, every=0)
-    changes = {"direct": Direct(k=2, late=0.5), "evaluation": evaluation} | changes
+    changes = {"updates": 2, "direct": Direct(k=2, late=0.5), "evaluation": evaluation} | changes
     return small(method=method, **changes)
 
 
@@ -77,7 +77,7 @@ def test_run(settings: dict, run_of: Callable[..., Path], tmp_path: Path) -> Non
     config = config_of(**settings)
     run = run_of(**settings)
     records = records_of(run)
-    assert [record["update"] for record in records] == [1, 2, 3, 4]
+    assert [record["update"] for record in records] == [1, 2]
     assert {name for name in records[0] if re.match("loss_|norm_|grad_norm_", name)} <= drawn_metrics()
     assert_readable(curves(read_records(run / "metrics.jsonl", config.updates)))
     weights = load_file(run / "lora/pytorch_lora_weights.safetensors")
@@ -103,14 +103,14 @@ def test_run(settings: dict, run_of: Callable[..., Path], tmp_path: Path) -> Non
 
     def stopping(*arguments):
         calls.append(None)
-        if len(calls) == 3:
+        if len(calls) == 1:
             stop.received = signal.SIGTERM
         return update(*arguments)
 
     trainer.optimizer.update = stopping
     with pytest.raises(Stopped):
         trainer.train(folder, stop=stop)
-    assert (folder / "checkpoints/update-000003").is_dir()
+    assert (folder / "checkpoints/update-000001").is_dir()
     without_pictures(Trainer.from_config(config)).train(folder, resume=True)
     assert_same_result(folder, run)
 
@@ -126,9 +126,9 @@ def test_methods_that_store_nothing_sample_what_a_rollout_does(tmp_path: Path) -
             assert first[name] == pytest.approx(other[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("method", ["dag", "draft", "adjoint", "ddpo"])
 def test_bfloat16_networks_train_a_float32_lora(method: str, tmp_path: Path) -> None:
-    """On latents of 4 × 4: a CPU without bfloat16 instructions is slow."""
+    """A method of each kind of step, on latents of 4 × 4: a CPU without bfloat16 instructions is slow."""
     config = config_of(
         method,
         updates=2,
