@@ -1,6 +1,6 @@
 """Test setup.
 
-- Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors.
+- Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors, and tests marked gpu are left out.
 - xdist workers divide the CPU cores among them. Folders with long files are run first, so that no worker waits long at the end.
 - Hypothesis draws the same examples in every run, unless started with `--hypothesis-profile random`.
 - Figures are saved blank, without being drawn, except in tests that use the fixture `drawn`.
@@ -46,9 +46,12 @@ with contextlib.suppress(ImportError):  # hypothesis may be missing on GPU machi
     settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run `LONG` folders first. xdist keeps this order with --no-loadscope-reorder; by itself it would order files by their
-    numbers of tests, and so start the long ones last."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that need a GPU where there is none. Run `LONG` folders first: xdist keeps this order with
+    --no-loadscope-reorder; by itself it would order files by their numbers of tests, and so start the long ones last."""
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     items.sort(key=lambda item: item.path.parent.name not in LONG)
 
 

@@ -169,7 +169,6 @@ def test_first_and_last_step():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_rows_of_unknown_steps_are_nan_on_a_gpu():
     """Whose steps nobody looks at, for that would wait for the device."""
     unknown = torch.tensor([10, 4, -1], device=CUDA)

@@ -61,7 +61,6 @@ def test_the_mode_sees_waiting():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("reward_gradient", ["lookahead", "lookahead_detached", "terminal"])
 @pytest.mark.parametrize("reuse_passes", [False, True])
 def test_nothing_waits_on_a_gpu(reward_gradient, reuse_passes):

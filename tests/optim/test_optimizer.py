@@ -25,9 +25,8 @@ ON_CPU = ("adamw", "adamw8bit", "lion8bit")
 EIGHT_BIT = ("adamw8bit", "lion8bit")
 SETTINGS = {"learning_rate": 0.02, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.5, "max_grad_norm": 1e9}
 SMALL, LARGE = (63, 65), (96, 70)  # 4095 elements, which stay in float32, and 6720: 26 blocks and a part of one
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 NAMES_ON = [pytest.param(name, "cpu", id=f"{name}-cpu") for name in ON_CPU] + [
-    pytest.param(name, "cuda", marks=on_gpu, id=f"{name}-cuda") for name in (*ON_CPU, "paged_adamw8bit")
+    pytest.param(name, "cuda", marks=pytest.mark.gpu, id=f"{name}-cuda") for name in (*ON_CPU, "paged_adamw8bit")
 ]
 
 

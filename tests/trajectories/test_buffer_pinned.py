@@ -93,7 +93,6 @@ def test_a_buffers_slabs(runtime):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     """torch takes it for pinned, kernels are waited for, and memory that is not locked is refused."""
     x = pinned((33, 2**19), torch.float32, torch.device("cuda"))
