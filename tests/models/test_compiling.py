@@ -66,7 +66,7 @@ def different_cut(golden: GoldenStep) -> Transitions:
 
 @pytest.mark.parametrize(
     ("reward_gradient", "reuse_passes"),
-    [("lookahead", False), ("lookahead", True), ("lookahead_detached", False), ("terminal", False)],
+    [("lookahead", True), ("terminal", False)],
 )
 def test_no_micro_batch_compiles_anew(
     reward_gradient: str, reuse_passes: bool, monkeypatch: pytest.MonkeyPatch
