@@ -157,10 +157,6 @@ class TrainConfig:
         Raises:
             ValueError: a setting needs a single process, or its package is missing.
         """
-        for field, alone in (("replay", 0), ("epochs", 1)):
-            value = getattr(self.rollout, field)
-            remedy = f"must be {alone} with several processes; change it, or use one process."
-            require(processes == 1 or value == alone, f"rollout.{field}", value, remedy)
         if self.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
         require(
