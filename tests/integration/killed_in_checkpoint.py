@@ -19,12 +19,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fastnabla.distributed import watchdog
 from fastnabla.distributed import world as distributed
+from fastnabla.distributed.world import World
 from fastnabla.run import checkpoint
 from fastnabla.run.checkpoint import Checkpoints
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils import durable
 from tests import faults
-from tests.integration.test_rank_failures import TINY
+from tests.integration.test_rank_failures import TINY, before
 from tests.ranks import begin, end, trained
 
 CHECKPOINTS = 3
@@ -33,7 +34,8 @@ RUNS = {
     "sharded weights": ["--lora.rank=0", "--optimizer.learning-rate=1e-4"],
 }
 POINTS: dict[tuple[str, int], dict[str, int]] = {
-    ("LoRA with a rollout ahead", 0): {"write": 1500, "fsync": 5, "rename": 1, "removal": 1},
+    ("LoRA with a rollout ahead", 0): {"write": 1500, "fsync": 5, "rename": 1, "removal": 1, "gather": 12},
+    ("LoRA with a rollout ahead", 1): {"gather": 12},
     ("sharded weights", 0): {"write": 20, "fsync": 6, "rename": 1, "removal": 1, "shard": 1},
     ("sharded weights", 1): {"fsync": 1, "shard": 1},
 }
@@ -43,6 +45,7 @@ ARM: dict[str, Callable[[int, bool], None]] = {
     "fsync": functools.partial(faults.die_in_call, os, "fsync"),
     "rename": functools.partial(faults.die_in_call, os, "replace"),
     "removal": functools.partial(faults.die_in_call, durable.shutil, "rmtree"),
+    "gather": functools.partial(faults.die_in_call, World, "all_gather_rows"),
     "shard": functools.partial(faults.die_in_call, checkpoint, "write_tensors"),
 }
 KILLED = Path("killed")
@@ -51,7 +54,8 @@ KILLED = Path("killed")
 
 @dataclasses.dataclass(frozen=True)
 class Death:
-    """Where a rank is killed: in call number `call` of `point`, or after it, in checkpoint number `number`, all from 0."""
+    """Where a rank is killed: before call number `call` of `point`, or after it, since checkpoint number `number` was asked for;
+    from 0."""
 
     rank: int
     point: str
@@ -63,26 +67,16 @@ class Death:
     def drawn(cls, draw: random.Random, run: str) -> "Death":
         rank = draw.choice([rank for name, rank in POINTS if name == run])
         point = draw.choice(list(POINTS[run, rank]))
-        first = 1 if point == "removal" else 0
-        call = draw.randrange(POINTS[run, rank][point])
-        return cls(rank, point, draw.randrange(first, CHECKPOINTS), call, draw.random() < 0.5)
+        # The first checkpoint removes none; the last has no rollout ahead.
+        number = draw.randrange(point == "removal", CHECKPOINTS - (point == "gather"))
+        return cls(rank, point, number, draw.randrange(POINTS[run, rank][point]), draw.random() < 0.5)
 
     def arm(self) -> None:
         """Die there, if this process is that rank."""
         if os.environ["RANK"] != str(self.rank):
             return
         faults.kill = functools.partial(_leave_word, faults.kill)
-        for name in ("_write", "_write_sharded"):
-            setattr(Checkpoints, name, self._arming(getattr(Checkpoints, name), []))
-
-    def _arming(self, write: Callable, calls: list[None]) -> Callable:
-        def armed(*arguments):
-            calls.append(None)
-            if len(calls) == self.number + 1:
-                ARM[self.point](self.call, self.after)
-            return write(*arguments)
-
-        return armed
+        before(Checkpoints, "save", self.number, lambda: ARM[self.point](self.call, self.after))
 
 
 def _leave_word(kill: Callable[[], None]) -> None:
