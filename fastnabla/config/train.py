@@ -86,7 +86,7 @@ class TrainConfig:
     count it in the metric `spikes`. Training is unchanged. None: never."""
     dump_anomalies: bool = False
     """Save the first 3 skipped updates to RUN/anomalies, for `python -m fastnabla.reproduce`: transitions, trained
-    weights before the update, configuration and prompts; at most 2 GiB each."""
+    weights before the update, configuration and prompts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" uses a GPU if there is one."""
     backend: Backend = "auto"
@@ -151,25 +151,14 @@ class TrainConfig:
         """Whether a run of this many processes shards weights, gradients and moments."""
         return self.lora.rank == 0 and self.memory.shard is not False and processes > 1
 
-    def check_processes(self, processes: int) -> None:
-        """Check what depends on the number of processes, and that the tracker is installed.
+    def check_tracker(self) -> None:
+        """Check that the tracker is installed.
 
         Raises:
-            ValueError: a setting needs a single process, or its package is missing.
+            ValueError: its package is missing.
         """
-        for field, alone in (("replay", 0), ("epochs", 1)):
-            value = getattr(self.rollout, field)
-            remedy = f"must be {alone} with several processes; change it, or use one process."
-            require(processes == 1 or value == alone, f"rollout.{field}", value, remedy)
         if self.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
             raise ValueError("tracker = 'wandb': the package is not installed; run: pip install wandb")
-        require(
-            not (self.dump_anomalies and self.is_sharded(processes)),
-            "dump_anomalies",
-            self.dump_anomalies,
-            f"an update's folder holds all weights, and they are sharded over {processes} processes; use --memory.shard "
-            "False, or leave it False.",
-        )
 
     @property
     def drawn_steps(self) -> int:

@@ -1,19 +1,24 @@
 """Writes an update that is not finite into a folder. `fastnabla.reproduce` can compute it again from there, on any machine.
 
-RUN/anomalies/update-000003/ holds everything that the update was computed from: its transitions (for a method that samples in
-its step, the prompts and seeds of its trajectories), the trained weights before it, and the run's configuration and prompts.
+RUN/anomalies/update-000003/ holds everything that the update was computed from: its transitions on all ranks (for a method that
+samples in its step, the prompts and seeds of its trajectories), the trained weights before it, and the run's configuration and
+prompts. Tensors are in safetensors files of limited size, so that the host never holds all of them at once.
 """
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastnabla.config.train import TrainConfig, to_json
+from fastnabla.distributed.world import ALONE, World
 from fastnabla.methods.accumulation import Accumulation
 from fastnabla.models.policy import Policy
 from fastnabla.prompts import RunPrompts
@@ -24,11 +29,11 @@ from fastnabla.utils.durable import DamagedError, Write, verify_folder, write_fo
 
 logger = logging.getLogger("fastnabla")
 
-FOLDER, TENSORS = "anomalies", "update.safetensors"
+FOLDER, SUFFIX = "anomalies", ".safetensors"
 MAX_UPDATES = 3
 """A run writes at most this many updates, the first ones."""
-MAX_BYTES = 2 * 2**30
-"""A larger update is not written."""
+FILE_BYTES = 2 * 2**30
+"""Bytes of the tensors in one file. A larger tensor has a file of its own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +42,14 @@ class Anomalies:
 
     Args:
         policy, flow, reward, step: the run's.
+        world: the ranks. They write together, rank 0 into the folder.
     """
 
     policy: Policy
     flow: nn.Module | None
     reward: RewardSum
     step: Accumulation
+    world: World = ALONE
 
     def before(self) -> dict[str, Tensor]:
         """A copy of the step's state. `write` needs the one from before the step was called."""
@@ -57,12 +64,12 @@ class Anomalies:
         config: TrainConfig,
         prompts: RunPrompts,
     ) -> None:
-        """Write the update, if it is one of the run's first `MAX_UPDATES` and not larger than `MAX_BYTES`.
+        """Write the update, if it is one of the run's first `MAX_UPDATES`. Collective.
 
         Args:
             run: the run folder.
             update: number of the update. It was skipped, so the weights are those before it.
-            selection: the input of the step.
+            selection: this rank's input of the step.
             before: from `before`.
             config, prompts: the run's.
 
@@ -70,7 +77,7 @@ class Anomalies:
             OSError: the folder cannot be written.
         """
         folder = run / FOLDER / f"update-{update:06d}"
-        if len({*(path.name for path in folder.parent.glob("update-*")), folder.name}) > MAX_UPDATES:
+        if not self.world.broadcast(lambda: _is_among_first(folder)):
             return
         facts: dict[str, Any] = {"update": update, "device": self.policy.conditions.device.type}
         facts |= {"micro_batch": self.step.micro_batch, "reward": self.reward.state_dict()}
@@ -78,23 +85,18 @@ class Anomalies:
         if self.flow is not None:
             tensors |= {f"flow.{name}": value for name, value in self.flow.state_dict().items()}
         if isinstance(selection, Trajectories):
-            names = ("noise", "draws", "shared")
-            facts["trajectories"] = {name: getattr(selection, name) for name in names}
-            tensors["trajectories.prompt"] = selection.prompt
+            seeds = {name: torch.tensor(getattr(selection, name)) for name in ("noise", "draws")}
+            facts["trajectories"] = {name: self.world.all_gather(of).tolist() for name, of in seeds.items()}
+            facts["trajectories"]["shared"] = selection.shared
+            tensors["trajectories.prompt"] = self.world.all_gather(selection.prompt)
         else:
-            tensors |= _gathered(selection, self.step.micro_batch)
-        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        size = sum(value.nbytes for value in tensors.values())
-        if size > MAX_BYTES:
-            logger.warning(
-                "update %d is not written: it has %s bytes; the limit is %s", update, f"{size:,}", f"{MAX_BYTES:,}"
-            )
+            tensors |= _gathered(selection, self.step.micro_batch, self.world)
+        contents = _files(tensors)
+        if not self.world.is_main:
+            for content in contents.values():
+                content()  # sends this rank's part of sharded weights
             return
-        contents = {
-            TENSORS: save(tensors),
-            "config.json": to_json(config).encode(),
-            "prompts.json": prompts.to_json().encode(),
-        }
+        contents |= {"config.json": to_json(config).encode, "prompts.json": prompts.to_json().encode}
         write_folder(folder, {name: _writer(content) for name, content in contents.items()}, facts)
         logger.warning("to find out why update %d is not finite: python -m fastnabla.reproduce %s", update, folder)
 
@@ -110,20 +112,20 @@ class Anomalies:
         """
         facts = read_facts(folder)
         device = self.policy.conditions.device
-        tensors = {name: value.to(device) for name, value in load_file(folder / TENSORS).items()}
-        parts: dict[str, dict[str, Tensor]] = {
-            "policy": {},
-            "flow": {},
-            "step": {},
-            "transitions": {},
-            "trajectories": {},
-        }
-        for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = value
+        weights = self.policy.trained()
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("flow", "step", "transitions", "trajectories")}
+        missing = set(weights)
         try:
-            for name, parameter in self.policy.trained().items():
-                parameter.copy_(parts["policy"][name])
+            for file in sorted(name for name in facts["files"] if name.endswith(SUFFIX)):
+                for name, value in load_file(folder / file).items():
+                    part, _, rest = name.partition(".")
+                    if part == "policy":
+                        weights[rest].copy_(value)
+                        missing.discard(rest)
+                    else:
+                        parts[part][rest] = value.to(device)
+            if missing:
+                raise KeyError(min(missing))
             if self.flow is not None:
                 self.flow.load_state_dict(parts["flow"])
             self.step.load_state_dict(parts["step"])
@@ -153,17 +155,40 @@ def read_facts(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _gathered(selection: LazyTransitions, size: int) -> dict[str, Tensor]:
-    """All transitions, copied to the host `size` at a time."""
+def _is_among_first(folder: Path) -> bool:
+    return len({*(path.name for path in folder.parent.glob("update-*")), folder.name}) <= MAX_UPDATES
+
+
+def _gathered(selection: LazyTransitions, size: int, world: World) -> dict[str, Tensor]:
+    """All ranks' transitions, copied to the host `size` at a time. Trajectories of different ranks have different numbers."""
     parts = [selection.gather(rows) for rows in torch.arange(len(selection)).split(size)]
-    return {
-        f"transitions.{field.name}": torch.cat([getattr(part, field.name).cpu() for part in parts])
+    own = {
+        field.name: torch.cat([getattr(part, field.name).cpu() for part in parts])
         for field in dataclasses.fields(Transitions)
     }
+    own["trajectory"] = own["trajectory"] * world.size + world.rank
+    return {f"transitions.{name}": world.all_gather(values) for name, values in own.items()}
 
 
-def _writer(content: bytes) -> Write:
+def _files(tensors: dict[str, Tensor]) -> dict[str, Callable[[], bytes]]:
+    """By file name, functions that return its content. Collective if tensors are sharded."""
+    sizes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
+    pattern = f"update{{suffix}}{SUFFIX}"
+    files = split_torch_state_dict_into_shards(sizes, filename_pattern=pattern, max_shard_size=FILE_BYTES)
+
+    def content(names: list[str]) -> Callable[[], bytes]:
+        return lambda: save({name: _whole(tensors[name]) for name in names})
+
+    return {file: content(names) for file, names in files.filename_to_tensors.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor on the host. Collective if it is sharded."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+
+
+def _writer(content: Callable[[], bytes]) -> Write:
     def write(file: BinaryIO) -> None:
-        file.write(content)
+        file.write(content())
 
     return write

@@ -109,7 +109,7 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
     rollout, memory, seed = config.rollout, config.memory, config.seed
     ranges = rank_ranges(world, rollout.trajectories, rollout.updates)
     device = device_of(config, world.rank_info)
-    config.check_processes(world.size)
+    config.check_tracker()
     if config.deterministic:
         make_deterministic()
 
@@ -187,7 +187,7 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
         state=TrainState(
             policy=policy, flow=flow, optimizer=optimizer, reward=reward, step=step, buffer=pooled, ema=ema
         ),
-        anomalies=Anomalies(policy=policy, flow=flow, reward=reward, step=step),
+        anomalies=Anomalies(policy=policy, flow=flow, reward=reward, step=step, world=world),
     )
 
 

@@ -186,7 +186,7 @@ class Trainer:
             metrics["trust_floor"] = report.rows["trust"].mean().item()
         metrics["spikes"] = self.guard.count_spikes(self.done, metrics, self.tracker.records, report)
         self.tracker.log("train", self.done, metrics, self.meter.read(len(selection)))
-        if config.dump_anomalies and self.guard.skipped and self.world.is_main:
+        if config.dump_anomalies and self.guard.skipped:
             self.anomalies.write(self.folder, self.done, selection, before, config, self.prompts)
         self.guard.check(self.done)
         self.files.record_checkpoints()

@@ -17,7 +17,8 @@ from fastnabla.utils.seeding import generator_of, seed_of
 def learning_order(seed: int, rollout_index: int, rollout: RolloutConfig) -> list[Tensor]:
     """Which of a rollout's trajectories each of its `updates · epochs` updates learns from.
 
-    The first inner epoch takes the trajectories in order. Each later one takes them in a random order of its own.
+    The first inner epoch takes the trajectories in order. Each later one shuffles the trajectories that have the same place in
+    their updates, place by place, so that each rank has as many of every update as in the first.
 
     Args:
         seed: of the run.
@@ -27,11 +28,13 @@ def learning_order(seed: int, rollout_index: int, rollout: RolloutConfig) -> lis
     Returns:
         Numbers of trajectories by update, `[trajectories / updates]` int64 each.
     """
-    orders = [torch.arange(rollout.trajectories)]
+    numbers = torch.arange(rollout.trajectories).view(rollout.updates, -1)
+    orders = [numbers]
     for epoch in range(1, rollout.epochs):
         generator = generator_of(seed, "order", rollout_index, epoch)
-        orders.append(torch.randperm(rollout.trajectories, generator=generator))
-    return [part for order in orders for part in order.chunk(rollout.updates)]
+        order = torch.rand(numbers.shape, generator=generator, dtype=torch.float64).argsort(0)
+        orders.append(numbers.gather(0, order))
+    return [update for order in orders for update in order]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

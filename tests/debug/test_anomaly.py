@@ -1,6 +1,7 @@
 """Updates that are not finite, written in a run and computed again from what was written."""
 
 import dataclasses
+import functools
 import importlib
 import shutil
 import sys
@@ -8,17 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
 
 from fastnabla import reproduce, train
 from fastnabla.config.train import TrainConfig
 from fastnabla.debug import anomaly
 from fastnabla.debug.anomaly import Anomalies
+from fastnabla.distributed.world import World
+from fastnabla.prompts import RunPrompts
+from fastnabla.rewards import build_reward
 from fastnabla.training.trainer import Trainer
-from fastnabla.trajectories.transitions import Transitions
+from fastnabla.trajectories.sources import Trajectories
+from fastnabla.trajectories.transitions import LazyTransitions
 from fastnabla.utils.durable import verify_folder
+from tests import sharded
 from tests.faults import tiny, without_pictures
 from tests.integration.test_extending import QUICK
+from tests.ranks import on_ranks
 from tests.training.test_guards import spoil
 
 # Finite itself, but √ has no derivative at 0; and not for the first and last prompt, which the check before a run tries.
@@ -40,6 +47,7 @@ def test_what_a_run_skipped_is_found_from_the_folder_alone(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(Trainer, "_write_pictures", lambda *_: None)
+    monkeypatch.setattr(anomaly, "FILE_BYTES", 2**16)
     Path("faulty.py").write_text(FAULTY)
     Path("prompts.txt").write_text("a cat\na dog\na cow\n")
     command = [*QUICK, "--rollout.trajectories=3", "--prompts.source=prompts.txt", "--reward.terms=faulty:reward"]
@@ -48,6 +56,7 @@ def test_what_a_run_skipped_is_found_from_the_folder_alone(
     assert "norm_reward" in said and "of a sample for 'a dog'" in said and "'a cat'" not in said
     assert "python -m fastnabla.reproduce run/anomalies/update-000001" in caplog.text
     shutil.copytree("run/anomalies/update-000001", "elsewhere")
+    assert_split(Path("elsewhere"), 2**16)
     shutil.rmtree("run")
     Path("prompts.txt").unlink()
     capsys.readouterr()
@@ -67,6 +76,13 @@ def test_what_a_run_skipped_is_found_from_the_folder_alone(
     importlib.invalidate_caches()
     assert reproduce.main(["elsewhere"]) == 1
     assert "everything is finite here" in capsys.readouterr().out
+
+
+def assert_split(folder: Path, most: int) -> None:
+    """Several files, each with no more bytes of tensors than `most`, or with a single tensor."""
+    files = [load_file(path).values() for path in folder.glob("*.safetensors")]
+    assert len(files) > 2
+    assert all(len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors) <= most for tensors in files)
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,29 +153,44 @@ def test_the_first_few_are_written_and_the_run_is_the_same(tmp_path: Path) -> No
     }
 
 
-class Few:
-    """Of a policy and a step, what is written."""
-
-    conditions, micro_batch = torch.zeros(1), 2
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {"weight": nn.Parameter(torch.zeros(100))}
-
-    def state_dict(self) -> dict:
-        return {}
+ROWS = [torch.tensor([0, 1, 2, 7]), torch.tensor([3, 4, 5, 6, 8, 9])]
+"""Transitions of each of two ranks."""
+SEEDS = list(range(2**62, 2**62 + 10))
 
 
-def test_a_large_one_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    numbers = dict.fromkeys(("step_index", "prompt", "trajectory"), torch.zeros(3, dtype=torch.int64))
-    states = dict.fromkeys(("x", "x_next", "model_output"), torch.zeros(3, 1, 2, 2))
-    batch = Transitions(**states, **numbers, reward=torch.zeros(3))
-    writer = Anomalies(policy=Few(), flow=None, reward=Few(), step=Few())
-    size = 400 + 3 * 3 * 8 + 3 * 3 * 16 + 12
-    config, prompts = tiny(), Trainer.from_config(tiny()).prompts
-    for most, update in ((size - 1, 1), (size, 2)):
-        monkeypatch.setattr(anomaly, "MAX_BYTES", most)
-        writer.write(tmp_path, update, batch.select(), {}, config, prompts)
-    assert f"update 1 is not written: it has {size} bytes" in caplog.text
-    assert [path.name for path in (tmp_path / "anomalies").iterdir()] == ["update-000002"]
+def write(world: World, run: sharded.Run, folder: Path, number: int, selection: LazyTransitions | Trajectories) -> None:
+    writer = Anomalies(policy=run.policy, flow=run.step.flow, reward=build_reward(["area"]), step=run.step, world=world)
+    writer.write(folder, number, selection, {}, tiny(), RunPrompts(texts=["a"] * 4, trained=2, evaluated=range(2, 4)))
+
+
+def write_on_rank(folder: Path, world: World) -> list[int]:
+    """Write an update of full finetuning with sharded weights, and one of a method that samples in its step."""
+    run, rows = sharded.build(world), ROWS[world.rank]
+    batch = dataclasses.replace(sharded.transitions(0)[rows], trajectory=torch.arange(len(rows)))
+    write(world, run, folder, 2, batch.select())
+    write(world, run, folder, 3, Trajectories(prompt=torch.arange(10), noise=SEEDS, draws=SEEDS[::-1], shared=7)[rows])
+    return []
+
+
+def test_one_process_computes_again_what_two_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)  # threads do not survive a fork
+    monkeypatch.setattr(anomaly, "FILE_BYTES", 2**16)
+    on_ranks(tmp_path / "ranks", 2, functools.partial(write_on_rank, tmp_path))
+    run, order = sharded.build(), torch.cat(ROWS)
+    run.step(sharded.transitions(0)[order])
+    expected = [parameter.grad for parameter in run.step.parameters]
+    with torch.no_grad():
+        for parameter in run.step.parameters:
+            parameter.zero_()
+            parameter.grad = None
+    reader = Anomalies(policy=run.policy, flow=run.step.flow, reward=build_reward(["area"]), step=run.step)
+    folder = tmp_path / "anomalies"
+    assert_split(folder / "update-000002", 2**16)
+    _, batch = reader.restore(folder / "update-000002")
+    assert len(batch.trajectory.unique()) == 10
+    run.step(batch)
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(run.step.parameters, expected, strict=True))
+    _, batch = reader.restore(folder / "update-000003")
+    order = order.tolist()
+    assert batch.noise == [SEEDS[i] for i in order] and batch.draws == [SEEDS[9 - i] for i in order]
+    assert batch.prompt.tolist() == order and batch.shared == 7

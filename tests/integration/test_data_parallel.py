@@ -19,6 +19,7 @@ from fastnabla.config.training_sections import EvaluationConfig, MemoryConfig, R
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.collection import rank_ranges
+from fastnabla.trajectories.sources import learning_order
 from tests.faults import tiny, without_pictures
 from tests.ranks import on_ranks
 
@@ -91,13 +92,12 @@ def test_same_update_on_1_2_and_4_processes(tmp_path: Path) -> None:
         assert [json.loads(line) for line in written] == json.loads(ranks[0]["records"])
 
 
-def first_step(world: World, config: TrainConfig) -> dict:
+def one_step(world: World, config: TrainConfig) -> dict:
+    """The last update of the first rollout, as if it were the first."""
     trainer = Trainer.from_config(config, world=world)
     rollout = trainer.source.collect(0)
-    settings = trainer.config.rollout
-    report = trainer.step(
-        trainer.source.select(0, torch.tensor(rank_ranges(trainer.world, settings.trajectories, settings.updates)[0]))
-    )
+    numbers = learning_order(config.seed, 0, trainer.config.rollout)[-1]
+    report = trainer.step(trainer.source.select(0, numbers[torch.isin(numbers, trainer.slots)]))
     world.sum_([parameter.grad for parameter in trainer.step.parameters])
     numbers = {name: value.item() for name, value in (report.losses | report.statistics).items()}
     counts = {f"rows {kind}": count for kind, count in report.counts.items()}
@@ -115,8 +115,11 @@ def test_all_methods_on_2_processes(tmp_path: Path) -> None:
         reward=dataclasses.replace(row_by_row().reward, normalise=True),
     )
 
+    rollout = dataclasses.replace(row_by_row(6).rollout, epochs=2)  # three trajectories an update, in another order
+    configs["inner epochs"] = dataclasses.replace(row_by_row(), updates=4, rollout=rollout)
+
     def each(world: World) -> dict:
-        return {name: first_step(world, config) for name, config in configs.items()}
+        return {name: one_step(world, config) for name, config in configs.items()}
 
     alone = each(ALONE)
     for rank in on_ranks(tmp_path, 2, each):
