@@ -106,6 +106,7 @@ torch.cuda.synchronize()
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_reward_that_hangs_on_a_gpu_ends_the_process() -> None:
     command = [sys.executable, "-c", HANGS_ON_THE_GPU]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
