@@ -57,6 +57,11 @@ class Watchdog(threading.Thread):
         self._done = threading.Event()
         self._set("host", socket.gethostname())
 
+    def start(self) -> None:
+        """Start to watch."""
+        arm(self, SILENCE + LINGER)  # already: the main thread may take the GIL before `run` begins
+        super().start()
+
     def run(self) -> None:
         """Watch until `stop` is called or this process is ended."""
         neighbour = (self.rank + 1) % self.size

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fastnabla.distributed import watchdog as watch
 from fastnabla.distributed import world as distributed
+from fastnabla.distributed.launch import RankInfo
+from fastnabla.distributed.world import LostProcess, World
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.rewards.testbed import area
 from fastnabla.training.trainer import Trainer
@@ -154,11 +157,23 @@ def wait_in_c_with_the_gil() -> None:
 
 def test_a_rank_in_which_no_python_thread_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "SILENCE", 3.0)
-    prepare = in_rank_1(Optimizer, "update", 0, wait_in_c_with_the_gil)
-    assert end(begin(2, lambda: trained(TINY, prepare))) == [1, 1]
+
+    def run() -> int:
+        world = World.start(RankInfo.of())
+        os.dup2(os.open(f"rank-{world.rank}.txt", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        if world.rank == 1:
+            wait_in_c_with_the_gil()
+        try:
+            world.barrier()
+        except LostProcess as lost:
+            world.fail(lost, lambda: None)
+        return world.shutdown(1)
+
+    assert end(begin(2, run)) == [1, 1]
     first, hung = outputs(2)
     assert "Timeout (0:00:03" in hung and "in wait_in_c_with_the_gil" in hung
-    assert f"rank 1 on {socket.gethostname()}: no heartbeat" in first or "no heartbeat from ranks [1]" in first
+    assert f"rank 1 on {socket.gethostname()}: no heartbeat for 3 s" in first
 
 
 def weights() -> torch.Tensor:
