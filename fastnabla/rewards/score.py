@@ -15,6 +15,8 @@ from fastnabla.utils.time_limit import time_limit
 RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 """Images `[B, 3, H, W]` in [0, 1] and B prompts → rewards `[B]`, differentiable with respect to the images."""
 
+REMEDY = "If it needs more time, raise the limit, or set it to None (null in config.json) for no limit."
+
 
 class RewardError(ValueError):
     """A reward failed, or returned an invalid result; the message names it."""
@@ -76,11 +78,7 @@ def _limited(name: str, what: str, timeout: float | None, device: torch.device) 
     if timeout is None:
         yield
         return
-    end = (
-        f"within reward.timeout = {timeout} s. If it needs more time, raise the limit, or set it to None (null in "
-        "config.json) for no limit."
-    )
-    late = RewardError(f"reward {name!r} did not return from {what} {end}")
-    queued = f"reward {name!r} did not complete {what} on the GPU {end}"
-    with BEACON.excused(), time_limit(timeout, late), QUEUED.limit(timeout, queued, device):
+    late = f"reward {name!r} did not return from {what} within reward.timeout = {timeout} s. {REMEDY}"
+    queued = f"reward {name!r} did not complete {what} on the GPU within reward.timeout = {timeout} s. {REMEDY}"
+    with BEACON.excused(), time_limit(timeout, RewardError(late)), QUEUED.limit(timeout, queued, device):
         yield
