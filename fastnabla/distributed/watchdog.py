@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from torch.distributed import Store
@@ -83,9 +84,14 @@ class Watchdog(threading.Thread):
             elif time.monotonic() - since > SILENCE and self.claim_first_failure():
                 self.report(f"no heartbeat for {SILENCE:.0f} s", neighbour)
 
-    def limit_hangs(self, seconds: float | None) -> None:
-        """From now on, end all processes if this one's main thread makes no progress for `seconds`; None for no limit."""
+    @contextlib.contextmanager
+    def hang_limit(self, seconds: float | None) -> Iterator[None]:
+        """Within the context, end all processes if this one's main thread makes no progress for `seconds`; None for no limit."""
         self._hang = None if seconds is None else HangLimit(seconds, self.beacon)
+        try:
+            yield
+        finally:
+            self._hang = None
 
     def silent_ranks(self, seconds: float) -> list[int]:
         """Ranks that send no heartbeat during the next `seconds`."""

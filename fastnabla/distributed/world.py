@@ -131,21 +131,10 @@ class World:
                 get_error_handler().record_exception(error)  # for torchrun's summary
             self.watchdog.report(error if isinstance(error, str) else f"{type(error).__name__}: {error}")
 
-    @contextlib.contextmanager
-    def hang_limit(self, seconds: float | None) -> Iterator[None]:
-        """Within the context, end all ranks if this one's main thread makes no progress (`fastnabla.distributed.beacon`). Not
-        collective. A single rank has no limit, because nobody waits for it.
-
-        Args:
-            seconds: without progress; None for no limit.
-        """
-        if self.watchdog is not None:
-            self.watchdog.limit_hangs(seconds)
-        try:
-            yield
-        finally:
-            if self.watchdog is not None:
-                self.watchdog.limit_hangs(None)
+    def hang_limit(self, seconds: float | None) -> contextlib.AbstractContextManager[None]:
+        """A context within which all ranks end if this one's main thread makes no progress (`fastnabla.distributed.beacon`)
+        for `seconds`; None for no limit. Not collective. A single rank has no limit, because nobody waits for it."""
+        return contextlib.nullcontext() if self.watchdog is None else self.watchdog.hang_limit(seconds)
 
     def shutdown(self, status: int) -> int:
         """Disconnect from the other ranks and return `status`, the exit status. After a failure this is not collective: it
