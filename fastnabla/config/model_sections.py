@@ -210,9 +210,9 @@ class RewardConfig:
     clip: float | None = None
     """Clip the training reward to this absolute value. Beyond it the gradient is zero."""
     timeout: float | None = 1800.0
-    """Seconds that one call of a reward may take before the run ends with an error that names the reward. None: no
-    limit. A call on memory.decode_chunk images takes seconds; the default leaves time for a reward that first compiles
-    or downloads something."""
+    """Seconds that one call of a reward may take, its backward pass, and the work that either queues on a GPU, before the
+    run ends with an error that names the reward. None: no limit. A call on memory.decode_chunk images takes seconds; the
+    default leaves time for a reward that first compiles or downloads something."""
 
     def __post_init__(self) -> None:
         require(

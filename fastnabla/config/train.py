@@ -84,6 +84,10 @@ class TrainConfig:
     spike_factor: float | None = 10.0
     """Log a warning when the loss or a gradient norm exceeds this multiple of its median over the last 50 updates, and
     count it in the metric `spikes`. Training is unchanged. None: never."""
+    hang_timeout: float | None = 600.0
+    """For several processes: seconds without progress, such as a network pass, after which a process counts as hung and the
+    run ends with its name and traceback. Compiling, collective operations, writing checkpoints and weights, and calls of
+    rewards (reward.timeout) do not count. None: no limit."""
     dump_anomalies: bool = False
     """Save the first 3 skipped updates to RUN/anomalies, for `python -m fastnabla.reproduce`: transitions, trained
     weights before the update, configuration and prompts."""
@@ -142,6 +146,12 @@ class TrainConfig:
             "spike_factor",
             self.spike_factor,
             "must be above 1 and finite, or None.",
+        )
+        require(
+            self.hang_timeout is None or 0 < self.hang_timeout <= 1e6,
+            "hang_timeout",
+            self.hang_timeout,
+            "must be positive and at most 1e6, or None.",
         )
         method = METHODS[self.method]
         method.check(values)

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.nn import functional
 
+from fastnabla.distributed.beacon import BEACON
 from fastnabla.distributed.world import World
 
 BUCKET = 2**24
@@ -49,8 +50,9 @@ class ShardedNetwork:
 
     def gather(self) -> None:
         """Gather the whole weights. Collective."""
-        for part in self.parts:
-            part.unshard()
+        with BEACON.collective():
+            for part in self.parts:
+                part.unshard()
 
     def release(self) -> None:
         """Free the gathered weights, keeping only this rank's shards."""
@@ -94,7 +96,8 @@ class ShardedNetwork:
             for columns, gradient in zip(whole.split(sizes, 1), gradients, strict=True):
                 padding = columns.numel() - gradient.numel()
                 columns.copy_(functional.pad(gradient.flatten(), (0, padding)).view_as(columns))
-        summed = DTensor.from_local(whole, self.mesh, [Partial()]).redistribute(placements=[Shard(0)])
+        with BEACON.collective():
+            summed = DTensor.from_local(whole, self.mesh, [Partial()]).redistribute(placements=[Shard(0)])
         parts, local = summed.to_local()[0].split(sizes), [shard.to_local() for shard in shards]
         return [part[: shard.numel()].view_as(shard) for part, shard in zip(parts, local, strict=True)]
 

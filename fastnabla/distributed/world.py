@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from fastnabla.distributed.beacon import BEACON
 from fastnabla.distributed.launch import RankInfo
 from fastnabla.distributed.rendezvous import rendezvous
 from fastnabla.distributed.watchdog import Watchdog
@@ -39,7 +40,7 @@ SILENT = 3.0
 """Seconds after which a process says what it waits for."""
 LIMIT = timedelta(hours=1)
 """Time limit of a collective operation, long enough for rank 0 to evaluate alone. `fastnabla.distributed.watchdog` detects
-dead ranks sooner."""
+dead ranks and those that hang sooner."""
 
 
 CPU = torch.device("cpu")
@@ -130,6 +131,11 @@ class World:
                 get_error_handler().record_exception(error)  # for torchrun's summary
             self.watchdog.report(error if isinstance(error, str) else f"{type(error).__name__}: {error}")
 
+    def hang_limit(self, seconds: float | None) -> contextlib.AbstractContextManager[None]:
+        """A context within which all ranks end if this one's main thread makes no progress (`fastnabla.distributed.beacon`)
+        for `seconds`; None for no limit. Not collective. A single rank has no limit, because nobody waits for it."""
+        return contextlib.nullcontext() if self.watchdog is None else self.watchdog.hang_limit(seconds)
+
     def shutdown(self, status: int) -> int:
         """Disconnect from the other ranks and return `status`, the exit status. After a failure this is not collective: it
         ends the process and does not return."""
@@ -208,7 +214,7 @@ class World:
         length = self.sum(len(data) if self.is_main else 0)
         if data is None:
             data = torch.empty(length, dtype=torch.uint8)
-        with _lost_process_errors():
+        with _collective():
             dist.broadcast(data, 0)
         return data.numpy().tobytes()
 
@@ -224,7 +230,7 @@ class World:
         return int(value)
 
     def _all_reduce(self, tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
-        with _lost_process_errors():
+        with _collective():
             dist.all_reduce(tensor, operation)
 
     def _on_this_machine(self) -> int:
@@ -253,9 +259,10 @@ def _announced_wait(info: RankInfo) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lost_process_errors() -> Iterator[None]:
+def _collective() -> Iterator[None]:
     try:
-        yield
+        with BEACON.collective():
+            yield
     except RuntimeError as error:
         raise LostProcess(
             f"another process can no longer be reached; it may have been killed ({str(error).rstrip()})"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastnabla.distributed.beacon import BEACON
 from fastnabla.rewards.testbed import chroma
 
 HUE_BINS = 12
@@ -119,6 +120,7 @@ def mean_distance(
     for number in prompt.unique():
         rows = (prompt == number).nonzero()[:, 0]
         if len(rows) > 1:
+            BEACON.advance()
             pairs = torch.combinations(rows)
             parts = [distance(images[part[:, 0]], images[part[:, 1]]) for part in pairs.split(chunk or len(pairs))]
             means.append(torch.cat(parts).double().mean().item())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnabla.distributed.beacon import BEACON
 from fastnabla.metrics.diversity import mean_hue
 from fastnabla.metrics.ground import is_dark
 from fastnabla.metrics.pixels import PixelProbe
@@ -85,7 +86,7 @@ def probe_features(images: Tensor, probe: Any | None, chunk: int | None = None) 
     """
     if not hasattr(probe, "features"):
         return None
-    features = torch.cat([_column(probe.features(part)) for part in images.split(chunk or len(images))])
+    features = torch.cat([_column(_features_of(part, probe)) for part in images.split(chunk or len(images))])
     if bad := int((~has_direction(features)).sum()):
         logger.warning(
             "the probe %s gives features that are not finite or all zero for %d of %d images; metrics that use them are nan",
@@ -94,6 +95,11 @@ def probe_features(images: Tensor, probe: Any | None, chunk: int | None = None) 
             len(images),
         )
     return features
+
+
+def _features_of(images: Tensor, probe: Any) -> Tensor:
+    BEACON.advance()
+    return probe.features(images)
 
 
 def has_direction(features: Tensor) -> Tensor:

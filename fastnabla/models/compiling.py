@@ -7,7 +7,10 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 from torch import Tensor, nn
+from torch._dynamo.callback import CallbackArgs, callback_handler, on_compile_end, on_compile_start
 from torch._dynamo.utils import counters, cumulative_time_spent_ns
+
+from fastnabla.distributed.beacon import BEACON
 
 Compile = Literal["none", "blocks", "whole"]
 MAX_GRAPHS = 1024
@@ -30,11 +33,23 @@ def allow_compiling() -> None:
       needs a graph for each number of rows and, without a LoRA, for each kind of call (gradients to the input, to the
       weights, none). Stable Diffusion 1.5 has 15 shapes of residual blocks: 75 graphs without a LoRA. More than `MAX_GRAPHS`
       would be a bug, and raises an error instead of falling back to eager.
+    - Compiling takes minutes, which do not count as a hang (`fastnabla.distributed.beacon`).
     """
     torch._functorch.config.donated_buffer = False
     torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if _begin not in callback_handler.start_callbacks:
+        on_compile_start(_begin)
+        on_compile_end(_end)
+
+
+def _begin(_: CallbackArgs) -> None:
+    BEACON.begin_excused()
+
+
+def _end(_: CallbackArgs) -> None:
+    BEACON.end_excused()
 
 
 def compiled(function: Callable) -> Callable:

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recompute
 
+from fastnabla.distributed.beacon import BEACON
 from fastnabla.models.compiling import compiled, pad_rows
 from fastnabla.models.frozen_layers import convolve, memory_format, norm_silu
 from fastnabla.objective.gaussian import full
@@ -158,6 +159,7 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Images `[N, 3, H, W]` in [0, 1], float32 (float64 if the autoencoder is), of the sampler's scaled `latents`
         `[N, C, h, w]`."""
+        BEACON.advance()
         count = len(latents)
         (latents,) = pad_rows([latents], max(count, self._padded_to))
         latents = self._unscaled(latents)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastnabla.config.model_sections import ModelConfig
+from fastnabla.distributed.beacon import BEACON
 from fastnabla.models.architectures import architecture_of
 from fastnabla.models.cached_conditions import DEVICE_BYTES, CachedConditions
 from fastnabla.models.conditions import Conditions
@@ -103,12 +104,16 @@ def encode_prompts(
     """
     device, family = pipeline.text_encoder.device, family_of_pipeline(pipeline)
 
+    def encode(text: str) -> tuple[Tensor, ...]:
+        BEACON.advance()
+        return tuple(column[0].cpu() for column in family.encode(pipeline, [text]))
+
     def encode_each(texts: Sequence[str]) -> list[tuple[Tensor, ...]]:
         encoders = {encoder: encoder.device for encoder in text_encoders(pipeline)}
         try:
             for encoder in encoders:
                 encoder.to(device)
-            return [tuple(column[0].cpu() for column in family.encode(pipeline, [text])) for text in texts]
+            return [encode(text) for text in texts]
         finally:
             for encoder, previous in encoders.items():
                 encoder.to(previous)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastnabla.config.model_sections import LORA_TARGETS
 from fastnabla.config.training_sections import Attention
+from fastnabla.distributed.beacon import BEACON
 from fastnabla.distributed.sharding import ShardedNetwork
 from fastnabla.distributed.world import World
 from fastnabla.models.compiling import Compile, compile_blocks, compiled, pad_rows
@@ -191,6 +192,7 @@ class Policy(nn.Module):
 
     def _output(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
         """`forward` in a single pass."""
+        BEACON.advance()
         rows, guided = len(x), self.guidance_scale is not None
         padded = next((size for size in self.static_rows if size >= rows), rows)
         if self.lora is not None:

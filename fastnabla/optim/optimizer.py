@@ -7,9 +7,10 @@ keep float32 moments: they are small, and such tensors (biases, norms) are the m
 bitsandbytes synchronises with the GPU after every parameter tensor. AdamW, clipping and the schedule never do.
 """
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from fastnabla.config.model_sections import FlowConfig
 from fastnabla.config.training_sections import OptimizerConfig
+from fastnabla.distributed.beacon import BEACON
 from fastnabla.models.policy import Policy
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "paged_adamw8bit": 2, "lion8bit": 1}
@@ -119,12 +121,14 @@ class Optimizer:
         if getattr(self.algorithm, "is_paged", False):
             page_states(self.algorithm)
 
-    def _clip(self, parameters: Iterable[Tensor]) -> Tensor:
+    def _clip(self, parameters: Sequence[Tensor]) -> Tensor:
         """Clip the gradients' norm. Returns the norm before clipping, over all processes if the gradients are sharded.
 
         Does not synchronise with the device. A norm that is not finite turns the gradients into NaN."""
-        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, error_if_nonfinite=False, foreach=True)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+        with BEACON.collective() if sharded else contextlib.nullcontext():
+            norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, error_if_nonfinite=False, foreach=True)
+            return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def build_algorithm(name: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:

@@ -15,7 +15,8 @@ from fastnabla.config.model_sections import RewardConfig
 from fastnabla.rewards import testbed
 from fastnabla.rewards.check import check_reward
 from fastnabla.rewards.options import DEFAULTS, RewardOptions, parse_weights
-from fastnabla.rewards.sum import RewardFunction, RewardSum
+from fastnabla.rewards.score import RewardFunction
+from fastnabla.rewards.sum import RewardSum
 
 __all__ = [
     "PUBLISHED",

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fastnabla.rewards.sum import RewardSum, score
+from fastnabla.rewards.score import score
+from fastnabla.rewards.sum import RewardSum
 
 
 def check_reward(

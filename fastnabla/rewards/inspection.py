@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnabla.rewards.in_float32 import InFloat32
-from fastnabla.rewards.sum import RewardFunction
+from fastnabla.rewards.score import RewardFunction
 
 GRADIENT_TOLERANCE = 0.02
 STEPS = (3e-2, 1e-2, 3e-3)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastnabla.config.model_sections import Precision
+from fastnabla.rewards.one_node import as_one_node
 
 logger = logging.getLogger(__name__)
 
@@ -96,42 +96,18 @@ def _set_cudnn(tf32: bool) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
 
 
-class _Scored(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, score: Callable[[Tensor], Tensor], precision: Precision) -> Tensor:
-        leaf = images.detach().requires_grad_()
-        with torch.enable_grad(), computing_in(precision, images.device):
-            values = score(leaf)
-        # The backward pass follows the forward pass's dtypes, so it needs no autocast.
-        ctx.graph, ctx.precision = (leaf, values), "float32" if precision == "bf16" else precision
-        result = values.detach()
-        if not values.requires_grad:
-            ctx.mark_non_differentiable(result)
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.graph is None:
-            raise RuntimeError("a reward's gradient can be taken once per call; retain_graph has no effect on it.")
-        (leaf, values), ctx.graph = ctx.graph, None
-        with computing_in(ctx.precision, leaf.device):
-            (image_gradient,) = torch.autograd.grad(values, leaf, gradient)
-        return image_gradient, None, None
-
-
 def score_in(precision: Precision, score: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """`score(images)` `[B]`, with both forward and backward pass computed in `precision`.
 
     Args:
         precision: see `computing_in`.
-        score: differentiable function of the images; everything else that it uses is treated as constant.
+        score: see `fastnabla.rewards.one_node.as_one_node`.
         images: `[B, 3, H, W]`.
 
     Raises:
-        RuntimeError: in a second backward pass through the result, or when differentiating its gradient.
+        RuntimeError: see `as_one_node`.
     """
-    if torch.is_grad_enabled() and images.requires_grad:
-        return _Scored.apply(images, score, precision)
-    with computing_in(precision, images.device):
-        return score(images)
+    # The backward pass follows the forward pass's dtypes, so it needs no autocast.
+    backward = "float32" if precision == "bf16" else precision
+    forward, backward = (functools.partial(computing_in, each, images.device) for each in (precision, backward))
+    return as_one_node(score, images, forward, backward)

@@ -1,21 +1,15 @@
 """The weighted sum of rewards, optionally normalised by each reward's standard deviation and clipped."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastnabla.utils.time_limit import time_limit
+from fastnabla.rewards.score import RewardFunction, score
 
-RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
-"""Images `[B, 3, H, W]` in [0, 1] and B prompts → rewards `[B]`, differentiable with respect to the images."""
 SMALLEST_STD = 1e-6
-
-
-class RewardError(ValueError):
-    """A reward failed, or returned an invalid result; the message names it."""
 
 
 class RunningMoments:
@@ -55,7 +49,7 @@ class RewardSum:
         normalise: divide each term by its standard deviation over all rewards observed.
         clip: largest absolute value of the sum that is trained on, in units of the normalised terms with `normalise`, of
             the raw terms otherwise. An image outside the bounds has no gradient.
-        timeout: seconds that one call of a term may take; None for no limit.
+        timeout: seconds that one call of a term may take, and its backward pass; None for no limit.
 
     Raises:
         ValueError: `clip` is not positive and finite.
@@ -131,46 +125,3 @@ class RewardSum:
             raise ValueError(f"statistics of the rewards {', '.join(state)} do not fit {', '.join(self.moments)}.")
         for name, values in state.items():
             vars(self.moments[name]).update(values)
-
-
-def score(
-    name: str, reward: RewardFunction, images: Tensor, prompts: Sequence[str], timeout: float | None = None
-) -> Tensor:
-    """Call `reward` and check the result.
-
-    Args:
-        name: name of the reward, for messages.
-        reward: the reward.
-        images: `[B, 3, H, W]` in [0, 1].
-        prompts: B prompts.
-        timeout: limit in seconds; see `fastnabla.utils.time_limit`.
-
-    Raises:
-        RewardError: the reward fails, times out, does not return a tensor `[B]`, or has no gradient although the images
-            require one.
-    """
-    late = RewardError(
-        f"reward {name!r} did not return from {len(images)} images within reward.timeout = {timeout} s. If it needs "
-        "more time, raise the limit, or set it to None (null in config.json) for no limit."
-    )
-    with time_limit(timeout, late):
-        try:
-            values = reward(images, prompts)
-        except torch.OutOfMemoryError:  # the caller retries with smaller batches
-            raise
-        except Exception as error:
-            raise RewardError(
-                f"reward {name!r} failed on images {tuple(images.shape)}: {type(error).__name__}: {error}."
-            ) from error
-    count = len(images)
-    if not isinstance(values, Tensor) or tuple(values.shape) != (count,):
-        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise RewardError(
-            f"reward {name!r} returned {found} for {count} images; it must return a tensor of shape ({count},)."
-        )
-    if images.requires_grad and torch.is_grad_enabled() and not values.requires_grad:
-        raise RewardError(
-            f"reward {name!r} has no gradient with respect to the images; ∇-DB needs one. Look for torch.no_grad, "
-            ".detach(), numpy or PIL inside it."
-        )
-    return values

@@ -23,6 +23,7 @@ WITHOUT_EFFECT = (
     "checkpoint_keep",
     "max_skipped",
     "spike_factor",
+    "hang_timeout",
     "dump_anomalies",
     "reward.timeout",
     "evaluation.stop_below_diversity",

@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastnabla.config.train import TrainConfig
+from fastnabla.distributed.beacon import BEACON
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.methods.accumulation import StepReport
@@ -86,7 +87,7 @@ class Trainer:
         with locked(folder) if self.world.is_main else contextlib.nullcontext():
             self._open(folder, console, resume, stop or StopSignals())
             try:
-                with self.progress:
+                with self.progress, self.world.hang_limit(self.config.hang_timeout):
                     bound = self.run()
             except Stopped:
                 self.save(wait=True)
@@ -208,7 +209,8 @@ class Trainer:
             record = {"phase": "evaluate", "update": self.done, **metrics}
             self._write_pictures([*self.tracker.records, record], columns)
         best = is_best(metrics["reward"], self.tracker.records)
-        write_weights(self.folder, self.policy, self.ema, best, self.world.is_main)
+        with BEACON.excused():
+            write_weights(self.folder, self.policy, self.ema, best, self.world.is_main)
         self.tracker.log("evaluate", self.done, metrics, self.meter.read(0))
         self.progress.show_evaluation(self.done, decimals(self.tracker.records[-1]["reward"]))
 
@@ -218,7 +220,8 @@ class Trainer:
         Args:
             wait: until it is written.
         """
-        self.files.save(Progress(self.done, self.source.rollouts), wait)
+        with BEACON.excused():
+            self.files.save(Progress(self.done, self.source.rollouts), wait)
 
     def _open(self, folder: Path, console: Console, resume: bool, stop: StopSignals) -> None:
         """Open the run folder, and continue from its newest checkpoint if `resume`."""

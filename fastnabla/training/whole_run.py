@@ -10,7 +10,7 @@ from rich.console import Console
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.distributed.world import World
 from fastnabla.methods.zero_gradients import ZeroGradientError
-from fastnabla.rewards.sum import RewardError
+from fastnabla.rewards.score import RewardError
 from fastnabla.run.checkpoint import CheckpointError
 from fastnabla.run.lock import RunFolderError
 from fastnabla.training.guards import BoundPassed

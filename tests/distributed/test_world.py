@@ -9,6 +9,7 @@ import torch
 from torch.distributed import HashStore
 
 from fastnabla.distributed import world as distributed
+from fastnabla.distributed.beacon import BEACON
 from fastnabla.distributed.rendezvous import rendezvous
 from fastnabla.distributed.world import ALONE, World
 from tests.ranks import on_ranks
@@ -34,6 +35,7 @@ def collectives(world: World) -> dict:
         "told": world.broadcast(lambda: {"who": world.rank, "text": "∇", "nan": float("nan")}),
         "bytes": list(world.broadcast_bytes(lambda: bytes([world.rank, 7]))),
         "local": world.local_size,
+        "entered": BEACON.collectives,
     }
 
 
@@ -43,6 +45,8 @@ def test_collectives(size: int, tmp_path: Path) -> None:
     shares = [result.pop("share") for result in results]
     assert torch.cat(shares).tolist() == list(range(7))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    entered = {result.pop("entered") for result in results}
+    assert len(entered) == 1 and (entered == {0}) == (size == 1)
     for result in results:
         matrix, ones, whole, scalar, image = result["sums"]
         ranks = sum(range(size))

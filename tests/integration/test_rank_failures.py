@@ -1,7 +1,11 @@
 """What ends one process ends all, soon, and says why; asked to stop, they stop together."""
 
+import ctypes
 import os
 import signal
+import socket
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +16,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fastnabla.distributed import watchdog as watch
 from fastnabla.distributed import world as distributed
+from fastnabla.distributed.launch import RankInfo
+from fastnabla.distributed.world import LostProcess, World
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.rewards.testbed import area
 from fastnabla.training.trainer import Trainer
@@ -117,14 +123,57 @@ def test_a_rank_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rank_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after the loss of its machine: its connections stay open."""
-    monkeypatch.setattr(watch, "SILENCE", 1.5)
+    monkeypatch.setattr(watch, "SILENCE", 3.0)
     children = begin(2, lambda: trained(TINY, in_rank_1(Optimizer, "update", 0, send(signal.SIGSTOP))))
     try:
         assert end(children[:1]) == [1]
     finally:
         os.kill(children[1], signal.SIGKILL)
     assert end(children[1:]) == [-signal.SIGKILL]
-    assert "error: rank 1: no heartbeat for 2 s; all processes end." in outputs(2)[0]
+    assert f"error: rank 1 on {socket.gethostname()}: no heartbeat for 3 s; all processes end." in outputs(2)[0]
+
+
+def sleep_forever() -> None:
+    time.sleep(1e6)
+
+
+def test_a_rank_that_hangs_in_a_step() -> None:
+    prepare = in_rank_1(Optimizer, "update", 0, sleep_forever)
+    assert end(begin(2, lambda: trained([*TINY, "--hang-timeout=5"], prepare))) == [1, 1]
+    first, hung = outputs(2)
+    name = f"error: rank 1 on {socket.gethostname()}: no progress for 5 s (hang_timeout) at "
+    assert (
+        name in hung and "in sleep_forever" in hung.partition(name)[0] and "in sleep_forever" in hung.partition(name)[2]
+    )
+    assert name in first and "in sleep_forever; all processes end." in first and first.count("error:") == 1
+
+
+def wait_in_c_with_the_gil() -> None:
+    """The same lock a second time waits for ever."""
+    lib, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    for _ in range(2):
+        lib.pthread_mutex_lock(mutex)
+
+
+def test_a_rank_in_which_no_python_thread_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "SILENCE", 3.0)
+
+    def run() -> int:
+        world = World.start(RankInfo.of())
+        os.dup2(os.open(f"rank-{world.rank}.txt", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        if world.rank == 1:
+            wait_in_c_with_the_gil()
+        try:
+            world.barrier()
+        except LostProcess as lost:
+            world.fail(lost, lambda: None)
+        return world.shutdown(1)
+
+    assert end(begin(2, run)) == [1, 1]
+    first, hung = outputs(2)
+    assert "Timeout (0:00:03" in hung and "in wait_in_c_with_the_gil" in hung
+    assert f"rank 1 on {socket.gethostname()}: no heartbeat for 3 s" in first
 
 
 def weights() -> torch.Tensor:

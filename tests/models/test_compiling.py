@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch._dynamo.utils import counters
 
+from fastnabla.distributed.beacon import BEACON
 from fastnabla.models import compiling
 from fastnabla.models.conditions import Conditions
 from fastnabla.models.policy import Policy
@@ -172,6 +173,19 @@ def test_graph_is_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     for actual, tensor in zip(twice(compiling.compiled(network.forward)), expected, strict=True):
         torch.testing.assert_close(actual, tensor, rtol=1e-4, atol=1e-4)
     assert not torch._functorch.config.donated_buffer
+
+
+def test_compiling_is_excused_from_the_limit_on_hangs() -> None:
+    progress = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        progress.append(BEACON.progress)
+        return graph
+
+    for _ in range(2):
+        compiling.allow_compiling()
+    torch.compile(lambda x: x + 1, backend=backend)(randn(2))
+    assert progress == [None] and BEACON.progress is not None
 
 
 @pytest.mark.slow

@@ -40,7 +40,15 @@ def begun(run: Path, config: TrainConfig) -> None:
 
 def test_the_fingerprint_is_of_what_results_depend_on(tmp_path: Path) -> None:
     changed = dataclasses.replace(
-        BASE, run=tmp_path, resume=AUTO, dry_run=True, vram=3.0, tracker="none", checkpoint_every=3, checkpoint_keep=9
+        BASE,
+        run=tmp_path,
+        resume=AUTO,
+        dry_run=True,
+        vram=3.0,
+        tracker="none",
+        checkpoint_every=3,
+        checkpoint_keep=9,
+        hang_timeout=9.0,
     )
     bounded = dataclasses.replace(BASE.evaluation, stop_below_diversity=0.5, stop_above_prior=3.0)
     changed = dataclasses.replace(changed, evaluation=bounded)

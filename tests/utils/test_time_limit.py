@@ -1,24 +1,29 @@
 """Calls that do not come back: a reward that sleeps, spins, swallows the alarm, or hangs where Python does not run."""
 
 import contextlib
+import functools
 import importlib
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from traceback import extract_tb
 
 import pytest
 import torch
 
 from fastnabla import train
 from fastnabla.rewards import RewardSum, check_reward
-from fastnabla.rewards.sum import RewardError
+from fastnabla.rewards import score as scoring
+from fastnabla.rewards.score import RewardError
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.time_limit import STATUS, time_limit
 from tests.faults import assert_same_result
 from tests.integration.test_extending import QUICK
+from tests.ranks import begin, end
 
 
 class Late(Exception):
@@ -132,10 +137,66 @@ def test_a_reward_that_hangs_in_the_check_before_a_run_is_named() -> None:
         check_reward(reward, ["a cow"], (8, 8))
 
 
+class SleepsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images):
+        return images.mean((1, 2, 3))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(60)
+
+
+def test_a_reward_whose_backward_pass_hangs_is_named() -> None:
+    """The second term's limit holds in the backward pass of the sum, which comes after both calls."""
+    terms = {"fine": (lambda images, prompts: images.mean((1, 2, 3)), 1.0)}
+    terms["mine:slow"] = (lambda images, prompts: SleepsBackward.apply(images), 1.0)
+    images = torch.rand(2, 3, 8, 8, requires_grad=True)
+    before, values = signal.getsignal(signal.SIGALRM), RewardSum(terms, timeout=0.2)(images, ["a cow"] * 2)
+    message = r"'mine:slow' did not return from the gradients of 2 images within reward\.timeout = 0\.2 s"
+    with pytest.raises(RewardError, match=message) as caught:
+        torch.autograd.grad(values.sum(), images)
+    assert any(
+        frame.name == "backward" and "time.sleep" in frame.line
+        for frame in extract_tb(caught.value.__cause__.__traceback__)
+    )
+    assert_nothing_is_left(before)
+
+
+def test_a_backward_pass_in_another_thread_ends_the_process(tmp_path: Path) -> None:
+    """Autograd has its own thread for a GPU, where no signal arrives."""
+
+    def differentiate() -> None:
+        images = torch.rand(2, 3, 8, 8, requires_grad=True)
+        reward = RewardSum({"mine:slow": (lambda images, prompts: SleepsBackward.apply(images), 1.0)}, timeout=0.2)
+        torch.autograd.grad(reward(images, ["a cow"] * 2).sum(), images)
+
+    def run() -> int:
+        scoring.time_limit = functools.partial(time_limit, grace=0.2)
+        with open(tmp_path / "told", "w") as told:
+            os.dup2(told.fileno(), 2)
+        thread = threading.Thread(target=differentiate)
+        thread.start()
+        thread.join()
+        return 0
+
+    assert end(begin(1, run)) == [STATUS]
+    told = (tmp_path / "told").read_text()
+    assert "error: reward 'mine:slow' did not return from the gradients of 2 images" in told and "in backward" in told
+
+
 def test_a_limit_changes_no_value() -> None:
-    images, terms = torch.rand(3, 3, 4, 4), {"mean": (lambda images, prompts: images.mean((1, 2, 3)), 2.0)}
-    limited, free = (RewardSum(terms, timeout=timeout)(images, ["a"] * 3) for timeout in (60.0, None))
-    assert torch.equal(limited, free)
+    """Nor a gradient, which each call has once."""
+    images, terms = torch.rand(3, 3, 4, 4), {"mean": (lambda images, prompts: images.square().mean((1, 2, 3)), 2.0)}
+    images.requires_grad_()
+    expected = 2 * images.square().mean((1, 2, 3))
+    (slope,) = torch.autograd.grad(expected.sum(), images)
+    for timeout in (60.0, None):
+        values = RewardSum(terms, timeout=timeout)(images, ["a"] * 3)
+        (gradient,) = torch.autograd.grad(values.sum(), images, retain_graph=True)
+        assert torch.equal(values, expected) and torch.equal(gradient, slope)
+        with pytest.raises(RuntimeError, match="once per call"):
+            torch.autograd.grad(values.sum(), images)
 
 
 HANGING = """
