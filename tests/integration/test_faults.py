@@ -1,6 +1,7 @@
 """Whatever ends a run, the resumed one ends as if nothing had happened, bit for bit."""
 
 import dataclasses
+import functools
 import os
 import shutil
 import signal
@@ -14,7 +15,9 @@ import torch
 from fastnabla.run.checkpoint import Checkpoints
 from fastnabla.run.resuming import fingerprint
 from fastnabla.training.trainer import Trainer
-from tests.faults import CHECKPOINT_FAILED, POINTS, assert_same_result, attempt, campaign, tiny, without_pictures
+from tests.faults import CHECKPOINT_FAILED, assert_same_result, attempt, tiny, without_pictures
+from tests.integration.kill_campaign import RANDOM, Single, campaign
+from tests.integration.kill_points import die_in_call, die_in_record, die_in_write
 from tests.utils.test_durable import fill, places
 
 
@@ -62,19 +65,25 @@ def before(owner: object, name: str, call: int, action: Callable[[], None]) -> N
 
 
 def test_killed_again_and_again(trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
-    counts = campaign(trainer, tmp_path, undisturbed[0], kills=5, seed=1, seconds=undisturbed[1])
-    assert sum(counts.values()) - counts["runs"] >= 5
+    phases = ("rollout", "best weights, moved", "checkpoint, flushed", *RANDOM)
+    counts = campaign({name: Single(trainer, *undisturbed) for name in phases}, tmp_path, kills=5, seed=1)
+    assert sum(count.kills for count in counts.values()) >= 5
+    assert not any(count.differences for count in counts.values())
 
 
 @pytest.mark.parametrize(
-    ("point", "call", "after"),
-    [("write", 4000, False), ("rename", 3, False), ("record", 5, False)],
+    "arm",
+    [
+        functools.partial(die_in_write, 4000),
+        functools.partial(die_in_call, os, "replace", 3, False),
+        functools.partial(die_in_record, 5),
+    ],
+    ids=["write", "rename", "record"],
 )
 def test_killed_at_a_certain_point(
-    point: str, call: int, after: bool, trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
+    arm: Callable[[], None], trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
-    status = attempt(trainer, tmp_path, lambda: POINTS[point][1](trainer, call, after), None, 0)
-    assert status == -signal.SIGKILL
+    assert attempt(trainer, tmp_path, arm, None, 0) == -signal.SIGKILL
     finish(trainer, tmp_path, undisturbed[0])
 
 
@@ -114,7 +123,7 @@ def test_a_signal_during_the_evaluation_comes_back_to_it(
     assert checkpoints(tmp_path)[-1] == "update-000004"
     assert not (tmp_path / "lora").exists()
     # Killed in the repeated evaluation once more, when the weights are not yet in their place.
-    assert attempt(trainer, tmp_path, lambda: POINTS["record"][1](trainer, 0, False), None, 0) == -signal.SIGKILL
+    assert attempt(trainer, tmp_path, lambda: die_in_record(0), None, 0) == -signal.SIGKILL
     finish(trainer, tmp_path, undisturbed[0])
 
 
