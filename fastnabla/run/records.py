@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from fastnabla.run.record_list import RecordList
+
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
     """`record` with None in place of numbers that are not finite, which JSON does not have."""
@@ -15,15 +17,15 @@ class Records:
     """Metric records, in the order of `log`."""
 
     def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
+        self.records = RecordList()
 
     def has(self, phase: str, update: int) -> bool:
         """Whether there is a record of this phase and update."""
-        return any((record["phase"], record["update"]) == (phase, update) for record in reversed(self.records))
+        return any(record["update"] == update for record in self.records.of(phase))
 
     def last_in_a_row(self, name: str) -> int:
         """Number of training records at the end, in a row, in which the metric `name` is not 0."""
-        values = [record.get(name, 0) for record in self.records if record["phase"] == "train"]
+        values = [record.get(name, 0) for record in self.records.of("train")]
         return next((i for i, value in enumerate(reversed(values)) if not value), len(values))
 
     def log(self, phase: str, update: int, metrics: dict[str, float], measured: dict[str, float] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Kills training runs in every phase, resumes them, and compares what they leave with uninterrupted runs:
 `python -m tests.integration.kill_campaign`.
 
-A run is killed up to three times in one phase. Runs of one process must then equal the uninterrupted one bit for bit. Runs of two
+A run is killed up to twice in one phase. Runs of one process must then equal the uninterrupted one bit for bit. Runs of two
 processes must have its weights and metrics to rounding, as `tests/integration/test_sharded_training.py` says.
 """
 
@@ -31,7 +31,7 @@ from tests.integration.kill_points import POINTS, SHARDED, SPILLED, Point
 from tests.integration.test_full_finetuning import full
 from tests.ranks import begin
 
-KILLS_OF_A_RUN = 3
+KILLS_OF_A_RUN = 2
 RANDOM = {f"random moment, {sent.name}": sent for sent in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)}
 TWO_RANDOM = "2 processes: random moment"
 ROUNDING, METRICS_ROUNDING = 1e-6, 1e-3
@@ -203,7 +203,7 @@ class Pair:
         if status:
             os.kill(children[1 - victim], signal.SIGKILL)
         other = os.waitstatus_to_exitcode(os.waitpid(children[1 - victim], 0)[1])
-        assert (status, other) in ((0, 0), (-signal.SIGKILL,) * 2), (status, other)
+        assert status == -signal.SIGKILL or status == other == 0, (status, other)
         return status != 0
 
 
@@ -247,6 +247,7 @@ def campaign(of: dict[str, Single | Pair], folder: Path, kills: int, seed: int) 
                 count.runs += 1
                 count.bitwise += equal(run, one.expected)
                 count.differences += not one.same(run, one.expected)
+                print(f"{name}: killed {count.kills - before} times", file=sys.stderr, flush=True)
             if sum(count.kills for count in counts.values()) >= kills:
                 break
     return counts
