@@ -63,6 +63,8 @@ def fault(trainer: Trainer, run: Path, expected: Path, fails_from: int, error: i
     disk = FailingDisk(run, fails_from, error, named=error not in FULL)
     status, lines, operations = on_disk(trainer, run, disk)
     at = f"{os.strerror(error)} from operation {fails_from} ({operations[fails_from] if len(operations) > fails_from else 'none'})"
+    if len(operations) <= fails_from:
+        return f"{at}: not reached"
     messages = [line for line in lines if line.startswith("error: ")]
     if status == 1 and not (
         len(messages) == len(lines) == 1 and str(run) in lines[0] and os.strerror(error) in lines[0]

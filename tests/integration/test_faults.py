@@ -1,7 +1,10 @@
 """Whatever ends a run, the resumed one ends as if nothing had happened, bit for bit."""
 
 import dataclasses
+import errno
 import functools
+import itertools
+import json
 import os
 import shutil
 import signal
@@ -15,7 +18,9 @@ import torch
 from fastnabla.run.checkpoint import Checkpoints
 from fastnabla.run.resuming import fingerprint
 from fastnabla.training.trainer import Trainer
+from fastnabla.utils.durable import DamagedError, verify_folder
 from tests.faults import CHECKPOINT_FAILED, assert_same_result, attempt, tiny, without_pictures
+from tests.integration.disk_campaign import fault
 from tests.integration.kill_campaign import RANDOM, Single, campaign
 from tests.integration.kill_points import die_in_call, die_in_record, die_in_write
 from tests.utils.test_durable import fill, places
@@ -134,6 +139,48 @@ def test_a_full_disk_costs_no_checkpoint(trainer: Trainer, undisturbed: tuple[Pa
     assert attempt(trainer, tmp_path, arm, None, 0) == CHECKPOINT_FAILED
     assert checkpoints(tmp_path) == ["update-000002"]
     finish(trainer, tmp_path, undisturbed[0])
+
+
+@pytest.mark.parametrize(("error", "operation"), [(errno.EROFS, 0), (errno.EDQUOT, 20)], ids=["lock", "records"])
+def test_a_disk_that_fails_ends_the_run_in_one_line(
+    error: int, operation: int, trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
+    """`python -m tests.integration.disk_campaign` tries every operation."""
+    assert not fault(trainer, tmp_path / "run", undisturbed[0], operation, error)
+
+
+def test_a_clock_that_jumps_changes_nothing(trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    """By a year, there and back, at each reading."""
+    year, clock, signs = 3.2e7, time.time, itertools.cycle((1, -1))
+
+    def arm() -> None:
+        time.time = lambda: clock() + next(signs) * year
+
+    assert attempt(trainer, tmp_path, arm, None, 0) == 0
+    assert_same_result(tmp_path, undisturbed[0])
+    for line in (tmp_path / "timing.jsonl").open():
+        measured = json.loads(line)
+        assert all(0 <= value < year for name, value in measured.items() if name.endswith("seconds"))
+
+
+def test_a_checkpoint_that_ends_or_is_empty_from_any_block_on_is_damaged(
+    undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
+    """A block has 4 KiB. A file that keeps its size is found by its digest."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(undisturbed[0] / "checkpoints" / "update-000006", folder)
+    path = folder / "state.pt"
+    content = path.read_bytes()
+    for block in range(0, len(content), 4096):
+        path.write_bytes(content[:block])
+        with pytest.raises(DamagedError, match=r"state\.pt has"):
+            verify_folder(folder)
+        if block // 4096 % 16 == 0:
+            path.write_bytes(content[:block] + bytes(len(content) - block))
+            with pytest.raises(DamagedError, match="SHA-256"):
+                verify_folder(folder)
+    path.write_bytes(content)
+    verify_folder(folder)
 
 
 @pytest.mark.parametrize("name", ["state.pt", "manifest.json"])

@@ -1,8 +1,11 @@
 """Which weights a run folder has, of which evaluation."""
 
+import errno
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fastnabla.run.save_weights import write_weights
@@ -36,6 +39,19 @@ def test_the_best_evaluation_s_weights_are_kept(
     assert all(weight.equal(written[kept - 1][name]) for name, weight in best.items()) and best.keys() == last.keys()
     assert all(weight.equal(written[-1][name]) for name, weight in last.items())
     assert any(not weight.equal(last[name]) for name, weight in best.items())
+
+
+def test_a_full_disk_is_told_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors has an error of its own for it."""
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    trainer = Trainer.from_config(small())
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_weights(tmp_path, trainer.policy, None, True, True)
+    assert error.value.errno == errno.ENOSPC
 
 
 def test_the_first_evaluation_after_an_update_is_the_best_so_far() -> None:
