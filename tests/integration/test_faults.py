@@ -20,7 +20,8 @@ from fastnabla.run.resuming import fingerprint
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.durable import DamagedError, verify_folder
 from tests.faults import CHECKPOINT_FAILED, assert_same_result, attempt, tiny, without_pictures
-from tests.integration.disk_campaign import fault
+from tests.integration.disk_campaign import fault, on_disk
+from tests.integration.failing_disk import FailingDisk
 from tests.integration.kill_campaign import RANDOM, Single, campaign
 from tests.integration.kill_points import die_in_call, die_in_record, die_in_write
 from tests.utils.test_durable import fill, places
@@ -141,12 +142,18 @@ def test_a_full_disk_costs_no_checkpoint(trainer: Trainer, undisturbed: tuple[Pa
     finish(trainer, tmp_path, undisturbed[0])
 
 
-@pytest.mark.parametrize(("error", "operation"), [(errno.EROFS, 0), (errno.EDQUOT, 20)], ids=["lock", "records"])
-def test_a_disk_that_fails_ends_the_run_in_one_line(
-    error: int, operation: int, trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
+def test_a_disk_over_quota_ends_the_run_in_one_line(
+    trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
-    """`python -m tests.integration.disk_campaign` tries every operation."""
-    assert not fault(trainer, tmp_path / "run", undisturbed[0], operation, error)
+    """Where records are written. `python -m tests.integration.disk_campaign` tries every operation."""
+    assert not fault(trainer, tmp_path / "run", undisturbed[0], 20, errno.EDQUOT)
+
+
+def test_a_read_only_folder_ends_the_run_in_one_line(trainer: Trainer, tmp_path: Path) -> None:
+    """At its lock, before it is written to."""
+    status, lines, _ = on_disk(trainer, tmp_path, FailingDisk(tmp_path, 0, errno.EROFS, named=True))
+    assert status == 1 and len(lines) == 1
+    assert lines[0].startswith("error: ") and str(tmp_path) in lines[0] and "Read-only file system" in lines[0]
 
 
 def test_a_clock_that_jumps_changes_nothing(trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
