@@ -36,8 +36,10 @@ def write_weights(run: Path, policy: Policy, ema: WeightAverage | None, best: bo
     with _system_errors(partial):
         save_policy(policy, partial, policy.dtype, is_main)
     if best and is_main:
-        for folder in list(partial.iterdir()):
-            shutil.copytree(folder, partial / BEST / folder.name)
+        for path in [path for path in partial.rglob("*") if path.is_file()]:  # copytree hides what the system reports
+            copy = partial / BEST / path.relative_to(partial)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
     if ema is not None:
         with ema.applied(), _system_errors(partial):
             save_policy(policy, partial / AVERAGE, policy.dtype, is_main)

@@ -103,7 +103,7 @@ POINTS = {
     "average of the weights": Point(5, lambda t, c, after: die_in_call(t.ema, "update", c, after)),
     "half a line of metrics.jsonl": Point(8, lambda t, c, after: die_in_record(c)),
     "evaluation": Point(4, lambda t, c, after: die_in_call(t.evaluator, "measure", c, after)),
-    "best weights, written": Point(2, lambda t, c, after: die_in_call(shutil, "copytree", c, after)),
+    "best weights, written": Point(2, lambda t, c, after: die_in_call(shutil, "copyfile", c, after)),
     "best weights, moved": Point(6, lambda t, c, after: die_in_call(os, "replace", c, after, _moves(".weights.partial"))),
     "checkpoint, copied": Point(3, lambda t, c, after: die_in_call(checkpoint, "host_copy", c, after)),
     "checkpoint, written by a thread": Point(6000, lambda t, c, after: die_in_write(c)),
