@@ -118,9 +118,6 @@ SPILLED = {
         3, lambda t, c, after: die_in_call(type(t.components.state.buffer), "state_dict", c, after)
     ),
     "buffer, written with a checkpoint": Point(6000, lambda t, c, after: die_in_write(c)),
-    "buffer, read from a checkpoint": Point(
-        1, lambda t, c, after: die_in_call(type(t.components.state.buffer), "load_state_dict", c, after)
-    ),
     "rollout that is sampled ahead": Point(12, lambda t, c, after: die_in_call(type(t.table), "rows", c, after)),
 }
 """Those of a run whose buffer is in host memory, holds an older rollout and is saved with each checkpoint."""
