@@ -1,95 +1,139 @@
-"""Measures what grows over thousands of tiny updates of the testbed: `python -m tests.soak --seconds 480`.
+"""Measures what grows over thousands of updates, one method after the other, on networks of a few thousand parameters:
+`python -m tests.soak`.
 
 Not part of the test suite: a leak of a few bytes an update shows only after thousands of updates.
 """
 
 import argparse
 import dataclasses
-import signal
+import multiprocessing
 import tempfile
-import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 
-from fastnabla.config.training_sections import EvaluationConfig, RolloutConfig
-from fastnabla.distributed.signals import Stopped, StopSignals
+from fastnabla.config.method_sections import Direct
+from fastnabla.config.methods import METHODS
+from fastnabla.config.model_sections import ModelConfig, RewardConfig
+from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import EvaluationConfig
+from fastnabla.models.random_init import random_pipeline
 from fastnabla.training.trainer import Trainer
-from tests.faults import tiny
+from tests.families import TINY
+from tests.faults import tiny, without_pictures
 
 EVERY = 50
 """Updates between two readings."""
+VAE = {
+    "block_out_channels": (8,),
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "mid_block_add_attention": False,
+}
+NETWORKS = {
+    "sd15": {
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "mid_block_type": None,
+    },
+    "sd3": {"num_layers": 1},
+}
 
 
-class Soak:
-    """Collects readings of a run: (update, resident bytes, open file descriptors, bytes of metrics.jsonl and timing.jsonl).
+def smallest(family: str, folder: Path) -> str:
+    """Save a pipeline of `family` with one level in `folder`, and return its path."""
+    full = TINY[family]
+    architecture = dataclasses.replace(full, network=full.network | NETWORKS[family], vae=full.vae | VAE)
+    random_pipeline(architecture, {"default": torch.float32}).save_pretrained(folder)
+    return str(folder)
+
+
+def config_of(method: str, model: str, updates: int, testbed: bool) -> TrainConfig:
+    """The run of a soak: evaluations, checkpoints and TensorBoard often enough to show what they keep."""
+    config = dataclasses.replace(
+        tiny(),
+        method=method,
+        updates=updates,
+        checkpoint_every=50,
+        tracker="tensorboard",
+        direct=Direct(k=1, late=0.5),
+        spike_factor=1e9,
+        evaluation=EvaluationConfig(
+            every=200 if testbed else 100, samples=2, prompts=1, probe="testbed" if testbed else "pixels"
+        ),
+    )
+    if testbed:
+        return config
+    return dataclasses.replace(
+        config,
+        model=ModelConfig(name=model, dtype="float32", height=8, width=8),
+        reward=RewardConfig(terms=("hue=1",)),
+        flow=dataclasses.replace(config.flow, kind="conv"),
+    )
+
+
+def readings(method: str, updates: int, testbed: bool) -> np.ndarray:
+    """Readings of a run every `EVERY` updates: update, resident bytes, open files, bytes of metrics.jsonl and of timing.jsonl.
 
     Args:
-        trainer: the trainer of the run.
-        run: the run folder.
-        stop: receives a SIGTERM after `seconds`.
-        seconds: duration of the run.
+        method: of the run.
+        updates: its length.
+        testbed: train the testbed, with pictures, instead of the smallest networks without.
     """
+    torch.set_num_threads(1)
+    process, rows = psutil.Process(), []
+    with tempfile.TemporaryDirectory() as name:
+        run, model = Path(name, "run"), Path(name, "model")
+        run.mkdir()
+        family = "sd3" if METHODS[method].needs_flow_model else "sd15"
+        trainer = Trainer.from_config(config_of(method, "" if testbed else smallest(family, model), updates, testbed))
+        if not testbed:
+            without_pictures(trainer)
+        update = trainer.update
 
-    def __init__(self, trainer: Trainer, run: Path, stop: StopSignals, seconds: float) -> None:
-        self.run, self.stop, self.until = run, stop, time.monotonic() + seconds
-        self.process, self.updates, self.readings = psutil.Process(), 0, []
-        self._update, trainer.optimizer.update = trainer.optimizer.update, self.update
+        def read(*arguments) -> None:
+            update(*arguments)
+            if trainer.done % EVERY == 0:
+                sizes = ((run / name).stat().st_size for name in ("metrics.jsonl", "timing.jsonl"))
+                rows.append((trainer.done, process.memory_info().rss, process.num_fds(), *sizes))
 
-    def update(self, *arguments):
-        """Replaces the optimizer's `update`, and takes a reading every `EVERY` updates."""
-        norms = self._update(*arguments)
-        self.updates += 1
-        if self.updates % EVERY == 0:
-            sizes = ((self.run / name).stat().st_size for name in ("metrics.jsonl", "timing.jsonl"))
-            self.readings.append((self.updates, self.process.memory_info().rss, self.process.num_fds(), *sizes))
-            if time.monotonic() > self.until:
-                self.stop.received = signal.SIGTERM
-        return norms
+        trainer.update = read
+        trainer.train(run)
+    return np.array(rows, dtype=float)
 
-    def report(self, warm_up: int) -> str:
-        """Growth from update `warm_up` on, by least squares; for memory also in the first and second half of it."""
-        readings = np.array([reading for reading in self.readings if reading[0] >= warm_up], dtype=float)
 
-        def slope(column: int, rows: np.ndarray) -> float:
-            return float(np.polyfit(rows[:, 0], rows[:, column], 1)[0])
+def row(method: str, found: np.ndarray, warm_up: int) -> str:
+    """A row of the table: growth by least squares from update `warm_up` on."""
+    late = found[found[:, 0] >= warm_up]
+    memory, metrics, timing = (float(np.polyfit(late[:, 0], late[:, column], 1)[0]) for column in (1, 3, 4))
+    return (
+        f"| {method} | {found[-1, 0]:.0f} | {late[0, 1] / 1e6:.1f} to {late[-1, 1] / 1e6:.1f} MB | {memory / 1e3:+.2f} MB | "
+        f"{late[:, 2].min():.0f} to {late[:, 2].max():.0f} | {metrics:.0f} | {timing:.0f} |"
+    )
 
-        halves = np.array_split(readings, 2)
-        first, last = readings[0], readings[-1]
-        return (
-            f"{self.updates} updates; from update {first[0]:.0f} on:\n"
-            f"  resident memory {first[1] / 1e6:.1f} to {last[1] / 1e6:.1f} MB, {slope(1, readings) / 1e3:+.2f} MB "
-            f"in 1000 updates ({slope(1, halves[0]) / 1e3:+.2f} in the first half, {slope(1, halves[1]) / 1e3:+.2f} in "
-            "the second)\n"
-            f"  open file descriptors {readings[:, 2].min():.0f} to {readings[:, 2].max():.0f}\n"
-            f"  metrics.jsonl {slope(3, readings):.0f} bytes an update, timing.jsonl {slope(4, readings):.0f}"
-        )
+
+HEAD = """\
+| Run | Updates | Resident memory | in 1000 updates | Open files | metrics.jsonl, bytes an update | timing.jsonl |
+| --- | --- | --- | --- | --- | --- | --- |"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=480)
-    parser.add_argument("--warm-up", type=int, default=300, help="first updates, which are ignored")
-    parser.add_argument("--tracker", default="tensorboard")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--updates", type=int, default=3000)
+    parser.add_argument("--warm-up", type=int, default=500, help="first updates, which are ignored")
+    parser.add_argument("--testbed", action="store_true", help="train the testbed, with pictures")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    config = dataclasses.replace(
-        tiny(),
-        updates=1_000_000,
-        checkpoint_every=50,
-        tracker=arguments.tracker,
-        rollout=RolloutConfig(trajectories=2, fraction=0.5, updates=2),
-        evaluation=EvaluationConfig(every=200, samples=2, prompts=1, probe="testbed"),
-    )
-    with tempfile.TemporaryDirectory() as name:
-        trainer, stop = Trainer.from_config(config), StopSignals()
-        soak = Soak(trainer, Path(name), stop, arguments.seconds)
-        try:
-            trainer.train(Path(name), stop=stop)
-        except Stopped:
-            print(soak.report(arguments.warm_up))
+    print(HEAD, flush=True)
+    context = multiprocessing.get_context("spawn")
+    for method in arguments.methods:  # each in a process of its own, so that none grows for the one before it
+        with ProcessPoolExecutor(1, context) as alone:
+            found = alone.submit(readings, method, arguments.updates, arguments.testbed).result()
+        print(row(method, found, arguments.warm_up), flush=True)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def curves(records: Sequence[dict[str, Any]]) -> "Figure":
     """Draw the panels of `CURVES` for which the run's metric records have values."""
     from matplotlib.figure import Figure
 
-    panels = {title: lines for title in CURVES if (lines := _lines(title, records))}
+    found = _found(records)
+    panels = {title: lines for title in CURVES if (lines := _lines(title, found))}
     columns = 2 if len(panels) == 4 else min(3, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
     figure = Figure(figsize=(13 / 3 * columns, 3.25 * rows), layout="constrained")
@@ -51,27 +52,42 @@ def curves(records: Sequence[dict[str, Any]]) -> "Figure":
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
         _panel(axis, title, lines)
         if title == "reward":
-            _shade_deviation(axis, records)
+            _shade_deviation(axis, found)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     return figure
 
 
-def _lines(title: str, records: Sequence[dict[str, Any]]) -> dict[str, Line]:
+def _found(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], Line]:
+    """The lines of all metrics of `CURVES`, and of the rewards' deviation: (phase, metric) → line, by update."""
+    drawn: dict[str, list[str]] = {"evaluate": ["reward_std"]}
+    for phase, names, _ in CURVES.values():
+        drawn.setdefault(phase, []).extend(names)
+    found: dict[tuple[str, str], Line] = {}
+    for record in records:  # once: each record may be made as it is read
+        for name in drawn.get(record["phase"], ()):
+            if name in record:
+                updates, values = found.setdefault((record["phase"], name), ([], []))
+                updates.append(record["update"])
+                values.append(math.nan if record[name] is None else record[name])
+    return {key: _by_update(*line) for key, line in found.items()}
+
+
+def _by_update(updates: list[int], values: list[float]) -> Line:
+    order = sorted(range(len(updates)), key=updates.__getitem__)
+    return [updates[i] for i in order], [values[i] for i in order]
+
+
+def _lines(title: str, found: dict[tuple[str, str], Line]) -> dict[str, Line]:
     """The lines of a panel: metric → line. Metrics without a finite value are left out."""
-    lines = {}
-    for name in CURVES[title][1]:
-        updates, values = _line(title, name, records)
+    lines, (phase, names, _) = {}, CURVES[title]
+    for name in names:
+        updates, values = found.get((phase, name), ([], []))
         if title == "diversity" and values:
             values = [value / values[0] if values[0] else math.nan for value in values]
         if any(map(math.isfinite, values)):
             lines[name] = updates, values
     return lines
-
-
-def _line(title: str, name: str, records: Sequence[dict[str, Any]]) -> Line:
-    own = sorted((r for r in records if r["phase"] == CURVES[title][0] and name in r), key=lambda r: r["update"])
-    return [r["update"] for r in own], [math.nan if r[name] is None else r[name] for r in own]
 
 
 def _panel(axis: "Axes", title: str, lines: dict[str, Line]) -> None:
@@ -112,10 +128,10 @@ def _scale(axis: "Axes", values: Sequence[float]) -> None:
     axis.set_ylim(0 if min(values) < 10.0**bottom else min(values) / 1.2, max(values) * 1.2)
 
 
-def _shade_deviation(axis: "Axes", records: Sequence[dict[str, Any]]) -> None:
+def _shade_deviation(axis: "Axes", found: dict[tuple[str, str], Line]) -> None:
     """Shade one standard deviation of the images' rewards around the mean."""
-    updates, means = _line("reward", "reward", records)
-    deviations = _line("reward", "reward_std", records)[1]
+    updates, means = found["evaluate", "reward"]
+    deviations = found.get(("evaluate", "reward_std"), ([], []))[1]
     if len(deviations) == len(means):
         low = [mean - deviation for mean, deviation in zip(means, deviations, strict=True)]
         high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]

@@ -10,6 +10,7 @@ from fastnabla.distributed.world import World
 from fastnabla.prompts import RunPrompts
 from fastnabla.run.checkpoint import Checkpoints
 from fastnabla.run.lock import RunFolderError
+from fastnabla.run.record_list import RecordList
 from fastnabla.run.records import Records
 from fastnabla.run.resuming import check_length, fingerprint
 from fastnabla.run.state import Progress, TrainState
@@ -51,7 +52,7 @@ class RunFiles:
         self.tracker = Records()
         if world.is_main:
             self.tracker = Tracker(folder, config.tracker, dataclasses.asdict(config), self.start.update)
-        self.tracker.records = world.broadcast(lambda: self.tracker.records)
+        self.tracker.records = RecordList(world.broadcast(lambda: list(self.tracker.records)))
 
     def save(self, progress: Progress, wait: bool = False) -> None:
         """Save a checkpoint, unless the newest is of this update. It is written in the background.
@@ -82,7 +83,7 @@ class RunFiles:
 
     def write_table(self) -> Table:
         """Write table.md, the pretrained against the finetuned model. Returns the table."""
-        table = final_table(self.tracker.records, self.samples)
+        table = final_table(self.tracker.records.of("evaluate"), self.samples)
         if self.world.is_main:
             write_file(self.folder / "table.md", markdown(table))
         return table

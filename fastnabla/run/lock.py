@@ -15,6 +15,8 @@ from pathlib import Path
 logger = logging.getLogger("fastnabla")
 
 FILE = ".lock"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+"""Errors of the disk or the folder, which removing the file would not mend."""
 
 
 class RunFolderError(ValueError):
@@ -32,11 +34,14 @@ def locked(run: Path, *, wait: bool = False) -> Iterator[None]:
         wait: wait until no other process holds the lock.
 
     Raises:
+        OSError: the disk is full or cannot be written.
         RunFolderError: another process holds the lock and `wait` is False, or the lock file cannot be opened.
     """
     try:
         opened = (run / FILE).open("a+", encoding="utf-8")
     except OSError as error:
+        if error.errno in DISK:
+            raise
         raise RunFolderError(f"{str(run / FILE)!r} cannot be opened ({error.strerror}); remove it.") from error
     with opened as file:
         try:

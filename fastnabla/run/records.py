@@ -1,7 +1,10 @@
 """A run's metrics in memory: one record per update or evaluation. Ranks other than 0 keep only these."""
 
+import itertools
 import math
 from typing import Any
+
+from fastnabla.run.record_list import RecordList
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
@@ -15,16 +18,16 @@ class Records:
     """Metric records, in the order of `log`."""
 
     def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
+        self.records = RecordList()
 
     def has(self, phase: str, update: int) -> bool:
         """Whether there is a record of this phase and update."""
-        return any((record["phase"], record["update"]) == (phase, update) for record in reversed(self.records))
+        return any(record["update"] == update for record in self.records.of(phase))
 
     def last_in_a_row(self, name: str) -> int:
         """Number of training records at the end, in a row, in which the metric `name` is not 0."""
-        values = [record.get(name, 0) for record in self.records if record["phase"] == "train"]
-        return next((i for i, value in enumerate(reversed(values)) if not value), len(values))
+        backwards = (record.get(name, 0) for record in reversed(self.records) if record["phase"] == "train")
+        return sum(1 for _ in itertools.takewhile(bool, backwards))
 
     def log(self, phase: str, update: int, metrics: dict[str, float], measured: dict[str, float] | None = None) -> None:
         """Append a record.

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastnabla.run.record_list import EXACT, RecordList
 from fastnabla.run.records import Records, finite
 from fastnabla.run.wandb_run import wandb_run_id
 from fastnabla.utils.durable import write_file
@@ -51,9 +52,13 @@ def _checked(record: Any) -> dict[str, Any]:
         or type(record.get("update")) is not int
     ):
         raise ValueError("not a record")
-    if not all(value is None or isinstance(value, int | float) for name, value in record.items() if name != "phase"):
+    if not all(_is_number(value) for name, value in record.items() if name != "phase"):
         raise ValueError("not numbers")
     return finite(record)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) <= EXACT)
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -85,7 +90,7 @@ class Tracker(Records):
     """
 
     def __init__(self, folder: Path, kind: str, config: dict[str, Any], update: int = 0) -> None:
-        self.folder, self.records = folder, read_records(folder / "metrics.jsonl", update)
+        self.folder, self.records = folder, RecordList(read_records(folder / "metrics.jsonl", update))
         read_records(folder / "timing.jsonl", update)
         self.started = time.perf_counter()
         self._board = self._wandb = None

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def _start(config: TrainConfig, world: World, console: Console) -> dict[str, Any
         run, notes = resume
         own = load_run(run)
         config = dataclasses.replace(own, dry_run=config.dry_run, updates=updates_of(config, own))
-        with locked(run):  # refused now instead of after everything is loaded
+        with _writable(run), locked(run):  # refused now instead of after everything is loaded
             pass
         for note in notes:
             print_plain(console, note, "yellow")
@@ -165,8 +166,23 @@ def _extend(run: Path, updates: int) -> None:
         return
     own = load_run(run)
     if own.updates != updates:
-        with locked(run):
+        with _writable(run), locked(run):
             write_file(run / "config.json", to_json(dataclasses.replace(own, updates=updates)))
+
+
+@contextlib.contextmanager
+def _writable(run: Path) -> Iterator[None]:
+    """Within the context, the run folder `run` is written.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"run = {str(run)!r}: cannot be written: {error.strerror}. Free some space there, or make the folder writable."
+        ) from error
 
 
 def _print_costs(trainer: Trainer, plan: dict[str, Any] | None, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from fastnabla.run.files import RunFiles
 from fastnabla.run.lock import locked
 from fastnabla.run.meter import GpuMeter
 from fastnabla.run.pictures import save_pictures
+from fastnabla.run.record_list import RecordList
 from fastnabla.run.save_weights import write_weights
 from fastnabla.run.state import Progress
 from fastnabla.run.table import decimals
@@ -64,7 +66,7 @@ class Trainer:
 
     def train(
         self, folder: Path, console: Console | None = None, resume: bool = False, stop: StopSignals | None = None
-    ) -> list[dict[str, Any]]:
+    ) -> Sequence[dict[str, Any]]:
         """Train to the last update and write everything into the run folder; returns the metric records.
 
         Args:
@@ -113,7 +115,7 @@ class Trainer:
                 self.evaluate()
 
             # Save.
-            bound = passed_bound(config.evaluation, self.tracker.records)
+            bound = passed_bound(config.evaluation, self.tracker.records.of("evaluate"))
             last = bound is not None or self.done == config.updates
             if last or self._is_due(config.checkpoint_every):
                 self.save(wait=last)
@@ -207,8 +209,10 @@ class Trainer:
             metrics |= {f"ema_{name}": value for name, value in ema_metrics.items()}
         if self.world.is_main:
             record = {"phase": "evaluate", "update": self.done, **metrics}
-            self._write_pictures([*self.tracker.records, record], columns)
-        best = is_best(metrics["reward"], self.tracker.records)
+            records = RecordList(self.tracker.records)
+            records.append(record)
+            self._write_pictures(records, columns)
+        best = is_best(metrics["reward"], self.tracker.records.of("evaluate"))
         with BEACON.excused():
             write_weights(self.folder, self.policy, self.ema, best, self.world.is_main)
         self.tracker.log("evaluate", self.done, metrics, self.meter.read(0))
@@ -259,7 +263,7 @@ class Trainer:
             every > 0 and self.done // every > (self.done - self.updates_per_rollout) // every
         )
 
-    def _write_pictures(self, records: list[dict[str, Any]], columns: dict[str, Tensor]) -> None:
+    def _write_pictures(self, records: Sequence[dict[str, Any]], columns: dict[str, Tensor]) -> None:
         prompts = self.evaluator.prompts[:: self.config.evaluation.samples]
         save_pictures(self.folder, records, columns, prompts)
 

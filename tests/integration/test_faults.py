@@ -1,6 +1,10 @@
 """Whatever ends a run, the resumed one ends as if nothing had happened, bit for bit."""
 
 import dataclasses
+import errno
+import functools
+import itertools
+import json
 import os
 import shutil
 import signal
@@ -14,7 +18,12 @@ import torch
 from fastnabla.run.checkpoint import Checkpoints
 from fastnabla.run.resuming import fingerprint
 from fastnabla.training.trainer import Trainer
-from tests.faults import CHECKPOINT_FAILED, POINTS, assert_same_result, attempt, campaign, tiny, without_pictures
+from fastnabla.utils.durable import DamagedError, verify_folder
+from tests.faults import CHECKPOINT_FAILED, assert_same_result, attempt, tiny, without_pictures
+from tests.integration.disk_campaign import fault, on_disk
+from tests.integration.failing_disk import FailingDisk
+from tests.integration.kill_campaign import RANDOM, Single, campaign
+from tests.integration.kill_points import die_in_call, die_in_record, die_in_write
 from tests.utils.test_durable import fill, places
 
 
@@ -62,19 +71,25 @@ def before(owner: object, name: str, call: int, action: Callable[[], None]) -> N
 
 
 def test_killed_again_and_again(trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
-    counts = campaign(trainer, tmp_path, undisturbed[0], kills=5, seed=1, seconds=undisturbed[1])
-    assert sum(counts.values()) - counts["runs"] >= 5
+    phases = ("rollout", "best weights, moved", "checkpoint, flushed", *RANDOM)
+    counts = campaign({name: Single(trainer, *undisturbed) for name in phases}, tmp_path, kills=5, seed=1)
+    assert sum(count.kills for count in counts.values()) >= 5
+    assert not any(count.differences for count in counts.values())
 
 
 @pytest.mark.parametrize(
-    ("point", "call", "after"),
-    [("write", 4000, False), ("rename", 3, False), ("record", 5, False)],
+    "arm",
+    [
+        functools.partial(die_in_write, 4000),
+        functools.partial(die_in_call, os, "replace", 3, False),
+        functools.partial(die_in_record, 5),
+    ],
+    ids=["write", "rename", "record"],
 )
 def test_killed_at_a_certain_point(
-    point: str, call: int, after: bool, trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
+    arm: Callable[[], None], trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
-    status = attempt(trainer, tmp_path, lambda: POINTS[point][1](trainer, call, after), None, 0)
-    assert status == -signal.SIGKILL
+    assert attempt(trainer, tmp_path, arm, None, 0) == -signal.SIGKILL
     finish(trainer, tmp_path, undisturbed[0])
 
 
@@ -114,7 +129,7 @@ def test_a_signal_during_the_evaluation_comes_back_to_it(
     assert checkpoints(tmp_path)[-1] == "update-000004"
     assert not (tmp_path / "lora").exists()
     # Killed in the repeated evaluation once more, when the weights are not yet in their place.
-    assert attempt(trainer, tmp_path, lambda: POINTS["record"][1](trainer, 0, False), None, 0) == -signal.SIGKILL
+    assert attempt(trainer, tmp_path, lambda: die_in_record(0), None, 0) == -signal.SIGKILL
     finish(trainer, tmp_path, undisturbed[0])
 
 
@@ -125,6 +140,54 @@ def test_a_full_disk_costs_no_checkpoint(trainer: Trainer, undisturbed: tuple[Pa
     assert attempt(trainer, tmp_path, arm, None, 0) == CHECKPOINT_FAILED
     assert checkpoints(tmp_path) == ["update-000002"]
     finish(trainer, tmp_path, undisturbed[0])
+
+
+def test_a_disk_over_quota_ends_the_run_in_one_line(
+    trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
+    """Where records are written. `python -m tests.integration.disk_campaign` tries every operation."""
+    assert not fault(trainer, tmp_path / "run", undisturbed[0], 20, errno.EDQUOT)
+
+
+def test_a_read_only_folder_ends_the_run_in_one_line(trainer: Trainer, tmp_path: Path) -> None:
+    """At its lock, before it is written to."""
+    status, lines, _ = on_disk(trainer, tmp_path, FailingDisk(tmp_path, 0, errno.EROFS, named=True))
+    assert status == 1 and len(lines) == 1
+    assert lines[0].startswith("error: ") and str(tmp_path) in lines[0] and "Read-only file system" in lines[0]
+
+
+def test_a_clock_that_jumps_changes_nothing(trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    """By a year, there and back, at each reading."""
+    year, clock, signs = 3.2e7, time.time, itertools.cycle((1, -1))
+
+    def arm() -> None:
+        time.time = lambda: clock() + next(signs) * year
+
+    assert attempt(trainer, tmp_path, arm, None, 0) == 0
+    assert_same_result(tmp_path, undisturbed[0])
+    for line in (tmp_path / "timing.jsonl").open():
+        measured = json.loads(line)
+        assert all(0 <= value < year for name, value in measured.items() if name.endswith("seconds"))
+
+
+def test_a_checkpoint_that_ends_or_is_empty_from_any_block_on_is_damaged(
+    undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
+    """A block has 4 KiB. A file that keeps its size is found by its digest."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(undisturbed[0] / "checkpoints" / "update-000006", folder)
+    path = folder / "state.pt"
+    content = path.read_bytes()
+    for block in range(0, len(content), 4096):
+        path.write_bytes(content[:block])
+        with pytest.raises(DamagedError, match=r"state\.pt has"):
+            verify_folder(folder)
+        if block // 4096 % 16 == 0:
+            path.write_bytes(content[:block] + bytes(len(content) - block))
+            with pytest.raises(DamagedError, match="SHA-256"):
+                verify_folder(folder)
+    path.write_bytes(content)
+    verify_folder(folder)
 
 
 @pytest.mark.parametrize("name", ["state.pt", "manifest.json"])

@@ -1,5 +1,6 @@
 """Which weights a run folder has, of which evaluation."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from fastnabla.run.save_weights import write_weights
 from fastnabla.run.weights import is_best, weights_folder
 from fastnabla.training import trainer as trainer_module
 from fastnabla.training.trainer import Trainer
+from tests.integration.failing_disk import FailingDisk
 from tests.training.test_trainer import small
 
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
@@ -36,6 +38,21 @@ def test_the_best_evaluation_s_weights_are_kept(
     assert all(weight.equal(written[kept - 1][name]) for name, weight in best.items()) and best.keys() == last.keys()
     assert all(weight.equal(written[-1][name]) for name, weight in last.items())
     assert any(not weight.equal(last[name]) for name, weight in best.items())
+
+
+def test_a_full_disk_is_told_as_any_other(tmp_path: Path) -> None:
+    """safetensors has an error of its own for it, and so has shutil.copytree: wherever it is full, errno says so."""
+    trainer, operations = Trainer.from_config(small()), 0
+    while True:
+        disk = FailingDisk(tmp_path, operations, errno.ENOSPC)
+        try:
+            with disk.patched():
+                write_weights(tmp_path, trainer.policy, None, True, True)
+            break
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        operations += 1
+    assert operations > 5 and (tmp_path / "best" / LORA).is_file()
 
 
 def test_the_first_evaluation_after_an_update_is_the_best_so_far() -> None:
