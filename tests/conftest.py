@@ -2,6 +2,7 @@
 
 - Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors, and tests marked gpu are left out.
 - xdist workers divide the CPU cores among them. Folders with long files are run first, so that no worker waits long at the end.
+- Every test starts with the same random numbers.
 - Hypothesis draws the same examples in every run, unless started with `--hypothesis-profile random`.
 - Figures are saved blank, without being drawn, except in tests that use the fixture `drawn`.
 - What importing and collecting leaves in memory is excluded from garbage collection.
@@ -10,8 +11,10 @@
 import contextlib
 import gc
 import os
+import random
 from collections.abc import Callable, Iterator
 
+import numpy
 import pytest
 
 LONG = ("comparison", "config", "cost", "integration", "models", "study", "training")
@@ -40,9 +43,11 @@ with contextlib.suppress(ImportError):  # hypothesis may be missing on GPU machi
     from hypothesis import HealthCheck, settings
 
     # No deadline and no check of the drawing speed: both depend on the load of the machine.
-    random = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-    settings.register_profile("random", random)
-    settings.register_profile("repeatable", random, derandomize=True)
+    drawn_anew = settings(
+        deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    )
+    settings.register_profile("random", drawn_anew)
+    settings.register_profile("repeatable", drawn_anew, derandomize=True)
     settings.load_profile("repeatable")
 
 
@@ -53,6 +58,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     items.sort(key=lambda item: item.path.parent.name not in LONG)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Random weights and inputs do not depend on which tests ran before."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_collection_finish() -> None:
