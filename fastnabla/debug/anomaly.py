@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastnabla.config.train import TrainConfig, to_json
@@ -21,6 +21,8 @@ from fastnabla.rewards import RewardSum
 from fastnabla.trajectories.sources import Trajectories
 from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from fastnabla.utils.durable import DamagedError, Write, verify_folder, write_folder
+from fastnabla.utils.safetensors_file import read_tensors
+from fastnabla.utils.same_tensors import require_same_tensors
 
 logger = logging.getLogger("fastnabla")
 
@@ -109,34 +111,34 @@ class Anomalies:
             ValueError: the folder is damaged, or belongs to another configuration.
         """
         facts = read_facts(folder)
-        device = self.policy.conditions.device
-        tensors = {name: value.to(device) for name, value in load_file(folder / TENSORS).items()}
-        parts: dict[str, dict[str, Tensor]] = {
-            "policy": {},
-            "flow": {},
-            "step": {},
-            "transitions": {},
-            "trajectories": {},
-        }
+        tensors = read_tensors(folder / TENSORS, self.policy.conditions.device)
+        try:
+            return facts, self._restored(facts, tensors)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{str(folder)!r} does not fit its own config.json ({error}).") from error
+
+    def _restored(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Transitions | Trajectories:
+        """The input of the step, after restoring the state."""
+        names = ("policy", "flow", "step", "transitions", "trajectories")
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = value
-        try:
-            for name, parameter in self.policy.trained().items():
-                parameter.copy_(parts["policy"][name])
-            if self.flow is not None:
-                self.flow.load_state_dict(parts["flow"])
-            self.step.load_state_dict(parts["step"])
-            self.reward.load_state_dict(facts["reward"])
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{str(folder)!r} does not fit its own config.json ({error}).") from error
+        trained = self.policy.trained()
+        require_same_tensors(parts["policy"], trained)
+        for name, parameter in trained.items():
+            parameter.copy_(parts["policy"][name])
+        if self.flow is not None:
+            self.flow.load_state_dict(parts["flow"])
+        self.step.load_state_dict(parts["step"])
+        self.reward.load_state_dict(facts["reward"])
         self.step.micro_batch, self.step.update = facts["micro_batch"], facts["update"] - 1
         prompt = parts["trajectories" if "trajectories" in facts else "transitions"]["prompt"].cpu()
         self.policy.conditions.ensure(prompt)
         if "trajectories" in facts:
-            return facts, Trajectories(prompt=prompt, **facts["trajectories"])
+            return Trajectories(prompt=prompt, **facts["trajectories"])
         names = [field.name for field in dataclasses.fields(Transitions)]  # earlier versions wrote more
-        return facts, Transitions(**{name: parts["transitions"][name] for name in names})
+        return Transitions(**{name: parts["transitions"][name] for name in names})
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
