@@ -129,6 +129,9 @@ def described(model: ModelConfig) -> Description:
     else:
         with loading(model):
             files = _configuration_files(model, family)
+        for file, settings in files.items():
+            if not isinstance(settings, dict):
+                raise ValueError(f"model.name = {model.name!r}: {file} must be a JSON object. Download it again.")
         require_known(model.name, family.known, files)
         network, vae = files[f"{family.network}/config.json"], files["vae/config.json"]
     return Description(

@@ -110,8 +110,9 @@ def load_policy(pipeline: DiffusionPipeline, run: Path) -> None:
 def _fitting(run: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:  # the libraries' own
-        raise ValueError(f"{str(run)!r}: its trained weights do not fit its configuration ({error}).") from error
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:  # of the libraries
+        why = " ".join(str(error).split())
+        raise ValueError(f"{str(run)!r}: its trained weights do not fit its configuration ({why:.500}).") from error
 
 
 def _read_lora(run: Path, family: Family) -> dict[str, Tensor]:
