@@ -56,7 +56,7 @@ def assert_one_line(error: ValueError, name: str) -> None:
 
 
 @given(data=st.data(), file=st.sampled_from(FILES))
-@settings(max_examples=40)
+@settings(max_examples=12)
 def test_any_setting_of_a_model(data: st.DataObject, file: str, saved: Path) -> None:
     """Checked without weights first; what passes is loaded."""
     original = (saved / file).read_text()
@@ -74,7 +74,7 @@ def test_any_setting_of_a_model(data: st.DataObject, file: str, saved: Path) -> 
 
 
 @given(file=st.sampled_from(FILES), content=st.binary(max_size=60) | VALUES.map(lambda v: json.dumps(v).encode()))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_any_bytes_for_a_model_s_configuration(file: str, content: bytes, saved: Path) -> None:
     original = (saved / file).read_bytes()
     try:
@@ -137,7 +137,7 @@ CHANGES = st.sampled_from(["drop", "rename", "shape", "type", "extra", "alpha", 
 
 
 @given(change=CHANGES, place=st.integers(0, 1000), name=ODD)
-@settings(max_examples=16)
+@settings(max_examples=10)
 def test_any_lora(
     change: str,
     place: int,
