@@ -2,7 +2,8 @@
 
 - Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors.
 - xdist workers divide the CPU cores among them. Folders with long files are run first, so that no worker waits long at the end.
-- Hypothesis draws the same examples in every run, unless started with `--hypothesis-profile random`.
+- Hypothesis draws the same examples in every run, unless started with `--hypothesis-profile random`; tests.fuzz_campaign uses its
+  own profile.
 """
 
 import contextlib
@@ -33,12 +34,14 @@ if not torch.cuda.is_available():
     interpreter.InterpreterBuilder.create_fp_trunc = round_to_nearest
 
 with contextlib.suppress(ImportError):  # hypothesis may be missing on GPU machines, where few tests need it
-    from hypothesis import HealthCheck, settings
+    from hypothesis import HealthCheck, Phase, settings
 
     # No deadline and no check of the drawing speed: both depend on the load of the machine.
     random = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
     settings.register_profile("random", random)
     settings.register_profile("repeatable", random, derandomize=True)
+    # Shrinking an example of a model takes minutes.
+    settings.register_profile("campaign", random, phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False)
     settings.load_profile("repeatable")
 
 

@@ -31,7 +31,8 @@ def checked_description(model: ModelConfig) -> Description:
     """
     description = described(model)
     problems, parts = _read(model, description)
-    problems += misfits(parts, model, description)
+    with loading(model):  # a setting of another type may fail anywhere
+        problems += misfits(parts, model, description)
     if problems:
         found = problems[0] if len(problems) == 1 else "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
         raise ValueError(f"model.name = {model.name!r}: {found}.")
