@@ -43,6 +43,15 @@ PICKLING = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 ERROR = "pickle.UnpicklingError"
 
 
+def dotted(node: ast.expr) -> str:
+    """A name such as torch.load. Unparsing every node would take seconds."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return ast.unparse(node) if isinstance(node, ast.Call) else "…"
+
+
 def problems(source: str) -> Iterator[str]:
     """What in a file's source is not allowed, with its line."""
     for node in ast.walk(ast.parse(source)):
@@ -52,11 +61,11 @@ def problems(source: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             renamed = [a.name for a in node.names if a.name in PICKLING and (a.name not in ERROR or a.asname)]
             yield from (f"{where}import {name}" for name in renamed)
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in PICKLING and ast.unparse(node) != ERROR:
-            yield f"{where}{ast.unparse(node)}"
+        if isinstance(node, ast.Attribute) and dotted(node.value) in PICKLING and dotted(node) != ERROR:
+            yield f"{where}{dotted(node)}"
         if not isinstance(node, ast.Call):
             continue
-        name, keywords = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+        name, keywords = dotted(node.func), {k.arg: k.value for k in node.keywords}
         constants = {k: v.value for k, v in keywords.items() if isinstance(v, ast.Constant)}
         if why := FORBIDDEN.get(name) or FORBIDDEN.get(f"….{name.rpartition('.')[2]}"):
             yield f"{where}{name} {why}"

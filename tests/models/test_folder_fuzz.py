@@ -56,7 +56,7 @@ def assert_one_line(error: ValueError, name: str) -> None:
 
 
 @given(data=st.data(), file=st.sampled_from(FILES))
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_any_setting_of_a_model(data: st.DataObject, file: str, saved: Path) -> None:
     """Checked without weights first; what passes is loaded."""
     original = (saved / file).read_text()
