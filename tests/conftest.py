@@ -3,7 +3,8 @@
 - Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors, and tests marked gpu are left out.
 - xdist workers divide the CPU cores among them. Folders with long files are run first, so that no worker waits long at the end.
 - Every test starts with the same random numbers.
-- Hypothesis draws the same examples in every run, unless started with `--hypothesis-profile random`.
+- Hypothesis draws the same examples in every run, unless started with `--hypothesis-profile random`; tests.fuzz_campaign uses its
+  own profile.
 - Figures are saved blank, without being drawn, except in tests that use the fixture `drawn`.
 - What importing and collecting leaves in memory is excluded from garbage collection.
 """
@@ -40,7 +41,7 @@ if not torch.cuda.is_available():
     interpreter.InterpreterBuilder.create_fp_trunc = round_to_nearest
 
 with contextlib.suppress(ImportError):  # hypothesis may be missing on GPU machines, where few tests need it
-    from hypothesis import HealthCheck, settings
+    from hypothesis import HealthCheck, Phase, settings
 
     # No deadline and no check of the drawing speed: both depend on the load of the machine.
     drawn_anew = settings(
@@ -48,6 +49,10 @@ with contextlib.suppress(ImportError):  # hypothesis may be missing on GPU machi
     )
     settings.register_profile("random", drawn_anew)
     settings.register_profile("repeatable", drawn_anew, derandomize=True)
+    # Shrinking an example of a model takes minutes.
+    settings.register_profile(
+        "campaign", drawn_anew, phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False
+    )
     settings.load_profile("repeatable")
 
 

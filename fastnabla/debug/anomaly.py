@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -26,6 +26,8 @@ from fastnabla.rewards import RewardSum
 from fastnabla.trajectories.sources import Trajectories
 from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from fastnabla.utils.durable import DamagedError, Write, verify_folder, write_folder
+from fastnabla.utils.safetensors_file import read_tensors
+from fastnabla.utils.same_tensors import require_same_tensors
 
 logger = logging.getLogger("fastnabla")
 
@@ -111,34 +113,39 @@ class Anomalies:
             ValueError: the folder is damaged, or belongs to another configuration.
         """
         facts = read_facts(folder)
-        device = self.policy.conditions.device
-        weights = self.policy.trained()
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("flow", "step", "transitions", "trajectories")}
-        missing = set(weights)
         try:
-            for file in sorted(name for name in facts["files"] if name.endswith(SUFFIX)):
-                for name, value in load_file(folder / file).items():
-                    part, _, rest = name.partition(".")
-                    if part == "policy":
-                        weights[rest].copy_(value)
-                        missing.discard(rest)
-                    else:
-                        parts[part][rest] = value.to(device)
-            if missing:
-                raise KeyError(min(missing))
-            if self.flow is not None:
-                self.flow.load_state_dict(parts["flow"])
-            self.step.load_state_dict(parts["step"])
-            self.reward.load_state_dict(facts["reward"])
-        except (KeyError, RuntimeError) as error:
+            return facts, self._restored(folder, facts)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{str(folder)!r} does not fit its own config.json ({error}).") from error
+
+    def _restored(self, folder: Path, facts: dict[str, Any]) -> Transitions | Trajectories:
+        """The input of the step, after restoring the state. Of the trained weights, which may be larger than the host's
+        memory, one file is read at a time."""
+        trained, device = self.policy.trained(), self.policy.conditions.device
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in ("flow", "step", "transitions", "trajectories")}
+        missing = set(trained)
+        for file in sorted(name for name in facts["files"] if name.endswith(SUFFIX)):
+            for name, value in read_tensors(folder / file, device).items():
+                part, _, rest = name.partition(".")
+                if part == "policy":
+                    require_same_tensors({rest: value}, {rest: trained[rest]})
+                    trained[rest].copy_(value)
+                    missing.discard(rest)
+                else:
+                    parts[part][rest] = value
+        if missing:
+            raise KeyError(min(missing))
+        if self.flow is not None:
+            self.flow.load_state_dict(parts["flow"])
+        self.step.load_state_dict(parts["step"])
+        self.reward.load_state_dict(facts["reward"])
         self.step.micro_batch, self.step.update = facts["micro_batch"], facts["update"] - 1
         prompt = parts["trajectories" if "trajectories" in facts else "transitions"]["prompt"].cpu()
         self.policy.conditions.ensure(prompt)
         if "trajectories" in facts:
-            return facts, Trajectories(prompt=prompt, **facts["trajectories"])
+            return Trajectories(prompt=prompt, **facts["trajectories"])
         names = [field.name for field in dataclasses.fields(Transitions)]  # earlier versions wrote more
-        return facts, Transitions(**{name: parts["transitions"][name] for name in names})
+        return Transitions(**{name: parts["transitions"][name] for name in names})
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from fastnabla.models.families import FAMILIES, REFUSED, Configuration, Family
 from fastnabla.models.known_configuration import require_known
 from fastnabla.models.model_source import remedy, source_of
 
+LIBRARIES = ("diffusers", "transformers")
+"""The libraries whose classes the parts of a pipeline may be."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
@@ -65,13 +68,12 @@ def family_of(model: ModelConfig) -> Family:
     """The family of `model`.
 
     Raises:
-        ValueError: the model is not found, or its pipeline is not supported.
+        ValueError: the model is not found, its pipeline is not supported, or a part is not of diffusers or transformers.
     """
     if model.random_init:
         return architecture_of(model.name).family
-    source = source_of(model)
-    with loading(model):
-        name = str(DiffusionPipeline.load_config(source, revision=model.revision).get("_class_name"))
+    index = pipeline_index(model)
+    name = str(index.get("_class_name"))
     if name not in FAMILIES:
         why = f", which is not supported because {REFUSED[name]}" if name in REFUSED else ""
         raise ValueError(
@@ -79,7 +81,38 @@ def family_of(model: ModelConfig) -> Family:
             "from text alone, give a copy with one of these as _class_name in model_index.json. Otherwise use the text-to-image "
             "model that it was made from."
         )
+    for part in FAMILIES[name].parts:
+        _require_known_library(model, part, index.get(part))
     return FAMILIES[name]
+
+
+def pipeline_index(model: ModelConfig) -> dict[str, Any]:
+    """The content of the model_index.json of `model`.
+
+    Raises:
+        ValueError: it is not found, or cannot be read.
+    """
+    source = source_of(model)
+    with loading(model):
+        return dict(DiffusionPipeline.load_config(source, revision=model.revision))
+
+
+def class_of(index: Mapping[str, Any], part: str) -> str | None:
+    """Name of a part's class in a pipeline's model_index.json; None if the pipeline lacks the part."""
+    return (index.get(part) or (None, None))[1]
+
+
+def _require_known_library(model: ModelConfig, part: str, entry: Any) -> None:
+    """Check that a part is absent or a class of one of `LIBRARIES`. diffusers may import any other module that is named."""
+    if entry in (None, [None, None], (None, None)):
+        return
+    if not (
+        isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] in LIBRARIES and isinstance(entry[1], str)
+    ):
+        raise ValueError(
+            f"model.name = {model.name!r}: model_index.json has {part} = {entry!r:.200}: must be a library, "
+            f"{' or '.join(LIBRARIES)}, and its class. Code that comes with a model is never run; use another copy of it."
+        )
 
 
 def described(model: ModelConfig) -> Description:
@@ -96,6 +129,9 @@ def described(model: ModelConfig) -> Description:
     else:
         with loading(model):
             files = _configuration_files(model, family)
+        for file, settings in files.items():
+            if not isinstance(settings, dict):
+                raise ValueError(f"model.name = {model.name!r}: {file} must be a JSON object. Download it again.")
         require_known(model.name, family.known, files)
         network, vae = files[f"{family.network}/config.json"], files["vae/config.json"]
     return Description(
@@ -115,21 +151,16 @@ def complete(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
 def _configuration_files(model: ModelConfig, family: Family) -> dict[str, dict[str, Any]]:
     """The contents of the configuration files of `model`, by their names. Of the files of absent parts, only those of the
     finetuned network and the VAE are read."""
-    source, revision = source_of(model), model.revision
-    index = DiffusionPipeline.load_config(source, revision=revision)
+    source, revision, index = source_of(model), model.revision, pipeline_index(model)
     files = {"model_index.json": index}
     parts: dict[str, type] = {family.network: family.network_class, "vae": AutoencoderKL, "scheduler": DDIMScheduler}
     for folder, part in parts.items():
-        if folder != "scheduler" or _has(index, folder):
+        if folder != "scheduler" or class_of(index, folder) is not None:
             file = f"{folder}/{part.config_name}"
             files[file] = part.load_config(source, subfolder=folder, revision=revision)
     for folder, encoder in family.text_encoders.items():
-        if _has(index, folder):
+        if class_of(index, folder) is not None:
             settings, _ = encoder.config_class.get_config_dict(source, subfolder=folder, revision=revision)
             # The configuration of a CLIP model with both encoders has the text encoder's inside.
             files[f"{folder}/config.json"] = settings.get("text_config") or settings
     return files
-
-
-def _has(index: Mapping[str, Any], part: str) -> bool:
-    return (index.get(part) or (None, None))[1] is not None

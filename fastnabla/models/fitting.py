@@ -2,15 +2,17 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import diffusers
 import transformers
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderTiny, SchedulerMixin
+from transformers import PreTrainedTokenizerBase
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.architectures import architecture_of
-from fastnabla.models.description import Description, complete, described, loading
+from fastnabla.models.description import Description, class_of, complete, described, loading, pipeline_index
 from fastnabla.models.families import Family, Parts, tokenizer_of
 from fastnabla.models.image_size import size_problems, vae_factor
 from fastnabla.models.model_source import source_of
@@ -29,7 +31,8 @@ def checked_description(model: ModelConfig) -> Description:
     """
     description = described(model)
     problems, parts = _read(model, description)
-    problems += misfits(parts, model, description)
+    with loading(model):  # a setting of another type may fail anywhere
+        problems += misfits(parts, model, description)
     if problems:
         found = problems[0] if len(problems) == 1 else "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
         raise ValueError(f"model.name = {model.name!r}: {found}.")
@@ -61,16 +64,15 @@ def _read(model: ModelConfig, description: Description) -> tuple[list[str], Part
             for (name, encoder), own in zip(family.text_encoders.items(), sizes, strict=True)
         }
     else:
-        with loading(model):
-            index = DiffusionPipeline.load_config(source_of(model), revision=model.revision)
+        index = pipeline_index(model)
         problems = _class_problems(index, family)
         with loading(model):
             for name, encoder in family.text_encoders.items():
-                if _class_of(index, name) == encoder.__name__:
+                if class_of(index, name) == encoder.__name__:
                     texts[name] = encoder.config_class.from_pretrained(
                         source_of(model), subfolder=name, revision=model.revision
                     )
-                tokenizer = getattr(transformers, _class_of(index, tokenizer_of(name)) or "", None)
+                tokenizer = _class_in(transformers, class_of(index, tokenizer_of(name)), PreTrainedTokenizerBase)
                 if tokenizer is not None:
                     tokenizers[name] = tokenizer.from_pretrained(
                         source_of(model), subfolder=tokenizer_of(name), revision=model.revision
@@ -85,29 +87,29 @@ def _read(model: ModelConfig, description: Description) -> tuple[list[str], Part
     )
 
 
-def _class_of(index: Mapping[str, Any], part: str) -> str | None:
-    """Name of a part's class in a pipeline's model_index.json; None if the pipeline lacks the part."""
-    return (index.get(part) or (None, None))[1]
+def _class_in(library: ModuleType, name: str | None, base: type) -> type | None:
+    """The subclass of `base` of this name. Other classes, such as AutoTokenizer, may run code that comes with a model."""
+    found = getattr(library, name or "", None)
+    return found if isinstance(found, type) and issubclass(found, base) else None
 
 
 def _class_problems(index: Mapping[str, Any], family: Family) -> list[str]:
-    classes, encoders = family.part_classes, family.text_encoders
-    needed = (family.network, "vae", *encoders, *map(tokenizer_of, encoders), "scheduler")
-    problems = []
-    if missing := [part for part in needed if _class_of(index, part) is None]:
+    classes, needed, problems = family.part_classes, family.parts, []
+    if missing := [part for part in needed if class_of(index, part) is None]:
         problems.append(
             f"the pipeline has no {', '.join(missing)}: finetuning needs {', '.join(needed)}; use a checkpoint that has all"
         )
     for part in needed:
-        found, wanted = _class_of(index, part), classes.get(part)
+        found, wanted = class_of(index, part), classes.get(part)
         if wanted is not None and found not in (None, wanted):
             advice = "; for a faster decoder use --model.tiny-decoder" if found == "AutoencoderTiny" else ""
             problems.append(f"{part} = {found}: must be {wanted}{advice}")
-        elif part.startswith("tokenizer") and found is not None and not hasattr(transformers, found):
-            problems.append(f"{part} = {found}: must be a class of transformers, such as CLIPTokenizer")
-        elif part == "scheduler" and found is not None and not hasattr(diffusers, found):
+        elif part.startswith("tokenizer") and found is not None:
+            if _class_in(transformers, found, PreTrainedTokenizerBase) is None:
+                problems.append(f"{part} = {found}: must be a tokenizer of transformers, such as CLIPTokenizer")
+        elif part == "scheduler" and found is not None and _class_in(diffusers, found, SchedulerMixin) is None:
             problems.append(
-                f"scheduler = {found}: must be a class of diffusers, such as {family.scheduler.__name__} with the noise schedule "
+                f"scheduler = {found}: must be a scheduler of diffusers, such as {family.scheduler.__name__} with the noise schedule "
                 "that the network was trained with; correct model_index.json and scheduler/scheduler_config.json"
             )
     return problems

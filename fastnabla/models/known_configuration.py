@@ -158,7 +158,8 @@ def _problems(file: str, known: Known, settings: Mapping[str, Any]) -> list[str]
     diffusers' notes. An unknown setting that is null is taken to be off."""
     problems = []
     for name, value in settings.items():
-        setting, allowed = f"{file}: {name} = {reprlib.repr(value)}", known.get(name)
+        shown = name if name.isidentifier() else reprlib.repr(name)
+        setting, allowed = f"{file}: {shown} = {reprlib.repr(value)}", known.get(name)
         if name not in known:
             if not name.startswith("_") and value is not None and value != [None, None]:
                 problems.append(f"{setting} is unknown and would be ignored")

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from fastnabla.models.saved_policy import LORA_FILE
 from fastnabla.utils.durable import write_file
+from fastnabla.utils.safetensors_file import read_tensors
 
 RENAMED = {
     "lora_unet_add_embedding_linear_1.": "lora_unet_label_emb_0_0.",
@@ -48,10 +48,7 @@ def save_kohya(weights: Path, file: Path) -> None:
             f"{str(weights)!r} has no lora/: the run trained all parameters (lora.rank = 0). Use its unet/ as "
             "docs/export.md describes."
         )
-    try:
-        lora = load_file(weights / "lora" / LORA_FILE)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{str(weights / 'lora')!r} cannot be read ({error}).") from error
+    lora = read_tensors(weights / "lora" / LORA_FILE)
     if not all(name.startswith("unet.") for name in lora):
         raise ValueError(
             f"{str(weights / 'lora')!r}: kohya's names are those of Stable Diffusion 1, 2 and XL, and this is the LoRA of a "

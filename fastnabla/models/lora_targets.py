@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastnabla.config.model_sections import LoraConfig, ModelConfig
-from fastnabla.models.description import described
+from fastnabla.models.description import described, loading
 
 ALL_LINEAR = "all-linear"
 PATTERN = "regex:"
@@ -20,12 +20,13 @@ def check_targets(model: ModelConfig, lora: LoraConfig) -> None:
     """Check `lora.targets` against the layers of `model`, from its configuration files alone.
 
     Raises:
-        ValueError: see `target_layers`; or the files cannot be read.
+        ValueError: see `target_layers`; or the files cannot be read, or describe no network.
     """
     if lora.rank:
-        with torch.device("meta"):
-            description = described(model)
-            target_layers(description.family.network_class.from_config(description.network), lora.targets)
+        description = described(model)
+        with torch.device("meta"), loading(model):
+            network = description.family.network_class.from_config(description.network)
+        target_layers(network, lora.targets)
 
 
 def target_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:

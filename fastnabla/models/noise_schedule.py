@@ -8,11 +8,11 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.architectures import architecture_of
-from fastnabla.models.description import loading
+from fastnabla.models.description import loading, pipeline_index
 from fastnabla.models.model_source import source_of
 
 ENTRIES = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -35,7 +35,7 @@ def shipped_scheduler(model: ModelConfig) -> SchedulerMixin:
         return architecture.family.scheduler(**architecture.scheduler)
     source = source_of(model)
     with loading(model):
-        _, name = DiffusionPipeline.load_config(source, revision=model.revision)["scheduler"]
+        _, name = pipeline_index(model)["scheduler"]
         return getattr(diffusers, name).from_pretrained(source, subfolder="scheduler", revision=model.revision)
 
 

@@ -46,7 +46,12 @@ def _load(config: ModelConfig, dtypes: dict[str, torch.dtype]) -> DiffusionPipel
         if file is not None:
             return load_single_file(config, file, family, dtypes)
         pipeline = family.pipeline.from_pretrained(
-            source_of(config), revision=config.revision, variant=variant, dtype=dtypes, **family.absent
+            source_of(config),
+            revision=config.revision,
+            variant=variant,
+            dtype=dtypes,
+            use_safetensors=True,
+            **family.absent,
         )
     require_whole(config, networks_of(pipeline), variant)
     return pipeline

@@ -1,13 +1,12 @@
-"""Names and shapes of the tensors of a .safetensors file, without reading the tensors."""
+"""What the header of a .safetensors file with a network's weights says."""
 
 import dataclasses
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-LFS_POINTER = b"version https://git-lfs"
+from fastnabla.utils.safetensors_file import read_header
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,16 +28,9 @@ class SafetensorsHeader:
             ValueError: the file is damaged or of another format.
         """
         try:
-            with safe_open(file, framework="pt") as opened:
-                shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-                return cls(shapes, opened.metadata() or {})
-        except (SafetensorError, OSError) as error:
-            with open(file, "rb") as opened:
-                is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
-            remedy = "It is a Git LFS pointer; run: git lfs pull" if is_pointer else "Download it again."
-            raise ValueError(
-                f"{field}: {str(file)!r}, of {file.stat().st_size} bytes, is not a valid .safetensors file ({error}). {remedy}"
-            ) from error
+            return cls(*read_header(file))
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from error
 
     def meta_tensors(self) -> dict[str, Tensor]:
         """Tensors of these shapes on the meta device."""

@@ -1,18 +1,23 @@
 """Trained weights on disk: a LoRA as lora/, all parameters as unet/ or transformer/, both in diffusers' formats."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastnabla.models.families import FAMILIES
+from fastnabla.models.families import FAMILIES, Family
 from fastnabla.models.lora import ADAPTER
 from fastnabla.models.pipeline import family_of_pipeline, network_of
 from fastnabla.models.policy import Policy
+from fastnabla.utils.safetensors_file import read_tensors
+from fastnabla.utils.same_tensors import require_same_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """diffusers' name of a LoRA's file."""
@@ -70,30 +75,57 @@ def read_policy(policy: Policy, run: Path) -> None:
     """
     require_policy(run)
     trained = policy.trained()
-    try:
+    with _fitting(run):
         if policy.is_lora:
-            state = load_file(run / "lora" / LORA_FILE)
-            state = {name.removeprefix(f"{policy.family.network}."): layer for name, layer in state.items()}
             suffix = f".{ADAPTER}.weight"
-            saved = {name.replace(".weight", suffix): w for name, w in convert_unet_state_dict_to_peft(state).items()}
+            saved = {name.replace(".weight", suffix): w for name, w in _read_lora(run, policy.family).items()}
         else:
-            saved = dict(policy.family.network_class.from_pretrained(run / policy.family.network).named_parameters())
-        if saved.keys() != trained.keys():
-            raise ValueError(
-                f"it has {len(saved)} tensors and the policy has {len(trained)}; {len(saved.keys() ^ trained.keys())} "
-                "names occur in only one of them"
-            )
+            saved = dict(_read_network(run, policy.family).named_parameters())
+        require_same_tensors(saved, trained)
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{str(run)!r}: its trained weights do not fit its configuration ({error}).") from error
 
 
 def load_policy(pipeline: DiffusionPipeline, run: Path) -> None:
-    """Load the weights that `save_policy` wrote into the folder `run` into `pipeline`."""
-    if (run / "lora").is_dir():
-        pipeline.load_lora_weights(run / "lora")
-    else:
-        family, old = family_of_pipeline(pipeline), network_of(pipeline)
-        network = family.network_class.from_pretrained(run / family.network, dtype=old.dtype)
-        setattr(pipeline, family.network, network.to(old.device))
+    """Load the weights that `save_policy` wrote into the folder `run` into `pipeline`.
+
+    Raises:
+        ValueError: they cannot be read, or belong to another network.
+    """
+    family, old = family_of_pipeline(pipeline), network_of(pipeline)
+    with _fitting(run):
+        if (run / "lora").is_dir():
+            lora = _read_lora(run, family)
+            pipeline.load_lora_weights({f"{family.network}.{name}": weight for name, weight in lora.items()})
+            # diffusers leaves out what the network has no layer for, with a warning.
+            (adapter,) = pipeline.get_active_adapters()
+            require_same_tensors(lora, get_peft_model_state_dict(old, adapter_name=adapter))
+        else:
+            network = _read_network(run, family, dtype=old.dtype)
+            require_same_tensors(dict(network.named_parameters()), dict(old.named_parameters()))
+            setattr(pipeline, family.network, network.to(old.device))
+
+
+@contextlib.contextmanager
+def _fitting(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:  # of the libraries
+        why = " ".join(str(error).split())
+        raise ValueError(f"{str(run)!r}: its trained weights do not fit its configuration ({why:.500}).") from error
+
+
+def _read_lora(run: Path, family: Family) -> dict[str, Tensor]:
+    """The LoRA by PEFT's names."""
+    prefix = f"{family.network}."
+    lora = read_tensors(run / "lora" / LORA_FILE)
+    for name, weight in lora.items():
+        if not name.startswith(prefix):
+            raise ValueError(f"{name!r} is not a layer of {family.network}")
+        if not weight.is_floating_point():
+            raise ValueError(f"{name!r} is of the type {weight.dtype}; must be floating-point")
+    return convert_unet_state_dict_to_peft({name.removeprefix(prefix): weight for name, weight in lora.items()})
+
+
+def _read_network(run: Path, family: Family, **settings: Any) -> nn.Module:
+    return family.network_class.from_pretrained(run / family.network, use_safetensors=True, **settings)

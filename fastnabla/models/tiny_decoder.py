@@ -2,10 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
+
+from fastnabla.utils.safetensors_file import read_header
 
 
 @contextlib.contextmanager
@@ -23,10 +26,16 @@ def load_tiny_decoder(name: str, dtype: torch.dtype) -> AutoencoderTiny:
     """The `AutoencoderTiny` in the folder `name`, or of that name on the Hub.
 
     Raises:
-        ValueError: it is not found or cannot be loaded.
+        ValueError: it is not found or cannot be loaded, or its file is damaged or lacks weights.
     """
     with _loading(name):
-        return AutoencoderTiny.from_pretrained(name, dtype=dtype)
+        for file in sorted(Path(name).glob("*.safetensors")):
+            read_header(file)
+        decoder = AutoencoderTiny.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        # diffusers leaves weights that the file lacks on the meta device.
+        if missing := [weight for weight, value in decoder.named_parameters() if value.is_meta]:
+            raise ValueError(f"its file lacks {len(missing)} weights, such as {missing[0]}")
+        return decoder
 
 
 def tiny_decoder_config(name: str) -> dict[str, Any]:

@@ -11,14 +11,13 @@ from torch import nn
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.families import FAMILIES
-from fastnabla.models.model_source import source_of
+from fastnabla.models.model_source import PICKLED, source_of
 from fastnabla.models.safetensors_header import SafetensorsHeader
+from fastnabla.models.weight_index import require_shards
 
 PARTS = tuple(dict.fromkeys(part for family in FAMILIES.values() for part in family.part_classes))
 _SHARD = r"(?:-\d+-of-\d+)?"
-WEIGHTS = re.compile(
-    rf"(?:diffusion_pytorch_model|pytorch_model|model){_SHARD}(?:\.(\w+?))?{_SHARD}\.(?:safetensors|bin)"
-)
+WEIGHTS = re.compile(rf"(?:diffusion_pytorch_model|pytorch_model|model){_SHARD}(?:\.(\w+?))?{_SHARD}\.safetensors")
 """Names of weight files; the group is the variant."""
 
 logger = logging.getLogger("fastnabla")
@@ -28,17 +27,25 @@ def variant_to_load(model: ModelConfig) -> str | None:
     """The variant of the weights of the pipeline `model`: `model.variant`, or the only one there if there are no others.
 
     Raises:
-        ValueError: no part has the variant, a file is damaged, or there are several variants to choose from.
+        ValueError: no part has the variant, a file is damaged, missing or a pickle, an index names a file elsewhere, or there
+            are several variants to choose from.
     """
-    folder = _folder_of(model)
+    folder, field = _folder_of(model), f"model.name = {model.name!r}"
     if folder is None:
         return model.variant
     files = {part: _by_variant(folder / part) for part in PARTS if (folder / part).is_dir()}
+    for part, each in files.items():
+        if not each and (pickled := sorted(path for path in (folder / part).iterdir() if path.suffix in PICKLED)):
+            raise ValueError(
+                f"{field}: {part}/{pickled[0].name} is a pickle, which can run any code when it is loaded. Use a copy with "
+                ".safetensors files; if you trust it, convert it once with diffusers: P.from_pretrained(FOLDER)."
+                "save_pretrained(ANOTHER), where P is its pipeline's class."
+            )
     variant = _variant(model, files)
-    for each in files.values():
+    for part, each in files.items():
         for file in each.get(variant, each.get(None, [])):
-            if file.suffix == ".safetensors":
-                SafetensorsHeader.of(file, f"model.name = {model.name!r}")
+            SafetensorsHeader.of(file, field)
+        require_shards(folder / part, variant if variant in each else None, field)
     return variant
 
 
@@ -61,7 +68,7 @@ def require_whole(model: ModelConfig, networks: Mapping[str, nn.Module], variant
         missing[part] = [name for name, weight in network.named_parameters() if weight.is_meta]
         if part.startswith("text_encoder") and folder is not None:
             each = _by_variant(folder / part)
-            files = [file for file in each.get(variant, each.get(None, [])) if file.suffix == ".safetensors"]
+            files = each.get(variant, each.get(None, []))
             stored = {
                 name for file in files for name in SafetensorsHeader.of(file, f"model.name = {model.name!r}").shapes
             }

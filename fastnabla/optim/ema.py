@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from fastnabla.utils.same_tensors import require_same_tensors
 
 
 class WeightAverage:
@@ -63,9 +65,10 @@ class WeightAverage:
         """Restore what `state_dict` returned.
 
         Raises:
-            KeyError: a tensor is missing.
+            KeyError: there is no average.
+            ValueError: its tensors have other names or shapes.
         """
+        require_same_tensors(state["average"], self.average)
         for name, average in self.average.items():
-            saved: Tensor = state["average"][name]
-            average.copy_(saved)
+            average.copy_(state["average"][name])
         self.updates = state["updates"]

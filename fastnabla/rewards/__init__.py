@@ -7,6 +7,7 @@ Each term of the sum is written ``name=weight``, for example ``area=8``. The nam
 
 import importlib
 import math
+import traceback
 from collections.abc import Callable, Sequence
 
 import torch
@@ -69,7 +70,7 @@ def parse_term(term: str) -> tuple[str, float]:
         weight = math.nan
     if not math.isfinite(weight) or weight == 0:
         raise ValueError(
-            f"reward.terms: {term!r} has weight {text!r}; write name=weight with a finite, nonzero weight."
+            f"reward.terms: {term!r:.200} has weight {text!r:.200}; write name=weight with a finite, nonzero weight."
         )
     return name, weight
 
@@ -102,12 +103,12 @@ def build_reward(
     for term in terms:
         name, weight = parse_term(term)
         if name in weights:
-            raise ValueError(f"reward.terms: {name!r} appears twice; give it once, with the sum of the weights.")
+            raise ValueError(f"reward.terms: {name!r:.200} appears twice; give it once, with the sum of the weights.")
         weights[name] = weight
     for part in options.weights:
         if part.partition(".")[0] not in weights.keys() & PUBLISHED.keys():
             raise ValueError(
-                f"reward.weights: {part!r} belongs to no term with published weights. Rewards that have them: "
+                f"reward.weights: {part!r:.200} belongs to no term with published weights. Rewards that have them: "
                 f"{', '.join(PUBLISHED)}."
             )
     built = {name: (_find(name, torch.device(device), options), weight) for name, weight in weights.items()}
@@ -117,20 +118,25 @@ def build_reward(
 def _find(name: str, device: torch.device, options: RewardOptions) -> RewardFunction:
     if name in REWARDS:
         return REWARDS[name](device, options)
-    module, colon, function = name.partition(":")
-    if not colon:
+    module, _, function = name.partition(":")
+    if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise ValueError(
-            f"reward.terms: unknown reward {name!r}. Known: {', '.join(REWARDS)}; for your own, write "
+            f"reward.terms: unknown reward {name!r:.200}. Known: {', '.join(REWARDS)}; for your own, write "
             "path.to.module:function."
         )
     try:
         reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the module's own code may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        line = "" if place.filename.startswith("<") else f" in {place.filename}, line {place.lineno}"
         raise ValueError(
-            f"reward.terms: cannot import {name!r} ({error}). Run from the module's folder, or install it."
+            f"reward.terms: cannot import {name!r:.200} ({type(error).__name__}: {error!s:.300}{line}). Run from the module's "
+            "folder, or install it."
         ) from error
     if not callable(reward):
-        raise ValueError(f"reward.terms: {name!r} is not callable; it must take images and prompts and return rewards.")
+        raise ValueError(
+            f"reward.terms: {name!r:.200} is not callable; it must take images and prompts and return rewards."
+        )
     return reward.to(device) if isinstance(reward, torch.nn.Module) else reward
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from fastnabla.utils.safetensors_file import read_tensors
 
 logger = logging.getLogger(__name__)
 SHOWN = 3  # number of keys named in a message
@@ -94,7 +95,7 @@ def read_state_dict(part: str, path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return read_tensors(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(

@@ -16,11 +16,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
 from fastnabla.models.policy import Policy
 from fastnabla.optim.ema import WeightAverage
 from fastnabla.optim.optimizer import Optimizer
+from fastnabla.utils.safetensors_file import read_header
 
 # Set once: filters belong to the process, and a checkpoint may be written by a thread.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -113,10 +115,19 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a tensor is missing or has another shape.
+        ValueError: a file is damaged, or a tensor is missing or has another shape.
     """
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = _CheckedReader(str(folder))
     _together(lambda alone: dcp.load(tensors, storage_reader=reader, no_dist=alone), tensors)
+
+
+class _CheckedReader(dcp.HuggingFaceStorageReader):
+    """Names the file if one is damaged."""
+
+    def read_metadata(self) -> Metadata:
+        for file in sorted(Path(self.path).glob("*.safetensors")):
+            read_header(file)
+        return super().read_metadata()
 
 
 def _together(operation: Callable[[bool], Any], tensors: dict[str, Tensor]) -> None:

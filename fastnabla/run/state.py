@@ -13,6 +13,7 @@ from fastnabla.optim.optimizer import Optimizer
 from fastnabla.rewards import RewardSum
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.pooled_buffer import PooledBuffer
+from fastnabla.utils.same_tensors import require_same_tensors
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +44,15 @@ class TrainState:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned in a run of the same configuration."""
+        """Restore what `state_dict` returned in a run of the same configuration.
+
+        Raises:
+            KeyError, RuntimeError, TypeError, ValueError: it is of another configuration.
+        """
+        trained = self.policy.trained()
+        require_same_tensors(state["policy"], trained)
         with self.policy.updating():
-            for name, parameter in self.policy.trained().items():
+            for name, parameter in trained.items():
                 parameter.copy_(state["policy"][name])
         if self.flow is not None:
             self.flow.load_state_dict(state["flow"])

@@ -46,10 +46,14 @@ class ReportConfig:
 def sampler(config: ReportConfig) -> Callable[[list[str], torch.Generator], Tensor]:
     """A function from prompts and a generator to images `[N, 3, 32, 32]` in [0, 1], sampled by plain diffusers."""
     if config.model == "testbed":
-        pipe = StableDiffusionPipeline.from_pretrained(config.folder or pipeline_folder(), dtype=torch.float32)
+        pipe = StableDiffusionPipeline.from_pretrained(
+            config.folder or pipeline_folder(), dtype=torch.float32, use_safetensors=True
+        )
         settings = {"num_inference_steps": config.steps or 20, "eta": 1.0}
     else:
-        pipe = StableDiffusion3Pipeline.from_pretrained(config.folder or flow_pipeline_folder(), dtype=torch.float32)
+        pipe = StableDiffusion3Pipeline.from_pretrained(
+            config.folder or flow_pipeline_folder(), dtype=torch.float32, use_safetensors=True
+        )
         settings = {"num_inference_steps": config.steps or 28, "max_sequence_length": PROMPT_TOKENS}
     pipe.set_progress_bar_config(disable=True)
 

@@ -129,7 +129,11 @@ def pretrain(config: PretrainConfig) -> None:
     """
     config.output.mkdir(parents=True, exist_ok=True)
     if config.model == "testbed-flow":
-        vae = AutoencoderKL.from_pretrained(pipeline_folder() / "vae", dtype=torch.float32).requires_grad_(False).eval()
+        vae = (
+            AutoencoderKL.from_pretrained(pipeline_folder() / "vae", dtype=torch.float32, use_safetensors=True)
+            .requires_grad_(False)
+            .eval()
+        )
         train_flow(config, vae).to(dtype=torch.float16).save_pretrained(config.output / "pipeline_flow")
         return
     vae = train_vae(config)

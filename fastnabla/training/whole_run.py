@@ -2,7 +2,6 @@
 
 import errno
 import os
-import traceback
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +14,7 @@ from fastnabla.run.checkpoint import CheckpointError
 from fastnabla.run.lock import RunFolderError
 from fastnabla.training.guards import BoundPassed
 from fastnabla.training.trainer import Trainer
-from fastnabla.utils.console import print_error, print_plain
+from fastnabla.utils.console import print_error, print_plain, print_traceback
 
 DIVERGED = 4
 """Exit status of a run that ends because its loss is not finite."""
@@ -33,7 +32,7 @@ def fail(world: World, error: BaseException, message: str | None = None, cause: 
 
     def show() -> None:
         if cause is not None:
-            traceback.print_exception(cause)
+            print_traceback(cause)
         print_error(f"{world.name}: {message or error}" if world.size > 1 else message or str(error))
 
     world.fail(error, show)

@@ -5,12 +5,14 @@ import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 
 from rich.console import Console
 from rich.text import Text
 
 from fastnabla.utils.printable import printable
+from fastnabla.utils.secrets import without_secrets
 
 
 def quiet_libraries() -> None:
@@ -60,6 +62,11 @@ def print_error(error: Exception | str) -> None:
     print_plain(console, str(error))
 
 
+def print_traceback(error: BaseException) -> None:
+    """Print the traceback of `error` on stderr."""
+    print_plain(Console(stderr=True), "".join(traceback.format_exception(error)).rstrip("\n"))
+
+
 def print_plain(console: Console, text: str, style: str | None = None) -> None:
-    """Print `text` literally: markup and emoji codes are not interpreted, control characters are escaped."""
-    console.print(Text(printable(text)), style=style, soft_wrap=True)
+    """Print `text` literally and without secrets: markup and emoji codes are not interpreted, control characters are escaped."""
+    console.print(Text(printable(without_secrets(text))), style=style, soft_wrap=True)

@@ -26,6 +26,7 @@ from tests import sharded
 from tests.faults import tiny, without_pictures
 from tests.integration.test_extending import QUICK
 from tests.ranks import on_ranks
+from tests.tokens import TOKENS, assert_no_tokens
 from tests.training.test_guards import spoil
 
 # Finite itself, but √ has no derivative at 0; and not for the first and last prompt, which the check before a run tries.
@@ -48,10 +49,19 @@ def test_what_a_run_skipped_is_found_from_the_folder_alone(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(Trainer, "_write_pictures", lambda *_: None)
     monkeypatch.setattr(anomaly, "FILE_BYTES", 2**16)
+    for name, token in TOKENS.items():
+        monkeypatch.setenv(name, token)
     Path("faulty.py").write_text(FAULTY)
     Path("prompts.txt").write_text("a cat\na dog\na cow\n")
-    command = [*QUICK, "--rollout.trajectories=3", "--prompts.source=prompts.txt", "--reward.terms=faulty:reward"]
+    command = [
+        *QUICK,
+        "--tracker=tensorboard",
+        "--rollout.trajectories=3",
+        "--prompts.source=prompts.txt",
+        "--reward.terms=faulty:reward",
+    ]
     assert train.main([*command, "--run=run", "--updates=1", "--evaluation.every=0", "--dump-anomalies"]) == 0
+    assert_no_tokens(tmp_path, caplog.text, *capsys.readouterr())
     said = caplog.text.partition("update 1 is skipped (1 in a row). Not finite: ")[2].splitlines()[0]
     assert "norm_reward" in said and "of a sample for 'a dog'" in said and "'a cat'" not in said
     assert "python -m fastnabla.reproduce run/anomalies/update-000001" in caplog.text
@@ -59,7 +69,6 @@ def test_what_a_run_skipped_is_found_from_the_folder_alone(
     assert_split(Path("elsewhere"), 2**16)
     shutil.rmtree("run")
     Path("prompts.txt").unlink()
-    capsys.readouterr()
     assert reproduce.main(["elsewhere"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "update 1: computed on cpu by the run, and on cpu now" in printed

@@ -16,6 +16,7 @@ from fastnabla.distributed.signals import Stopped
 from fastnabla.run.tracker import Tracker
 from fastnabla.training.trainer import Trainer
 from fastnabla.training.whole_run import DIVERGED
+from tests.tokens import TOKENS, assert_no_tokens
 from tests.utils.test_durable import no_space
 
 QUICK = [
@@ -31,7 +32,10 @@ QUICK = [
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are in the environment."""
     monkeypatch.chdir(tmp_path)
+    for name, token in TOKENS.items():
+        monkeypatch.setenv(name, token)
 
 
 def test_train_then_sample(capsys: pytest.CaptureFixture[str], drawn: None) -> None:
@@ -191,7 +195,9 @@ def test_a_reward_that_breaks_is_named_and_can_be_mended(
     calls = sys.modules["mendable"].calls
     use(calls)  # the last of the second update
     assert train.main([*command, "--run", "broken"]) == 1
-    message = " ".join(capsys.readouterr().err.split())
+    printed = capsys.readouterr()
+    message = " ".join(printed.err.split())
+    assert_no_tokens(tmp_path, *printed)
     assert f"reward 'mendable:reward' {found}" in message and "--resume broken" in message
     assert ("KeyError" in message) == ("KeyError" in break_)
     assert [path.name for path in Path("broken/checkpoints").iterdir()] == ["update-000001"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_cli import QUICK
+from tests.tokens import TOKENS, assert_no_tokens
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "peft", "matplotlib")
@@ -57,7 +58,7 @@ def test_commands_in_an_awkward_environment(tmp_path: Path) -> None:
     nothing is written outside the run. Then every command starts and chooses a backend."""
     code = (
         "import importlib, os, fastnabla.train\n"
-        f"assert fastnabla.train.main({[*QUICK, '--updates=2', '--run=run-∇']}) == 0\n"
+        f"assert fastnabla.train.main({[*QUICK, '--updates=2', '--run=run-∇', '--tracker=tensorboard']}) == 0\n"
         f"for name in {COMMANDS}:\n"
         f"    os.environ['MPLBACKEND'] = {NOTEBOOK!r}\n"
         "    try:\n        importlib.import_module(name).main(['--help'])\n"
@@ -68,9 +69,10 @@ def test_commands_in_an_awkward_environment(tmp_path: Path) -> None:
     )
     with (tmp_path / "log").open("wb") as log:
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=tmp_path, env=awkward(), stdout=log, stderr=subprocess.STDOUT)
+        done = subprocess.run(command, cwd=tmp_path, env=awkward() | TOKENS, stdout=log, stderr=subprocess.STDOUT)
     printed = (tmp_path / "log").read_bytes()
     assert done.returncode == 0, printed
+    assert_no_tokens(tmp_path)  # the log is below it
     text = printed.decode("ascii")
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
     lines = re.findall(r"^update (\d)/2: reward \S+, loss \S+, \S+ s/update, 0:00:\d\d left$", text, re.MULTILINE)

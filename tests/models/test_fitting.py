@@ -71,7 +71,7 @@ def changed(folders: Path, family: str, folder: Path, changes: dict[str, object]
         ("sd15", {"text_encoder.vocab_size": 300}, ["text_encoder.vocab_size = 300: "]),
         ("sd15", {"vae": ["diffusers", "AutoencoderTiny"]}, ["vae = AutoencoderTiny: ", "--model.tiny-decoder"]),
         ("sd15", {"tokenizer": [None, None], "scheduler": None}, ["has no tokenizer, scheduler: "]),
-        ("sd15", {"scheduler": ["diffusers", "NewScheduler"]}, ["scheduler = NewScheduler: must be a class of diffusers"]),
+        ("sd15", {"scheduler": ["diffusers", "NewScheduler"]}, ["scheduler = NewScheduler: must be a scheduler of diffusers"]),
         ("sd15", {"text_encoder.hidden_size": "16"}, ["cannot be loaded", "expected int", "all files of a diffusers pipeline"]),
         ("sdxl", {"unet.projection_class_embeddings_input_dim": 5 * 4 + 12}, ["five size conditions"]),
         ("sdxl", {"unet.projection_class_embeddings_input_dim": 6 * 4 + 16}, ["= 40: must be", "6 · 4 + 12 = 36"]),

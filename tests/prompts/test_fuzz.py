@@ -67,12 +67,16 @@ def test_text_files(write: Callable[[str, bytes], str], content: bytes):
         assert set(prompts) == lines - {""}
 
 
+@example(content=b'["a", "b", "a"]')
 @given(content=FILES | st.lists(JSON, max_size=4).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()))
 def test_json_lines(write: Callable[[str, bytes], str], content: bytes):
     prompts = prompts_or_error(write("prompts.jsonl", content))
     if prompts is not None:
         rows = [json.loads(line) for line in re.split("\r\n|\r|\n", content.decode("utf-8-sig")) if line.strip()]
-        assert prompts == list(dict.fromkeys(row["prompt"].strip() for row in rows))
+        if isinstance(rows[0], list):  # the file is one JSON value, whatever its name
+            (rows,) = rows
+        texts = (row if isinstance(row, str) else row["prompt"] for row in rows)
+        assert prompts == list(dict.fromkeys(text.strip() for text in texts))
 
 
 @given(name=st.sampled_from(["a.txt", "a.json", "a.csv", "a.tsv", "a.txt:prompt"]), value=JSON, content=FILES)

@@ -23,9 +23,10 @@ from fastnabla.run.folder import create_run_folder
 from fastnabla.run.pictures import save_curves, save_grid
 from fastnabla.run.table import final_table, markdown
 from fastnabla.run.tracker import Tracker, read_records, tracker_keys
-from fastnabla.utils.console import print_error, print_plain
+from fastnabla.utils.console import print_error, print_plain, print_traceback
 from fastnabla.utils.printable import CONTROL, printable
 from tests.integration.test_cli import QUICK
+from tests.tokens import TOKENS
 
 ODD = [
     "[red]",
@@ -217,3 +218,17 @@ def test_secrets_of_the_environment_are_written_nowhere(
     assert secret not in printed.out + printed.err + repr(started)
     assert started[0]["settings"] == {"disable_git": True, "disable_code": True}
     assert set(started[0]) == {"dir", "config", "name", "settings", "id", "resume"}
+
+
+def test_secrets_are_not_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, token in TOKENS.items():
+        monkeypatch.setenv(name, token)
+    addresses = "https://me:pass@mirror/x?a@b, http://hf_x@[::1]:8080 and https://a/b@c"
+    try:
+        raise RuntimeError(f"{addresses}; {' '.join(TOKENS.values())}")
+    except RuntimeError as error:
+        print_error(error)
+        print_traceback(error)
+    printed = capsys.readouterr().err
+    shown = "https://…@mirror/x?a@b, http://…@[::1]:8080 and https://a/b@c; … … …"
+    assert printed.count(shown) == 2 and "in test_secrets_are_not_printed" in printed

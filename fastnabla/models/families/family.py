@@ -64,6 +64,11 @@ class Family(abc.ABC):
         encoders = {name: encoder.__name__ for name, encoder in self.text_encoders.items()}
         return {self.network: self.network_class.__name__, "vae": VAE_CLASS} | encoders
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The pipeline's parts that finetuning needs."""
+        return (self.network, "vae", *self.text_encoders, *map(tokenizer_of, self.text_encoders), "scheduler")
+
     # Sizes
 
     @abc.abstractmethod
