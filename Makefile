@@ -15,8 +15,9 @@ OLDEST_TESTS := tests/kernels tests/test_losses.py $(patsubst %,tests/%.py, \
   $(addprefix trajectories/test_,buffer buffer_ops buffer_pinned extension))
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # A worker that dies ends the tests: xdist would start another one, which repeats the test, or waits for ever. A test that takes
-# 20 minutes, ten times the longest, ends its worker with a traceback.
-SIDE_BY_SIDE += --max-worker-restart 0 -o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true
+# 20 minutes, ten times the longest, ends its worker with a traceback. It does so from a thread: SIGALRM and faulthandler's timer are
+# fastnabla's own, and the latter's thread is missed in a fork.
+SIDE_BY_SIDE += --max-worker-restart 0 --timeout 1200 --timeout-method thread
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-oldest bench lint sanitize clean

@@ -59,7 +59,7 @@ def trained(world: World, config: TrainConfig, folder: Path) -> dict:
     world.barrier()
     records = trainer.train(run)
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.step.parameters])
-    return {"gradients": gradients, "weights": weights, "records": json.dumps(records)}
+    return {"gradients": gradients, "weights": weights, "records": json.dumps(list(records))}
 
 
 def distance(a: Tensor, b: Tensor) -> float:
