@@ -39,6 +39,7 @@ def test_preset_names_what_exists(name: str) -> None:
     assert prompts_of(config.prompts, config.evaluation.prompts, config.seed).evaluated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_documented_cost_is_the_cost_model_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three digits are written down. Memory traffic is not, and would take most of the time."""

@@ -258,6 +258,7 @@ DEEP = {
 """The backward pass of a layer is no large part of the whole."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "settings", "checkpoint"),
     [

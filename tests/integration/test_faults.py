@@ -70,6 +70,7 @@ def before(owner: object, name: str, call: int, action: Callable[[], None]) -> N
     setattr(owner, name, acting)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
     phases = ("rollout", "best weights, moved", "checkpoint, flushed", *RANDOM)
     counts = campaign({name: Single(trainer, *undisturbed) for name in phases}, tmp_path, kills=5, seed=1)

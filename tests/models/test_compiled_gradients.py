@@ -119,7 +119,11 @@ TRACED = {
 }
 """What of the compiled ones is tested on a CPU, where tracing takes long: no reward gradient makes a graph that look-ahead does
 not, and how activations are kept, the backend and the decoder do not meet in one."""
-ON_CPU = [case for case in CASES if case[0] == "none" or case[:3] in TRACED]
+ON_CPU = [
+    pytest.param(*case, marks=pytest.mark.slow if case[0] == "whole" else ())
+    for case in CASES
+    if case[0] == "none" or case[:3] in TRACED
+]
 ON_GPU = [
     case
     for case in CASES

@@ -31,6 +31,7 @@ def fresh() -> Iterator[None]:
     counters.clear()
 
 
+@pytest.mark.slow
 def test_training_step_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """In each step the adapter is switched off, on without gradient, and on; none of it makes another graph."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

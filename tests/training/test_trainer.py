@@ -115,7 +115,7 @@ def interrupt(trainer: Trainer, call: int) -> None:
     trainer.optimizer.update = interrupted
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion8bit"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("lion8bit", marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(name: str, run: Path, tmp_path: Path) -> None:
     config = small(optimizer=dataclasses.replace(small().optimizer, name=name))
     expected = run if name == "adamw" else train(config, tmp_path / "uninterrupted")
