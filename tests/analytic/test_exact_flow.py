@@ -103,6 +103,7 @@ def test_the_target_s_score_solves_it_with_another_last_step():
         assert first_loss(100, factor, **sampler) > 5 * solved, factor
 
 
+@pytest.mark.slow
 def test_it_is_learned_without_the_flow():
     def left(**changes) -> float:
         rollout = RolloutConfig(trajectories=128, fraction=0.5, updates=4, batch=128)

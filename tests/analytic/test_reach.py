@@ -37,6 +37,7 @@ def test_variants_cost_the_same():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_tables_and_continuation(tmp_path, capsys):
     folder = tmp_path / "reach"

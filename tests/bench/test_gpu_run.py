@@ -203,6 +203,7 @@ def test_the_five_figures() -> None:
     assert "blocks: WRONG: 3 of 9 tensors are 0" in found and "times" not in re.sub("five.*", "", found)
 
 
+@pytest.mark.slow
 def test_pytest_results_become_rows(tmp_path: Path) -> None:
     """Passed, failed, skipped and not collected; a failure is a row at once, with its reason; nothing begins too late."""
     (tmp_path / "test_stub.py").write_text(

@@ -9,6 +9,7 @@ from bench import growth
 from bench.growth import AXES, main
 
 
+@pytest.mark.slow
 def test_writes_what_it_measured_and_names_what_not(tmp_path: Path) -> None:
     main(["--model", "toy", "--device", "cpu", "--budget-seconds", "0", "--into", str(tmp_path)])
     files = {path.suffix: path for path in tmp_path.iterdir()}
@@ -23,6 +24,7 @@ def test_writes_what_it_measured_and_names_what_not(tmp_path: Path) -> None:
     assert all(name in files[".md"].read_text() for name in result["not run"])
 
 
+@pytest.mark.slow
 def test_what_is_cut_off_leaves_the_points_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = growth._measure
 

@@ -50,6 +50,7 @@ def test_without_overhead_only_what_cannot_be_divided_costs() -> None:
     assert {row[-1] for row in table(WORK, FREE, 3, 0, [0.0], trials=1, seed=0)} == {"100.0%"}
 
 
+@pytest.mark.slow
 def test_the_bytes_are_those_of_the_gradients() -> None:
     config = tiny()
     work, costs = work_of(config), unit_costs(config)

@@ -65,6 +65,7 @@ def test_markdown_has_all_columns(result: dict) -> None:
     assert f"| {' | '.join(HEADER)} |" in markdown(result)
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """It is written with its reason, beside the others, and the exit status tells."""
     spoilt, broken = "fastnabla: fewer passes", "these, reward_gradient=terminal"
@@ -115,6 +116,7 @@ def test_gradients_are_the_published_algorithms(name: str, model: Model) -> None
     assert difference(toy_gradients(variant, CPU, torch.float64, model), expected) < FLOAT64_LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU")
 def test_the_gate_of_the_kernels() -> None:
     variant = dataclasses.replace(full(cuda=False), kernels=True)

@@ -74,6 +74,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny("sd15", tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 def test_a_planned_preset_dry_runs(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With tiny networks and a small reward, whose cost is not the preset's."""
     arguments = [

@@ -161,6 +161,7 @@ def test_a_flow_that_does_not_start_at_zero(kind: str) -> None:
     assert outputs[0] == 0 < outputs[1]
 
 
+@pytest.mark.slow
 def test_a_run_is_the_authors_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their order of sampling and training written out, with plain AdamW, against the trainer. Float32 rounding: the steps
     are 1e-3 and six updates apply two of them each."""

@@ -33,6 +33,7 @@ def test_an_image_takes_what_was_said(name: str, precision: str) -> None:
     assert image_bytes(tiny(name, options), (64, 64), "0") == pytest.approx(memory.peak, rel=0.01, abs=1000)
 
 
+@pytest.mark.slow
 def test_sizes_are_added_up() -> None:
     one, other = (reward_bytes(RewardConfig(terms=(term,)), (512, 512)) for term in ("aesthetic=1", "pickscore=2"))
     both = reward_bytes(RewardConfig(terms=("aesthetic=1", "pickscore=2", "area=8", "my.rewards:warm")), (512, 512))

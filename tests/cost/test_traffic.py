@@ -70,6 +70,7 @@ def small_costs() -> UnitCosts:
     return UnitCosts(shapes, guided=True)
 
 
+@pytest.mark.slow
 def test_passes_read_their_weights_once() -> None:
     """Whatever the rows, of which each moves more than its graph keeps; a backward pass moves more than a forward one."""
     costs = small_costs()

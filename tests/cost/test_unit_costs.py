@@ -41,6 +41,7 @@ def stable_diffusion(rank: int = 8, guided: bool = True, shallow: bool = False) 
     return UnitCosts(Shapes(unet, vae, flow, torch.bfloat16, description, (4, 64, 64)), guided=guided)
 
 
+@pytest.mark.slow
 def test_arithmetic() -> None:
     """A row of the UNet is 0.80 TFLOP as published (402 G multiply-adds), and a decode with its backward pass 5.06."""
     costs = stable_diffusion()

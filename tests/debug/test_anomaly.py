@@ -142,6 +142,7 @@ def test_the_update_is_computed_again_bit_for_bit(name: str, tmp_path: Path, mon
     assert any(gradient.any() for gradient in gradients(first))
 
 
+@pytest.mark.slow
 def test_the_first_few_are_written_and_the_run_is_the_same(tmp_path: Path) -> None:
     """Updates 2 to 5 of 6 are skipped, and the first three written; written or not, the run is the same."""
     results = []

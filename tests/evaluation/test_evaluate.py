@@ -85,6 +85,7 @@ def test_results_are_complete(run: Path) -> None:
     assert not list(run.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_the_table_has_a_column_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And a second run reuses the first one's reference samples."""
     other = copy_of(run, tmp_path / "other-run")
@@ -129,6 +130,7 @@ def test_only_one_prompt_s_images_are_decoded_at_a_time(run: Path, monkeypatch: 
     assert max(decoded) == 5 and decoded.count(3) >= 2 * sum(len(group["prompts"]) for group in groups.values())
 
 
+@pytest.mark.slow
 def test_reference_samples_are_kept_for_their_seed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy_of(run, tmp_path / "run")
     for group in results(run)["groups"]:
@@ -147,6 +149,7 @@ def test_reference_samples_are_kept_for_their_seed(run: Path, tmp_path: Path, mo
         assert [samples for noise, samples in drawn if noise == REFERENCE_NOISE] == reference
 
 
+@pytest.mark.slow
 def test_a_policy_that_learned_nothing_is_the_pretrained_one(run: Path, tmp_path: Path) -> None:
     folder = copy_of(run, tmp_path / "run")
     weights = load_file(folder / LORA)
@@ -162,6 +165,7 @@ def test_a_policy_that_learned_nothing_is_the_pretrained_one(run: Path, tmp_path
         assert same is None or same["finetuned"]["reward_gap"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_saved_lora_is_read_exactly(tmp_path: Path) -> None:
     config = tiny()
     (tmp_path / "run").mkdir()
@@ -174,6 +178,7 @@ def test_the_saved_lora_is_read_exactly(tmp_path: Path) -> None:
     assert any(parameter.abs().max() > 0 for name, parameter in expected.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_all_parameters_are_read_exactly_and_evaluated(tmp_path: Path) -> None:
     config = tiny(lora=LoraConfig(rank=0), optimizer=OptimizerConfig(learning_rate=1e-4))
     (tmp_path / "run").mkdir()
@@ -186,6 +191,7 @@ def test_all_parameters_are_read_exactly_and_evaluated(tmp_path: Path) -> None:
     assert found["divergence"]["nats"] > 0 and found["finetuned"]["reward"] != found["pretrained"]["reward"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prior_weight", "beta"), [(0.5, 0.02), (0.0, None)])
 def test_the_target_is_tilted_by_beta_over_lambda(
     prior_weight: float, beta: float | None, run: Path, tmp_path: Path

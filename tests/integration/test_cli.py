@@ -241,6 +241,7 @@ def test_a_full_disk_ends_the_run_with_advice(
     assert "No space left" in message and "runs/testbed-001" in message and "Traceback" not in message
 
 
+@pytest.mark.slow
 def test_resume_auto_starts_and_then_continues(capsys: pytest.CaptureFixture[str]) -> None:
     command = [*QUICK, "--resume", "auto", "--run", "job/run"]
     assert train.main(command) == 0

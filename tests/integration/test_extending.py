@@ -42,6 +42,7 @@ def set_updates(run: Path, updates: int) -> None:
     (run / "config.json").write_text(json.dumps(config | {"updates": updates}))
 
 
+@pytest.mark.slow
 def test_an_extended_run_equals_one_of_that_length_from_the_start(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,6 +202,7 @@ def test_the_planned_bytes_are_the_cache_s() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_target_that_follows_the_reference_has_no_cache(tmp_path: Path) -> None:
     """Its product depends on the flow, so each inner epoch takes the planned passes; resumed between two, the run is the same."""
     config = inner(objective=dataclasses.replace(tiny().objective, reverse_target="reference"))

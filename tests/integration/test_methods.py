@@ -115,6 +115,7 @@ def test_run(settings: dict, run_of: Callable[..., Path], tmp_path: Path) -> Non
     assert_same_result(folder, run)
 
 
+@pytest.mark.slow
 def test_methods_that_store_nothing_sample_what_a_rollout_does(tmp_path: Path) -> None:
     """Prompts and noise are those of the trajectories' numbers, whatever the method: before the first update, DRaFT's
     and Adjoint Matching's samples are the rollout's of residual ∇-DB."""

@@ -181,6 +181,7 @@ def weights() -> torch.Tensor:
     return torch.cat([layers[name].flatten() for name in sorted(layers)])
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_another_number_goes_on() -> None:
     """Between the two updates of a rollout, so that the checkpoint has the rollout's trajectories: those of 2 processes for 1."""
     assert end(begin(1, lambda: trained(TINY))) == [0]

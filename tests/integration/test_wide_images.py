@@ -71,6 +71,7 @@ def test_a_unet_as_flow_takes_sizes_that_its_levels_do_not_divide() -> None:
     assert flow(x, torch.zeros(1), torch.randn(1, 3, 8)).shape == x.shape
 
 
+@pytest.mark.slow
 def test_a_wide_run_is_trained_sampled_evaluated_and_resumed(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

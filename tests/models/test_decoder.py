@@ -111,6 +111,7 @@ def test_gradient_in_every_way_of_computing(checkpoint, compile, channels_last, 
     assert relative_error(actual[1], gradient) < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("checkpoint", "channels_last"), [(True, False), (False, True)], ids=["checkpoint-NCHW", "kept-channels-last"]
 )

@@ -104,6 +104,7 @@ def test_prompts_are_encoded_by_all_three_encoders(pipe: StableDiffusion3Pipelin
         assert not torch.equal(part[0], part[1])
 
 
+@pytest.mark.slow
 def test_the_output_is_the_velocity_at_1000_t(pipe: StableDiffusion3Pipeline) -> None:
     """On silhouettes that were not trained on: v = ε − x₀, at every noise level, and better with the prompt than without."""
     config = PretrainConfig(limit=300)
@@ -131,6 +132,7 @@ def test_sampling_is_deterministic_and_starts_from_the_noise(pipe: StableDiffusi
     assert first.shape == (1, 3, 32, 32) and torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_shipped_pipeline_draws_the_prompted_animal_in_plain_diffusers(pipe: StableDiffusion3Pipeline) -> None:
     prompts = [caption(animal, i % len(PHRASINGS)) for i, animal in enumerate(ANIMALS * 4)]
     seen = load_classifier("evaluation")(sample(pipe, prompts, 20).float()).argmax(1)
@@ -139,6 +141,7 @@ def test_shipped_pipeline_draws_the_prompted_animal_in_plain_diffusers(pipe: Sta
     assert (seen == wanted).float().mean() >= 0.75
 
 
+@pytest.mark.slow
 def test_pretraining_runs_resumes_and_writes_a_loadable_pipeline(tmp_path: Path) -> None:
     config = PretrainConfig(
         model="testbed-flow", output=tmp_path, flow_steps=1, checkpoint_every=1, copies=1, limit=100

@@ -64,6 +64,7 @@ def test_shipped_weights_are_small() -> None:
     assert sum(path.stat().st_size for path in weights) <= 7e6
 
 
+@pytest.mark.slow
 def test_shipped_pipeline_draws_the_prompted_animal_in_plain_diffusers() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -78,6 +79,7 @@ def test_shipped_pipeline_draws_the_prompted_animal_in_plain_diffusers() -> None
     assert (seen == wanted).float().mean() >= 0.75
 
 
+@pytest.mark.slow
 def test_pretraining_runs_resumes_and_writes_a_loadable_pipeline(tmp_path: Path) -> None:
     config = PretrainConfig(
         output=tmp_path, vae_steps=1, classifier_steps=1, unet_steps=1, checkpoint_every=1, copies=1, limit=100

@@ -15,6 +15,7 @@ from tests.faults import tiny
 from tests.integration.test_cli import QUICK
 
 
+@pytest.mark.slow
 def test_a_command_line_plans_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, planned = [], command.planned
 

@@ -71,6 +71,7 @@ def test_methods_without_a_loss_by_row_name_what_they_have(name: str, caplog: py
     assert f"the largest {name}, 50% of the sum over 3 rows, is of a sample for 'a dog'" in caplog.text
 
 
+@pytest.mark.slow
 def test_spikes_are_counted_in_the_records_and_resumed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

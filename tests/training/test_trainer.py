@@ -95,6 +95,7 @@ def test_records(run: Path) -> None:
     assert training[0]["loss_trust_region"] < 1e-9 < training[1]["loss_trust_region"]
 
 
+@pytest.mark.slow
 def test_same_seed_same_metrics_bit_for_bit(run: Path, tmp_path: Path) -> None:
     again = train(small(), tmp_path / "again")
     assert (again / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
@@ -186,6 +187,7 @@ def test_other_settings_run_with_the_planned_passes(reward_gradient: str, flow: 
     assert (record["passes_inner"], record["passes_last"]) == planned_passes(objective, flow != "none")
 
 
+@pytest.mark.slow
 def test_bfloat16_networks_train_a_float32_lora(tmp_path: Path) -> None:
     config = small(
         updates=2,
@@ -211,6 +213,7 @@ def test_other_sampler_runs(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_outputs_in_8_bits_touch_the_trust_region_alone(run: Path, tmp_path: Path) -> None:
     """The first update of a rollout has the policy that sampled: all of its trust region is rounding, a share of it
     within (1/254)² of the outputs' squares, which are about 1."""
@@ -223,6 +226,7 @@ def test_outputs_in_8_bits_touch_the_trust_region_alone(run: Path, tmp_path: Pat
     assert {name: rounded[name] for name in others} == {name: plain[name] for name in others}
 
 
+@pytest.mark.slow
 def test_batch_sizes_do_not_change_the_first_update(tmp_path: Path) -> None:
     base = small(updates=2)
     changed = dataclasses.replace(
@@ -240,6 +244,7 @@ def test_batch_sizes_do_not_change_the_first_update(tmp_path: Path) -> None:
             assert records[1][name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_kernels_do_not_change_the_run(backend: str, run: Path, tmp_path: Path) -> None:
     through_kernels = train(small(backend=backend), tmp_path / "run")
@@ -271,6 +276,7 @@ def test_a_tiny_decoder_that_is_not_there() -> None:
         Trainer.from_config(small(model=model))
 
 
+@pytest.mark.slow
 def test_stopped_between_a_rollout_and_its_first_update(run: Path, tmp_path: Path) -> None:
     """The rollout is saved with the checkpoint, and the resumed run does not sample it again."""
     config, stop, sampled = small(checkpoint_every=100), StopSignals(), []

@@ -80,6 +80,7 @@ def test_the_command_line_switches_before_cuda_starts(
     assert seen == [bool(command)] and not torch.cuda.is_initialized()
 
 
+@pytest.mark.slow
 def test_equal_runs_write_equal_files(tmp_path: Path) -> None:
     for name in ("one", "other"):
         trainer = without_pictures(Trainer.from_config(dataclasses.replace(tiny(), deterministic=True)))
