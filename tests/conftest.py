@@ -15,7 +15,6 @@ import os
 import random
 from collections.abc import Callable, Iterator
 
-import numpy
 import pytest
 
 LONG = ("comparison", "config", "cost", "integration", "models", "study", "training")
@@ -24,7 +23,9 @@ PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if PROCESSES > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // PROCESSES)))
 
-import torch  # noqa: E402 - reads OMP_NUM_THREADS
+# These read OMP_NUM_THREADS.
+import numpy  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before kernels are imported
