@@ -71,7 +71,14 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return run
 
 
-@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+ALIKE = ("db", "rsm", "draft-lv", "random truncation")
+"""Their steps are those of others but for a formula."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(run, id=name, marks=pytest.mark.slow if name in ALIKE else ()) for name, run in RUNS.items()],
+)
 def test_run(settings: dict, run_of: Callable[..., Path], tmp_path: Path) -> None:
     """Complete; and stopped between two updates of a rollout and resumed, bit for bit the same."""
     config = config_of(**settings)
@@ -162,8 +169,13 @@ OTHER_VALUES = {
 
 
 @pytest.mark.parametrize(
-    "method", [name for name in METHODS if name not in ("dag-kl", "vgg-flow")]
-)  # `dag` has nearly the same
+    "method",
+    [
+        pytest.param(name, marks=() if name in ("residual-db", "draft") else pytest.mark.slow)
+        for name in METHODS
+        if name not in ("dag-kl", "vgg-flow")  # `dag` has nearly the same
+    ],
+)
 def test_settings_without_a_part_in_a_method_change_nothing(
     method: str, run_of: Callable[..., Path], tmp_path: Path
 ) -> None:

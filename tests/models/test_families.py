@@ -80,8 +80,14 @@ def test_channels_last_is_of_unet_and_decoder(model: str, channels_last: bool) -
         assert layer.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(targets=("all-linear",)), LoraConfig(rank=0)],
-                         ids=["lora", "all-linear", "full"])  # fmt: skip
+@pytest.mark.parametrize(
+    "lora",
+    [
+        pytest.param(LoraConfig(), id="lora"),
+        pytest.param(LoraConfig(targets=("all-linear",)), id="all-linear", marks=pytest.mark.slow),
+        pytest.param(LoraConfig(rank=0), id="full"),
+    ],
+)
 def test_trained_weights_load_in_plain_diffusers(model: str, lora: LoraConfig, tmp_path: Path) -> None:
     config = config_of(model, lora=lora)
     trainer = Trainer.from_config(config)

@@ -124,8 +124,14 @@ def test_guidance_is_an_input_of_flux_and_a_second_row_of_sd3(model: str) -> Non
     assert (own_latents(networks) - own_latents(unguided)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(targets=("all-linear",)), LoraConfig(rank=0)],
-                         ids=["lora", "all-linear", "full"])  # fmt: skip
+@pytest.mark.parametrize(
+    "lora",
+    [
+        pytest.param(LoraConfig(), id="lora"),
+        pytest.param(LoraConfig(targets=("all-linear",)), id="all-linear", marks=pytest.mark.slow),
+        pytest.param(LoraConfig(rank=0), id="full"),
+    ],
+)
 def test_trained_weights_load_in_plain_diffusers_and_a_run_resumes(
     model: str, lora: LoraConfig, tmp_path: Path
 ) -> None:
