@@ -43,7 +43,11 @@ def test_every_method_is_learned_with():
 @pytest.mark.parametrize(
     ("method", "factor", "objective", "reaches"),
     [
-        *((method, factor, {}, factor == 1) for method in BALANCE for factor in FACTORS.get(method, (1.0, 0.4))),
+        *(
+            pytest.param(method, factor, {}, factor == 1, marks=() if factor == 1 else pytest.mark.slow)
+            for method in BALANCE
+            for factor in FACTORS.get(method, (1.0, 0.4))
+        ),
         ("residual-db", 1.0, {"reverse_target": "policy"}, True),
         ("residual-db", 1.0, {"reverse_target": "policy", "reverse_weight": 0.0}, False),
     ],
