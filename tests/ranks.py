@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.launcher.api import LaunchConfig
 
 from fastnabla import train
 from fastnabla.distributed.launch import RankInfo
@@ -95,3 +96,17 @@ def trained(arguments: list[str], prepare: Callable[[int], None] = lambda rank: 
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # pytest replaces them
     prepare(int(rank))
     return train.main(arguments)
+
+
+def restarting_ranks() -> LaunchConfig:
+    """Two ranks on this machine, forked by torchrun's agent, which restarts them once."""
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=1,
+        monitor_interval=0.1,
+        start_method="fork",
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import elastic_launch
 
 from fastnabla.distributed import watchdog
 from fastnabla.distributed import world as distributed
@@ -25,8 +25,9 @@ from fastnabla.run.checkpoint import Checkpoints
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils import durable
 from tests import faults
+from tests.integration import kill_points
 from tests.integration.test_rank_failures import TINY, before
-from tests.ranks import begin, end, trained
+from tests.ranks import begin, end, restarting_ranks, trained
 
 CHECKPOINTS = 3
 RUNS = {
@@ -43,12 +44,12 @@ POINTS: dict[tuple[str, int], dict[str, int]] = {
 }
 """By run and rank: where it may be killed, and about how many calls a checkpoint makes there."""
 ARM: dict[str, Callable[[int, bool], None]] = {
-    "write": lambda call, after: faults.die_in_write(call),
-    "fsync": functools.partial(faults.die_in_call, os, "fsync"),
-    "rename": functools.partial(faults.die_in_call, os, "replace"),
-    "removal": functools.partial(faults.die_in_call, durable.shutil, "rmtree"),
-    "gather": functools.partial(faults.die_in_call, World, "all_gather_rows"),
-    "shard": functools.partial(faults.die_in_call, checkpoint, "write_tensors"),
+    "write": lambda call, after: kill_points.die_in_write(call),
+    "fsync": functools.partial(kill_points.die_in_call, os, "fsync"),
+    "rename": functools.partial(kill_points.die_in_call, os, "replace"),
+    "removal": functools.partial(kill_points.die_in_call, durable.shutil, "rmtree"),
+    "gather": functools.partial(kill_points.die_in_call, World, "all_gather_rows"),
+    "shard": functools.partial(kill_points.die_in_call, checkpoint, "write_tensors"),
 }
 KILLED = Path("killed")
 """Tells that the rank was killed."""
@@ -77,7 +78,7 @@ class Death:
         """Die there, if this process is that rank."""
         if os.environ["RANK"] != str(self.rank):
             return
-        faults.kill = functools.partial(_leave_word, faults.kill)
+        kill_points.die = functools.partial(_leave_word, kill_points.die)
         before(Checkpoints, "save", self.number, lambda: ARM[self.point](self.call, self.after))
 
 
@@ -106,17 +107,7 @@ def launched(death: Death, run: str) -> None:
     Raises:
         torch.distributed.elastic.multiprocessing.errors.ChildFailedError: it has failed twice.
     """
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=1,
-        monitor_interval=0.1,
-        start_method="fork",
-    )
-    elastic_launch(config, process)(death, run)
+    elastic_launch(restarting_ranks(), process)(death, run)
 
 
 def result(folder: Path) -> tuple[bytes, dict[str, torch.Tensor]]:

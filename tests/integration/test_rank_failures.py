@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import elastic_launch
 
 from fastnabla.distributed import watchdog as watch
 from fastnabla.distributed import world as distributed
@@ -22,7 +22,7 @@ from fastnabla.optim.optimizer import Optimizer
 from fastnabla.rewards.testbed import area
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories import rollout
-from tests.ranks import begin, end, trained
+from tests.ranks import begin, end, restarting_ranks, trained
 
 TINY = [
     "--updates=2",
@@ -215,15 +215,5 @@ def test_restarted_by_torchrun_it_goes_on_from_the_last_checkpoint() -> None:
     assert end(begin(1, lambda: trained(arguments))) == [0]
     expected = weights()
     Path("run").rename("alone")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=1,
-        monitor_interval=0.1,
-        start_method="fork",
-    )
-    elastic_launch(config, restarted)(arguments)
+    elastic_launch(restarting_ranks(), restarted)(arguments)
     assert (weights() - expected).norm() < 1e-6 * expected.norm()

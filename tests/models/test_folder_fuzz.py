@@ -38,18 +38,6 @@ FILES = (
 SETTINGS = VALUES | st.sampled_from(["gelu", "linear", "v_prediction", [8, 16], [8, 8], ["diffusers", "DDPMScheduler"]])
 
 
-@pytest.fixture(scope="module")
-def pipeline() -> DiffusionPipeline:
-    return random_pipeline(TINY["sd15"], {"default": torch.float32})
-
-
-@pytest.fixture(scope="module")
-def saved(pipeline: DiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "m"
-    pipeline.save_pretrained(folder)
-    return folder
-
-
 def assert_one_line(error: ValueError, name: str) -> None:
     message = str(error)
     assert name in message and "\n" not in message.strip() and len(message) < 5000, message

@@ -15,28 +15,14 @@ from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.fitting import checked_description
 from fastnabla.models.kohya import save_kohya
 from fastnabla.models.pipeline import pipeline_of
-from fastnabla.models.random_init import random_pipeline
 from fastnabla.models.saved_policy import LORA_FILE, load_policy
 from fastnabla.models.tiny_decoder import load_tiny_decoder
 from fastnabla.models.weight_files import variant_to_load
 from fastnabla.rewards.weights import read_state_dict
 from fastnabla.run.large_tensors import read_tensors, write_tensors
-from tests.families import TINY
 from tests.lies import LIES
 
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def pipeline() -> DiffusionPipeline:
-    return random_pipeline(TINY["sd15"], {"default": torch.float32})
-
-
-@pytest.fixture(scope="module")
-def saved(pipeline: DiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "m"
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
