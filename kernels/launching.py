@@ -23,16 +23,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIBRARY = torch.library.Library("fastnabla", "FRAGMENT")
 
 
-def operation(fake: Callable) -> Callable[[Callable], Callable]:
+def operation(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Register a launcher as the torch operation `fastnabla::<its name>`, which torch.compile does not trace into.
 
     Args:
         fake: has the same signature, and returns tensors of the right shapes, dtypes and strides without computing.
+        mutates: names of the arguments that are written to.
     """
 
     def register(launcher: Callable) -> Callable:
         name = launcher.__name__
-        _LIBRARY.define(name + torch.library.infer_schema(launcher, mutates_args=()))
+        _LIBRARY.define(name + torch.library.infer_schema(launcher, mutates_args=mutates))
         _LIBRARY.impl(name, launcher, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastnabla::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.fastnabla, name).default
