@@ -260,7 +260,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     Raises:
         ValueError: a tensor has the wrong device, shape, dtype or layout, or `groups` does not divide C.
 
-    Equivalent: `fastnabla.models.norm_silu.group_norm_silu`.
+    Equivalent: `fastnabla.models.group_norm_silu.group_norm_silu`.
     """
     return group_norm_silu_op(x.detach(), weight.detach(), bias.detach(), groups, eps)
 
@@ -273,13 +273,15 @@ def group_norm_silu_backward(
     weight: Tensor,
     bias: Tensor,
     groups: int,
-    skip: Tensor | None,
+    eps: float,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """∂x `[N, C, …]` of a `gradient` in `group_norm_silu(x, …)`, written over `gradient`, except while compiling.
 
     Args:
         gradient: `[N, C, …]` channels-last.
         x, weight, bias, groups: as for `group_norm_silu`.
+        eps: not used, since `rstd` has it.
         mean, rstd: what it returned.
         skip: added to the result, `[N, C, …]` channels-last; None for 0.
 
@@ -287,7 +289,7 @@ def group_norm_silu_backward(
         ValueError: as for `group_norm_silu`.
         RuntimeError: this backward pass is to be differentiated itself.
 
-    Equivalent: `fastnabla.models.norm_silu.group_norm_silu_backward`.
+    Equivalent: `fastnabla.models.group_norm_silu.group_norm_silu_backward`.
     """
     forbid_second_derivatives()
     out = torch.empty_like(gradient) if torch.compiler.is_compiling() else gradient

@@ -89,7 +89,7 @@ def build_networks(
     if flow is not None and whole:
         flow.forward = compiled(flow.forward)
     decoder = gradient_decoder = Decoder(
-        pipeline.vae, memory.decode_chunk, bool(memory.checkpoint_decoder), whole, channels_last
+        pipeline.vae, memory.decode_chunk, bool(memory.checkpoint_decoder), whole, channels_last, config.backend
     )
     if config.model.tiny_decoder is not None:
         tiny = load_tiny_decoder(config.model.tiny_decoder, policy.dtype).to(device)

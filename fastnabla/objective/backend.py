@@ -1,7 +1,7 @@
-"""The choice of what computes the objective between the network passes: Triton kernels or plain torch.
+"""The choice between Triton kernels and plain torch.
 
-Both have the same arguments and results. `gaussian.py` and `balance.py` are the specification in plain torch; `fused.py`
-calls the kernels of `fastnabla.kernels`.
+For the objective, both have the same arguments and results. `gaussian.py` and `balance.py` are the specification in plain
+torch; `fused.py` calls the kernels of `fastnabla.kernels`.
 """
 
 import functools
@@ -17,9 +17,18 @@ from fastnabla.objective.settings import Backend
 
 
 def select(backend: Backend, device: torch.device, dtype: torch.dtype = torch.float32) -> ObjectiveOps:
-    """The operations to use on `device` for states of `dtype`. The choice is logged once.
+    """The operations to use on `device` for states of `dtype`; see `kernels_compute`."""
+    if not kernels_compute("objective", backend, device, dtype):
+        return PLAIN
+    from fastnabla.objective import fused
 
-    "auto" selects the kernels if they can run: on CUDA, with Triton installed, for states below float64.
+    return fused.FUSED
+
+
+def kernels_compute(what: str, backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels compute `what`, for tensors of `dtype` on `device`. The choice is logged once.
+
+    "auto" selects the kernels if they can run: on CUDA, with Triton installed, for dtypes below float64.
 
     Raises:
         ValueError: `backend` is unknown, or it is "triton" and the kernels cannot run.
@@ -30,12 +39,10 @@ def select(backend: Backend, device: torch.device, dtype: torch.dtype = torch.fl
     if backend == "triton" and obstacle:
         raise ValueError(f"backend = 'triton': {obstacle}. Use backend='torch', or 'auto' to take what can run.")
     if backend == "torch" or obstacle:
-        _say(f"plain torch, {'as asked' if backend == 'torch' else obstacle}")
-        return PLAIN
-    _say("Triton kernels")
-    from fastnabla.objective import fused
-
-    return fused.FUSED
+        _say(f"{what}: plain torch, {'as asked' if backend == 'torch' else obstacle}")
+        return False
+    _say(f"{what}: Triton kernels")
+    return True
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype, interpret: bool) -> str | None:
@@ -43,12 +50,12 @@ def _obstacle(device: torch.device, dtype: torch.dtype, interpret: bool) -> str 
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if dtype == torch.float64:
-        return "the kernels compute in float32, the states are float64"
+        return "the kernels compute in float32, the tensors are float64"
     if device.type != "cuda" and not (interpret and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"the kernels need CUDA tensors, the states are on {device.type}"
+        return f"the kernels need CUDA tensors, the tensors are on {device.type}"
     return None
 
 
 @functools.cache
-def _say(what: str) -> None:
-    logging.getLogger("fastnabla").info("objective: %s", what)
+def _say(message: str) -> None:
+    logging.getLogger("fastnabla").info(message)

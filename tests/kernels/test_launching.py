@@ -199,13 +199,13 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     assert select("triton", CPU) is FUSED
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(
-        ValueError, match=r"backend = 'triton': the kernels need CUDA tensors, the states are on cpu\. Use"
+        ValueError, match=r"backend = 'triton': the kernels need CUDA tensors, the tensors are on cpu\. Use"
     ):
         select("triton", CPU)
 
 
 def test_triton_does_not_compute_in_float64():
-    with pytest.raises(ValueError, match="backend = 'triton': the kernels compute in float32, the states are float64"):
+    with pytest.raises(ValueError, match="backend = 'triton': the kernels compute in float32, the tensors are float64"):
         select("triton", CUDA, torch.float64)
 
 
@@ -228,7 +228,7 @@ def test_choice_is_logged_once(caplog):
     assert caplog.messages == [
         "objective: Triton kernels",
         "objective: plain torch, as asked",
-        "objective: plain torch, the kernels need CUDA tensors, the states are on cpu",
+        "objective: plain torch, the kernels need CUDA tensors, the tensors are on cpu",
     ]
 
 
