@@ -86,8 +86,10 @@ class ChannelTiles(NamedTuple):
 
     def empty_moments(self) -> tuple[Tensor, Tensor]:
         """Two values by row and group."""
-        first, second = torch.empty(2, self.rows, self.groups, dtype=torch.float32, device=self.device).unbind()
-        return first, second
+        return self._empty_moment(), self._empty_moment()
+
+    def _empty_moment(self) -> Tensor:
+        return torch.empty(self.rows, self.groups, dtype=torch.float32, device=self.device)
 
     def launch_by_tile(self, kernel: Any, **arguments: Any) -> None:
         """One program per tile."""

@@ -56,4 +56,8 @@ class _NormSiLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, skip: Tensor | None) -> tuple[Tensor | None, ...]:
-        return ctx.by.backward(gradient, *ctx.saved_tensors, *ctx.norm, skip), *(None,) * 5
+        x, mean, rstd = ctx.saved_tensors
+        layout = memory_format(x)
+        gradient = gradient.contiguous(memory_format=layout)
+        skip = None if skip is None else skip.contiguous(memory_format=layout)
+        return ctx.by.backward(gradient, x, mean, rstd, *ctx.norm, skip), *(None,) * 5

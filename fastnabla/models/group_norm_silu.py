@@ -38,7 +38,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
         groups: a divisor of C.
         eps: added to the variance.
     """
-    normalised, mean, rstd = _group_norm(x, weight, bias, groups, eps)
+    normalised, mean, rstd = torch.native_group_norm(_native(x), weight, bias, *_sizes(x), groups, eps)
     return _silu(normalised).contiguous(memory_format=memory_format(x)), mean, rstd
 
 
@@ -63,13 +63,13 @@ def group_norm_silu_backward(
         mean, rstd: what it returned.
         skip: added to the result, `[N, C, H, W]`: the gradient of a residual connection from x around the layer.
     """
-    layout = _native_layout(x)
-    normalised = _group_norm(x, weight, bias, groups, eps)[0]
-    gradient = _silu_backward(gradient.contiguous(memory_format=layout), normalised)
+    layout, x = memory_format(x), _native(x)
+    normalised = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)[0]
+    gradient = _silu_backward(_native(gradient), normalised)
     del normalised
-    moments = (x.contiguous(memory_format=layout), mean, rstd, weight, *_sizes(x), groups)
+    moments = (x, mean, rstd, weight, *_sizes(x), groups)
     out = torch.ops.aten.native_group_norm_backward(gradient, *moments, (True, False, False))[0]
-    out = out.contiguous(memory_format=memory_format(x))
+    out = out.contiguous(memory_format=layout)
     return out if skip is None else out + skip
 
 
@@ -90,18 +90,13 @@ def select(backend: Backend, device: torch.device, dtype: torch.dtype) -> GroupN
     return GroupNormSiLU(kernel.group_norm_silu, kernel.group_norm_silu_backward)
 
 
-def _native_layout(x: Tensor) -> torch.memory_format:
-    """The layout in which torch's kernels compute."""
-    return torch.contiguous_format if x.is_cuda else memory_format(x)
+def _native(x: Tensor) -> Tensor:
+    """`x` in a layout in which torch's kernels compute."""
+    return x.contiguous(memory_format=torch.contiguous_format if x.is_cuda else memory_format(x))
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-
-
-def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.contiguous(memory_format=_native_layout(x))
-    return torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
 
 
 def _silu(x: Tensor) -> Tensor:

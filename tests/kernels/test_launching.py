@@ -15,6 +15,7 @@ from bench.published import ddim_table
 from fastnabla.kernels.by_row import scale_gradients
 from fastnabla.kernels.forward_balance import forward_balance, forward_balance_op
 from fastnabla.kernels.gaussian_log_prob import gaussian_log_prob_backward_op, gaussian_log_prob_op
+from fastnabla.kernels.group_norm_silu import group_norm_silu_backward_op, group_norm_silu_op
 from fastnabla.kernels.guided_step import guided_step_op
 from fastnabla.kernels.launching import TILE, check_steps, layout
 from fastnabla.kernels.reference_balance import reference_balance_op
@@ -37,6 +38,8 @@ upstream = torch.ones(3)
 steps, table = torch.tensor([1, 4, 9]), ddim_table(10).packed(CPU)
 
 STATES, REFERENCE = (x, x_next, table, steps), (x, table, steps)
+CHANNELS = torch.ones(2)
+GROUPS = (flow, torch.zeros(3, 2), torch.ones(3, 2), CHANNELS, CHANNELS, 2)
 GUIDED, BARE = (5.0, 1.0, "alpha_bar", 0.5), (None, 1.0, "constant", 1.0)
 CALLS = {
     "forward_balance": (forward_balance_op, (pair, pair, *STATES, score, flow, x, *GUIDED, True, 1.0, True)),
@@ -62,6 +65,12 @@ CALLS = {
     "log_prob_backward_x": (gaussian_log_prob_backward_op, (upstream, x, x, *STATES, None, [False, True, False])),
     "guided_step": (guided_step_op, (pair, flow, x, table, steps, 5.0)),
     "guided_step_bare": (guided_step_op, (x, x, x_next, table, steps, None)),
+    "group_norm_silu": (group_norm_silu_op, (flow, CHANNELS, CHANNELS, 2, 1e-6)),
+    "group_norm_silu_backward": (group_norm_silu_backward_op, (channels_last(x), *GROUPS, flow, channels_last(x_next))),
+    "group_norm_silu_backward_bare": (
+        group_norm_silu_backward_op,
+        (channels_last(x), *GROUPS, None, channels_last(x_next)),
+    ),
     "scale_gradients": (scale_gradients, (upstream, x, channels_last(score), BF16, FP32, 5.0)),
     "scale_output": (scale_gradients, (upstream, channels_last(x), None, BF16, FP32, None)),
     "scale_flow": (scale_gradients, (upstream, None, x, BF16, BF16, 5.0)),
@@ -71,7 +80,7 @@ CALLS = {
 @on_devices
 @pytest.mark.parametrize(("operation", "arguments"), CALLS.values(), ids=CALLS)
 def test_operations(operation, arguments, device):
-    """Nothing is written to, as their schemas say, and their fakes say what they return."""
+    """They write to what their schemas say, and their fakes say what they return."""
     torch.library.opcheck(operation, [a.to(device) if isinstance(a, Tensor) else a for a in arguments])
 
 

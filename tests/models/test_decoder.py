@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 
 import pytest
 import torch
@@ -109,6 +110,31 @@ def test_gradient_in_every_way_of_computing(checkpoint, compile, channels_last, 
     tolerance = 1e-5 if device == "cpu" else 1e-4  # cuDNN may transform its operands (Winograd)
     torch.testing.assert_close(actual[0], rewards, rtol=tolerance, atol=0)
     assert relative_error(actual[1], gradient) < tolerance
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU, every test of channels-last runs it")
+@pytest.mark.parametrize(
+    ("checkpoint", "compile"),
+    [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)],
+    ids=["kept", "checkpoint", "compiled"],
+)
+def test_normalisations_by_the_kernel(checkpoint, compile, monkeypatch):
+    """In Triton's interpreter: equal to plain torch, to float32 rounding; compiled, one graph."""
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
+    torch._dynamo.reset()
+    two_blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = build_vae(block_out_channels=(8, 12), norm_num_groups=2, **two_blocks)
+    latents = randn(1, 4, 3, 5)
+    plain, kernel = (
+        Decoder(vae, None, checkpoint, compile and backend == "triton", True, backend).reward_gradient(
+            latents, PROMPTS[:1], reward
+        )
+        for backend in ("torch", "triton")
+    )
+    for ours, torchs in zip(kernel, plain, strict=True):
+        assert relative_error(ours, torchs) < 1e-5
+    assert graphs.frame_count == compile
 
 
 @pytest.mark.slow
