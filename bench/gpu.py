@@ -109,7 +109,7 @@ PARTS = (
     Part(name="decoder", seconds=60, commands=(benchmark("decoder"),), needs=(*PYTEST, "diffusers")),
     Part(name="blocks", seconds=90, commands=(module("bench.compiled_step", "blocks"),), needs=NETWORKS),
     Part(name="micro-batch", seconds=35, commands=(module("bench.batch_sizes"),), needs=NETWORKS),
-    Part(name="kernels", seconds=35, commands=(benchmark("kernels"),), needs=PYTEST),
+    Part(name="kernels", seconds=50, commands=(benchmark("group_norm_silu"), benchmark("kernels")), needs=PYTEST),
     Part(name="buffer", seconds=20, commands=(benchmark("buffer"),), needs=PYTEST),
     # Only if there is time left.
     Part(name="whole", seconds=180, commands=(module("bench.compiled_step", "whole"),), needs=NETWORKS),

@@ -27,6 +27,7 @@ from triton.backends.nvidia.driver import CudaDriver
 
 from fastnabla.kernels.forward_balance import forward_balance
 from fastnabla.kernels.gaussian_log_prob import gaussian_log_prob
+from fastnabla.kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
 from fastnabla.kernels.guided_step import guided_step
 from fastnabla.kernels.reference_balance import reference_balance
 from fastnabla.kernels.reference_cotangent import reference_cotangent
@@ -104,6 +105,17 @@ def _guided_step(dtype: torch.dtype, last: bool) -> None:
     guided_step(output, x, x, *_steps(), guidance_scale=5.0)
 
 
+def _group_norm_silu(dtype: torch.dtype, last: bool) -> None:
+    """Always in channels-last."""
+    x, norm = (
+        torch.zeros(1, 128, 64, 64, dtype=dtype).to(memory_format=torch.channels_last),
+        torch.zeros(128, dtype=dtype),
+    )
+    y, mean, rstd = group_norm_silu(x, norm, norm, 32, 1e-6)
+    with torch.no_grad():
+        group_norm_silu_backward(y, x, mean, rstd, norm, norm, 32, 1e-6, x)
+
+
 def _steps() -> tuple[Tensor, Tensor]:
     return torch.zeros(50, 8), torch.zeros(ROWS, dtype=torch.int64)
 
@@ -116,6 +128,7 @@ CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
     "reference_balance": _reference_balance,
     "gaussian_log_prob": _gaussian_log_prob,
     "guided_step": _guided_step,
+    "group_norm_silu": _group_norm_silu,
 }
 VARIANTS = {
     "bf16": (torch.bfloat16, False),
@@ -192,7 +205,8 @@ def table(codes: list[MachineCode]) -> str:
         "",
         f"Compiled by Triton {triton.__version__} as launched at 16 × 4 × 64 × 64 with guidance; made by",
         "`python -m bench.machine_code --write`. Global loads and stores: instructions × bytes of a thread. Kernels that an",
-        "earlier case also launches are omitted. bf16 and fp32: dtype of the networks' outputs; states are fp32.",
+        "earlier case also launches are omitted. bf16 and fp32: dtype of the networks' outputs; states are fp32. Of",
+        "`group_norm_silu`: dtype of an activation of 1 × 128 × 64 × 64, in channels-last with 32 groups.",
         "",
         "| case | kernel | sm | registers | shared | spilled | loads | stores |",
         "|---|---|---|---|---|---|---|---|",

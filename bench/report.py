@@ -15,6 +15,7 @@ TITLES = {
     "micro-batch": "Micro-batches",
     "rollout": "Rollout",
     "rounding": "Rounding floor of the trust region",
+    "group_norm_silu": "Normalisation with SiLU, of the decoder",
     "kernels": "Kernels",
     "buffer": "Trajectory buffer",
     "growth": "Growth",

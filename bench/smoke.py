@@ -3,6 +3,7 @@
 Each result is compared with plain torch's. The cases are always the same, so that compute-sanitizer can check them too.
 """
 
+import functools
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import torch
 
 from bench import rows
 from bench.operations import CUDA, DEVICE, OPERATIONS, disagreement, tensors
+from fastnabla.models.group_norm_silu import PLAIN
+from fastnabla.models.group_norm_silu import select as select_norm
 from fastnabla.objective.backend import select
 from fastnabla.trajectories import buffer_torch
 from fastnabla.trajectories.buffer import TrajectoryBuffer
@@ -23,6 +26,20 @@ def kernel(operation: str) -> None:
     operations = select("triton" if CUDA or rows.is_dry() else "auto", DEVICE)
     error = disagreement(operations, operation, tensors(SHAPE, 4))
     assert error < 1, f"differs from plain torch by {error:.2g} times the tolerance"
+
+
+def normalisation() -> None:
+    """Of 156 positions and 96 channels, so that tiles end within images and within groups."""
+    normal = functools.partial(torch.randn, 2, 96, 12, 13, device=DEVICE)
+    x, gradient, skip = (normal().to(memory_format=torch.channels_last) for _ in range(3))
+    norm = (*torch.randn(2, 96, device=DEVICE).unbind(), 4, 1e-6)
+    found = []
+    for by in (select_norm("triton" if CUDA or rows.is_dry() else "auto", DEVICE, x.dtype), PLAIN):
+        y, mean, rstd = by.forward(x, *norm)
+        with torch.no_grad():
+            found.append((y, by.backward(gradient.clone(), x, mean, rstd, *norm, skip)))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def stored(storage: str, block: int | None = None) -> None:
@@ -47,6 +64,7 @@ def stored(storage: str, block: int | None = None) -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     **{name: lambda name=name: kernel(name) for name in OPERATIONS},
+    "group_norm_silu": normalisation,
     "append, gather": lambda: stored("device"),
     "append, gather, pinned": lambda: stored("pinned"),
     "append, gather, 8 bits": lambda: stored("device", block=64),

@@ -172,10 +172,11 @@ class Workload:
 
     def decoder(self, variant: Variant) -> Decoder:
         """The decoder of `variant`; its calls are counted in `decodes`."""
-        key = (variant.lean, variant.decoder_channels_last)
+        key = (variant.lean, variant.decoder_channels_last, variant.kernels)
         if key not in self.decoders:
             if variant.decoder_channels_last:  # a copy, because the layout changes in place
-                decoder = Decoder(copy.deepcopy(self.vae), self.model.decode_chunk, channels_last=True)
+                backend = "auto" if variant.kernels else "torch"
+                decoder = Decoder(copy.deepcopy(self.vae), self.model.decode_chunk, channels_last=True, backend=backend)
             else:
                 decoder = Decoder(self.vae, self.model.decode_chunk) if variant.lean else WholeDecoder(self.vae)
             decoder.register_forward_hook(self._count)

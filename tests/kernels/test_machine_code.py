@@ -24,7 +24,13 @@ KERNELS = {  # compiled anew in every variant of a case; sum_tiles and scale are
     "gaussian_log_prob": {"gaussian_log_prob", "gaussian_log_prob_backward"},
     "guided_step": {"guided_step"},
 }
+NORMALISATION = {  # always in channels-last; sums and moments are float32 in every variant
+    "bf16": {"tile_moments", "group_moments", "norm_silu", "tile_sums", "group_means", "norm_silu_backward"},
+    "fp32": {"tile_moments", "norm_silu", "tile_sums", "norm_silu_backward"},
+}
 VARIANTS = ("bf16", "bf16, outputs channels-last", "fp32")
+SUMS = ("sum_tiles", "tile_moments", "group_moments", "tile_sums", "group_means")
+"""Kernels that write sums of tiles only."""
 
 
 class Row(NamedTuple):
@@ -69,15 +75,21 @@ def rows(output) -> list[Row]:
 def test_every_kernel_is_there(rows):
     found = {(row.case, row.kernel, row.architecture) for row in rows}
     assert len(found) == len(rows)
-    missing = {
+    expected = {
         (f"{case}, {variant}", kernel, architecture)
         for case, kernels in KERNELS.items()
         for kernel in kernels
         for variant in VARIANTS
         for architecture in ARCHITECTURES
-    } - found
-    assert not missing
-    assert {row.kernel for row in rows} == set().union(*KERNELS.values(), {"sum_tiles", "scale"})
+    } | {
+        (f"group_norm_silu, {variant}", kernel, architecture)
+        for variant, kernels in NORMALISATION.items()
+        for kernel in kernels
+        for architecture in ARCHITECTURES
+    }
+    assert expected <= found
+    others = {"sum_tiles", "scale"}
+    assert {row.kernel for row in rows} == set().union(*KERNELS.values(), *NORMALISATION.values(), others)
 
 
 def test_no_spills(rows):
@@ -87,9 +99,15 @@ def test_no_spills(rows):
 def test_contiguous_tensors_are_accessed_by_16_bytes(rows):
     """The rest are coefficients and partial sums, 4 bytes each, and the step index, 8."""
     for row in rows:
-        if "channels-last" not in row.case and row.kernel != "sum_tiles":
+        if "channels-last" not in row.case and row.kernel not in SUMS:
             assert max(row.loads) == max(row.stores) == 16, row
-            assert min(row.loads) >= 4, row
+        assert min(row.loads) >= 4, row
+
+
+def test_activations_are_read_by_16_bytes(rows):
+    for row in rows:
+        if row.kernel in ("tile_moments", "tile_sums"):
+            assert max(row.loads) == 16, row
 
 
 def test_channels_last_outputs_are_accessed_by_8_bytes(rows):
