@@ -94,7 +94,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" uses a GPU if there is one."""
     backend: Backend = "auto"
-    """What computes the objective and the sampler's steps between network passes. "triton": the Triton kernels.
+    """What computes the objective, the sampler's steps, and a channels-last decoder's normalisations. "triton": Triton kernels.
     "torch": plain torch. "auto": the kernels on a GPU, plain torch elsewhere."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics go in addition to metrics.jsonl."""
