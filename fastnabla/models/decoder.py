@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from fastnabla.distributed.beacon import BEACON
 from fastnabla.models.compiling import compiled, pad_rows
-from fastnabla.models.frozen_layers import convolve, norm_silu
-from fastnabla.models.group_norm_silu import PLAIN, GroupNormSiLU, memory_format, select
+from fastnabla.models.frozen_layers import convolve, memory_format, norm_silu, norm_silu_and_input
+from fastnabla.models.group_norm_silu import PLAIN, GroupNormSiLU, select
 from fastnabla.objective.gaussian import full
 from fastnabla.objective.settings import Backend
 from fastnabla.utils.tensor_bytes import LiveBytes
@@ -35,9 +35,9 @@ RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 def _resnet(block: ResnetBlock2D, x: Tensor, norm: GroupNormSiLU) -> Tensor:
-    y, x = norm_silu(block.norm1, x, norm)
+    y, x = norm_silu_and_input(block.norm1, x, norm)
     y = convolve(block.conv1, y)
-    y, _ = norm_silu(block.norm2, y, norm)
+    y = norm_silu(block.norm2, y, norm)
     y = convolve(block.conv2, y)
     if block.conv_shortcut is not None:
         x = convolve(block.conv_shortcut, x)
@@ -73,8 +73,7 @@ def _decode_kl(vae: AutoencoderKL, latents: Tensor, checkpoint: bool, norm: Grou
     *blocks, last = decoder.up_blocks
     for block in blocks:
         x = run(_up, block, x, norm)
-    y, _ = norm_silu(decoder.conv_norm_out, _up(last, x, norm), norm)
-    return convolve(decoder.conv_out, y)
+    return convolve(decoder.conv_out, norm_silu(decoder.conv_norm_out, _up(last, x, norm), norm))
 
 
 def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastnabla.models.group_norm_silu import PLAIN, GroupNormSiLU, memory_format
+from fastnabla.models.group_norm_silu import PLAIN, GroupNormSiLU
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """`torch.channels_last` if `x` is channels-last and not also contiguous, else `torch.contiguous_format`."""
+    is_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last else torch.contiguous_format
 
 
 def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -19,13 +25,18 @@ def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return _Convolution.apply(x, layer.weight, layer.bias, layer.padding)
 
 
-def norm_silu(layer: nn.GroupNorm, x: Tensor, by: GroupNormSiLU = PLAIN) -> tuple[Tensor, Tensor]:
-    """`silu(layer(x))`, and x again for a residual connection, whose gradient is then added in this layer's backward pass.
+def norm_silu(layer: nn.GroupNorm, x: Tensor, by: GroupNormSiLU = PLAIN) -> Tensor:
+    """`silu(layer(x))`. Keeps x and the moments of its groups.
 
-    Keeps x and the moments of its groups. The backward pass recomputes the normalisation, and overwrites the gradient of the
-    result. So the result must go to `convolve` and nowhere else.
+    The backward pass recomputes the normalisation, and overwrites the gradient of the result. So the result must go to
+    `convolve` and nowhere else.
     """
-    return _NormSiLU.apply(x, layer.weight, layer.bias, layer.num_groups, layer.eps, by)
+    return _NormSiLU.apply(x, layer.weight, layer.bias, layer.num_groups, layer.eps, by, False)
+
+
+def norm_silu_and_input(layer: nn.GroupNorm, x: Tensor, by: GroupNormSiLU = PLAIN) -> tuple[Tensor, Tensor]:
+    """`norm_silu(layer, x)`, and x for a shortcut around the layer, whose gradient is added in the layer's backward pass."""
+    return _NormSiLU.apply(x, layer.weight, layer.bias, layer.num_groups, layer.eps, by, True)
 
 
 class _Convolution(torch.autograd.Function):
@@ -46,18 +57,19 @@ class _Convolution(torch.autograd.Function):
 class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, by: GroupNormSiLU
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, by: GroupNormSiLU, and_input: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        layout = memory_format(x)
+        x = x.contiguous(memory_format=layout)
         y, mean, rstd = by.forward(x, weight, bias, groups, eps)
+        y = y.contiguous(memory_format=layout)
         ctx.save_for_backward(x, mean, rstd)
-        ctx.norm, ctx.by = (weight, bias, groups, eps), by
-        ctx.set_materialize_grads(False)
-        return y, x
+        ctx.norm, ctx.by, ctx.memory_format = (weight, bias, groups, eps), by, layout
+        return (y, x) if and_input else y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, skip: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, mean, rstd = ctx.saved_tensors
-        layout = memory_format(x)
-        gradient = gradient.contiguous(memory_format=layout)
-        skip = None if skip is None else skip.contiguous(memory_format=layout)
-        return ctx.by.backward(gradient, x, mean, rstd, *ctx.norm, skip), *(None,) * 5
+    def backward(ctx: Any, gradient: Tensor, skip: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        gradient = gradient.contiguous(memory_format=ctx.memory_format)
+        skip = None if skip is None else skip.contiguous(memory_format=ctx.memory_format)
+        out = ctx.by.backward(gradient, *ctx.saved_tensors, *ctx.norm, skip)
+        return out.contiguous(memory_format=ctx.memory_format), *(None,) * 6

@@ -1,7 +1,7 @@
 """Group normalisation followed by SiLU with frozen weights, forward and backward: by torch's kernels, or by Triton's.
 
-The functions here are the specification in plain torch, for NCHW and channels-last. On CUDA, torch's group normalisation
-computes in NCHW (torch 2.13, `group_norm.cpp`), so there a channels-last tensor is copied to NCHW and the result back.
+The functions here are the specification in plain torch, for tensors in NCHW or channels-last. On CUDA, torch's group
+normalisation computes in NCHW (torch 2.13, `group_norm.cpp`): channels-last tensors are copied to it, and results are in it.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,8 @@ class GroupNormSiLU(NamedTuple):
     backward: Callable[..., Tensor]
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """`torch.channels_last` if `x` is channels-last and not also contiguous, else `torch.contiguous_format`."""
-    is_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_last else torch.contiguous_format
-
-
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``silu(group_norm(x))`` in the dtype and layout of `x`, and what the backward pass needs: mean and 1 / √(variance + eps)
+    """``silu(group_norm(x))`` in the dtype of `x`, and what the backward pass needs: mean and 1 / √(variance + eps)
     of each row's groups, `[N, groups]`.
 
     Args:
@@ -39,7 +33,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
         eps: added to the variance.
     """
     normalised, mean, rstd = torch.native_group_norm(_native(x), weight, bias, *_sizes(x), groups, eps)
-    return _silu(normalised).contiguous(memory_format=memory_format(x)), mean, rstd
+    return _silu(normalised), mean, rstd
 
 
 def group_norm_silu_backward(
@@ -53,23 +47,22 @@ def group_norm_silu_backward(
     eps: float,
     skip: Tensor | None = None,
 ) -> Tensor:
-    """The gradient in `x`, in its dtype and layout. The normalisation is computed again.
+    """The gradient in `x`, in its dtype. The normalisation is computed again.
 
     Overwrites `gradient`, except while compiling.
 
     Args:
-        gradient: of `group_norm_silu(x, …)`, `[N, C, H, W]`.
+        gradient: of `group_norm_silu(x, …)`, `[N, C, H, W]` in the layout of `x`.
         x, weight, bias, groups, eps: as for `group_norm_silu`.
         mean, rstd: what it returned.
         skip: added to the result, `[N, C, H, W]`: the gradient of a residual connection from x around the layer.
     """
-    layout, x = memory_format(x), _native(x)
+    x = _native(x)
     normalised = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)[0]
     gradient = _silu_backward(_native(gradient), normalised)
     del normalised
     moments = (x, mean, rstd, weight, *_sizes(x), groups)
     out = torch.ops.aten.native_group_norm_backward(gradient, *moments, (True, False, False))[0]
-    out = out.contiguous(memory_format=layout)
     return out if skip is None else out + skip
 
 
@@ -92,7 +85,7 @@ def select(backend: Backend, device: torch.device, dtype: torch.dtype) -> GroupN
 
 def _native(x: Tensor) -> Tensor:
     """`x` in a layout in which torch's kernels compute."""
-    return x.contiguous(memory_format=torch.contiguous_format if x.is_cuda else memory_format(x))
+    return x.contiguous() if x.is_cuda else x
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:

@@ -113,28 +113,20 @@ def test_gradient_in_every_way_of_computing(checkpoint, compile, channels_last, 
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU, every test of channels-last runs it")
-@pytest.mark.parametrize(
-    ("checkpoint", "compile"),
-    [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)],
-    ids=["kept", "checkpoint", "compiled"],
-)
-def test_normalisations_by_the_kernel(checkpoint, compile, monkeypatch):
-    """In Triton's interpreter: equal to plain torch, to float32 rounding; compiled, one graph."""
-    graphs = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
-    torch._dynamo.reset()
+@pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoint", "kept"])
+def test_normalisations_by_the_kernel(checkpoint):
+    """In Triton's interpreter: equal to plain torch, to float32 rounding."""
     two_blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = build_vae(block_out_channels=(8, 12), norm_num_groups=2, **two_blocks)
     latents = randn(1, 4, 3, 5)
     plain, kernel = (
-        Decoder(vae, None, checkpoint, compile and backend == "triton", True, backend).reward_gradient(
+        Decoder(vae, None, checkpoint, channels_last=True, backend=backend).reward_gradient(
             latents, PROMPTS[:1], reward
         )
         for backend in ("torch", "triton")
     )
     for ours, torchs in zip(kernel, plain, strict=True):
         assert relative_error(ours, torchs) < 1e-5
-    assert graphs.frame_count == compile
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnabla.kernels.group_norm_silu import group_norm_silu_backward_op, group_norm_silu_op
 from fastnabla.models.decoder import Decoder, with_empty_weights
-from tests.checks import randn
+from tests.checks import BACKENDS, randn, relative_error
 from tests.models.test_decoder import PROMPTS, build_vae, reward
 from tests.models.test_decoder_memory import LATENTS, sd15_vae, total
 
@@ -78,8 +78,10 @@ def test_every_convolution_is_channels_last(which: str, tiny: AutoencoderTiny) -
     assert gradient.is_contiguous()
 
 
-def test_every_convolution_is_channels_last_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the layouts in the graphs that a compiler is given: forward, backward, and without a gradient."""
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_convolution_is_channels_last_when_compiled(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the layouts in the graphs that a compiler is given: forward, and backward. With the kernel, nothing is copied around
+    its nine calls in each, and the gradient is that of plain torch."""
     graphs = []
 
     def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
@@ -89,8 +91,9 @@ def test_every_convolution_is_channels_last_when_compiled(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=aot_autograd(fw_compiler=record)))
     torch._dynamo.reset()
     one_block = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-    decoder = Decoder(build_vae(block_out_channels=(16,), **one_block), compile=True, channels_last=True)
-    decoder.reward_gradient(randn(4, 4, 8, 8), PROMPTS, reward)
+    vae, latents = build_vae(block_out_channels=(16,), norm_num_groups=2, **one_block), randn(1, 4, 8, 8)
+    decoder = Decoder(vae, compile=True, channels_last=True, backend=backend)
+    _, gradient = decoder.reward_gradient(latents, PROMPTS[:1], reward)
     assert len(graphs) == 2
     for graph in graphs:
         convolutions = [node for node in graph.graph.nodes if node.target == aten.convolution.default]
@@ -98,6 +101,13 @@ def test_every_convolution_is_channels_last_when_compiled(monkeypatch: pytest.Mo
         for node in convolutions:
             tensors = activations((node.args[0].meta["val"],), node.meta["val"])
             assert {layout_of(tensor) for tensor in tensors} == {"channels-last"}
+        copied = [node.args[0] for node in graph.graph.nodes if node.target == aten.clone.default]
+        assert backend == "torch" or not set(copied) & set(convolutions)
+    if backend == "triton":
+        for graph, operation in zip(graphs, (group_norm_silu_op, group_norm_silu_backward_op), strict=True):
+            assert sum(operation in (node.target, *node.args) for node in graph.graph.nodes) == 9
+        _, plain = Decoder(vae, channels_last=True, backend="torch").reward_gradient(latents, PROMPTS[:1], reward)
+        assert relative_error(gradient, plain) < 1e-5
 
 
 @pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoint", "kept"])

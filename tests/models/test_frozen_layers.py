@@ -5,8 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastnabla.models.frozen_layers import convolve, norm_silu
-from fastnabla.models.group_norm_silu import memory_format
+from fastnabla.models.frozen_layers import convolve, memory_format, norm_silu, norm_silu_and_input
 from tests.checks import randn, relative_error
 from tests.kernel_cases import on_each_device
 
@@ -39,11 +38,11 @@ def test_norm_silu(groups: int, shape: tuple[int, ...], layout: torch.memory_for
     x = (2 * x + 1).to(memory_format=layout)
 
     def around(x: Tensor) -> Tensor:
-        y, x = norm_silu(layer, x)
+        y, x = norm_silu_and_input(layer, x)
         return 3 * x + y
 
     pairs = (
-        (lambda x: norm_silu(layer, x)[0], lambda x: functional.silu(layer(x))),
+        (lambda x: norm_silu(layer, x), lambda x: functional.silu(layer(x))),
         (around, lambda x: 3 * x + functional.silu(layer(x))),
     )
     for ours, torchs in pairs:
@@ -64,7 +63,7 @@ def test_norm_silu_in_half_precision(dtype: torch.dtype, layout: torch.memory_fo
     exact = norm(8, 64).to(dtype).to(device, torch.float64)
     expected = derivatives(lambda x: functional.silu(exact(x)), x.double(), cotangent.double())
     plain = derivatives(lambda x: functional.silu(layer(x)), x, cotangent)
-    actual = derivatives(lambda x: norm_silu(layer, x)[0], x.to(memory_format=layout), cotangent)
+    actual = derivatives(lambda x: norm_silu(layer, x), x.to(memory_format=layout), cotangent)
     for tensor, torchs, reference in zip(actual, plain, expected, strict=True):
         assert tensor.dtype == dtype
         assert relative_error(tensor, reference) < 2 * relative_error(torchs, reference)
@@ -77,7 +76,7 @@ def test_constant_images_give_finite_numbers(dtype: torch.dtype, layout: torch.m
     layer = norm(2, 8, dtype=dtype)
     x = torch.arange(96, 112).repeat_interleave(8).view(16, 8, 1, 1).expand(-1, -1, 15, 17).to(dtype)
     x = x.contiguous(memory_format=layout)
-    y, gradient = derivatives(lambda x: norm_silu(layer, x)[0], x, torch.ones_like(x))
+    y, gradient = derivatives(lambda x: norm_silu(layer, x), x, torch.ones_like(x))
     assert y.isfinite().all()
     assert gradient.isfinite().all()
 
