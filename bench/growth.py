@@ -33,14 +33,11 @@ Point = dict[str, Any]
 
 def sizes(model: Model, cuda: bool) -> dict[str, list[int]]:
     """The values of each of the `AXES`; the others stay at `base`."""
-    if cuda:
-        return {
-            "transitions": [12, 24, 48, 96, 192, 384, 516],
-            "resolution": [model.pixels * n // 4 for n in (2, 3, 4, 6, 8)],
-            "micro-batch": [1, 2, 4, 8, 16],
-        }
-    resolutions = [model.pixels * n // 4 for n in (2, 4, 6)]
-    return {"transitions": [12, 24, 48], "resolution": resolutions, "micro-batch": [1, 2, 4, 8, 16]}
+    return {
+        "transitions": [12, 24, 48, 96, 192, 384, 516],
+        "resolution": [model.pixels * n // 4 for n in ((2, 3, 4, 6, 8) if cuda else (2, 4, 6))],
+        "micro-batch": [1, 2, 4, 8, 16],
+    }
 
 
 def base(model: Model, cuda: bool) -> Point:

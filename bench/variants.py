@@ -26,6 +26,7 @@ class Variant:
     attention: Attention = "sdpa"
     """"sdpa" lets torch choose. "cudnn" and "flash" are torch's, used wherever they can run."""
     draw: str = "stratified"
+    reverse_fraction: float = 1.0
     reward_gradient: str = "lookahead"
     reward: Literal["small", "float32", "tf32"] = "small"
     """Two convolutions, or a vision transformer in the given precision."""
@@ -72,7 +73,16 @@ def one_by_one(cuda: bool) -> list[Variant]:
         rows.append(so_far := dataclasses.replace(so_far, name=name, **switch))
     if not cuda:
         rows.append(dataclasses.replace(so_far, name="these, channels-last", channels_last=True))
-    others = {"draw=runs": {"draw": "runs"}} | {
+        rows.append(dataclasses.replace(so_far, name="these, UNet compiled", compile="whole"))
+    half_of_runs = {"draw": "runs", "reverse_fraction": 0.5}
+    others = {
+        "draw=runs": {"draw": "runs"},
+        "reverse_fraction=0.5": {"reverse_fraction": 0.5},
+        "draw=runs, reverse_fraction=0.5": half_of_runs,
+    }
+    if not cuda:
+        others["draw=runs, reverse_fraction=0.5, UNet compiled"] = half_of_runs | {"compile": "whole"}
+    others |= {
         name: {"reward_gradient": name.partition("=")[2]}
         for name in ("reward_gradient=lookahead_detached", "reward_gradient=terminal")
     }

@@ -42,6 +42,7 @@ transition. Peak: memory in addition to the weights. TFLOP/s: arithmetic of thes
 reward. Of matmul: fraction of the rate of a bfloat16 product of 8192³. Gradient difference: largest relative difference of a
 tensor from the published algorithm's, on toy networks in float64 (float32 with kernels). Each row adds to the row above it;
 the last rows say what they change in the row they are based on. draw=runs: adjacent transitions, which are correlated.
+reverse_fraction: a drawn half has a reverse residual, so the gradients are those of the rows above in expectation.
 lookahead_detached, terminal: gradients other than the paper's."""
 
 

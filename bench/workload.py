@@ -33,8 +33,8 @@ from fastnabla.objective.settings import Objective
 from fastnabla.rewards.aesthetic import Aesthetic
 from fastnabla.rewards.head import ScoreHead
 from fastnabla.rewards.options import RewardOptions
-from fastnabla.trajectories.draws import DRAWS
-from fastnabla.trajectories.transitions import Transitions
+from fastnabla.trajectories.draws import DRAWS, draw_reverse
+from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 
 STEPS, DRAWN, PROMPTS = 50, 6, 4
 FIRST = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -101,6 +101,14 @@ class Mixed(nn.Module):
     def forward(self, x: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.enabled):
             return self.flow(x, timestep, embeddings)
+
+
+def partly_reversed(batch: Transitions, variant: Variant) -> LazyTransitions:
+    """The `variant.reverse_fraction` of `batch`'s inner transitions with a reverse residual. The batch has the steps of its
+    trajectories one after the other, the last one last."""
+    inner = (len(batch) // DRAWN, DRAWN - 1)
+    factors = draw_reverse(0, 0, *inner, variant.reverse_fraction, whole=variant.draw == "runs").T.flatten()
+    return dataclasses.replace(batch.select(), reverse_factor=torch.cat([factors, torch.ones(inner[0])]))
 
 
 class Workload:
@@ -249,7 +257,8 @@ class Workload:
         if variant.ours:
             backend, reuse = "triton" if variant.kernels else "torch", variant.draw == "runs"
             step = BalanceStep(policy, self.flow, decoder, *settings, size, backend, reuse)
-            run = lambda: step(batch)  # noqa: E731
+            selection = batch if variant.reverse_fraction == 1 else partly_reversed(batch, variant)
+            run = lambda: step(selection)  # noqa: E731
         else:
             column = count // DRAWN
             slots = [batch[rows] for part in torch.arange(count).split(column) for rows in part.split(size)]

@@ -27,6 +27,7 @@ from fastnabla.methods.accumulation import StepReport  # noqa: E402
 from fastnabla.prompts import RunPrompts  # noqa: E402
 from fastnabla.training.build import Components, plan_and_build  # noqa: E402
 from fastnabla.training.guards import trace  # noqa: E402
+from fastnabla.trajectories.transitions import LazyTransitions  # noqa: E402
 
 MAX_NAMED = 3
 """Maximum number of parameters that are named."""
@@ -68,7 +69,8 @@ def diagnose(run: Components, folder: Path) -> Diagnosis:
     _, batch = run.anomalies.restore(folder)
     named = {f"policy {name}": parameter for name, parameter in run.policy.trained().items()}
     named |= {f"flow {name}": parameter for name, parameter in run.flow.named_parameters()} if run.flow else {}
-    inputs = named | {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    rows = batch.gather(torch.arange(len(batch))) if isinstance(batch, LazyTransitions) else batch
+    inputs = named | {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
     decoder = getattr(run.step, "decoder", run.decoder)
     with first_not_finite(run.policy, run.flow, decoder, run.reward) as places:
         report = run.step(batch)

@@ -21,7 +21,7 @@ from fastnabla.optim.optimizer import Optimizer
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.draws import DRAWS
 from fastnabla.trajectories.rollout import sample
-from fastnabla.trajectories.sources import Source, StoredTrajectories, UnsampledTrajectories
+from fastnabla.trajectories.sources import Source, StoredTrajectories, UnsampledTrajectories, reverse_factors
 from fastnabla.transition import TransitionTable
 from fastnabla.utils.seeding import seed_of
 
@@ -118,7 +118,10 @@ class Experiment:
             if training.caches_reference:
                 self.buffer.keep_reference(with_product=training.has_flow and training.objective.reverse_weight > 0)
             slots = torch.arange(rollout.trajectories)
-            self.source = StoredTrajectories(self._rollout, self.buffer, slots, training.num_rollouts, rollout.replay)
+            factors = reverse_factors(config.seed, rollout, config.drawn_steps, config.objective.reverse_fraction)
+            self.source = StoredTrajectories(
+                self._rollout, self.buffer, slots, training.num_rollouts, rollout.replay, reverse_factors=factors
+            )
         learned = None if config.exact_flow else self.flow
         self.optimizer = Optimizer(self.policy, learned, config.optimizer, training.flow, config.updates)
 

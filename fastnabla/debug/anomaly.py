@@ -103,7 +103,7 @@ class Anomalies:
         logger.warning("to find out why update %d is not finite: python -m fastnabla.reproduce %s", update, folder)
 
     @torch.no_grad()
-    def restore(self, folder: Path) -> tuple[dict[str, Any], Transitions | Trajectories]:
+    def restore(self, folder: Path) -> tuple[dict[str, Any], LazyTransitions | Trajectories]:
         """Restore the state that `write` wrote into `folder`.
 
         Returns:
@@ -118,7 +118,7 @@ class Anomalies:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{str(folder)!r} does not fit its own config.json ({error}).") from error
 
-    def _restored(self, folder: Path, facts: dict[str, Any]) -> Transitions | Trajectories:
+    def _restored(self, folder: Path, facts: dict[str, Any]) -> LazyTransitions | Trajectories:
         """The input of the step, after restoring the state. Of the trained weights, which may be larger than the host's
         memory, one file is read at a time."""
         trained, device = self.policy.trained(), self.policy.conditions.device
@@ -145,7 +145,9 @@ class Anomalies:
         if "trajectories" in facts:
             return Trajectories(prompt=prompt, **facts["trajectories"])
         names = [field.name for field in dataclasses.fields(Transitions)]  # earlier versions wrote more
-        return Transitions(**{name: parts["transitions"][name] for name in names})
+        transitions = Transitions(**{name: parts["transitions"][name] for name in names}).select()
+        factor = parts["transitions"].get("reverse_factor")
+        return dataclasses.replace(transitions, reverse_factor=None if factor is None else factor.cpu())
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -174,6 +176,8 @@ def _gathered(selection: LazyTransitions, size: int, world: World) -> dict[str, 
         for field in dataclasses.fields(Transitions)
     }
     own["trajectory"] = own["trajectory"] * world.size + world.rank
+    if selection.reverse_factor is not None:
+        own["reverse_factor"] = selection.reverse_factor
     return {f"transitions.{name}": world.all_gather(values) for name, values in own.items()}
 
 

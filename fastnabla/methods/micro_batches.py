@@ -16,12 +16,14 @@ from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch(Part):
-    """n transitions that go through the networks together: all "inner" or all "last"."""
+    """n transitions that go through the networks together: all "inner" or all "last", with or without a reverse residual."""
 
     selection: LazyTransitions
     """The n transitions, not yet gathered."""
     next_row: Tensor
     """`[n]` int64 on the host: the row whose state is row i's next state; -1 if there is none, or passes are not shared."""
+    has_reverse: bool
+    """Whether the transitions are drawn for a reverse residual. Last ones have none."""
 
     @property
     def last(self) -> bool:
@@ -56,7 +58,7 @@ class MicroBatch(Part):
 def cut(
     selection: LazyTransitions, num_steps: int, rows: Tensor, size: int, *, reuse_passes: bool = False
 ) -> list[MicroBatch]:
-    """Micro-batches of at most `size` transitions, of sizes as equal as possible.
+    """Micro-batches of at most `size` transitions. Those of the same kind have sizes as equal as possible.
 
     Args:
         selection: transitions of trajectories of `num_steps` steps.
@@ -70,10 +72,22 @@ def cut(
     if reuse_passes:
         position = selection.trajectory * num_steps + selection.step_index
         inner = inner[position[inner].argsort(stable=True)]
-    parts = [("inner", part) for part in _even(inner, size)] + [("last", part) for part in _even(last, size)]
+    factor = selection.reverse_factor
+    drawn = torch.ones(len(inner), dtype=torch.bool) if factor is None else factor[inner] > 0
     return [
-        MicroBatch(rows=part, kind=kind, selection=selection[part], next_row=_next_row(selection[part], reuse_passes))
-        for kind, part in parts
+        MicroBatch(
+            rows=part,
+            kind=kind,
+            selection=selection[part],
+            next_row=_next_row(selection[part], reuse_passes),
+            has_reverse=has_reverse,
+        )
+        for kind, of, has_reverse in (
+            ("inner", inner[drawn], True),
+            ("inner", inner[~drawn], False),
+            ("last", last, False),
+        )
+        for part in _even(of, size)
     ]
 
 

@@ -135,7 +135,7 @@ class BalanceStep(Accumulation):
         batch, prompts = part.gather(), part.selection.prompt
         rows = self.table.rows(batch.step_index, batch.x)
         x, states = batch.x.detach().requires_grad_(), (batch.x, batch.x_next, rows)
-        with_reverse = not part.last and self.flow is not None and objective.reverse_weight > 0
+        with_reverse = part.has_reverse and self.flow is not None and objective.reverse_weight > 0
         through_network = objective.reward_gradient == "lookahead"
 
         # Reward scores ∇r(x'). They come first, while no other graph is alive; only the scores are kept.
@@ -171,12 +171,15 @@ class BalanceStep(Accumulation):
             ops = second_order if objective.reverse_second_order else self.ops
             scores = (reward.at_current, reward.at_prediction, (output, output_ref))
             reverse = objective.reverse_weight * ops.reverse_balance(vjp, vjp_ref, rows, flow, *scores, **settings)
+            if (factor := part.selection.reverse_factor) is not None:
+                reverse = reverse * factor.to(reverse.device, non_blocking=True)
         return self._part_result(part, batch, total, forward, reverse)
 
     def _part_result(
         self, part: MicroBatch, batch: Transitions, total: int, forward: ForwardBalance, reverse: Tensor | None
     ) -> PartResult:
-        """The gradients and the report of a micro-batch, from its losses by row; `reverse` includes ρ."""
+        """The gradients and the report of a micro-batch, from its losses by row; `reverse` includes ρ and the factor of its
+        draw."""
         loss = forward.loss if reverse is None else forward.loss + reverse
         zero = torch.zeros_like(forward.forward)
         loss_reverse = zero if reverse is None else reverse.detach()

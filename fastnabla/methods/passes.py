@@ -42,11 +42,15 @@ as the first, because the reference's product depends on φ.
 Under "reference", the reference predicts the clean samples, so its passes at x' and their products replace the policy's. The
 policy's product at x is not taken, and the last transition has a reverse residual too.
 
+`objective.reverse_fraction` of the inner transitions take the passes and decodes of "reverse", the others those of "forward".
+
 An inner transition with look-ahead takes 2 decodes with backward, or 1 without the reverse residual. If passes are reused,
 it takes 1 + 1 / L, or 1. With "terminal" it takes none. A last transition takes one, or 2 under "reference" with look-ahead.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from fastnabla.objective.settings import Objective, RewardGradient
 
@@ -87,6 +91,8 @@ def planned_passes(
         noising: whether P_B is the noising kernel, which takes no pass.
         cached: whether an earlier inner epoch has cached the reference's part.
     """
+    if objective.reverse_fraction < 1:
+        return _mean_of_drawn(planned_passes, objective, with_flow, run, unshared, noising, cached)
     lookahead, ahead = objective.reward_gradient == "lookahead", objective.reward_gradient != "terminal"
     with_reverse = with_flow and objective.reverse_weight > 0
     follows = with_reverse and objective.reverse_target == "reference"
@@ -111,8 +117,21 @@ def matching_cost(reward_gradient: RewardGradient, cached: bool = False) -> tupl
 
 def planned_decodes(objective: Objective, with_flow: bool, run: int = 1, unshared: float = 1) -> tuple[float, float]:
     """Decodes with backward per inner and per last transition; arguments as for `planned_passes`."""
+    if objective.reverse_fraction < 1:
+        return _mean_of_drawn(planned_decodes, objective, with_flow, run, unshared)
     if objective.reward_gradient == "terminal":
         return 0, 1
     with_reverse = with_flow and objective.reverse_weight > 0
     last = 2 if with_reverse and objective.reverse_target == "reference" else 1
     return (1 + unshared / run if with_reverse else 1), last
+
+
+def _mean_of_drawn(
+    planned: Callable[..., tuple[float, float]], objective: Objective, *arguments: Any
+) -> tuple[float, float]:
+    """``planned(objective, …)``, averaged over the transitions with and without a reverse residual."""
+    fraction = objective.reverse_fraction
+    drawn = planned(dataclasses.replace(objective, reverse_fraction=1.0), *arguments)
+    other = planned(dataclasses.replace(objective, reverse_fraction=1.0, reverse_weight=0.0), *arguments)
+    inner, last = (fraction * one + (1 - fraction) * two for one, two in zip(drawn, other, strict=True))
+    return inner, last

@@ -95,8 +95,8 @@ def _balance(noising: bool) -> MethodStep:
         first, later = planned_passes(*settings), planned_passes(*settings, cached=True)
         passes = [_over_epochs(one, other, epochs) for one, other in zip(first, later, strict=True)]
         decodes = planned_decodes(objective, with_flow, run, unshared)
-        with_reverse = objective.reverse_weight > 0
-        flow_passes = 3 * (rows["inner"] * (1 + unshared / run if with_reverse else 1) + rows["last"])
+        drawn = objective.reverse_fraction if objective.reverse_weight > 0 else 0
+        flow_passes = 3 * (rows["inner"] * (1 + drawn * unshared / run) + rows["last"])
         if config.follows_reference:  # g(x') is forward only
             flow_passes = 4 * rows["inner"] + 3 * rows["last"]
         return StepCost(

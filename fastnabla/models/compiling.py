@@ -1,6 +1,8 @@
 """torch.compile for networks with two backward passes through one graph: to the input, then to the parameters."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,15 +35,23 @@ def allow_compiling() -> None:
       needs a graph for each number of rows and, without a LoRA, for each kind of call (gradients to the input, to the
       weights, none). Stable Diffusion 1.5 has 15 shapes of residual blocks: 75 graphs without a LoRA. More than `MAX_GRAPHS`
       would be a bug, and raises an error instead of falling back to eager.
+    - Compiled code is kept in `compiled_code_folder` between runs. torch's default is in the folder for temporary files.
     - Compiling takes minutes, which do not count as a hang (`fastnabla.distributed.beacon`).
     """
     torch._functorch.config.donated_buffer = False
     torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_code_folder())
     if _begin not in callback_handler.start_callbacks:
         on_compile_start(_begin)
         on_compile_end(_end)
+
+
+def compiled_code_folder() -> Path:
+    """`TORCHINDUCTOR_CACHE_DIR`, or `fastnabla/compiled` in the user's cache (`XDG_CACHE_HOME`, or ~/.cache)."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(cache) / "fastnabla" / "compiled")
 
 
 def _begin(_: CallbackArgs) -> None:

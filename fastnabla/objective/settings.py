@@ -38,6 +38,10 @@ class Objective:
     target."""
     reverse_weight: float = 1.0
     """ρ, weight of the reverse residual, which trains the flow network. ≥ 0; 0 saves two passes."""
+    reverse_fraction: float = 1.0
+    """Fraction of the inner transitions that have a reverse residual, in (0, 1]. They are drawn at random and weighted by its
+    inverse, so the gradients have the same expectation. Each of the others saves two passes and, with "lookahead", a decode
+    with its backward pass. The flow network's gradient is noisier."""
     reverse_target: ReverseTarget = "policy"
     """What the reverse residual fits the flow to. "policy": the finetuned policy's change from the pretrained one (the
     paper). "reference": the flow at the next state, carried back through the pretrained network, which also predicts the
@@ -59,3 +63,8 @@ class Objective:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"objective.{name} = {value}: must be finite and not negative.")
+        if not 0 < self.reverse_fraction <= 1:
+            raise ValueError(
+                f"objective.reverse_fraction = {self.reverse_fraction}: must be in (0, 1]. For no reverse residual, set "
+                "reverse_weight = 0."
+            )

@@ -42,6 +42,8 @@ def locked(run: Path, *, wait: bool = False) -> Iterator[None]:
     except OSError as error:
         if error.errno in DISK:
             raise
+        if isinstance(error, FileNotFoundError):
+            raise RunFolderError(f"{str(run)!r} does not exist; create the folder first.") from error
         raise RunFolderError(f"{str(run / FILE)!r} cannot be opened ({error.strerror}); remove it.") from error
     with opened as file:
         try:

@@ -34,7 +34,7 @@ from fastnabla.training.guards import require_measurable
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.collection import RolloutCollector, Sampler, rank_ranges
 from fastnabla.trajectories.pooled_buffer import PooledBuffer
-from fastnabla.trajectories.sources import Source, StoredTrajectories, UnsampledTrajectories
+from fastnabla.trajectories.sources import Source, StoredTrajectories, UnsampledTrajectories, reverse_factors
 from fastnabla.transition import TransitionTable
 from fastnabla.utils.determinism import make_deterministic
 from fastnabla.utils.seeding import seed_of
@@ -143,7 +143,10 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
     )
     if buffer is not None:
         rollouts = RolloutCollector(sampler, networks.decoder, reward, prompts, buffer, slots)
-        source = StoredTrajectories(rollouts, buffer, slots, config.num_rollouts, rollout.replay)
+        factors = reverse_factors(seed, rollout, config.drawn_steps, config.objective.reverse_fraction)
+        source = StoredTrajectories(
+            rollouts, buffer, slots, config.num_rollouts, rollout.replay, reverse_factors=factors
+        )
 
     # Optimizer
     optimizer = Optimizer(policy, flow, config.optimizer, config.flow, config.updates)

@@ -1,4 +1,5 @@
-"""Which steps of a trajectory are trained on, besides the last. They depend only on the seed and the trajectory's number.
+"""Which steps of a trajectory are trained on besides the last, and which of them have a reverse residual. Both depend only on
+the seed and the trajectory's number.
 
 Random numbers are 64-bit words of NumPy's Philox4x64-10 with the key (seed, trajectory). They are the same on every platform
 and for every split of the trajectories over calls and ranks. A word modulo n is uniform on 0 … n − 1 to within n / 2⁶⁴.
@@ -88,6 +89,27 @@ def expected_draws(draw: str, num_steps: int, draws: int) -> Tensor:
     expected = torch.full((num_steps,), draws / drawn_from, dtype=torch.float64)
     expected[-1] = 1 + (draws / num_steps if draw == "stratified" else 0)
     return expected
+
+
+def draw_reverse(seed: int, first: int, trajectories: int, inner: int, fraction: float, whole: bool) -> Tensor:
+    """The transitions that have a reverse residual: each with probability `fraction`.
+
+    The draw is systematic: of m consecutive transitions, it takes ``fraction · m`` rounded up or down.
+
+    Args:
+        seed, first, trajectories: as for `draw_stratified`.
+        inner: kept transitions of a trajectory besides the last.
+        fraction: in (0, 1].
+        whole: draw whole trajectories, instead of transitions of each one. Neighbours that share passes stay together.
+
+    Returns:
+        Factors `[trajectories, inner]` float32: 1 / `fraction` for a transition that is drawn, else 0. A sum that is weighted
+        by them has the sum over all transitions as its expectation.
+    """
+    start = torch.from_numpy((_words(seed, first, 1 if whole else trajectories, 1) >> np.uint64(11)) * 2.0**-53)
+    places = torch.arange(1 + (trajectories if whole else inner), dtype=torch.float64)
+    drawn = (start + fraction * places).floor().diff(dim=1)
+    return (drawn.T if whole else drawn).expand(trajectories, inner).float() / fraction
 
 
 def _words(seed: int, first: int, trajectories: int, count: int) -> np.ndarray:

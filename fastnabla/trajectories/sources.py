@@ -11,6 +11,7 @@ from fastnabla.config.model_sections import PromptDraw
 from fastnabla.config.training_sections import RolloutConfig
 from fastnabla.prompts import assign_prompts
 from fastnabla.trajectories.buffer import TrajectoryBuffer
+from fastnabla.trajectories.draws import draw_reverse
 from fastnabla.utils.seeding import generator_of, seed_of
 
 
@@ -35,6 +36,30 @@ def learning_order(seed: int, rollout_index: int, rollout: RolloutConfig) -> lis
         order = torch.rand(numbers.shape, generator=generator, dtype=torch.float64).argsort(0)
         orders.append(numbers.gather(0, order))
     return [update for order in orders for update in order]
+
+
+def reverse_factors(
+    seed: int, rollout: RolloutConfig, drawn_steps: int, fraction: float
+) -> Callable[[int], Tensor] | None:
+    """`StoredTrajectories.reverse_factors` for a `fraction` of the inner transitions. With `rollout.draw = "runs"`, whole runs
+    are drawn.
+
+    Args:
+        seed: of the run.
+        rollout: settings.
+        drawn_steps: K − 1.
+        fraction: `objective.reverse_fraction`.
+    """
+    if fraction == 1:
+        return None
+    count, whole = rollout.trajectories, rollout.draw == "runs"
+
+    def factors(rollout_index: int) -> Tensor:
+        first = rollout_index * count
+        inner = draw_reverse(seed_of(seed, "reverse"), first, count, drawn_steps, fraction, whole)
+        return torch.cat([torch.ones(count, 1), inner], 1)
+
+    return factors
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +127,9 @@ class StoredTrajectories:
     total: int
     """Rollouts of the run."""
     replay: int = 0
+    reverse_factors: Callable[[int], Tensor] | None = None
+    """The factors `[trajectories, K]` of the reverse residuals of the rollout of that number, by trajectory and kept
+    transition. None: all are 1."""
     rollouts: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def collect(self, rollout_index: int) -> dict[str, float]:
@@ -122,7 +150,8 @@ class StoredTrajectories:
         """As `Source.select`: the drawn transitions, gathered when they are needed."""
         places = torch.searchsorted(self.slots, numbers)
         transitions = self.buffer.select(self.buffer.slots()[places])  # the oldest rollout is the one to learn from
-        return dataclasses.replace(transitions, again=again)
+        factors = None if self.reverse_factors is None else self.reverse_factors(rollout_index)[numbers].flatten()
+        return dataclasses.replace(transitions, again=again, reverse_factor=factors)
 
     def finish(self) -> None:
         """As `Source.finish`: drop the oldest rollout."""

@@ -61,6 +61,9 @@ class LazyTransitions:
     """Their places in the cache of the reference network's part, if there is one."""
     again: bool = False
     """Whether an earlier inner epoch has trained on them."""
+    reverse_factor: Tensor | None = None
+    """Factors `[M]` of the reverse residuals, float32, on the CPU; a transition with 0 has none. None: all are 1. See
+    `fastnabla.trajectories.draws.draw_reverse`."""
 
     def __len__(self) -> int:
         return len(self.step_index)
@@ -74,4 +77,5 @@ class LazyTransitions:
             gather=lambda of: self.gather(rows[of]),
             reference=None if self.reference is None else self.reference[rows],
             again=self.again,
+            reverse_factor=None if self.reverse_factor is None else self.reverse_factor[rows],
         )

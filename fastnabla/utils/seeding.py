@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STREAMS = ("noise", "draws", "prompts", "weights", "evaluation", "order", "update")
+STREAMS = ("noise", "draws", "prompts", "weights", "evaluation", "order", "update", "reverse")
 
 
 def seed_of(seed: int, stream: str, *key: int) -> int:

@@ -108,7 +108,7 @@ def gradients(trainer: Trainer) -> list[torch.Tensor]:
 
 
 CONFIGS = {
-    "residual-db": tiny(),
+    "residual-db": dataclasses.replace(tiny(), objective=dataclasses.replace(tiny().objective, reverse_fraction=0.5)),
     "ddpo": dataclasses.replace(tiny(), method="ddpo"),
     "refl": dataclasses.replace(tiny(), method="refl"),
 }

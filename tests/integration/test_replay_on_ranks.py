@@ -22,14 +22,15 @@ from tests.ranks import on_ranks
 
 
 def config() -> TrainConfig:
-    """Two rollouts, both sampled before the first update; one update in each of two inner epochs. All passes of one row."""
+    """Two rollouts, both sampled before the first update; one update in each of two inner epochs. All passes of one row. Half of
+    the inner transitions have a reverse residual."""
     return dataclasses.replace(
         tiny(),
         updates=4,
         rollout=RolloutConfig(trajectories=2, fraction=0.5, updates=1, epochs=2, replay=1, batch=1),
         memory=MemoryConfig(micro_batch=1, decode_chunk=1),
         evaluation=EvaluationConfig(every=0, samples=2, prompts=1),
-        objective=dataclasses.replace(tiny().objective, reward_gradient="terminal"),  # the cheapest
+        objective=dataclasses.replace(tiny().objective, reward_gradient="terminal", reverse_fraction=0.5),
     )
 
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,3 +224,27 @@ def test_what_should_cancel_does_to_the_bit() -> None:
         with policy.scaled_lora(scale):
             assert torch.equal(policy(leaf, timestep[:3], prompt[:3]), expected)
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+COMPILES = """
+import torch
+from torch._dynamo.utils import counters
+from fastnabla.models.compiling import compiled
+x = torch.ones(4, requires_grad=True)
+compiled(lambda x: (x.sin() * 2).cos())(x).sum().backward()
+print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_compiled_code_is_kept_between_runs(tmp_path, monkeypatch):
+    """In fastnabla's own folder, unless TORCHINDUCTOR_CACHE_DIR names another one."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    hits = [
+        int(subprocess.run([sys.executable, "-c", COMPILES], check=True, capture_output=True).stdout) for _ in range(2)
+    ]
+    assert hits[0] == 0 and hits[1] > 0
+    assert any((tmp_path / "fastnabla" / "compiled").iterdir())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    assert compiling.compiled_code_folder() == Path("elsewhere")

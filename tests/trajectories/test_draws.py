@@ -9,13 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fastnabla.trajectories.draws import DRAWS, draw_runs, draw_stratified, draw_uniform
+from fastnabla.trajectories.draws import DRAWS, draw_reverse, draw_runs, draw_stratified, draw_uniform
 
 KINDS = pytest.mark.parametrize("kind", DRAWS)
 KNOWN = {
     "stratified": [[19, 4, 5, 13, 18], [19, 4, 8, 13, 19], [19, 3, 7, 13, 15]],
     "uniform": [[19, 12, 9, 10, 2], [19, 10, 7, 4, 14], [19, 18, 11, 3, 13]],
     "runs": [[19, 0, 1, 2, 3], [19, 1, 2, 3, 4], [19, 15, 16, 17, 18]],
+}
+
+KNOWN_REVERSE = {
+    False: [[1, 0, 0, 0, 1], [1, 0, 0, 0, 1], [1, 0, 0, 1, 0], [1, 0, 0, 0, 1], [0, 0, 1, 0, 0]],
+    True: [[1] * 5, [0] * 5, [0] * 5, [0] * 5, [1] * 5],
 }
 
 
@@ -113,3 +118,39 @@ def test_as_many_as_there_are(draw, draws):
 def test_strata_divide_the_steps(strata):
     with pytest.raises(ValueError, match=rf"strata = {strata}: must be at least 1 and divide the number of steps, 10"):
         draw_stratified(0, 0, 1, 10, strata)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_known_reverse_draws(whole):
+    drawn = draw_reverse(5, 0, 5, 5, 0.3, whole) > 0
+    assert drawn.int().tolist() == KNOWN_REVERSE[whole]
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    trajectories=st.integers(1, 30),
+    inner=st.integers(1, 9),
+    fraction=st.floats(0.01, 1),
+    whole=st.booleans(),
+)
+def test_reverse_draws_are_even(seed, trajectories, inner, fraction, whole):
+    """Of each trajectory, or of all trajectories, the fraction is drawn, rounded up or down."""
+    drawn = draw_reverse(seed, 3, trajectories, inner, fraction, whole) > 0
+    counts = drawn[:, 0].sum()[None] if whole else drawn.sum(1)
+    expected = fraction * (trajectories if whole else inner)
+    assert ((counts - expected).abs() < 1 + 1e-9).all()
+    if whole:
+        assert (drawn == drawn[:, :1]).all()
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.4, 0.5])
+def test_every_transition_has_the_same_probability_of_a_reverse_residual(fraction):
+    """20,000 trajectories: the mean factor of a place is within 4.5 standard deviations of 1. So are those of 3,000 draws of
+    whole trajectories."""
+    one = draw_reverse(7, 0, 20000, 5, fraction, whole=False)
+    all_ = torch.stack([draw_reverse(7, first, 5, 1, fraction, whole=True)[:, 0] for first in range(3000)])
+    for factors in (one, all_):
+        deviation = math.sqrt((1 / fraction - 1) / len(factors))
+        assert ((factors.double().mean(0) - 1).abs() < 4.5 * deviation).all()
+        assert factors.unique().tolist() == pytest.approx([0, 1 / fraction])
