@@ -74,7 +74,7 @@ def select(backend: Backend, device: torch.device, dtype: torch.dtype) -> GroupN
     logged once.
 
     Raises:
-        ValueError: as `fastnabla.objective.backend.select`.
+        ValueError: as `fastnabla.objective.backend.kernels_compute`.
     """
     if not kernels_compute("normalisations of the decoder", backend, device, dtype):
         return PLAIN
