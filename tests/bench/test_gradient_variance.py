@@ -18,7 +18,8 @@ def estimates(gradients: torch.Tensor, passes: list[float]) -> Estimates:
 
 def test_merit_is_the_trace_of_the_covariance_times_the_passes() -> None:
     gradients, passes = randn(12, 7) + 3, [float(40 + i) for i in range(12)]
-    whole, without = estimates(gradients, passes).merit("LoRA")
+    found = estimates(gradients, passes)
+    whole, without = found.merit("LoRA", found)
     assert whole == pytest.approx(gradients.T.cov().trace().item() * sum(passes) / 12)
     kept = torch.arange(12) != 4
     mean = sum(passes[i] for i in range(12) if i != 4) / 11
@@ -28,10 +29,20 @@ def test_merit_is_the_trace_of_the_covariance_times_the_passes() -> None:
 def test_ratio() -> None:
     """Twice the deviation is four times the variance, in every batch; independent gradients have an interval that holds 1."""
     gradients, passes = randn(40, 9, seed=1), [10.0] * 40
-    value, half = ratio(estimates(2 * gradients, passes), estimates(gradients, passes), "LoRA")
+    one, two, other = (estimates(rows, passes) for rows in (gradients, 2 * gradients, randn(40, 9, seed=2)))
+    value, half = ratio(two.merit("LoRA", two), one.merit("LoRA", one))
     assert value == pytest.approx(4) and half == pytest.approx(0, abs=1e-4)
-    value, half = ratio(estimates(randn(40, 9, seed=2), passes), estimates(gradients, passes), "LoRA")
+    value, half = ratio(other.merit("LoRA", other), one.merit("LoRA", one))
     assert 0.05 < half < 0.5 and abs(value - 1) < half
+
+
+def test_a_fraction_adds_its_squared_distance() -> None:
+    """The variance of g + e is the sum of theirs, if e has mean 0 given g."""
+    gradients, error, passes = randn(800, 3, seed=1), 2 * randn(800, 3, seed=2), [1.0] * 800
+    whole, noisy = estimates(gradients, passes), estimates(gradients + error, passes)
+    rows = torch.stack(noisy.gradients["LoRA"])
+    (found, _), direct = noisy.merit("LoRA", whole), rows.T.cov().trace().item()
+    assert found == pytest.approx(direct, rel=0.1) and found == pytest.approx(15, rel=0.15)
 
 
 def test_every_way_learns_from_what_it_draws() -> None:
