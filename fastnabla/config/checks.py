@@ -81,6 +81,12 @@ def _has_shards(shard: bool | None, rank: int) -> str | None:
     )
 
 
+def _has_lora(quantise: str, rank: int) -> str | None:
+    if quantise == "none" or rank:
+        return None
+    return "quantised weights cannot be trained (lora.rank = 0); use none, or train a LoRA, such as --lora.rank 8."
+
+
 def _is_deterministic(attention: str, deterministic: bool) -> str | None:
     if not (deterministic and attention == "xformers"):
         return None
@@ -103,6 +109,7 @@ CHECKS = (
     Check(("objective.reverse_fraction", "objective.reverse_target"), _has_passes_to_save),
     Check(("policy_gradient.min_count", "policy_gradient.window"), _is_within_window),
     Check(("memory.shard", "lora.rank"), _has_shards),
+    Check(("model.quantise", "lora.rank"), _has_lora),
     Check(("compute.attention", "deterministic"), _is_deterministic),
     Check(("updates", "rollout.updates", "rollout.epochs"), _is_whole_rollouts),
     Check(("rollout.fraction", "sampler.steps", "rollout.draw"), fraction_remedy),

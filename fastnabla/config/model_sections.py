@@ -44,6 +44,11 @@ class ModelConfig:
     vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the VAE. None: the same as dtype, except float32 for Stable Diffusion XL in float16, whose VAE
     overflows."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """Store the weights of the linear layers of the finetuned network and of the text encoders in 8 bits ("int8") or 4
+    ("nf4"). For a LoRA only, which is trained on top; the pretrained model of the run is the quantised one. Products are
+    computed in dtype. Convolutions, which are two thirds of Stable Diffusion 1's UNet, stay as they are.
+    docs/performance.md says what it saves and how much gradients change."""
     tiny_decoder: str | None = None
     """Folder or Hub id of an AutoencoderTiny, such as madebyollin/taesd. It replaces the VAE where the training step
     needs gradients of the decoder. This takes a seventeenth of the arithmetic, but the gradients are approximate.

@@ -24,6 +24,7 @@ DEPARTURES: dict[str, Any] = {
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("residual-db", "db"),
+    "model.quantise": ("none",),
     "model.tiny_decoder": (None,),
     "sampler.scheduler": ("ddim",),
     "sampler.spacing": ("leading", None),

@@ -21,6 +21,7 @@ from fastnabla.cost.unit_costs import UnitCosts
 from fastnabla.methods.registry import STEPS
 from fastnabla.models.cached_conditions import DEVICE_BYTES
 from fastnabla.models.fitting import checked_description
+from fastnabla.models.quantised_linear import weight_bytes
 from fastnabla.optim.optimizer import expected_state_bytes
 
 CUDA_CONTEXT = 2**30
@@ -33,6 +34,7 @@ MAX_MICRO_BATCH = 16
 """Micro-batch size beyond which a transition's passes do not get cheaper."""
 SMALLER = (
     ("model.dtype", "float32", "bfloat16"),
+    ("model.quantise", "none", "nf4"),
     ("flow.kind", "unet", "conv"),
     ("flow.kind", "unet", "none"),
     ("flow.kind", "conv", "none"),
@@ -174,7 +176,9 @@ def _smaller(config: TrainConfig) -> list[str]:
     """Options of the method with which the run would need less memory."""
     values, method = dotted(config), METHODS[config.method]
     return [
-        f"--{field} {value}" for field, now, value in SMALLER if values[field] == now and method.accepts(field, value)
+        f"--{field} {value}"
+        for field, now, value in SMALLER
+        if values[field] == now and method.accepts(field, value) and (field != "model.quantise" or config.lora.rank)
     ]
 
 
@@ -258,11 +262,11 @@ def _fixed(config: TrainConfig, costs: UnitCosts, device: torch.device, ranks: i
     in_dtype = sum(p.numel() for p in shapes.network.parameters()) * shapes.dtype.itemsize
     frozen_copy = 0 if config.lora.rank else in_dtype
     gathered = 2 * in_dtype if sharded else 0  # both networks are whole during a step
-    rest = _nbytes(shapes.vae) + _nbytes(shapes.flow)
+    rest = weight_bytes(shapes.vae) + (0 if shapes.flow is None else weight_bytes(shapes.flow))
     state = expected_state_bytes(config.optimizer.name, network) // parts
     stored = config.rollout.trajectories * (1 + config.rollout.replay)
     return {
-        "networks": (_nbytes(shapes.network) + frozen_copy) // parts + gathered + rest,
+        "networks": (weight_bytes(shapes.network) + frozen_copy) // parts + gathered + rest,
         "gradients": 4 * (sum(network) // parts + sum(flow)) + 4 * sum(network) * STEPS[config.method].sums_gradients,
         f"state of {config.optimizer.name}": state + expected_state_bytes(config.optimizer.name, flow),
         "average of the weights": 4 * sum(network) // parts if config.optimizer.ema else 0,
@@ -317,7 +321,3 @@ def _interpolated(micro_batch: int, bytes_of: Callable[[int], int]) -> int:
         return bytes_of(1)
     most = max(MAX_MICRO_BATCH, micro_batch)
     return bytes_of(1) + (micro_batch - 1) * (bytes_of(most) - bytes_of(1)) // (most - 1)
-
-
-def _nbytes(network: nn.Module | None) -> int:
-    return sum(p.numel() * p.element_size() for p in network.parameters()) if network is not None else 0

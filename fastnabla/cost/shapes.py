@@ -15,6 +15,7 @@ from fastnabla.models.fitting import checked_description
 from fastnabla.models.flow import build_flow
 from fastnabla.models.image_size import latent_shape, vae_factor
 from fastnabla.models.lora import add_lora
+from fastnabla.models.quantised_linear import quantise_linear_layers
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Shapes:
     """Networks on the meta device, in their compute dtype; the LoRA and g_φ are float32."""
 
     network: nn.Module
-    """The finetuned one, with its LoRA, or with all parameters trainable and float32."""
+    """The finetuned one, perhaps quantised, with its LoRA, or with all parameters trainable and float32."""
     vae: AutoencoderKL
     flow: nn.Module | None
     dtype: torch.dtype
@@ -52,6 +53,8 @@ def shapes_of(config: TrainConfig) -> Shapes:
         vae.to(description.vae_dtype(config.model))
         kind, width = config.flow.kind if config.has_flow else "none", description.embedding_shapes["text"][-1]
         flow = build_flow(kind, family.channels(network.config), width, seed=0)
+    if config.model.quantise != "none":
+        quantise_linear_layers(network, config.model.quantise)
     if config.lora.rank:
         add_lora(network, config.lora.rank, config.lora.targets)
     else:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastnabla.cost.shapes import Shapes, fake_weights
 from fastnabla.models.decoder import Decoder, decode_bytes
+from fastnabla.models.quantised_linear import dequantised_bytes
 from fastnabla.utils.tensor_bytes import LiveBytes, MovedBytes
 
 
@@ -86,9 +87,11 @@ class UnitCosts:
         network.enable_gradient_checkpointing() if checkpoint else network.disable_gradient_checkpointing()
         try:
             with fake_weights(network):
-                return _pass_bytes(lambda: self._network("cpu", transitions), network)
+                counted = _pass_bytes(lambda: self._network("cpu", transitions), network)
         finally:
             network.disable_gradient_checkpointing()
+        # The weights that a product dequantises are within an operation, so they are not counted.
+        return PassBytes(counted.kept, counted.peak + max(dequantised_bytes(network), default=0))
 
     @functools.cache  # noqa: B019
     def flow_bytes(self, rows: int = 1) -> PassBytes:
@@ -108,7 +111,9 @@ class UnitCosts:
     def network_traffic(self, transitions: int) -> PassTraffic:
         """A forward pass of the UNet over `transitions` and a backward pass to its input, without recomputation."""
         with fake_weights(self.shapes.network):
-            return _traffic(lambda: self._network("cpu", transitions), [])
+            counted = _traffic(lambda: self._network("cpu", transitions), [])
+        dequantised = 2 * sum(dequantised_bytes(self.shapes.network))  # written and read within an operation
+        return PassTraffic(counted.forward + dequantised, counted.backward + dequantised)
 
     @functools.cache  # noqa: B019
     def decode_traffic(self, images: int) -> PassTraffic:

@@ -18,6 +18,7 @@ from fastnabla.models.families import FAMILIES, Family, tokenizer_of
 from fastnabla.models.fitting import checked_description
 from fastnabla.models.image_size import image_size
 from fastnabla.models.model_source import single_file_of, source_of
+from fastnabla.models.quantised_linear import quantise_linear_layers, weight_bytes
 from fastnabla.models.random_init import random_pipeline
 from fastnabla.models.single_file import load_single_file
 from fastnabla.models.weight_files import require_whole, variant_to_load
@@ -26,13 +27,19 @@ from fastnabla.models.weight_files import require_whole, variant_to_load
 def pipeline_of(config: ModelConfig) -> DiffusionPipeline:
     """The pipeline that `config` names, frozen: from a folder, the Hub, the package ("testbed", "testbed-flow"), or with random weights.
 
+    The finetuned network and the text encoders are quantised as `config.quantise` says.
+
     Raises:
-        ValueError: it is not found, cannot be loaded, is not of a supported family, or its parts do not fit each other.
+        ValueError: it is not found, cannot be loaded, is not of a supported family, or its parts do not fit each other; or it
+            cannot be quantised.
     """
     dtypes = {"default": getattr(torch, config.dtype), "vae": checked_description(config).vae_dtype(config)}
     pipeline = random_pipeline(architecture_of(config.name), dtypes) if config.random_init else _load(config, dtypes)
     for part in networks_of(pipeline).values():
         part.requires_grad_(False).eval()
+    if config.quantise != "none":
+        for network in (network_of(pipeline), *text_encoders(pipeline)):
+            quantise_linear_layers(network, config.quantise)
     family_of_pipeline(pipeline).limit_tokenizers(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -128,7 +135,7 @@ def encode_prompts(
     shared = {name: value.to(device) for name, value in family.size_input(size, unconditional[0].dtype).items()}
     each = sum(table.nbytes for table in unconditional)
     needed, on_device = len(prompts) * each, (1 + len(prompts)) * each <= DEVICE_BYTES
-    weights = sum(weight.nbytes for encoder in text_encoders(pipeline) for weight in encoder.parameters())
+    weights = sum(map(weight_bytes, text_encoders(pipeline)))
     if not on_device and needed > min(HOST_BYTES, weights):
         encoded = EncodedPrompts(prompts, encode_each, each, HOST_BYTES)
         return CachedConditions(len(prompts), encoded, unconditional, shared, DEVICE_BYTES)

@@ -21,6 +21,7 @@ from fastnabla.config.model_sections import FlowConfig
 from fastnabla.config.training_sections import OptimizerConfig
 from fastnabla.distributed.beacon import BEACON
 from fastnabla.models.policy import Policy
+from fastnabla.utils.bitsandbytes import require_bitsandbytes
 
 MOMENTS = {"adamw": 2, "adamw8bit": 2, "paged_adamw8bit": 2, "lion8bit": 1}
 MIN_8BIT_SIZE = 4096
@@ -141,17 +142,8 @@ def build_algorithm(name: str, groups: list[dict[str, Any]], betas: tuple[float,
     _check_parameters(name, parameters)
     if name == "adamw":
         return torch.optim.AdamW(groups, betas=betas, fused=True)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer.name = {name!r}: the package is not installed; run: pip install bitsandbytes"
-        ) from error
-    if any(p.is_cuda for p in parameters) and not bitsandbytes.cextension.lib.compiled_with_cuda:
-        raise ValueError(
-            f"optimizer.name = {name!r}: bitsandbytes has no library for this torch's CUDA; "
-            "`python -m bitsandbytes` has details. Or use 'adamw'."
-        )
+    on_gpu = any(parameter.is_cuda for parameter in parameters)
+    bitsandbytes = require_bitsandbytes("optimizer.name", name, on_gpu, "Or use 'adamw'.")
     algorithms = {
         "adamw8bit": bitsandbytes.optim.AdamW8bit,
         "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit,
