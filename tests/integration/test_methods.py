@@ -35,6 +35,7 @@ RUNS = {name: {"method": name} for name in OTHERS} | {
         "method": "residual-db",
         "objective": dataclasses.replace(small().objective, reverse_target="reference"),
     },
+    "nf4": {"method": "residual-db", "model": ModelConfig(name="testbed", dtype="float32", quantise="nf4")},
     "random truncation": {"method": "draft", "direct": Direct(k=3, truncation="random", kl=1.0)},
 }
 """Test's name → settings. `tests/training/test_trainer.py` runs residual ∇-DB as it is by default."""
@@ -71,8 +72,8 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return run
 
 
-ALIKE = ("db", "rsm", "draft-lv", "random truncation")
-"""Their steps are those of others but for a formula."""
+ALIKE = ("db", "rsm", "draft-lv", "random truncation", "nf4")
+"""Their steps are those of others but for a formula, or the format of the weights."""
 
 
 @pytest.mark.parametrize(
