@@ -63,6 +63,7 @@ def check(variant: Variant, device: torch.device) -> dict[str, Any]:
     and a "note" if it exceeds the limit. Empty for the algorithm itself and for variants with other gradients."""
     changes = variant.reward_gradient != "lookahead" or variant.attention != "sdpa" or variant.reward != "small"
     changes |= variant.reverse_fraction < 1  # the same in expectation
+    changes |= variant.quantise != "none"
     if changes or variant.compile != "none" or not variant.ours:
         return {}
     dtype, limit = (torch.float32, KERNELS_LIMIT) if variant.kernels else (torch.float64, FLOAT64_LIMIT)

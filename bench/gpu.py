@@ -127,6 +127,7 @@ PARTS = (
         commands=(pytest("-m", "huge", "--continue-on-collection-errors", "tests"),),
         needs=("pytest",),
     ),
+    Part(name="quantise", seconds=60, commands=(module("bench.whole_step", "--rows", "quantised"),), needs=NETWORKS),
 )
 
 

@@ -25,6 +25,8 @@ class Variant:
     compile: str = "none"
     attention: Attention = "sdpa"
     """"sdpa" lets torch choose. "cudnn" and "flash" are torch's, used wherever they can run."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """Format of the UNet's linear layers."""
     draw: str = "stratified"
     reverse_fraction: float = 1.0
     reward_gradient: str = "lookahead"
@@ -91,4 +93,9 @@ def one_by_one(cuda: bool) -> list[Variant]:
     return [*rows, *(dataclasses.replace(so_far, name=f"these, {name}", **switch) for name, switch in others.items())]
 
 
-ROWS = {"decisive": decisive, "one-by-one": one_by_one}
+def quantised(cuda: bool) -> list[Variant]:
+    """fastnabla with the weights of the linear layers in 16, 8 and 4 bits."""
+    return [dataclasses.replace(full(cuda), name=f"quantise={kind}", quantise=kind) for kind in ("none", "int8", "nf4")]
+
+
+ROWS = {"decisive": decisive, "one-by-one": one_by_one, "quantised": quantised}

@@ -30,6 +30,7 @@ from bench.tables import Row, markdown_table, number
 from bench.variants import ROWS, Variant, full
 from bench.workload import DRAWN, STEPS, Workload
 from fastnabla.cost.unit_costs import UnitCosts
+from fastnabla.models.quantised_linear import weight_bytes
 
 HEADER = (
     *("step", "s", "spread", "transitions/s", "vs published", "U", "decodes", "peak GiB", "TFLOP/s", "of matmul"),
@@ -38,7 +39,8 @@ HEADER = (
 NOTES = """\
 s: median of the rounds; spread: fastest to slowest; CPU time for a single CPU thread, otherwise wall-clock time. vs published:
 speed-up over the published algorithm in its faster form, median of the rounds. U and decodes (with backward): for each
-transition. Peak: memory in addition to the weights. TFLOP/s: arithmetic of these passes, the decodes and g_φ, without the
+transition. Peak: memory in addition to the weights. quantise:
+format of the UNet's linear layers. TFLOP/s: arithmetic of these passes, the decodes and g_φ, without the
 reward. Of matmul: fraction of the rate of a bfloat16 product of 8192³. Gradient difference: largest relative difference of a
 tensor from the published algorithm's, on toy networks in float64 (float32 with kernels). Each row adds to the row above it;
 the last rows say what they change in the row they are based on. draw=runs: adjacent transitions, which are correlated.
@@ -135,7 +137,11 @@ class Bench:
             if size == 1:
                 raise
             return None
-        row |= {"micro-batch": size, "U": policy.passes.rows / self.transitions}
+        row |= {
+            "micro-batch": size,
+            "weights GB": weight_bytes(policy.network) / 1e9,
+            "U": policy.passes.rows / self.transitions,
+        }
         row["decodes"] = self.workload.decodes / self.transitions
         row["flow calls"] = 6 - 3 * (batch.step_index == STEPS - 1).float().mean().item() if variant.ours else 6
         return run

@@ -26,6 +26,7 @@ from fastnabla.models.families import SD, SDXL
 from fastnabla.models.flow import UNetFlow
 from fastnabla.models.lora import LoraLinear
 from fastnabla.models.policy import Policy
+from fastnabla.models.quantised_linear import quantise_linear_layers
 from fastnabla.models.random_init import default_dtype
 from fastnabla.objective.gaussian import full
 from fastnabla.objective.ops import PLAIN
@@ -193,9 +194,13 @@ class Workload:
 
     def policy(self, variant: Variant) -> Policy:
         """The policy of `variant`; variants with the same settings share it."""
-        key = (variant.lora, variant.channels_last, variant.compile, variant.attention == "xformers")
+        xformers = variant.attention == "xformers"
+        key = (variant.lora, variant.channels_last, variant.compile, xformers, variant.quantise)
         if key not in self.policies:
-            policy = Policy(copy.deepcopy(self.unet), self.conditions, guidance_scale=5.0, family=self.family)
+            unet = copy.deepcopy(self.unet)
+            if variant.quantise != "none":
+                quantise_linear_layers(unet, variant.quantise)
+            policy = Policy(unet, self.conditions, guidance_scale=5.0, family=self.family)
             generator = torch.Generator(self.device).manual_seed(1)
             for parameter in policy.trainable():
                 values = torch.randn(parameter.shape, generator=generator, device=self.device) * 0.02

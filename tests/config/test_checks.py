@@ -23,6 +23,7 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "objective.reverse_fraction": {"objective.reverse_fraction": 0.5, "objective.reverse_target": "reference"},
     "policy_gradient.min_count": {"policy_gradient.min_count": 9, "policy_gradient.window": 5},
     "memory.shard": {"memory.shard": True},
+    "model.quantise": {"model.quantise": "nf4", "lora.rank": 0},
     "compute.attention": {"compute.attention": "xformers", "deterministic": True},
     "updates": {"updates": 5},
     "rollout.fraction": {"sampler.steps": 25},

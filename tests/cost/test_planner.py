@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from fastnabla.config.methods import METHODS
 from fastnabla.config.model_sections import LoraConfig, ModelConfig, RewardConfig
@@ -26,7 +28,8 @@ from fastnabla.cost.planner import (
 )
 from fastnabla.cost.reward_bytes import RewardBytes
 from fastnabla.models import pipeline as pipelines
-from fastnabla.models.pipeline import family_of_pipeline, pipeline_of
+from fastnabla.models.pipeline import family_of_pipeline, network_of, pipeline_of
+from fastnabla.models.quantised_linear import weight_bytes
 from fastnabla.models.random_init import random_pipeline
 from fastnabla.objective.settings import ReverseTarget
 from fastnabla.training.trainer import Trainer
@@ -124,6 +127,31 @@ def test_prompt_embeddings_take_what_is_planned(family: str, tmp_path: Path, mon
         extra = each // 2 if (rows, prompts) == (20, 30) else 0
         assert planner.embedding_bytes(config, costs, prompts) == held + extra
     assert planner.embedding_bytes(config, costs) == 13 * each, "of any list, with the larger update"
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_weights_take_what_is_planned(kind: str, tmp_path: Path) -> None:
+    """To the byte. Activations are the unquantised network's; the largest layer's weights, dequantised, come on top. A
+    pass moves more, because the weights are written and read again."""
+    model = ModelConfig(name=save_tiny("sd35", tmp_path), dtype="float32")
+    plain, quantised = (
+        unit_costs(TrainConfig(model=dataclasses.replace(model, quantise=each))) for each in ("none", kind)
+    )
+    layers = [m for m in network_of(pipeline_of(model)).modules() if isinstance(m, nn.Linear)]
+    weights, inputs = ([getattr(layer, name) for layer in layers] for name in ("weight", "in_features"))
+    counts = [weight.numel() for weight in weights]
+    codes = {
+        "int8": [n + 4 * n // into for n, into in zip(counts, inputs, strict=True)],
+        "nf4": [n // 2 + 4 * math.ceil(n / 64) for n in counts],
+    }[kind]
+    before, after = (weight_bytes(costs.shapes.network) for costs in (plain, quantised))
+    assert before - after == 4 * sum(counts) - sum(codes)
+    loaded = network_of(pipeline_of(dataclasses.replace(model, quantise=kind)))
+    lora = sum(weight.nbytes for weight in quantised.shapes.network.parameters() if weight.requires_grad)
+    assert after == weight_bytes(loaded) + lora
+    ours, theirs = (costs.network_bytes(False) for costs in (quantised, plain))
+    assert (ours.kept, ours.peak) == (theirs.kept, theirs.peak + 4 * max(counts))
+    assert quantised.network_traffic(1).forward > plain.network_traffic(1).forward
 
 
 def test_a_plan_has_room_for_the_prompts() -> None:
