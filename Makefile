@@ -9,7 +9,7 @@ OLDEST := .venv-oldest/bin
 
 # The tests of test-oldest: code that depends on the versions of torch and Triton and runs on a GPU.
 OLDEST_TESTS := tests/kernels tests/test_losses.py $(patsubst %,tests/%.py, \
-  $(addprefix models/test_,compiling compiled_gradients decoder decoder_layout frozen_layers policy lora recomputing) \
+  $(addprefix models/test_,compiling compiled_gradients decoder decoder_layout frozen_layers policy lora quantised_linear recomputing) \
   $(addprefix methods/test_,half_precision out_of_memory nabla_db) \
   distributed/test_sharding objective/test_balance objective/test_reference_target bench/test_whole_step training/test_guards rewards/test_models \
   $(addprefix trajectories/test_,buffer buffer_ops buffer_pinned extension))
