@@ -27,7 +27,8 @@ class Policy(nn.Module):
     """Guided outputs of the finetuned and of the reference policy.
 
     Args:
-        network: a frozen network of `family` without adapters, in the compute dtype; it is finetuned in place.
+        network: a frozen network of `family` without adapters, in the compute dtype, perhaps with quantised layers; it is
+            finetuned in place.
         conditions: the prompts.
         guidance_scale: w of classifier-free guidance; None or 1 runs only the conditional rows. A network into which guidance
             was distilled takes w as an input, and runs only these rows too.

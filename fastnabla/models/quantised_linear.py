@@ -29,7 +29,7 @@ NF4_BLOCK = 64
 
 
 class QuantisedLinear(nn.Linear):
-    """A frozen linear layer with quantised weights.
+    """A frozen linear layer with quantised weights. It may be moved, but not cast: the scales stay float32.
 
     Args:
         layer: to quantise. Its bias is shared and stays as it is.
