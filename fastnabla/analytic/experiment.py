@@ -118,7 +118,7 @@ class Experiment:
             if training.caches_reference:
                 self.buffer.keep_reference(with_product=training.has_flow and training.objective.reverse_weight > 0)
             slots = torch.arange(rollout.trajectories)
-            factors = reverse_factors(config.seed, rollout, config.drawn_steps, config.objective.reverse_fraction)
+            factors = reverse_factors(config.seed, rollout, config.drawn_steps, training.reverse_fraction)
             self.source = StoredTrajectories(
                 self._rollout, self.buffer, slots, training.num_rollouts, rollout.replay, reverse_factors=factors
             )

@@ -62,12 +62,6 @@ def _depends_on_policy(second_order: bool, reverse_target: str) -> str | None:
     )
 
 
-def _has_passes_to_save(fraction: float, reverse_target: str) -> str | None:
-    if fraction == 1 or reverse_target == "policy":
-        return None
-    return "every transition has a reverse residual if objective.reverse_target = 'reference'; leave it 1.0, or use 'policy'."
-
-
 def _is_within_window(min_count: int, window: int) -> str | None:
     return None if min_count <= window else f"must be at most policy_gradient.window = {window}; use {window} or less."
 
@@ -106,7 +100,6 @@ CHECKS = (
     Check(("direct.guidance_scale", "sampler.guidance_scale"), _has_guidance),
     Check(("objective.reverse_weight", "objective.reverse_target", "flow.kind"), _trains_flow),
     Check(("objective.reverse_second_order", "objective.reverse_target"), _depends_on_policy),
-    Check(("objective.reverse_fraction", "objective.reverse_target"), _has_passes_to_save),
     Check(("policy_gradient.min_count", "policy_gradient.window"), _is_within_window),
     Check(("memory.shard", "lora.rank"), _has_shards),
     Check(("model.quantise", "lora.rank"), _has_lora),

@@ -19,7 +19,13 @@ from fastnabla.config.model_sections import (
     SamplerConfig,
 )
 from fastnabla.config.train import TrainConfig
-from fastnabla.config.training_sections import EvaluationConfig, MemoryConfig, OptimizerConfig, RolloutConfig
+from fastnabla.config.training_sections import (
+    ComputeConfig,
+    EvaluationConfig,
+    MemoryConfig,
+    OptimizerConfig,
+    RolloutConfig,
+)
 from fastnabla.objective.settings import Objective
 
 _TESTBED = TrainConfig(
@@ -28,12 +34,15 @@ _TESTBED = TrainConfig(
     sampler=SamplerConfig(steps=20, guidance_scale=3.0),
     reward=RewardConfig(terms=("area=8", "classifier=1")),
     prompts=PromptConfig(source="animals"),
-    objective=Objective(beta=300.0, reward_gradient="terminal", weighting="sigma", trust_region_weight=1.0),
+    objective=Objective(
+        beta=300.0, reward_gradient="terminal", weighting="sigma", trust_region_weight=1.0, reverse_fraction=0.5
+    ),
     rollout=RolloutConfig(fraction=0.2, updates=1, batch=64),
     flow=FlowConfig(kind="conv"),
     optimizer=OptimizerConfig(learning_rate=1e-2, beta2=0.95, schedule="linear", warmup=3),
     memory=MemoryConfig(micro_batch=64, decode_chunk=64),
-    evaluation=EvaluationConfig(every=6, samples=16, probe=TESTBED),
+    compute=ComputeConfig(channels_last=True),
+    evaluation=EvaluationConfig(every=12, samples=16, probe=TESTBED),
 )
 # The authors' command has 100 epochs with two updates each, of 256 trajectories. The paper collects 64.
 _PUBLISHED = TrainConfig(updates=200, rollout=RolloutConfig(trajectories=128, updates=2))
@@ -110,7 +119,8 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         dataclasses.replace(
             _TESTBED,
             model=ModelConfig(name=TESTBED_FLOW, dtype="float32"),
-            objective=dataclasses.replace(_TESTBED.objective, beta=550.0),
+            objective=dataclasses.replace(_TESTBED.objective, beta=550.0, reverse_fraction=1.0),
+            compute=ComputeConfig(),
             optimizer=dataclasses.replace(_TESTBED.optimizer, learning_rate=1.5e-2),
             evaluation=dataclasses.replace(_TESTBED.evaluation, every=12),
         ),

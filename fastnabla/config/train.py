@@ -196,6 +196,13 @@ class TrainConfig:
         return self.method == "residual-db" and self.has_flow and self.objective.reverse_target == "reference"
 
     @property
+    def reverse_fraction(self) -> float:
+        """`objective.reverse_fraction`; 1 where there is no reverse residual, or the flow follows the reference."""
+        has_field = METHODS[self.method].accepts("objective.reverse_fraction", self.objective.reverse_fraction)
+        has_reverse = has_field and self.has_flow and self.objective.reverse_weight > 0
+        return self.objective.reverse_fraction if has_reverse and not self.follows_reference else 1.0
+
+    @property
     def caches_reference(self) -> bool:
         """Whether later inner epochs read what the pretrained network contributes from a cache. A target that follows it
         depends on the flow network, so it cannot be cached."""

@@ -63,9 +63,9 @@ def _over_epochs(first: float, later: float, epochs: int) -> float:
 
 
 def objective_of(config: TrainConfig) -> Objective:
-    """The objective, whose target follows the reference only where there is one to follow."""
+    """The objective, whose target follows the reference only where there is one to follow, and then in every transition."""
     target = "reference" if config.follows_reference else "policy"
-    return dataclasses.replace(config.objective, reverse_target=target)
+    return dataclasses.replace(config.objective, reverse_target=target, reverse_fraction=config.reverse_fraction)
 
 
 def _balance(noising: bool) -> MethodStep:

@@ -41,7 +41,7 @@ class Objective:
     reverse_fraction: float = 1.0
     """Fraction of the inner transitions that have a reverse residual, in (0, 1]. They are drawn at random and weighted by its
     inverse, so the gradients have the same expectation. Each of the others saves two passes and, with "lookahead", a decode
-    with its backward pass. The flow network's gradient is noisier."""
+    with its backward pass. The flow network's gradient is noisier. No effect with reverse_target = "reference"."""
     reverse_target: ReverseTarget = "policy"
     """What the reverse residual fits the flow to. "policy": the finetuned policy's change from the pretrained one (the
     paper). "reference": the flow at the next state, carried back through the pretrained network, which also predicts the

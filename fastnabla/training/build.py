@@ -143,7 +143,7 @@ def build_components(config: TrainConfig, prompts: RunPrompts | None = None, wor
     )
     if buffer is not None:
         rollouts = RolloutCollector(sampler, networks.decoder, reward, prompts, buffer, slots)
-        factors = reverse_factors(seed, rollout, config.drawn_steps, config.objective.reverse_fraction)
+        factors = reverse_factors(seed, rollout, config.drawn_steps, config.reverse_fraction)
         source = StoredTrajectories(
             rollouts, buffer, slots, config.num_rollouts, rollout.replay, reverse_factors=factors
         )

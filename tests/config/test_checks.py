@@ -20,7 +20,6 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "direct.guidance_scale": {"direct.guidance_scale": 2.0, "sampler.guidance_scale": 1.0},
     "objective.reverse_weight": {"objective.reverse_weight": 0.0, "objective.reverse_target": "reference"},
     "objective.reverse_second_order": {"objective.reverse_second_order": True, "objective.reverse_target": "reference"},
-    "objective.reverse_fraction": {"objective.reverse_fraction": 0.5, "objective.reverse_target": "reference"},
     "policy_gradient.min_count": {"policy_gradient.min_count": 9, "policy_gradient.window": 5},
     "memory.shard": {"memory.shard": True},
     "model.quantise": {"model.quantise": "nf4", "lora.rank": 0},

@@ -7,9 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnabla.config.model_sections import FlowConfig
+from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import RolloutConfig
 from fastnabla.methods.nabla_db import BalanceStep
 from fastnabla.methods.passes import planned_decodes, planned_passes
+from fastnabla.methods.registry import objective_of
+from fastnabla.objective.settings import Objective
 from fastnabla.trajectories.reference_cache import ReferenceCache
 from fastnabla.trajectories.sources import reverse_factors
 from fastnabla.trajectories.transitions import LazyTransitions
@@ -100,3 +104,26 @@ def test_factors_of_a_rollout(draw):
         4 if draw == "runs" else 20
     )
     assert reverse_factors(5, rollout, 4, 1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 0.5),
+        ({"method": "db"}, 0.5),
+        ({"method": "rsm"}, 1.0),
+        ({"flow": FlowConfig(kind="none")}, 1.0),
+        ({"objective": Objective(reverse_fraction=0.5, reverse_weight=0.0)}, 1.0),
+        ({"objective": Objective(reverse_fraction=0.5, reverse_target="reference")}, 1.0),
+    ],
+    ids=str,
+)
+def test_it_acts_only_where_there_is_a_choice(changes, expected):
+    config = TrainConfig(**({"objective": Objective(reverse_fraction=0.5)} | changes))
+    assert config.reverse_fraction == objective_of(config).reverse_fraction == expected
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, float("nan")])
+def test_a_fraction_that_is_none_is_refused(fraction):
+    with pytest.raises(ValueError, match=r"objective\.reverse_fraction = .*must be in \(0, 1\]"):
+        Objective(reverse_fraction=fraction)
