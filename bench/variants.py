@@ -75,21 +75,21 @@ def one_by_one(cuda: bool) -> list[Variant]:
         rows.append(so_far := dataclasses.replace(so_far, name=name, **switch))
     if not cuda:
         rows.append(dataclasses.replace(so_far, name="these, channels-last", channels_last=True))
-        rows.append(dataclasses.replace(so_far, name="these, UNet compiled", compile="whole"))
     half_of_runs = {"draw": "runs", "reverse_fraction": 0.5}
     others = {
         "draw=runs": {"draw": "runs"},
         "reverse_fraction=0.5": {"reverse_fraction": 0.5},
         "draw=runs, reverse_fraction=0.5": half_of_runs,
     }
-    if not cuda:
-        others["draw=runs, reverse_fraction=0.5, UNet compiled"] = half_of_runs | {"compile": "whole"}
     others |= {
         name: {"reward_gradient": name.partition("=")[2]}
         for name in ("reward_gradient=lookahead_detached", "reward_gradient=terminal")
     }
     if cuda:
         others["xformers"] = {"attention": "xformers"}
+    else:  # last, because compiling takes minutes
+        others["UNet compiled"] = {"compile": "whole"}
+        others["draw=runs, reverse_fraction=0.5, UNet compiled"] = half_of_runs | {"compile": "whole"}
     return [*rows, *(dataclasses.replace(so_far, name=f"these, {name}", **switch) for name, switch in others.items())]
 
 
