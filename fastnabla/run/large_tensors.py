@@ -106,6 +106,8 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """
     if _are_sharded(tensors):
         dist.barrier()
+    else:  # safetensors takes no channels-last weights
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     _together(lambda alone: dcp.save(tensors, storage_writer=writer, no_dist=alone), tensors)
 

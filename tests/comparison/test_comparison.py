@@ -74,8 +74,9 @@ def plan(**changes) -> Plan:
 
 def test_budget_by_default_is_the_first_method_s() -> None:
     found = plan()
-    # The preset's updates: rollout, inner and last transitions. One draw in five from the last stratum is a last one.
-    assert found.passes == pytest.approx(24 * 64 * (20 + 3.8 * 5 + 1.2 * 3))
+    # The preset's updates: rollout, inner and last transitions. One draw in five from the last stratum is a last one. Half of the
+    # inner ones have a reverse residual.
+    assert found.passes == pytest.approx(24 * 64 * (20 + 3.8 * (5 + 3) / 2 + 1.2 * 3))
     assert [run.config.updates for run in found.runs] == [24, found.passes // (64 * 21)]
     assert [run.config.evaluation.every for run in found.runs] == [4, 8]
     equal = plan(updates=5)

@@ -78,7 +78,7 @@ def test_dry_run_prints_configuration_and_cost_and_writes_nothing(capsys: pytest
     assert train.main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert '"guidance_scale": 3.0' in printed and "prompts to train on: 10" in printed
-    assert "training step" in printed and "243.2 × 5 + 76.8 × 3" in printed
+    assert "training step" in printed and "243.2 × 4 + 76.8 × 3" in printed
     assert not Path("runs").exists()
 
 

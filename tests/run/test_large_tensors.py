@@ -169,3 +169,12 @@ def uneven(folder: Path, world: World) -> dict[str, Tensor]:
 def test_rows_need_not_divide(tmp_path: Path) -> None:
     for result in on_ranks(tmp_path, 2, functools.partial(uneven, tmp_path / "odd")):
         assert_equal(result, {"single": torch.arange(3.0).view(1, 3), "odd": torch.arange(10.0).view(5, 2)})
+
+
+def test_channels_last_weights(tmp_path: Path) -> None:
+    """As full finetuning has them on a GPU, with their moments. Their layout stays."""
+    weights = torch.randn(3, 4, 2, 2).to(memory_format=torch.channels_last)
+    write_tensors(tmp_path, {"policy.weight": weights})
+    read = torch.zeros_like(weights)
+    read_tensors(tmp_path, {"policy.weight": read})
+    assert torch.equal(read, weights) and read.stride() == weights.stride() and not weights.is_contiguous()

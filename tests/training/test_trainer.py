@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from fastnabla.config.model_sections import ModelConfig, RewardConfig, SamplerConfig
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.train import TrainConfig
-from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig, RolloutConfig
+from fastnabla.config.training_sections import ComputeConfig, EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.methods.passes import planned_passes
 from fastnabla.objective.settings import Objective
@@ -24,11 +24,12 @@ from tests.checks import BACKENDS
 
 
 def small(**changes) -> TrainConfig:
-    """A run of four updates of seconds, with look-ahead reward gradients."""
+    """A run of four updates of seconds, with look-ahead reward gradients, all reverse residuals, and the default layout."""
     preset = PRESETS["testbed"][1]
     config = dataclasses.replace(
         preset,
-        objective=dataclasses.replace(preset.objective, reward_gradient="lookahead"),
+        objective=dataclasses.replace(preset.objective, reward_gradient="lookahead", reverse_fraction=1.0),
+        compute=ComputeConfig(),
         updates=4,
         checkpoint_every=2,
         tracker="none",
