@@ -158,7 +158,7 @@ def test_bfloat16_networks_train_a_float32_lora(method: str, tmp_path: Path) -> 
 OTHER_VALUES = {
     "objective": {
         "gamma": "sqrt_alpha_bar", "reward_gradient": "terminal", "weighting": "score", "prior_weight": 0.5, "reverse_weight": 3.0,
-        "reverse_second_order": True, "beta_schedule": "linear", "reverse_target": "reference", "trust_region_weight": 30.0,
+        "reverse_second_order": True, "reverse_fraction": 0.5, "beta_schedule": "linear", "reverse_target": "reference", "trust_region_weight": 30.0,
     },
     "direct": {"k": 3, "truncation": "random", "kl": 0.5, "redraws": 3, "late": 0.9, "guidance_scale": 1.0},
     "policy_gradient": {"clip": 0.3, "advantage_clip": 0.1, "window": 3, "min_count": 2},
