@@ -10,6 +10,7 @@ import pytest
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.renamed import RENAMED
 from fastnabla.config.train import TrainConfig, from_json, to_json
+from fastnabla.config.training_sections import ComputeConfig
 from fastnabla.prompts import RunPrompts
 from fastnabla.run.resuming import (
     AUTO,
@@ -22,9 +23,15 @@ from fastnabla.run.resuming import (
     run_to_resume,
 )
 
+PRESET = PRESETS["testbed"][1]
 BASE = dataclasses.replace(
-    PRESETS["testbed"][1], memory=dataclasses.replace(PRESETS["testbed"][1].memory, micro_batch=8)
+    PRESET,
+    memory=dataclasses.replace(PRESET.memory, micro_batch=8),
+    objective=dataclasses.replace(PRESET.objective, reverse_fraction=1.0),
+    compute=ComputeConfig(),
+    evaluation=dataclasses.replace(PRESET.evaluation, every=6),
 )
+"""The testbed's preset as it was in the version before."""
 FINGERPRINTS = {
     False: "b54500fc3975a4fd127ed6d1c206502aa3036482c75293005b1253aedbe6c3e2",
     True: "b3f5c1595180c2a9f7967e9bcc13b4ac83f592e1cef977a5b8467655d787ff79",
