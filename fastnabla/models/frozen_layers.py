@@ -62,7 +62,9 @@ class _NormSiLU(torch.autograd.Function):
         layout = memory_format(x)
         x = x.contiguous(memory_format=layout)
         y, mean, rstd = by.forward(x, weight, bias, groups, eps)
-        y = y.contiguous(memory_format=layout)
+        # Where nothing is copied, torch 2.11 would compile a function without a gradient.
+        if not y.is_contiguous(memory_format=layout):
+            y = y.contiguous(memory_format=layout)
         ctx.save_for_backward(x, mean, rstd)
         ctx.norm, ctx.by, ctx.memory_format = (weight, bias, groups, eps), by, layout
         return (y, x) if and_input else y
