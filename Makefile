@@ -11,7 +11,7 @@ OLDEST := .venv-oldest/bin
 OLDEST_TESTS := tests/kernels tests/test_losses.py $(patsubst %,tests/%.py, \
   $(addprefix models/test_,compiling compiled_gradients decoder decoder_layout frozen_layers policy lora quantised_linear recomputing) \
   $(addprefix methods/test_,half_precision out_of_memory nabla_db) \
-  distributed/test_sharding objective/test_balance objective/test_reference_target bench/test_whole_step training/test_guards rewards/test_models \
+  distributed/test_sharding objective/test_balance objective/test_reference_target training/test_guards rewards/test_models \
   $(addprefix trajectories/test_,buffer buffer_ops buffer_pinned extension))
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # A worker that dies ends the tests: xdist would start another one, which repeats the test, or waits for ever. A test that takes

@@ -121,7 +121,7 @@ ARGUMENTS = st.lists(st.tuples(OPTIONS, TEXTS).map("=".join) | OPTIONS | TEXTS, 
 
 
 @given(preset=st.sampled_from([[], ["testbed"], ["sd15-hpsv2"]]), arguments=ARGUMENTS)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @example(preset=["testbed"], arguments=["--run", "a" * 5000])
 @example(preset=["testbed"], arguments=["--run", "a\0b"])
 @example(preset=["testbed"], arguments=["--run", "\udcff", "--resume", "auto"])

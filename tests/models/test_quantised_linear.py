@@ -27,7 +27,7 @@ from fastnabla.models.quantised_linear import (
     weight_bytes,
 )
 from fastnabla.models.saved_policy import load_policy, save_policy
-from tests.checks import assert_gradients, randn, relative_error
+from tests.checks import assert_gradients, randn
 from tests.families import save_tiny
 from tests.golden import GoldenStep, load_step
 from tests.methods.test_sharing import GOLDEN, gradients
@@ -214,20 +214,6 @@ def test_a_saved_lora_loads_into_the_quantised_pipeline(tmp_path: Path) -> None:
         found = network_of(other)(x, t, policy.conditions.text[1 + prompt]).sample
         torch.testing.assert_close(found, policy(x, t, prompt), rtol=1e-5, atol=1e-6)
         assert not torch.allclose(found, policy.reference(x, t, prompt), atol=1e-3)
-
-
-@pytest.mark.parametrize(("kind", "output", "gradient"), [("int8", 0.01, 0.005), ("nf4", 0.1, 0.05)])
-def test_how_near_the_testbed_s_unet_stays_to_the_unquantised_one(kind: str, output: float, gradient: float) -> None:
-    """Relative errors of the output and of a vector-Jacobian product. Measured on all steps: int8 0.002 and 0.001, nf4 0.032 and
-    0.023."""
-    x, t, v = randn(2, 4, 8, 8).requires_grad_(), torch.tensor([901.0, 101.0]), randn(2, 4, 8, 8, seed=1)
-    text, results = randn(2, 77, 64, seed=2), []
-    for each in ("none", kind):
-        unet = network_of(pipeline_of(ModelConfig(name="testbed", dtype="float32", quantise=each)))
-        found = unet(x, t, text[..., : unet.config.cross_attention_dim]).sample
-        results.append((found, *torch.autograd.grad(found, x, v)))
-    errors = [relative_error(actual, expected) for actual, expected in zip(results[1], results[0], strict=True)]
-    assert 0 < errors[0] < output and 0 < errors[1] < gradient, errors
 
 
 def test_what_cannot_be_quantised_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

