@@ -34,7 +34,7 @@ Point = dict[str, Any]
 def sizes(model: Model, cuda: bool) -> dict[str, list[int]]:
     """The values of each of the `AXES`; the others stay at `base`."""
     return {
-        "transitions": [12, 24, 48, 96, 192, 384, 516],
+        "transitions": [12, 24, 48, 96, 192, 384, 516] if cuda else [12, 24, 96, 516],
         "resolution": [model.pixels * n // 4 for n in ((2, 3, 4, 6, 8) if cuda else (2, 4, 6))],
         "micro-batch": [1, 2, 4, 8, 16],
     }
@@ -118,25 +118,28 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def plot(points: list[Point], path: Path) -> None:
-    """Plot milliseconds a transition and peak memory over each of the `AXES` into a PNG file."""
+    """Plot milliseconds a transition and peak memory into a PNG file, over each of the `AXES` that has two points."""
+    measured = [point for point in points if "s" in point]
+    by_axis = {axis: [point for point in measured if point["axis"] == axis] for axis in AXES}
+    by_axis = {axis: found for axis, found in by_axis.items() if len(found) > 1}
+    if not by_axis:
+        return
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed, so growth is not plotted")
         return
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots(2, len(AXES), sharex="col", sharey="row")
+    figure = Figure(figsize=(3 * len(by_axis), 5), layout="constrained")
+    axes = figure.subplots(2, len(by_axis), sharex="col", sharey="row", squeeze=False)
     rows = {
         "ms a transition": lambda point: 1e3 / point["transitions/s"],
         "peak memory, GiB": lambda point: point["peak GiB"],
     }
-    measured = [point for point in points if "s" in point]
     for row, (label, value) in enumerate(rows.items()):
         axes[row][0].set_ylabel(label)
-        axes[row][0].set_ylim(0, 1.08 * max(map(value, measured)))
-        for panel, axis in zip(axes[row], AXES, strict=True):
-            found = [point for point in measured if point["axis"] == axis]
+        axes[row][0].set_ylim(0, 1.08 * max(value(point) for found in by_axis.values() for point in found))
+        for panel, (axis, found) in zip(axes[row], by_axis.items(), strict=True):
             panel.plot([point[axis] for point in found], list(map(value, found)), "o-", color=f"C{row}")
             panel.set_xscale("log", base=2)
             panel.set_xticks([point[axis] for point in found], [str(point[axis]) for point in found])
