@@ -75,6 +75,6 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.c* csrc/*.h)
 # An isolated build has no torch, so pip does not build the extension. It is then built in build/, so .venv keeps its own.
 .venv-oldest/stamp: constraints-oldest.txt constraints.txt $(SOURCES) | $(OLDEST)/python
 	awk -F== 'NR == FNR { oldest[$$1] } NR == FNR || !($$1 in oldest)' $(wordlist 1,2,$^) > $(@D)/constraints.txt
-	$(OLDEST)/python -m pip install --constraint $(@D)/constraints.txt --editable '.[test]' setuptools
+	$(OLDEST)/python -m pip install --no-compile --constraint $(@D)/constraints.txt --editable '.[test]' setuptools
 	$(OLDEST)/python setup.py build_ext --build-lib build/oldest --build-temp build/oldest
 	@touch $@

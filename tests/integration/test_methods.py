@@ -174,7 +174,7 @@ OTHER_VALUES = {
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(name, marks=() if name in ("residual-db", "draft") else pytest.mark.slow)
+        pytest.param(name, marks=() if name == "draft" else pytest.mark.slow)
         for name in METHODS
         if name not in ("dag-kl", "vgg-flow")  # `dag` has nearly the same
     ],

@@ -71,7 +71,7 @@ def different_cut(golden: GoldenStep) -> Transitions:
 
 @pytest.mark.parametrize(
     ("reward_gradient", "reuse_passes"),
-    [("lookahead", True), ("terminal", False)],
+    [("lookahead", True), pytest.param("terminal", False, marks=pytest.mark.slow)],
 )
 def test_no_micro_batch_compiles_anew(
     reward_gradient: str, reuse_passes: bool, monkeypatch: pytest.MonkeyPatch
