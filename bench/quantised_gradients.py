@@ -6,7 +6,7 @@ Rollouts, LoRA and g_φ are the same for all kinds. The LoRA is not new: normal 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import tyro
@@ -60,13 +60,17 @@ def measure(trainer: Trainer, selection: LazyTransitions) -> Measured:
 
 def _of_states(trainer: Trainer, part: MicroBatch) -> Measured:
     """Output pairs at the states x, a vector-Jacobian product with a seeded vector, and the look-ahead scores ∇r(x')."""
-    policy, batch = trainer.policy, part.gather()
+    policy, step, batch = trainer.policy, trainer.step, part.gather()
     x = batch.x.detach().requires_grad_()
     output = policy(x, trainer.table.rows(batch.step_index, batch.x).timestep, batch.prompt)
     generator = torch.Generator().manual_seed(1)
     vector = torch.randn(output.shape, generator=generator)
     (vjp,) = torch.autograd.grad(output, x, vector)
-    score = unshared_scores(policy, trainer.step._pixel_gradient, part, batch, trainer.table, through_network=True)
+
+    def pixel_gradient(latents: Tensor, prompts: Sequence[int]) -> Tensor:
+        return step.decoder.reward_gradient(latents, [step.prompts[i] for i in prompts], step.reward)[1]
+
+    score = unshared_scores(policy, pixel_gradient, part, batch, trainer.table, through_network=True)
     return {"output": torch.cat(output.detach().chunk(len(output) // len(x)), 1), "vjp": vjp, "score": score}
 
 
