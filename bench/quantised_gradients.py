@@ -13,6 +13,7 @@ import tyro
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from bench.agreement import distance
 from bench.tables import markdown_table
 from fastnabla.config.presets import PRESETS
 from fastnabla.config.train import TrainConfig
@@ -75,7 +76,7 @@ def _of_states(trainer: Trainer, part: MicroBatch) -> Measured:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
+    return distance([actual], [expected])
 
 
 def cosine(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], float]:
