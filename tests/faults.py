@@ -15,8 +15,7 @@ from fastnabla.config.training_sections import EvaluationConfig, RolloutConfig
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.run.checkpoint import CheckpointError
 from fastnabla.training.trainer import Trainer
-from tests.training.test_trainer import small
-from tests.training.test_trainer import without_pictures as without_pictures
+from tests.runs import small
 
 
 def tiny(**changes) -> TrainConfig:

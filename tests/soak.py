@@ -17,42 +17,17 @@ import torch
 
 from fastnabla.config.method_sections import Direct
 from fastnabla.config.methods import METHODS
-from fastnabla.config.model_sections import ModelConfig, RewardConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import EvaluationConfig
-from fastnabla.models.random_init import random_pipeline
 from fastnabla.training.trainer import Trainer
-from tests.families import TINY
-from tests.faults import tiny, without_pictures
+from tests.faults import tiny
+from tests.runs import on_testbed, smallest, without_pictures
 
 EVERY = 50
 """Updates between two readings."""
-VAE = {
-    "block_out_channels": (8,),
-    "down_block_types": ("DownEncoderBlock2D",),
-    "up_block_types": ("UpDecoderBlock2D",),
-    "mid_block_add_attention": False,
-}
-NETWORKS = {
-    "sd15": {
-        "block_out_channels": (8,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-        "mid_block_type": None,
-    },
-    "sd3": {"num_layers": 1},
-}
 
 
-def smallest(family: str, folder: Path) -> str:
-    """Save a pipeline of `family` with one level in `folder`, and return its path."""
-    full = TINY[family]
-    architecture = dataclasses.replace(full, network=full.network | NETWORKS[family], vae=full.vae | VAE)
-    random_pipeline(architecture, {"default": torch.float32}).save_pretrained(folder)
-    return str(folder)
-
-
-def config_of(method: str, model: str, updates: int, testbed: bool) -> TrainConfig:
+def config_of(method: str, updates: int, testbed: bool) -> TrainConfig:
     """The run of a soak: evaluations, checkpoints and TensorBoard often enough to show what they keep."""
     config = dataclasses.replace(
         tiny(),
@@ -62,18 +37,12 @@ def config_of(method: str, model: str, updates: int, testbed: bool) -> TrainConf
         tracker="tensorboard",
         direct=Direct(k=1, late=0.5),
         spike_factor=1e9,
-        evaluation=EvaluationConfig(
-            every=200 if testbed else 100, samples=2, prompts=1, probe="testbed" if testbed else "pixels"
-        ),
+        evaluation=EvaluationConfig(every=200 if testbed else 100, samples=2, prompts=1, probe="pixels"),
     )
     if testbed:
-        return config
-    return dataclasses.replace(
-        config,
-        model=ModelConfig(name=model, dtype="float32", height=8, width=8),
-        reward=RewardConfig(terms=("hue=1",)),
-        flow=dataclasses.replace(config.flow, kind="conv"),
-    )
+        return on_testbed(config)
+    family = "sd3" if METHODS[method].needs_flow_model else "sd15"
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, name=smallest(family)))
 
 
 def readings(method: str, updates: int, testbed: bool) -> np.ndarray:
@@ -87,10 +56,8 @@ def readings(method: str, updates: int, testbed: bool) -> np.ndarray:
     torch.set_num_threads(1)
     process, rows = psutil.Process(), []
     with tempfile.TemporaryDirectory() as name:
-        run, model = Path(name, "run"), Path(name, "model")
-        run.mkdir()
-        family = "sd3" if METHODS[method].needs_flow_model else "sd15"
-        trainer = Trainer.from_config(config_of(method, "" if testbed else smallest(family, model), updates, testbed))
+        run = Path(name)
+        trainer = Trainer.from_config(config_of(method, updates, testbed))
         if not testbed:
             without_pictures(trainer)
         update = trainer.update

@@ -41,7 +41,8 @@ class ShardedNetwork:
         mesh = init_device_mesh(device.type, (world.size,))
         precision = MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False)
         for part in (*network.down_blocks, network.mid_block, *network.up_blocks, network):
-            fully_shard(part, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+            if part is not None:  # UNets with mid_block_type null
+                fully_shard(part, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
         network.set_reshard_after_backward(False)
         self.network, self.world, self.mesh = network, world, mesh
         self.parts = [module for module in network.modules() if isinstance(module, FSDPModule)]

@@ -23,8 +23,9 @@ from fastnabla.run.resuming import flat
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.transitions import Transitions
 from tests.checks import assert_gradients
-from tests.faults import tiny, without_pictures
+from tests.faults import tiny
 from tests.golden import STEP_SETS, load_step
+from tests.runs import without_pictures
 
 PUBLISHED = ("sd15-aesthetic", "sd15-hpsv2", "sd15-imagereward", "sd15-24gb", "stable-diffusion")
 

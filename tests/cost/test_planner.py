@@ -37,7 +37,7 @@ from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.utils.tensor_bytes import LiveBytes
 from tests.cost.test_unit_costs import stable_diffusion as costs_of
 from tests.families import TINY, save_tiny
-from tests.training.test_trainer import small
+from tests.runs import small
 
 CPU = torch.device("cpu")
 shallow = functools.partial(costs_of, shallow=True)

@@ -23,9 +23,10 @@ from fastnabla.trajectories.sources import Trajectories
 from fastnabla.trajectories.transitions import LazyTransitions
 from fastnabla.utils.durable import verify_folder
 from tests import sharded
-from tests.faults import tiny, without_pictures
+from tests.faults import tiny
 from tests.integration.test_extending import QUICK
 from tests.ranks import on_ranks
+from tests.runs import without_pictures
 from tests.tokens import TOKENS, assert_no_tokens
 from tests.training.test_guards import spoil
 

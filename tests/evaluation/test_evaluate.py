@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fastnabla import evaluate
 from fastnabla.comparison.tables import target_sheets
-from fastnabla.config.model_sections import LoraConfig, PromptConfig
+from fastnabla.config.model_sections import LoraConfig, PromptConfig, RewardConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import OptimizerConfig
 from fastnabla.evaluation import run as run_module
@@ -25,7 +25,7 @@ from fastnabla.models.decoder import Decoder
 from fastnabla.models.saved_policy import read_policy
 from fastnabla.run.checkpoint import newest_checkpoint
 from fastnabla.training.trainer import Trainer
-from tests.training.test_trainer import small, train
+from tests.runs import small, train
 
 QUICK = ["--samples-per-prompt=3", "--reference-samples=12", "--ess=0.25"]
 OPTIONS = EvaluationOptions(samples_per_prompt=3, reference_samples=12, ess=0.25)
@@ -34,7 +34,9 @@ LORA = "lora/pytorch_lora_weights.safetensors"
 
 def tiny(**changes) -> TrainConfig:
     """Two updates, with some prompts held out."""
-    base = small(updates=2, prompts=PromptConfig(source="animals", held_out=0.5))
+    base = small(
+        updates=2, prompts=PromptConfig(source="animals", held_out=0.5), reward=RewardConfig(terms=("area=8", "hue=1"))
+    )
     base = dataclasses.replace(base, optimizer=OptimizerConfig(learning_rate=0.02))
     return dataclasses.replace(base, **changes)
 
@@ -64,8 +66,8 @@ def test_results_are_complete(run: Path) -> None:
     for group in found["groups"].values():
         for model in ("pretrained", "finetuned"):
             assert group[model].keys() >= {
-                "reward", "reward_std", "reward_area", "reward_classifier", "pairwise_distance", "vendi", "hue_entropy",
-                "joint_entropy", "dark_grounds", "accuracy",
+                "reward", "reward_std", "reward_area", "reward_hue", "pairwise_distance", "vendi", "hue_entropy",
+                "joint_entropy", "dark_grounds",
             }  # fmt: skip
             assert group[model].keys() >= group["reference_floor"].keys() >= {
                 "frechet_to_reference", "frechet_to_reference_within_prompts", "kernel_distance_to_reference",

@@ -26,10 +26,11 @@ from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig
 from fastnabla.distributed.launch import RankInfo
 from fastnabla.distributed.world import World
 from fastnabla.training.trainer import Trainer
-from tests.faults import attempt, tiny, without_pictures
+from tests.faults import attempt, tiny
 from tests.integration.kill_points import POINTS, SHARDED, SPILLED, Point
 from tests.integration.test_full_finetuning import full
 from tests.ranks import begin
+from tests.runs import without_pictures
 
 KILLS_OF_A_RUN = 2
 RANDOM = {f"random moment, {sent.name}": sent for sent in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)}

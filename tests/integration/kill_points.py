@@ -106,7 +106,7 @@ POINTS = {
     "best weights, written": Point(2, lambda t, c, after: die_in_call(shutil, "copyfile", c, after)),
     "best weights, moved": Point(6, lambda t, c, after: die_in_call(os, "replace", c, after, _moves(".weights.partial"))),
     "checkpoint, copied": Point(3, lambda t, c, after: die_in_call(checkpoint, "host_copy", c, after)),
-    "checkpoint, written by a thread": Point(6000, lambda t, c, after: die_in_write(c)),
+    "checkpoint, written by a thread": Point(2000, lambda t, c, after: die_in_write(c)),
     "checkpoint, flushed": Point(30, lambda t, c, after: die_in_call(os, "fsync", c, after)),
     "checkpoint, renamed": Point(3, lambda t, c, after: die_in_call(os, "replace", c, after, _moves_checkpoint)),
     "checkpoint, older one removed": Point(2, lambda t, c, after: die_in_call(durable.shutil, "rmtree", c, after)),

@@ -19,8 +19,9 @@ from fastnabla.distributed.world import ALONE, World
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.collection import rank_ranges
 from fastnabla.trajectories.sources import learning_order
-from tests.faults import tiny, without_pictures
+from tests.faults import tiny
 from tests.ranks import on_ranks
+from tests.runs import without_pictures
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def row_by_row(trajectories: int = 10, updates: int = 2, **changes) -> TrainConf
         flow=FlowConfig(kind="conv"),
     )
     rollout = RolloutConfig(trajectories=trajectories, fraction=0.5, updates=updates, batch=1)
-    evaluation = EvaluationConfig(every=0, samples=3, prompts=1, probe="testbed")
+    evaluation = EvaluationConfig(every=0, samples=3, prompts=1, probe="pixels")
     return dataclasses.replace(config, updates=2, rollout=rollout, evaluation=evaluation, **changes)
 
 
@@ -67,7 +68,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def assert_same_records(ours: str, theirs: str) -> None:
-    """Relative to 1e-6 in the first update, and to what the residuals make of 1e-7 in the weights, 2e-5, in others."""
+    """Relative to 1e-6 in the first update, and to what the residuals make of 1e-7 in the weights, 5e-5, in others."""
     for one, other in zip(json.loads(ours), json.loads(theirs), strict=True):
         assert one.keys() == other.keys()
         tolerance = 2e-6 if (one["phase"], one["update"]) in (("evaluate", 0), ("train", 1)) else 1e-4
@@ -83,7 +84,7 @@ def test_same_update_on_1_2_and_4_processes(tmp_path: Path) -> None:
         ranks = on_ranks(tmp_path / str(size), size, lambda world: trained(world, config, tmp_path))
         for rank in ranks:
             assert distance(rank["gradients"][0], alone["gradients"][0]) < 1e-6
-            assert distance(rank["gradients"][1], alone["gradients"][1]) < 2e-5
+            assert distance(rank["gradients"][1], alone["gradients"][1]) < 5e-5
             assert distance(rank["weights"], alone["weights"]) < 1e-6
             assert torch.equal(rank["weights"], ranks[0]["weights"])
             assert_same_records(rank["records"], alone["records"])

@@ -19,11 +19,12 @@ from fastnabla.run.checkpoint import Checkpoints
 from fastnabla.run.resuming import fingerprint
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.durable import DamagedError, verify_folder
-from tests.faults import CHECKPOINT_FAILED, assert_same_result, attempt, tiny, without_pictures
+from tests.faults import CHECKPOINT_FAILED, assert_same_result, attempt, tiny
 from tests.integration.disk_campaign import fault, on_disk
 from tests.integration.failing_disk import FailingDisk
 from tests.integration.kill_campaign import RANDOM, Single, campaign
 from tests.integration.kill_points import die_in_call, die_in_record, die_in_write
+from tests.runs import without_pictures
 from tests.utils.test_durable import fill, places
 
 
@@ -81,7 +82,7 @@ def test_killed_again_and_again(trainer: Trainer, undisturbed: tuple[Path, float
 @pytest.mark.parametrize(
     "arm",
     [
-        functools.partial(die_in_write, 4000),
+        functools.partial(die_in_write, 1100),
         functools.partial(die_in_call, os, "replace", 3, False),
         functools.partial(die_in_record, 5),
     ],
@@ -136,7 +137,7 @@ def test_a_signal_during_the_evaluation_comes_back_to_it(
 
 def test_a_full_disk_costs_no_checkpoint(trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
     def arm() -> None:
-        fill(pytest.MonkeyPatch(), "write", 4000)  # undone by the fork's end
+        fill(pytest.MonkeyPatch(), "write", 1100)  # undone by the fork's end
 
     assert attempt(trainer, tmp_path, arm, None, 0) == CHECKPOINT_FAILED
     assert checkpoints(tmp_path) == ["update-000002"]

@@ -13,10 +13,9 @@ from fastnabla.config.model_sections import LoraConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.sample import SampleConfig, sample_run
-from fastnabla.testbed import pipeline_folder
 from fastnabla.training.guards import warn_of_learning_rate
 from fastnabla.training.trainer import Trainer
-from tests.training.test_trainer import interrupt, small, train, without_pictures
+from tests.runs import interrupt, small, smallest, train, without_pictures
 
 
 def full(**changes) -> TrainConfig:
@@ -39,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_writes_a_network_that_was_trained(run: Path) -> None:
     assert not (run / "lora").exists()
-    before = UNet2DConditionModel.from_pretrained(pipeline_folder() / "unet").state_dict()
+    before = UNet2DConditionModel.from_pretrained(smallest("sd15"), subfolder="unet").state_dict()
     after = UNet2DConditionModel.from_pretrained(run / "unet").state_dict()
     assert after.keys() == before.keys()
     steps = {name: (after[name] - before[name]).abs().max().item() for name in after}

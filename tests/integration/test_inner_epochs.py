@@ -20,8 +20,10 @@ from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.reference_cache import ReferenceCache
 from fastnabla.trajectories.sources import learning_order
 from tests.checks import BACKENDS, append_all, assert_gradients
-from tests.faults import assert_same_result, tiny, without_pictures
-from tests.golden import STEP_SETS, GoldenStep, load_step
+from tests.faults import assert_same_result, tiny
+from tests.golden import GoldenStep
+from tests.runs import without_pictures
+from tests.small_step import small_step
 
 EPOCHS = RolloutConfig(trajectories=4, fraction=0.5, updates=2, epochs=3)
 
@@ -60,9 +62,6 @@ def gradients(golden: GoldenStep, step, selection) -> tuple:
     return report, {name: gradient.clone() for name, gradient in golden.gradients().items()}
 
 
-WITH_FLOW = next(folder for folder in reversed(STEP_SETS) if (folder / "flow").exists())
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -74,16 +73,16 @@ WITH_FLOW = next(folder for folder in reversed(STEP_SETS) if (folder / "flow").e
     ids=str,
 )
 def test_gradients_from_the_cache(changes: dict) -> None:
-    compare_with_cache(load_step(WITH_FLOW), "torch", **changes)
+    compare_with_cache(small_step(), "torch", **changes)
 
 
 def test_gradients_from_the_cache_without_a_flow() -> None:
-    compare_with_cache(load_step(WITH_FLOW).without_flow(), "torch", reverse_weight=0.0, prior_weight=1.0)
+    compare_with_cache(small_step().without_flow(), "torch", reverse_weight=0.0, prior_weight=1.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_gradients_from_the_cache_through_kernels(backend: str) -> None:
-    compare_with_cache(load_step(WITH_FLOW), backend)
+    compare_with_cache(small_step(), backend)
 
 
 def compare_with_cache(golden: GoldenStep, backend: str, **changes) -> None:
@@ -116,7 +115,7 @@ def compare_with_cache(golden: GoldenStep, backend: str, **changes) -> None:
 def test_the_cache_decides() -> None:
     """What is read is what was kept: a wrong product, or a wrong output, changes the gradients. A micro-batch of which
     something is not known is computed again, and kept."""
-    golden = load_step(WITH_FLOW)
+    golden = small_step()
     step, count = golden.step(100, "torch"), golden.inputs["timesteps"].shape[1]
     cache = ReferenceCache(count, 1, tuple(golden.transitions.x.shape[1:]), True, torch.device("cpu"))
     kept = dataclasses.replace(golden.transitions[:count].select(), reference=cache.of(torch.arange(count)))

@@ -24,9 +24,9 @@ from fastnabla.train import parse
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.seeding import seed_of
 from tests.checks import NETWORK_DTYPE
-from tests.faults import assert_same_result, without_pictures
+from tests.faults import assert_same_result
 from tests.run.test_curves import assert_readable
-from tests.training.test_trainer import small, train
+from tests.runs import small, train, without_pictures
 
 OTHERS = [name for name in METHODS if name not in ("residual-db", "vgg-flow")]
 """`tests/methods/test_velocity_matching.py` trains a flow model with VGG-Flow."""

@@ -17,8 +17,9 @@ from fastnabla.distributed.world import ALONE, World
 from fastnabla.models import pipeline as pipelines
 from fastnabla.models.cached_conditions import CachedConditions
 from fastnabla.training.trainer import Trainer
-from tests.faults import tiny, without_pictures
+from tests.faults import tiny
 from tests.ranks import on_ranks
+from tests.runs import without_pictures
 
 
 def config() -> TrainConfig:

@@ -17,9 +17,10 @@ from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.sources import StoredTrajectories
 from tests.checks import append_all
-from tests.faults import assert_same_result, tiny, without_pictures
+from tests.faults import assert_same_result, tiny
 from tests.integration.test_inner_epochs import records_of, stop_after
 from tests.run.test_resuming import PROMPTS, begun
+from tests.runs import without_pictures
 
 
 def replayed(replay: int, **changes) -> TrainConfig:
@@ -158,7 +159,7 @@ def test_ddpo(tmp_path: Path) -> None:
     records = records_of(tmp_path)
     # Rollout and update may round the first ones apart, by a few units of float32.
     off = [abs(record["ratio"] - 1) for record in records]
-    assert off[0] < 1e-5 and min(off[1:]) > 1e-3
+    assert off[0] < 1e-5 and min(off[1:]) > 1e-4
     assert int(trainer.step.statistics.seen.sum()) == 4
     assert all(
         record[f"passes_{kind}"] == 2 for record in records for kind in ("inner", "last") if record[f"rows_{kind}"]

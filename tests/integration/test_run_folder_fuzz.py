@@ -22,8 +22,9 @@ from fastnabla.training import command
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.durable import verify_folder, write_folder
 from tests.config.test_config_fuzz import VALUES
-from tests.faults import tiny, without_pictures
+from tests.faults import tiny
 from tests.run.test_tracker import lines
+from tests.runs import without_pictures
 
 FILES = (
     "config.json",

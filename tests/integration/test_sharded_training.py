@@ -19,7 +19,7 @@ from fastnabla.training.trainer import Trainer
 from tests.checks import relative_error
 from tests.integration.test_full_finetuning import full
 from tests.ranks import on_ranks
-from tests.training.test_trainer import small
+from tests.runs import small
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

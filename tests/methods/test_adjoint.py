@@ -17,7 +17,8 @@ from fastnabla.trajectories.sources import Trajectories
 from fastnabla.transition import TransitionTable
 from tests.checks import BACKENDS, assert_gradients, ddim, ddim_table, relative_error
 from tests.exact import Exact, gamma_of
-from tests.golden import STEP_SETS, GoldenStep, load_step
+from tests.golden import GoldenStep
+from tests.small_step import small_step
 
 STEPS, DRAWN, COUNT, SHAPE = 6, 3, 3, (4, 8, 8)
 PASSES = 3 * STEPS - 1 + 2 * (DRAWN + 1)
@@ -28,7 +29,7 @@ OBJECTIVE = Objective(beta=300.0, gamma="alpha_bar")
 @functools.cache
 def golden(guided: bool = True) -> GoldenStep:
     """Tiny networks with a LoRA that is not zero."""
-    found = load_step(STEP_SETS[0]).without_flow()
+    found = small_step().without_flow()
     if not guided:
         found.policy.guidance_scale = None
     return dataclasses.replace(found, table=TransitionTable.from_scheduler(ddim(), STEPS))
@@ -162,7 +163,7 @@ def test_calls_add_up_and_a_trajectory_depends_on_its_seeds_alone() -> None:
 
 def test_checkpointed_blocks_give_the_same() -> None:
     _, expected = run(step_of(golden()), golden())
-    checkpointed = dataclasses.replace(load_step(STEP_SETS[0]).without_flow(), table=golden().table)
+    checkpointed = dataclasses.replace(small_step().without_flow(), table=golden().table)
     checkpointed.policy.optimise(checkpoint=True)
     report, gradients = run(step_of(checkpointed), checkpointed)
     assert_gradients(gradients, expected)

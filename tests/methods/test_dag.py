@@ -13,9 +13,9 @@ from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionTable
 from tests.checks import BACKENDS, assert_gradients, ddim_table, randn
 from tests.exact import Exact, gamma_of
-from tests.golden import STEP_SETS, GoldenStep, load_step
+from tests.golden import GoldenStep
+from tests.small_step import small_step
 
-WITH_FLOW = next(folder for folder in STEP_SETS if (folder / "flow").exists())
 REWARDS = torch.tensor([0.3, -1.2, 2.0])
 PROMPTS = [str(i) for i in range(3)]
 SETTINGS = {"beta": 500.0, "trust_region_weight": 0.5}
@@ -24,7 +24,7 @@ SETTINGS = {"beta": 500.0, "trust_region_weight": 0.5}
 @functools.cache
 def golden() -> GoldenStep:
     """Transitions that the policy may have sampled: log-densities of the size they have in a run."""
-    g = load_step(WITH_FLOW)
+    g = small_step()
     rows = g.transitions
     row = g.table.rows(rows.step_index, rows.x)
     x_next = row.a * rows.x + row.b * rows.model_output + row.sigma * randn(*rows.x.shape, seed=2)

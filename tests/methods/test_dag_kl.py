@@ -14,9 +14,10 @@ from fastnabla.objective.policy_gradient import leave_one_out_advantages
 from fastnabla.objective.settings import Objective
 from tests.checks import assert_gradients, randn
 from tests.exact import Exact
-from tests.golden import GoldenStep, load_step
-from tests.methods.test_dag import PROMPTS, REWARDS, SETTINGS, WITH_FLOW, residual_of
+from tests.golden import GoldenStep
+from tests.methods.test_dag import PROMPTS, REWARDS, SETTINGS, residual_of
 from tests.methods.test_out_of_memory import Limited
+from tests.small_step import small_step
 
 POLICY_GRADIENT = PolicyGradient(clip=0.005, advantage_clip=1.5)
 TWO_UPDATES = RolloutPlan(updates=2)
@@ -26,7 +27,7 @@ TWO_UPDATES = RolloutPlan(updates=2)
 @functools.cache
 def golden(on_policy: bool) -> GoldenStep:
     """Transitions that the present policy sampled, or one near it, of which some are beyond the clip."""
-    g = load_step(WITH_FLOW)
+    g = small_step()
     rows, table = g.transitions, g.table
     row = table.rows(rows.step_index, rows.x)
     with torch.no_grad():

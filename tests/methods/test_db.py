@@ -1,7 +1,5 @@
 """Plain ∇-DB: the training step against its definition in float64, every score by autograd of a log-density."""
 
-import functools
-
 import pytest
 import torch
 
@@ -10,16 +8,13 @@ from fastnabla.objective.noising import noising_output
 from fastnabla.objective.settings import Objective
 from tests.checks import BACKENDS, assert_gradients
 from tests.exact import Exact
-from tests.golden import STEP_SETS, load_step
-
-WITH_FLOW = next(folder for folder in STEP_SETS if (folder / "flow").exists())
-load_once = functools.cache(load_step)
+from tests.small_step import shared_step
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_flow", [True, False])
 def test_gradients(with_flow, backend):
-    golden = load_once(WITH_FLOW) if with_flow else load_once(WITH_FLOW).without_flow()
+    golden = shared_step() if with_flow else shared_step().without_flow()
     step = golden.step(4, backend, noising=True, prior_weight=1.0, gamma="alpha_bar")
     for parameter in step.parameters:
         parameter.grad = None
@@ -31,7 +26,7 @@ def test_gradients(with_flow, backend):
 
 def test_a_network_that_knows_the_clean_sample_has_no_forward_residual():
     """What ∇-DB asks for without a reward: a step towards x̂0 = x'/√ᾱ' is P_B's exact reversal."""
-    golden = load_once(WITH_FLOW)
+    golden = shared_step()
     rows = golden.transitions
     row = golden.table.rows(rows.step_index, rows.x)
     o, zero = noising_output(rows.x, rows.x_next, row), torch.zeros_like(rows.x)

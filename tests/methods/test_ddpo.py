@@ -13,7 +13,8 @@ from fastnabla.objective.policy_gradient import clipped_surrogate
 from fastnabla.trajectories.draws import DRAWS, expected_draws
 from tests.checks import BACKENDS, assert_gradients, randn
 from tests.exact import Exact
-from tests.golden import STEP_SETS, GoldenStep, load_step
+from tests.golden import GoldenStep
+from tests.small_step import small_step
 
 EXPECTED = expected_draws("stratified", 50, 2)
 REWARDS = torch.tensor([0.3, -1.2, 2.0])
@@ -23,7 +24,7 @@ SETTINGS = PolicyGradient(clip=0.01, advantage_clip=1.0)
 @functools.cache
 def golden() -> GoldenStep:
     """Transitions that a policy near the present one sampled, some of them beyond the clip."""
-    g = load_step(STEP_SETS[0]).without_flow()
+    g = small_step().without_flow()
     rows, table = g.transitions, g.table
     row = table.rows(rows.step_index, rows.x)
     with torch.no_grad():

@@ -20,7 +20,8 @@ from fastnabla.trajectories.sources import Trajectories, UnsampledTrajectories
 from fastnabla.transition import TransitionTable
 from tests.checks import assert_gradients, ddim, flow_table
 from tests.exact import Exact
-from tests.golden import STEP_SETS, GoldenStep, load_step
+from tests.golden import GoldenStep
+from tests.small_step import small_step
 
 STEPS, COUNT, SHAPE, LATE, REDRAWS, KL = 5, 3, (4, 8, 8), 2, 2, 10.0
 RANDOM_K = 3
@@ -32,7 +33,7 @@ STOPS = [late_step(seed, LATE, STEPS) for seed in TRAJECTORIES.draws]
 @functools.cache
 def golden() -> GoldenStep:
     table = TransitionTable.from_scheduler(ddim(), STEPS)
-    return dataclasses.replace(load_step(STEP_SETS[0]).without_flow(), table=table)
+    return dataclasses.replace(small_step().without_flow(), table=table)
 
 
 def step_of(ending: Ending, micro_batch: int = COUNT, reward: nn.Module | None = None) -> DirectStep:
@@ -182,7 +183,7 @@ def test_calls_add_up_and_a_trajectory_depends_on_its_seeds_alone(name):
 
 def test_checkpointed_blocks_give_the_same():
     _, expected = run(step_of(last_steps(3)))
-    checkpointed = load_step(STEP_SETS[0]).without_flow()
+    checkpointed = small_step().without_flow()
     checkpointed.policy.optimise(checkpoint=True)
     step = step_of(last_steps(3))
     step = DirectStep(

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from tests.checks import relative_error
-from tests.golden import STEP_SETS, load_step
-
-GOLDEN = next(folder for folder in STEP_SETS if (folder / "flow").exists())
+from tests.small_step import small_step
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +12,7 @@ def gradients() -> dict[torch.dtype, tuple[dict[str, torch.Tensor], set[torch.dt
     """Gradients, and the dtypes that the flow network's convolutions computed in, by the policy's dtype."""
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
-        golden = load_step(GOLDEN)
+        golden = small_step()
         if dtype != torch.float32:
             frozen = [p for p in golden.policy.network.parameters() if not p.requires_grad]
             for tensor in (*frozen, *golden.policy.network.buffers(), *golden.policy.conditions.buffers()):

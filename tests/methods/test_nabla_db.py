@@ -18,12 +18,12 @@ from fastnabla.objective.settings import Objective
 from tests.checks import BACKENDS, assert_gradients
 from tests.exact import Exact
 from tests.golden import ALL_STEP_SETS, STEP_SETS, GoldenStep, load_step
+from tests.small_step import shared_step, small_step
 
 # The reference's coefficients are float32 (σ² of the last step is off by 1.3e-5), and it subtracts two scores of
 # size 1/σ where fastnabla cancels by hand.
 LOSS = {"rtol": 1e-4, "atol": 1e-6}
 REWARD_GRADIENTS = ("lookahead", "lookahead_detached", "terminal")
-WITH_FLOW = [folder for folder in STEP_SETS if (folder / "flow").exists()]
 load_once = functools.cache(load_step)
 
 
@@ -111,7 +111,7 @@ def test_agrees_with_the_published_algorithm(folder, reverse_weight):
 
 def test_weighting_by_sigma():
     """Equal to the score weighting once each row's loss is divided by its σ²."""
-    golden = load_once(WITH_FLOW[0])
+    golden = shared_step()
     by_score, _ = run(golden, golden.step(4))
     by_sigma, gradients = run(golden, golden.step(4, weighting="sigma"))
     variance = golden.table.sigma[by_score.rows["step_index"]].float() ** 2
@@ -120,7 +120,7 @@ def test_weighting_by_sigma():
 
 
 def test_gradients_add_up_over_calls():
-    golden = load_once(WITH_FLOW[0])
+    golden = shared_step()
     step = golden.step(4)
     _, expected = run(golden, step)
     for parameter in step.parameters:
@@ -147,7 +147,7 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
 def test_rewards_see_the_prompts_of_their_rows(reward_gradient):
-    golden = load_once(WITH_FLOW[0])
+    golden = shared_step()
     recorder = Recorder(golden.reward)
     decoder = copy.copy(golden.decoder)
     decoder.chunk = 2
@@ -192,7 +192,7 @@ def test_objective_rejects(name, value):
 
 
 def test_terminal_reward_gradients_need_whole_trajectories():
-    golden = load_step(STEP_SETS[0])
+    golden = small_step()
     inner = golden.transitions[golden.transitions.step_index != len(golden.table) - 1]
     with pytest.raises(ValueError, match="last transition of every trajectory"):
         golden.step(4, reward_gradient="terminal")(inner)

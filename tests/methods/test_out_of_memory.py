@@ -1,7 +1,6 @@
 """Running out of memory halves the micro-batch and repeats the work, with the same result."""
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -9,11 +8,9 @@ from torch import nn
 
 from fastnabla.methods.nabla_db import BalanceStep
 from tests.checks import assert_gradients
-from tests.golden import STEP_SETS, GoldenStep, load_step
+from tests.golden import GoldenStep
 from tests.methods.test_sharing import batch as adjacent
-
-GOLDEN = next(folder for folder in STEP_SETS if (folder / "flow").exists())
-load_once = functools.cache(load_step)
+from tests.small_step import shared_step
 
 
 class Limited(nn.Module):
@@ -48,7 +45,7 @@ def clear(step: BalanceStep) -> None:
 @pytest.mark.parametrize("reuse_passes", [False, True])
 @pytest.mark.parametrize("backwards", [False, True])
 def test_halves_and_repeats(backwards, reuse_passes, caplog):
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     transitions = adjacent(golden)
     expected_step = golden.step(100, reuse_passes=reuse_passes)
     clear(expected_step)
@@ -74,7 +71,7 @@ def test_halves_and_repeats(backwards, reuse_passes, caplog):
 
 
 def test_gradients_of_earlier_calls_stay():
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     transitions = adjacent(golden)
     step = golden.step(100)
     clear(step)
@@ -90,7 +87,7 @@ def test_gradients_of_earlier_calls_stay():
 @pytest.mark.parametrize("backwards", [False, True])
 def test_rewards_of_finished_samples_are_halved_too(backwards, caplog):
     """With terminal gradients the step decodes before the first network pass."""
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     transitions = adjacent(golden)
     whole = golden.step(100, reward_gradient="terminal")
     clear(whole)
@@ -110,7 +107,7 @@ def test_rewards_of_finished_samples_are_halved_too(backwards, caplog):
 
 @pytest.mark.parametrize("reward_gradient", ["lookahead", "terminal"])
 def test_gives_up_when_nothing_is_left_to_halve(reward_gradient):
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     step = limited(golden, 0, False).step(4, reward_gradient=reward_gradient)
     with pytest.raises(torch.OutOfMemoryError, match="simulated"):
         step(golden.transitions)

@@ -1,17 +1,14 @@
 """The tables of passes in `fastnabla.methods.passes` are what is planned, and what the step counts."""
 
-import functools
 import itertools
 
 import pytest
 
 from fastnabla.methods import passes
 from fastnabla.methods.passes import planned_decodes, planned_passes
-from tests.golden import STEP_SETS, load_step
 from tests.methods.test_sharing import batch as adjacent
+from tests.small_step import shared_step
 
-GOLDEN = next(folder for folder in STEP_SETS if (folder / "flow").exists())
-load_once = functools.cache(load_step)
 LENGTH = 2
 """L of `adjacent`: of six inner transitions, three have a next state in which another one starts."""
 REWARD_GRADIENTS = ("lookahead", "lookahead_detached", "terminal")
@@ -50,7 +47,7 @@ def test_the_tables_are_complete():
 )
 def test_passes(method, reward_gradient, column, reused):
     noising = method == "db"
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     settings = COLUMNS[column] | {"reward_gradient": reward_gradient}
     step = golden.step(100, reuse_passes=reused, noising=noising, **settings)
     inner = (REUSED if reused else PASSES)[reward_gradient, column] - noising * (1 if column == "forward" else 2)
@@ -79,5 +76,5 @@ def test_passes(method, reward_gradient, column, reused):
 )
 def test_decodes(reward_gradient, column, run, decodes):
     """As the docstring says; `test_sharing` and `test_reference_target` count them."""
-    step = load_once(GOLDEN).step(4, reward_gradient=reward_gradient, **COLUMNS[column])
+    step = shared_step().step(4, reward_gradient=reward_gradient, **COLUMNS[column])
     assert planned_decodes(step.objective, True, run) == decodes

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -16,13 +15,12 @@ from fastnabla.methods.reference_target import ReferenceTargetStep
 from fastnabla.objective.settings import Objective
 from tests.checks import BACKENDS, assert_gradients
 from tests.exact import Exact
-from tests.golden import STEP_SETS, GoldenStep, load_step
+from tests.golden import GoldenStep
 from tests.methods.test_sharing import batch as adjacent
 from tests.methods.test_sharing import gradients
+from tests.small_step import shared_step, small_step
 
-GOLDEN = next(folder for folder in STEP_SETS if (folder / "flow").exists())
 REWARD_GRADIENTS = ("lookahead", "lookahead_detached", "terminal")
-load_once = functools.cache(load_step)
 
 
 def step_of(golden: GoldenStep, micro_batch: int = 100, backend: str = "torch", **changes) -> ReferenceTargetStep:
@@ -49,7 +47,7 @@ def differs(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients(backend, changes, reward_gradient):
     """Against the definition in float64, with guidance; micro-batches of inner and of last transitions."""
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     step = step_of(golden, 4, backend, reward_gradient=reward_gradient, **changes)
     assert golden.policy.guidance_scale == 5.0 and isinstance(step, ReferenceTargetStep)
     actual, exact = gradients(golden, step, golden.transitions), Exact(golden)
@@ -58,7 +56,7 @@ def test_gradients(backend, changes, reward_gradient):
 
 def test_losses():
     """The report's sum is the loss; the terminal term is 0, because the target counts g(x_T) as 0."""
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     step = step_of(golden, 4, reverse_weight=3.0)
     losses = step(golden.transitions).losses
     exact = Exact(golden).reference_target_loss(step.objective).item()
@@ -69,7 +67,7 @@ def test_losses():
 
 @pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
 def test_the_forward_residual_trains_the_policy_and_the_reverse_one_the_flow(reward_gradient):
-    golden = load_step(GOLDEN)
+    golden = small_step()
     settings = {"reward_gradient": reward_gradient}
     lora, flow = parts(gradients(golden, step_of(golden, **settings), golden.transitions))
 
@@ -97,7 +95,7 @@ def test_the_forward_residual_trains_the_policy_and_the_reverse_one_the_flow(rew
 @pytest.mark.parametrize("reuse_passes", [False, True], ids=["apart", "reused"])
 @pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
 def test_micro_batches_and_shared_passes_give_the_same_gradients(reward_gradient, micro_batch, reuse_passes, backend):
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     transitions = adjacent(golden)
     expected = gradients(golden, step_of(golden, reward_gradient=reward_gradient), transitions)
     changes = {"reward_gradient": reward_gradient, "reuse_passes": reuse_passes}
@@ -109,7 +107,7 @@ def test_micro_batches_and_shared_passes_give_the_same_gradients(reward_gradient
 @pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
 def test_decodes(reward_gradient, reuse_passes):
     """As planned; `test_passes` counts the passes."""
-    golden, decoded = load_once(GOLDEN), []
+    golden, decoded = shared_step(), []
 
     class Counter(nn.Module):
         def forward(self, images, prompts):
@@ -125,7 +123,7 @@ def test_decodes(reward_gradient, reuse_passes):
 
 def test_an_average_of_the_flow_is_the_target():
     """g(x') is that of the average, and g(x) that of φ itself; the average is part of the step's state."""
-    golden = load_step(GOLDEN)
+    golden = small_step()
     step, parameters = step_of(golden, average=0.5), list(golden.flow.parameters())
     generator, seen = torch.Generator().manual_seed(0), []
     for _ in range(2):
@@ -160,7 +158,7 @@ def test_an_average_of_the_flow_is_the_target():
 
 def test_the_flow_is_not_used_at_finished_samples():
     """g(x) and g(x') of inner transitions, g(x) of last ones."""
-    golden, calls = load_once(GOLDEN), []
+    golden, calls = shared_step(), []
 
     class Counter(nn.Module):
         unet = golden.flow.unet
@@ -183,7 +181,7 @@ def test_settings_that_contradict():
     assert not TrainConfig(objective=objective, flow=FlowConfig(kind="none")).follows_reference
     with pytest.raises(ValueError, match=r"objective\.reverse_weight = 0\.0: nothing else trains the flow"):
         TrainConfig(objective=dataclasses.replace(objective, reverse_weight=0.0))
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     with pytest.raises(ValueError, match=r"reverse_target = 'reference': BalanceStep computes 'policy'"):
         BalanceStep(
             *(golden.policy, golden.flow, golden.decoder, golden.reward, ["0"], golden.table, objective), micro_batch=1

@@ -1,7 +1,6 @@
 """`objective.reverse_fraction`: the reverse residual of a drawn part of the transitions, with unbiased gradients."""
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -18,11 +17,10 @@ from fastnabla.trajectories.reference_cache import ReferenceCache
 from fastnabla.trajectories.sources import reverse_factors
 from fastnabla.trajectories.transitions import LazyTransitions
 from tests.checks import BACKENDS, assert_gradients
-from tests.golden import STEP_SETS, GoldenStep, load_step
+from tests.golden import GoldenStep
 from tests.methods.test_sharing import batch as adjacent
+from tests.small_step import shared_step
 
-GOLDEN = next(folder for folder in STEP_SETS if (folder / "flow").exists())
-load_once = functools.cache(load_step)
 HALF = torch.tensor([2.0, 0.0] * 50)
 
 
@@ -51,7 +49,7 @@ def with_factors(selection: LazyTransitions, factors: Tensor) -> LazyTransitions
 def test_draws_and_the_rest_average_to_the_whole_gradient(reused, backend, objective):
     """Half of the transitions with factor 2 and the other half with factor 2: the mean of both is the gradient of all, to
     float32 rounding."""
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     selection = (adjacent(golden) if reused else golden.transitions).select()
     step = golden.step(3, backend, reuse_passes=reused, **objective)
     whole = gradients(golden, step, selection)
@@ -65,7 +63,7 @@ def test_draws_and_the_rest_average_to_the_whole_gradient(reused, backend, objec
 @pytest.mark.parametrize("reward_gradient", ["lookahead", "lookahead_detached", "terminal"])
 def test_passes(reward_gradient):
     """Half of the inner transitions take the passes of "reverse", the others those of "forward"."""
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     selection = golden.transitions.select()
     inner = selection.step_index < len(golden.table) - 1
     factors = torch.zeros(len(selection))
@@ -79,7 +77,7 @@ def test_passes(reward_gradient):
 
 
 def test_later_epochs_read_the_products_that_the_first_has_cached():
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     step, selection = golden.step(2), with_factors(golden.transitions.select(), HALF)
     count = len(selection)
     cache = ReferenceCache(count, 1, tuple(golden.transitions.x.shape[1:]), True, torch.device("cpu"))

@@ -1,7 +1,6 @@
 """Adjacent transitions that share network passes: the same gradients, fewer passes."""
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -11,10 +10,9 @@ from fastnabla.methods.micro_batches import MicroBatch, cut
 from fastnabla.methods.nabla_db import BalanceStep
 from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from tests.checks import BACKENDS, assert_gradients, randn
-from tests.golden import STEP_SETS, GoldenStep, load_step
+from tests.golden import GoldenStep
+from tests.small_step import shared_step
 
-GOLDEN = next(folder for folder in STEP_SETS if (folder / "flow").exists())
-load_once = functools.cache(load_step)
 PROMPTS = 2
 
 
@@ -71,7 +69,7 @@ def gradients(golden: GoldenStep, step: BalanceStep, transitions: Transitions) -
     ],
 )
 def test_shared_passes_give_the_same_gradients(objective, micro_batch, backend):
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     transitions = batch(golden)
     expected = gradients(golden, golden.step(100, **objective), transitions)
     actual = gradients(golden, golden.step(micro_batch, backend, reuse_passes=True, **objective), transitions)
@@ -91,7 +89,7 @@ def test_shared_passes_give_the_same_gradients(objective, micro_batch, backend):
     ],
 )
 def test_passes_and_decodes(objective, passes, decodes):
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     decoded = []
 
     class Counter(nn.Module):
@@ -108,17 +106,17 @@ def test_passes_and_decodes(objective, passes, decodes):
 
 def cut_all(selection: LazyTransitions, size: int, reuse_passes: bool = False) -> list[MicroBatch]:
     rows = torch.arange(len(selection))
-    return cut(selection, len(load_once(GOLDEN).table), rows, size, reuse_passes=reuse_passes)
+    return cut(selection, len(shared_step().table), rows, size, reuse_passes=reuse_passes)
 
 
 def test_without_reuse_no_row_is_shared():
-    for part in cut_all(batch(load_once(GOLDEN)).select(), 100):
+    for part in cut_all(batch(shared_step()).select(), 100):
         assert len(part.shared) == 0
         assert part.next_state_index().tolist() == list(range(len(part.rows), 2 * len(part.rows)))
 
 
 def test_neighbours_share():
-    selection = batch(load_once(GOLDEN)).select()
+    selection = batch(shared_step()).select()
     inner, last = cut_all(selection, 100, reuse_passes=True)
     assert (inner.last, last.last) == (False, True)
     names = list(zip(selection.trajectory[inner.rows].tolist(), selection.step_index[inner.rows].tolist(), strict=True))
@@ -132,7 +130,7 @@ def test_neighbours_share():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7])
 def test_cuts_are_even_and_complete(size):
-    selection = batch(load_once(GOLDEN)).select()
+    selection = batch(shared_step()).select()
     parts = cut_all(selection, size)
     assert sorted(torch.cat([part.rows for part in parts]).tolist()) == list(range(len(selection)))
     for last in (False, True):
@@ -142,7 +140,7 @@ def test_cuts_are_even_and_complete(size):
 
 
 def test_passes_of_a_sampler_that_is_no_chain_cannot_be_reused():
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     table = dataclasses.replace(golden.table, timestep_next=golden.table.timestep_next.clone())
     table.timestep_next[1] += 1
     with pytest.raises(ValueError, match="does not end where the next begins"):

@@ -24,8 +24,9 @@ from fastnabla.transition import TransitionTable
 from tests.checks import BACKENDS, assert_gradients, flow_table
 from tests.exact import Exact, grad
 from tests.families import save_tiny
-from tests.golden import STEP_SETS, GoldenStep, load_step
-from tests.training.test_trainer import small, train
+from tests.golden import GoldenStep
+from tests.runs import on_testbed, small, train
+from tests.small_step import small_step
 
 BETA = 300.0
 
@@ -33,13 +34,13 @@ BETA = 300.0
 @functools.cache
 def diffusion() -> GoldenStep:
     """Tiny networks with a LoRA that is not zero, and three transitions of each of three trajectories, the last ones included."""
-    return load_step(STEP_SETS[0]).without_flow()
+    return small_step().without_flow()
 
 
 @functools.cache
 def flow(rows: str = "euler") -> GoldenStep:
     """The same for a flow model: the golden UNet predicts velocities."""
-    found = load_step(STEP_SETS[0]).without_flow()
+    found = small_step().without_flow()
     table, batch = flow_table(len(found.table), rows=rows), found.transitions
     at = table.rows(batch.step_index, batch.x)
     x_next = at.a * batch.x + at.b * batch.model_output
@@ -274,6 +275,6 @@ def test_the_ode_of_a_run_is_eulers_method(sd3: str) -> None:
     torch.testing.assert_close(table.b, table.noise_std_next - table.noise_std)
     assert (table.a == 1).all()
     with pytest.raises(ValueError, match=r"method = 'vgg-flow': .*testbed is not a model of flow matching"):
-        Trainer.from_config(small(method="vgg-flow"))
+        Trainer.from_config(on_testbed(small(method="vgg-flow")))
     with pytest.raises(ValueError, match=r"sampler\.scheduler = 'euler': the model is a diffusion model"):
         Trainer.from_config(small(method="rsm", sampler=SamplerConfig(steps=4, scheduler="euler")))

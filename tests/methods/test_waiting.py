@@ -1,18 +1,15 @@
 """Nothing in the training step waits for the device."""
 
 import dataclasses
-import functools
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnabla.trajectories.transitions import Transitions
-from tests.golden import STEP_SETS, load_step
 from tests.methods.test_sharing import batch as adjacent
+from tests.small_step import shared_step, small_step
 
-GOLDEN = next(folder for folder in STEP_SETS if (folder / "flow").exists())
-load_once = functools.cache(load_step)
 WAITING = {
     torch.ops.aten._local_scalar_dense,
     torch.ops.aten.nonzero,
@@ -46,7 +43,7 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("reward_gradient", ["lookahead", "lookahead_detached", "terminal"])
 @pytest.mark.parametrize("reuse_passes", [False, True])
 def test_no_float_decides_on_the_host(reward_gradient, reuse_passes):
-    golden = load_once(GOLDEN)
+    golden = shared_step()
     step = golden.step(4, "torch", reuse_passes=reuse_passes, reward_gradient=reward_gradient)
     with NoWaiting():
         step(adjacent(golden))
@@ -64,8 +61,8 @@ def test_the_mode_sees_waiting():
 @pytest.mark.parametrize("reward_gradient", ["lookahead", "lookahead_detached", "terminal"])
 @pytest.mark.parametrize("reuse_passes", [False, True])
 def test_nothing_waits_on_a_gpu(reward_gradient, reuse_passes):
-    golden = load_step(GOLDEN).to("cuda")
-    host = adjacent(load_once(GOLDEN))
+    golden = small_step().to("cuda")
+    host = adjacent(shared_step())
     columns = (field.name for field in dataclasses.fields(host))
     on_gpu = Transitions(**{name: getattr(host, name).cuda() for name in columns})
     selection = dataclasses.replace(host.select(), gather=lambda rows: on_gpu[rows.to("cuda", non_blocking=True)])

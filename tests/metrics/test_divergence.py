@@ -13,7 +13,7 @@ from fastnabla.trajectories.draws import draw_stratified
 from fastnabla.trajectories.rollout import sample
 from fastnabla.utils.seeding import seed_of
 from tests.checks import ddim_table, flow_table, randn, relative_error
-from tests.golden import STEP_SETS, load_step
+from tests.small_step import small_step
 
 SHAPE = (4, 8, 8)
 TABLE = ddim_table(4, eta=0.8)
@@ -23,7 +23,7 @@ SEEDS = [seed_of(7, "noise", i) for i in range(5)]
 
 @pytest.fixture(scope="module")
 def policy():
-    return load_step(STEP_SETS[0]).policy
+    return small_step().policy
 
 
 def steps_of(o, o_ref, x, step):

@@ -17,9 +17,9 @@ from fastnabla.models.policy import Policy
 from fastnabla.training.trainer import Trainer
 from tests.checks import randn
 from tests.families import save_tiny
-from tests.faults import assert_same_result, tiny, without_pictures
+from tests.faults import assert_same_result, tiny
 from tests.kernel_cases import GPU
-from tests.training.test_trainer import interrupt
+from tests.runs import interrupt, without_pictures
 
 PROMPTS = [f"a {animal}" for animal in ("cow", "cat", "dog", "sheep", "bear", "horse")]
 TEXT, POOLED = randn(6, 2, 4, seed=1), randn(6, 3, seed=2)

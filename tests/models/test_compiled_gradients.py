@@ -22,10 +22,11 @@ from fastnabla.models.conditions import Conditions
 from fastnabla.models.decoder import Decoder
 from fastnabla.models.policy import Policy
 from tests.checks import randn, relative_error
-from tests.golden import Flow, GoldenStep, load_step
+from tests.golden import Flow, GoldenStep
 from tests.kernel_cases import CPU, on_cpu, on_gpu
-from tests.methods.test_sharing import GOLDEN, batch
+from tests.methods.test_sharing import batch
 from tests.models.test_compiling import TINY
+from tests.small_step import small_step
 
 DECODERS = ("kl", "kl recomputed", "tiny")
 
@@ -44,7 +45,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def build(device: str, dtype: torch.dtype, decoder: str, rank: int = 2) -> GoldenStep:
     """Tiny networks, none of whose layers is zero: a new LoRA's B is, and with it the gradient of A."""
-    golden = load_step(GOLDEN)
+    golden = small_step()
     conditions = golden.policy.conditions
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**TINY, cross_attention_dim=conditions.width)

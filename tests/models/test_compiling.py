@@ -19,8 +19,9 @@ from fastnabla.models.conditions import Conditions
 from fastnabla.models.policy import Policy
 from fastnabla.trajectories.transitions import Transitions
 from tests.checks import assert_gradients, randn
-from tests.golden import GoldenStep, load_step
-from tests.methods.test_sharing import GOLDEN, batch, gradients, joined, run_of
+from tests.golden import GoldenStep
+from tests.methods.test_sharing import batch, gradients, joined, run_of
+from tests.small_step import small_step
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def fresh() -> Iterator[None]:
 def test_training_step_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """In each step the adapter is switched off, on without gradient, and on; none of it makes another graph."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    golden = load_step(GOLDEN)
+    golden = small_step()
     transitions = batch(golden)
     step = golden.step(4, reward_gradient="lookahead")
     expected = gradients(golden, step, transitions)
@@ -81,7 +82,7 @@ def test_no_micro_batch_compiles_anew(
     By torch's tracing alone, which decides about graphs; no code is generated.
     """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    golden = load_step(GOLDEN)
+    golden = small_step()
     conditions = golden.policy.conditions
     unet = UNet2DConditionModel(**TINY, cross_attention_dim=conditions.width).requires_grad_(False)
     golden = dataclasses.replace(golden, policy=Policy(unet, conditions, guidance_scale=3.0, rank=2))
@@ -105,7 +106,7 @@ def test_no_micro_batch_compiles_anew(
 
 
 def test_padded_rows_are_counted_and_running_out_of_memory_ends_them() -> None:
-    golden = load_step(GOLDEN)
+    golden = small_step()
     golden.policy.compile = "whole"  # as far as the step knows
     step = golden.step(100, reward_gradient="terminal")
     report = step(batch(golden))
@@ -126,7 +127,7 @@ def test_padded_rows_are_counted_and_running_out_of_memory_ends_them() -> None:
 
 def test_next_states_have_a_size_of_their_own_where_passes_are_shared() -> None:
     """Whatever number of last transitions there is, which have no pass at x'."""
-    golden = load_step(GOLDEN)
+    golden = small_step()
     golden.policy.compile = "whole"  # as far as the step knows
     runs = [run_of(golden, trajectory, [0, 1, 2, 3]) for trajectory in range(2)]
     last = [run_of(golden, trajectory, [len(golden.table) - 1]) for trajectory in range(8)]

@@ -22,7 +22,7 @@ from fastnabla.prompts import RunPrompts
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.rollout import sample
 from tests.families import UNETS, save_tiny
-from tests.training.test_trainer import small
+from tests.runs import small
 
 PROMPTS = ["a cat", "a dog"]
 

@@ -31,8 +31,8 @@ from fastnabla.trajectories.rollout import sample
 from fastnabla.utils.seeding import seed_of
 from tests.checks import randn
 from tests.families import FLOW_MODELS, save_tiny
-from tests.faults import assert_same_result, without_pictures
-from tests.training.test_trainer import interrupt, small
+from tests.faults import assert_same_result
+from tests.runs import interrupt, small, without_pictures
 
 PROMPTS, SEEDS, STEPS = ["a cat", "a dog"], [1, 2], 3
 SIZE = {"height": 16, "width": 24}

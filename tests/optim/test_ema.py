@@ -18,10 +18,8 @@ from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig
 from fastnabla.evaluation.options import FILE
 from fastnabla.optim.ema import WeightAverage
 from fastnabla.sample import SampleConfig, sample_run
-from fastnabla.testbed import pipeline_folder
 from fastnabla.training.trainer import Trainer
-from tests.faults import without_pictures
-from tests.training.test_trainer import interrupt, small
+from tests.runs import interrupt, small, smallest, without_pictures
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 DECAY = 0.8
@@ -120,7 +118,7 @@ def test_is_evaluated_and_saved_beside_the_weights(run) -> None:
 
     raw, averaged = load_file(folder / LORA), load_file(folder / "ema" / LORA)
     assert raw.keys() == averaged.keys() and any(not torch.equal(raw[name], averaged[name]) for name in raw)
-    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder())
+    pipeline = StableDiffusionPipeline.from_pretrained(smallest("sd15"))
     pipeline.load_lora_weights(folder / "ema" / "lora")
     loaded = [p.detach() for name, p in pipeline.unet.named_parameters() if "lora_" in name]
     assert all(torch.equal(a, b) for a, b in zip(loaded, trainer.ema.average.values(), strict=True))

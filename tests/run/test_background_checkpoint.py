@@ -13,8 +13,9 @@ from fastnabla.run.checkpoint import CheckpointError
 from fastnabla.run.host_copy import host_copy
 from fastnabla.run.state import Progress
 from fastnabla.training.trainer import Trainer
-from tests.faults import tiny, without_pictures
+from tests.faults import tiny
 from tests.run.test_checkpoint import assert_same, build, kept, update
+from tests.runs import without_pictures
 from tests.utils.test_durable import fill
 
 

@@ -11,7 +11,7 @@ from fastnabla.run.weights import is_best, weights_folder
 from fastnabla.training import trainer as trainer_module
 from fastnabla.training.trainer import Trainer
 from tests.integration.failing_disk import FailingDisk
-from tests.training.test_trainer import small
+from tests.runs import small
 
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
 

@@ -13,6 +13,7 @@ from fastnabla.training import build, command
 from fastnabla.training.build import build_components, plan_and_build
 from tests.faults import tiny
 from tests.integration.test_cli import QUICK
+from tests.runs import on_testbed
 
 
 @pytest.mark.slow
@@ -80,7 +81,6 @@ def test_a_bound_needs_a_probe_that_measures_it(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_testbeds_classifiers_need_its_own_size() -> None:
-    config, sides = tiny(), {"height": 32, "width": 64}
-    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, probe="testbed"))
+    config, sides = on_testbed(tiny()), {"height": 32, "width": 64}
     with pytest.raises(ValueError, match=r"evaluation\.probe = 'testbed', reward\.terms = classifier: .* 32 × 64"):
         build_components(dataclasses.replace(config, model=dataclasses.replace(config.model, **sides)))

@@ -14,7 +14,7 @@ from fastnabla.training.check_model import check_model
 from fastnabla.training.trainer import Trainer
 from tests.families import FLOW_MODELS, save_tiny
 from tests.models.test_fitting import changed
-from tests.training.test_trainer import small
+from tests.runs import small
 
 RENORMALISES = "its guidance renormalises the output"
 NO_T5 = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}

@@ -17,8 +17,8 @@ from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, ZeroGradien
 from fastnabla.training.guards import Guard
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.finite_samples import finite_samples
-from tests.faults import tiny, without_pictures
-from tests.training.test_trainer import interrupt
+from tests.faults import tiny
+from tests.runs import interrupt, without_pictures
 
 PROMPTS, TIMESTEP = ("a cat", "a dog"), torch.tensor([900, 600, 300])
 NORMS = {"grad_norm_lora": torch.tensor(2.0), "grad_norm_flow": torch.tensor(3.0)}

@@ -11,9 +11,9 @@ import torch
 from fastnabla.training import guards
 from fastnabla.training.guards import MIN_HISTORY, WINDOW, Guard, median_of
 from fastnabla.training.trainer import Trainer
-from tests.faults import tiny, without_pictures
+from tests.faults import tiny
+from tests.runs import interrupt, without_pictures
 from tests.training.test_guards import PROMPTS, TIMESTEP, records, report
-from tests.training.test_trainer import interrupt
 
 
 def history(values: list[float | None], name: str = "loss") -> list[dict]:

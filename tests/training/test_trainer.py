@@ -1,4 +1,4 @@
-"""Whole runs of the testbed, cut down to seconds."""
+"""Whole runs, cut down to seconds."""
 
 import dataclasses
 import json
@@ -11,47 +11,14 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from fastnabla.config.model_sections import ModelConfig, RewardConfig, SamplerConfig
-from fastnabla.config.presets import PRESETS
-from fastnabla.config.train import TrainConfig
-from fastnabla.config.training_sections import ComputeConfig, EvaluationConfig, OptimizerConfig, RolloutConfig
+from fastnabla.config.training_sections import EvaluationConfig, OptimizerConfig
 from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.methods.passes import planned_passes
 from fastnabla.objective.settings import Objective
-from fastnabla.testbed import pipeline_folder
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.seeding import seed_of
 from tests.checks import BACKENDS
-
-
-def small(**changes) -> TrainConfig:
-    """A run of four updates of seconds, with look-ahead reward gradients, all reverse residuals, and the default layout."""
-    preset = PRESETS["testbed"][1]
-    config = dataclasses.replace(
-        preset,
-        objective=dataclasses.replace(preset.objective, reward_gradient="lookahead", reverse_fraction=1.0),
-        compute=ComputeConfig(),
-        updates=4,
-        checkpoint_every=2,
-        tracker="none",
-        sampler=SamplerConfig(steps=4, guidance_scale=3.0),
-        rollout=RolloutConfig(trajectories=4, fraction=0.5, updates=2),
-        evaluation=EvaluationConfig(every=2, samples=2, prompts=2, probe="testbed"),
-        optimizer=OptimizerConfig(schedule="linear", warmup=2),
-    )
-    return dataclasses.replace(config, **changes)
-
-
-def without_pictures(trainer: Trainer) -> Trainer:
-    """Disable pictures, which take most of the time of a small run and are not part of its state."""
-    trainer._write_pictures = lambda *_: None
-    return trainer
-
-
-def train(config: TrainConfig, folder: Path) -> Path:
-    """Run without pictures."""
-    folder.mkdir()
-    without_pictures(Trainer.from_config(config)).train(folder)
-    return folder
+from tests.runs import interrupt, small, smallest, train, without_pictures
 
 
 @pytest.fixture(scope="module")
@@ -104,19 +71,6 @@ def test_same_seed_same_metrics_bit_for_bit(run: Path, tmp_path: Path) -> None:
     assert (other / "metrics.jsonl").read_bytes() != (run / "metrics.jsonl").read_bytes()
 
 
-def interrupt(trainer: Trainer, call: int) -> None:
-    """Make the training that comes fail in the optimizer's call number `call`, from 1."""
-    update, calls = trainer.optimizer.update, []
-
-    def interrupted(*arguments) -> dict[str, torch.Tensor]:
-        calls.append(None)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return update(*arguments)
-
-    trainer.optimizer.update = interrupted
-
-
 @pytest.mark.parametrize("name", ["adamw", pytest.param("lion8bit", marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(name: str, run: Path, tmp_path: Path) -> None:
     config = small(optimizer=dataclasses.replace(small().optimizer, name=name))
@@ -161,7 +115,7 @@ def test_saved_lora_gives_the_same_images_in_plain_diffusers(tmp_path: Path) -> 
     with trainer.policy.pretrained_weights():
         pretrained = trainer.evaluator.images()
 
-    pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder(), dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(smallest("sd15"), dtype=torch.float32, safety_checker=None)
     pipe.load_lora_weights(folder / "lora")
     generators = [torch.Generator().manual_seed(seed_of(0, "evaluation", 0, i)) for i in range(4)]
     theirs = pipe(
@@ -174,7 +128,7 @@ def test_saved_lora_gives_the_same_images_in_plain_diffusers(tmp_path: Path) -> 
     ).images
     # Float32 rounding of two differently ordered samplers, through four steps and the decoder.
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    assert (ours - pretrained).abs().max() > 0.05
+    assert (ours - pretrained).abs().max() > 50 * 1e-4
 
 
 @pytest.mark.parametrize("reward_gradient", ["lookahead_detached", "terminal"])
@@ -258,9 +212,9 @@ def test_kernels_do_not_change_the_run(backend: str, run: Path, tmp_path: Path) 
 
 
 def test_a_tiny_decoder_guides_and_the_vae_reports(run: Path, tmp_path: Path) -> None:
-    widths = (8, 8, 8)
+    widths = (8,)
     blocks = {"encoder_block_out_channels": widths, "decoder_block_out_channels": widths}
-    counts = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
+    counts = {"num_encoder_blocks": (1,), "num_decoder_blocks": (1,)}
     AutoencoderTiny(**blocks, **counts).save_pretrained(tmp_path / "tiny")
     model = dataclasses.replace(small().model, tiny_decoder=str(tmp_path / "tiny"))
     folder = train(

@@ -15,7 +15,8 @@ from fastnabla.config.training_sections import ComputeConfig
 from fastnabla.distributed.world import World
 from fastnabla.training.trainer import Trainer
 from fastnabla.utils.determinism import WORKSPACE, make_deterministic
-from tests.faults import assert_same_result, tiny, without_pictures
+from tests.faults import assert_same_result, tiny
+from tests.runs import without_pictures
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,97 @@
+"""Runs of seconds, on a model of one level that stands in for the testbed: they have all of its parts but its depth."""
+
+import atexit
+import dataclasses
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fastnabla.config.model_sections import ModelConfig, RewardConfig, SamplerConfig
+from fastnabla.config.presets import PRESETS
+from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import ComputeConfig, EvaluationConfig, OptimizerConfig, RolloutConfig
+from fastnabla.models.random_init import random_pipeline
+from fastnabla.training.trainer import Trainer
+from tests.families import TINY
+
+VAE = {
+    "block_out_channels": (8,),
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "mid_block_add_attention": False,
+}
+NETWORKS = {
+    "sd15": {
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "mid_block_type": None,
+    },
+    "sd3": {"num_layers": 1},
+}
+
+
+@functools.cache
+def smallest(family: str) -> str:
+    """The folder of a pipeline of `family` with one level and random weights, which is removed with this process."""
+    folder, full = tempfile.mkdtemp(prefix="fastnabla-"), TINY[family]
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    architecture = dataclasses.replace(full, network=full.network | NETWORKS[family], vae=full.vae | VAE)
+    random_pipeline(architecture, {"default": torch.float32}).save_pretrained(folder)
+    return folder
+
+
+def small(**changes) -> TrainConfig:
+    """Four updates, with look-ahead reward gradients, all reverse residuals, and the default layout."""
+    preset = PRESETS["testbed"][1]
+    config = dataclasses.replace(
+        preset,
+        model=ModelConfig(name=smallest("sd15"), dtype="float32", height=8, width=8),
+        reward=RewardConfig(terms=("hue=1",)),
+        objective=dataclasses.replace(preset.objective, reward_gradient="lookahead", reverse_fraction=1.0),
+        compute=ComputeConfig(),
+        updates=4,
+        checkpoint_every=2,
+        tracker="none",
+        sampler=SamplerConfig(steps=4, guidance_scale=3.0),
+        rollout=RolloutConfig(trajectories=4, fraction=0.5, updates=2),
+        evaluation=EvaluationConfig(every=2, samples=2, prompts=2, probe="pixels"),
+        optimizer=OptimizerConfig(schedule="linear", warmup=2),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def on_testbed(config: TrainConfig) -> TrainConfig:
+    """`config` with the testbed's model, rewards and probe."""
+    preset = PRESETS["testbed"][1]
+    evaluation = dataclasses.replace(config.evaluation, probe="testbed")
+    return dataclasses.replace(config, model=preset.model, reward=preset.reward, evaluation=evaluation)
+
+
+def without_pictures(trainer: Trainer) -> Trainer:
+    """Disable pictures, which take most of the time of a small run and are not part of its state."""
+    trainer._write_pictures = lambda *_: None
+    return trainer
+
+
+def train(config: TrainConfig, folder: Path) -> Path:
+    """Run without pictures."""
+    folder.mkdir()
+    without_pictures(Trainer.from_config(config)).train(folder)
+    return folder
+
+
+def interrupt(trainer: Trainer, call: int) -> None:
+    """Make the training that comes fail in the optimizer's call number `call`, from 1."""
+    update, calls = trainer.optimizer.update, []
+
+    def interrupted(*arguments) -> dict[str, torch.Tensor]:
+        calls.append(None)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return update(*arguments)
+
+    trainer.optimizer.update = interrupted
