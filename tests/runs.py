@@ -37,11 +37,11 @@ NETWORKS = {
 @functools.cache
 def smallest(family: str) -> str:
     """The folder of a pipeline of `family` with one level and random weights, which is removed with this process."""
-    folder, full = tempfile.mkdtemp(prefix="fastnabla-"), TINY[family]
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    above, full = Path(tempfile.mkdtemp(prefix="fastnabla-")), TINY[family]
+    atexit.register(shutil.rmtree, above, ignore_errors=True)
     architecture = dataclasses.replace(full, network=full.network | NETWORKS[family], vae=full.vae | VAE)
-    random_pipeline(architecture, {"default": torch.float32}).save_pretrained(folder)
-    return folder
+    random_pipeline(architecture, {"default": torch.float32}).save_pretrained(above / f"tiny-{family}")
+    return str(above / f"tiny-{family}")
 
 
 def small(**changes) -> TrainConfig:
@@ -62,6 +62,11 @@ def small(**changes) -> TrainConfig:
         optimizer=OptimizerConfig(schedule="linear", warmup=2),
     )
     return dataclasses.replace(config, **changes)
+
+
+ON_SMALLEST = [f"--model.name={smallest('sd15')}", "--model.dtype=float32", "--model.height=8", "--model.width=8"]
+ON_SMALLEST += ["--reward.terms", "hue=1", "--evaluation.probe=pixels"]
+"""What `small` changes in the testbed's preset, as command-line arguments."""
 
 
 def on_testbed(config: TrainConfig) -> TrainConfig:

@@ -16,10 +16,11 @@ from fastnabla.distributed.signals import Stopped
 from fastnabla.run.tracker import Tracker
 from fastnabla.training.trainer import Trainer
 from fastnabla.training.whole_run import DIVERGED
+from tests.runs import ON_SMALLEST
 from tests.tokens import TOKENS, assert_no_tokens
 from tests.utils.test_durable import no_space
 
-QUICK = [
+TESTBED = [
     "--updates=1",
     "--tracker=none",
     "--sampler.steps=4",
@@ -28,6 +29,7 @@ QUICK = [
     "--evaluation.samples=2",
     "--evaluation.prompts=2",
 ]
+QUICK = [*TESTBED, *ON_SMALLEST]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +43,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_train_then_sample(capsys: pytest.CaptureFixture[str], drawn: None) -> None:
     table = Path("animals.csv")
     table.write_text("Prompts,Place\na cow,field\na dog,house\na bear,wood\n", encoding="utf-8")
-    assert train.main([*QUICK, "--prompts.source", str(table)]) == 0
+    assert train.main([*TESTBED, "--prompts.source", str(table)]) == 0
     run = Path("runs/testbed-001")
     assert (run / "table.md").is_file()
     assert sample.main([str(run), "--prompt", "a giraffe", "a cow", "-n", "3"]) == 0
@@ -70,7 +72,7 @@ def test_sampler_s_last_steps_are_those_of_training() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UNet2DConditionModel, "forward", record)
-        assert sample.main(["runs/testbed-001", "-n", "1"]) == 0
+        assert sample.main(["runs/tiny-sd15-001", "-n", "1"]) == 0
     assert seen == [999, 749, 499, 249] * 2  # pretrained and finetuned
 
 
@@ -212,7 +214,7 @@ def test_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monk
 
     monkeypatch.setattr(Trainer, "train", interrupt)
     assert train.main(QUICK) == 130
-    assert "--resume runs/testbed-001" in capsys.readouterr().out
+    assert "--resume runs/tiny-sd15-001" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -225,7 +227,7 @@ def test_a_stop_says_how_to_go_on(
     monkeypatch.setattr(Trainer, "train", stopped)
     assert train.main(QUICK) == 128 + number
     printed = capsys.readouterr().out
-    assert number.name in printed and "--resume runs/testbed-001" in printed
+    assert number.name in printed and "--resume runs/tiny-sd15-001" in printed
 
 
 @pytest.mark.parametrize("failing", ["checkpoint", "metrics"])
@@ -238,7 +240,7 @@ def test_a_full_disk_ends_the_run_with_advice(
         monkeypatch.setattr(Tracker, "_append", no_space)
     assert train.main(QUICK) == 1
     message = capsys.readouterr().err
-    assert "No space left" in message and "runs/testbed-001" in message and "Traceback" not in message
+    assert "No space left" in message and "runs/tiny-sd15-001" in message and "Traceback" not in message
 
 
 @pytest.mark.slow

@@ -14,8 +14,10 @@ from fastnabla.run.resuming import AUTO, fingerprint, run_to_resume, updates_of
 from fastnabla.training.trainer import Trainer
 from tests.faults import assert_same_result
 from tests.run.test_resuming import BASE, PROMPTS, begun
+from tests.runs import ON_SMALLEST
 
 QUICK = [
+    *ON_SMALLEST,
     "--tracker=none",
     "--optimizer.schedule=constant",
     "--sampler.steps=2",
@@ -24,7 +26,6 @@ QUICK = [
     "--evaluation.every=1",
     "--evaluation.samples=2",
     "--evaluation.prompts=2",
-    "--evaluation.probe=none",
     "--memory.micro-batch=4",
     "--memory.decode-chunk=4",
 ]

@@ -14,7 +14,7 @@ from tests.faults import assert_same_result
 from tests.integration.test_cli import QUICK
 
 BOTH = EvaluationConfig(probe="testbed", stop_below_diversity=0.5, stop_above_prior=3.0)
-RUN = [*QUICK, "--updates=4", "--evaluation.every=2", "--evaluation.probe=testbed"]
+RUN = [*QUICK, "--updates=4", "--evaluation.every=2"]
 
 
 def records(*values: tuple[float | None, float | None]) -> list[dict]:
