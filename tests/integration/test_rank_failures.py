@@ -23,8 +23,10 @@ from fastnabla.rewards.testbed import area
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories import rollout
 from tests.ranks import begin, end, restarting_ranks, trained
+from tests.runs import ON_SMALLEST
 
 TINY = [
+    *ON_SMALLEST,
     "--updates=2",
     "--tracker=none",
     "--device=cpu",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fastnabla.config.model_sections import LoraConfig, ModelConfig, RewardConfig
 from fastnabla.config.train import TrainConfig
-from fastnabla.config.training_sections import ComputeConfig, EvaluationConfig, MemoryConfig
+from fastnabla.config.training_sections import ComputeConfig, EvaluationConfig, MemoryConfig, RolloutConfig
 from fastnabla.cost.shapes import shapes_of
 from fastnabla.models.build import build_networks
 from fastnabla.models.description import Description
@@ -33,6 +33,7 @@ def config_of(model: str, **changes) -> TrainConfig:
         "checkpoint_every": 2,
         "model": ModelConfig(name=model, dtype="float32"),
         "reward": RewardConfig(terms=("hue=1",)),
+        "rollout": RolloutConfig(trajectories=2, fraction=0.5, updates=2),
         "evaluation": EvaluationConfig(every=2, samples=2, prompts=2),
     }
     return small(**(settings | changes))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastnabla.config.model_sections import LoraConfig, ModelConfig, RewardConfig, SamplerConfig
 from fastnabla.config.train import TrainConfig
-from fastnabla.config.training_sections import EvaluationConfig
+from fastnabla.config.training_sections import EvaluationConfig, RolloutConfig
 from fastnabla.evaluation.options import EvaluationOptions
 from fastnabla.evaluation.run import RunEvaluation
 from fastnabla.models.build import Networks, build_networks
@@ -46,6 +46,7 @@ def config_of(model: str, guidance_scale: float = 3.0, **changes) -> TrainConfig
         "model": ModelConfig(name=model, dtype="float32", **SIZE),
         "sampler": SamplerConfig(steps=STEPS, guidance_scale=guidance_scale),
         "reward": RewardConfig(terms=("hue=1",)),
+        "rollout": RolloutConfig(trajectories=2, fraction=0.5, updates=2),
         "evaluation": EvaluationConfig(every=2, samples=2, prompts=2),
     }
     return small(**(settings | changes))

@@ -30,8 +30,9 @@ from fastnabla.models.saved_policy import load_policy, save_policy
 from tests.checks import assert_gradients, randn
 from tests.families import save_tiny
 from tests.golden import GoldenStep, load_step
-from tests.methods.test_sharing import GOLDEN, gradients
+from tests.methods.test_sharing import gradients
 from tests.models.test_compiling import TINY
+from tests.small_step import WITH_FLOW
 
 KINDS = ("int8", "nf4")
 NF4 = (
@@ -116,7 +117,7 @@ def quantised(golden: GoldenStep, kind: str) -> tuple[GoldenStep, GoldenStep]:
             parameter.data += 0.1 * torch.randn_like(parameter)
         return dataclasses.replace(golden, policy=policy)
 
-    network = type(golden.policy.network).from_pretrained(GOLDEN / "unet")
+    network = type(golden.policy.network).from_pretrained(WITH_FLOW / "unet")
     quantise_linear_layers(network, kind)
     dense = plain(network)
     return with_network(network), with_network(dense)
@@ -128,7 +129,7 @@ def quantised(golden: GoldenStep, kind: str) -> tuple[GoldenStep, GoldenStep]:
 )
 def test_a_step_is_that_of_a_plain_network_with_the_dequantised_weights(kind: str, objective: dict) -> None:
     """The products are equal to the bit, so the gradients are within float32 rounding."""
-    ours, theirs = quantised(load_step(GOLDEN), kind)
+    ours, theirs = quantised(load_step(WITH_FLOW), kind)
     found, expected = (gradients(each, each.step(4, **objective), each.transitions) for each in (ours, theirs))
     assert all(gradient.any() for gradient in found.values())
     assert_gradients(found, expected)
