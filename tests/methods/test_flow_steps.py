@@ -17,7 +17,8 @@ from fastnabla.methods.nabla_db import BalanceStep
 from fastnabla.transition import TransitionTable
 from tests.checks import BACKENDS, assert_gradients, flow_table, matched_flow_table, randn
 from tests.exact import Exact
-from tests.golden import ALL_STEP_SETS, STEP_SETS, GoldenStep, load_step
+from tests.golden import ALL_STEP_SETS, GoldenStep, load_step
+from tests.small_step import small_step
 
 
 @dataclasses.dataclass
@@ -118,8 +119,8 @@ def test_agrees_with_the_reference_as_a_flow(folder: Path, backend: str) -> None
 
 
 def sampled_by(table: TransitionTable) -> GoldenStep:
-    """A golden step whose transitions are those of `table`, with the golden UNet for a velocity network."""
-    golden = load_step(next(folder for folder in STEP_SETS if (folder / "flow").exists()))
+    """A small step whose transitions are those of `table`, with its UNet for a velocity network."""
+    golden = small_step()
     batch = golden.transitions
     rows = table.rows(batch.step_index, batch.x)
     x_next = rows.a * batch.x + rows.b * batch.model_output + rows.sigma * randn(*batch.x.shape, seed=3)
