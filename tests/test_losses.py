@@ -424,6 +424,7 @@ def test_wrong_arguments(changes, message):
         residual_db_loss(**{**arguments(5.0), "guidance_scale": 5.0, "beta": 3.0, **changes})
 
 
+@pytest.mark.slow
 def test_needs_torch_alone():
     """Neither a model library nor the trainer is imported with the loss."""
     heavy = (

@@ -80,6 +80,7 @@ def problems(source: str) -> Iterator[str]:
             yield f"{where}{name} without use_safetensors = True"
 
 
+@pytest.mark.slow
 def test_no_code_comes_with_data() -> None:
     found = {str(file.relative_to(ROOT)): list(problems(file.read_text(encoding="utf-8"))) for file in SOURCES}
     assert len(found) > 200

@@ -55,6 +55,7 @@ def test_stable_diffusion_s_schedule(spacing):
     torch.testing.assert_close(last, torch.full_like(last, 0.00085), rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "count"), zip(SAMPLERS, RAISED, strict=True), ids=str)
 def test_the_reference_has_the_noise_that_the_bound_adds(sampler, count, monkeypatch):
     """For one mode, to the network's float32. If only the last step is raised, it is σ_min² − σ²."""
@@ -77,6 +78,7 @@ def test_the_reference_has_the_noise_that_the_bound_adds(sampler, count, monkeyp
     torch.testing.assert_close(bounded.target.stds, target.stds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [SAMPLERS[1], SAMPLERS[3]], ids=str)
 def test_pretrained_samples_are_the_reference_s_for_several_modes(sampler):
     """As without a bound: below 2 floors. Without the added noise in the reference, the widths of the modes would differ."""

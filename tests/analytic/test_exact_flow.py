@@ -38,6 +38,7 @@ def first_loss(steps: int, factor: float, **changes) -> float:
     return next(iter(updates(experiment)))["loss_forward"]
 
 
+@pytest.mark.slow
 def test_the_target_s_score_solves_it_and_better_with_shorter_steps():
     """Up to the discretisation error, which falls with the square of the step size: 25 times less with five times as many
     steps. The pretrained policy, or one that moves half or twice as far or the other way, does not solve it."""
@@ -95,6 +96,7 @@ def test_lambda_of_zero_has_no_target():
         Experiment(settings("residual-db", objective=objective))
 
 
+@pytest.mark.slow
 def test_the_target_s_score_solves_it_with_another_last_step():
     """Stable Diffusion's schedule, with the noise of the last steps raised."""
     sampler = {"schedule": "stable-diffusion", "spacing": "trailing", "min_sigma": 0.09}

@@ -40,26 +40,13 @@ def test_every_method_is_learned_with():
     assert {*BALANCE, *CLIMB} == set(SETTINGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "factor", "objective", "reaches"),
     [
-        *(
-            pytest.param(
-                method,
-                factor,
-                {},
-                factor == 1,
-                marks=() if (method, factor) == ("residual-db", 1) else pytest.mark.slow,
-            )
-            for method in BALANCE
-            for factor in FACTORS.get(method, (1.0, 0.4))
-        ),
-        *(
-            pytest.param(
-                "residual-db", 1.0, {"reverse_target": "policy"} | changes, not changes, marks=pytest.mark.slow
-            )
-            for changes in ({}, {"reverse_weight": 0.0})
-        ),
+        *((method, factor, {}, factor == 1) for method in BALANCE for factor in FACTORS.get(method, (1.0, 0.4))),
+        ("residual-db", 1.0, {"reverse_target": "policy"}, True),
+        ("residual-db", 1.0, {"reverse_target": "policy", "reverse_weight": 0.0}, False),
     ],
 )
 def test_balance_reaches_the_target_and_only_as_it_is(method, factor, objective, reaches):
@@ -70,7 +57,8 @@ def test_balance_reaches_the_target_and_only_as_it_is(method, factor, objective,
     assert (left < 0.5 and 0.55 < moved < 1.3) == reaches, (left, moved)
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m == "draft" else pytest.mark.slow) for m in CLIMB])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", CLIMB)
 def test_climbing_passes_the_target_and_collapses(method):
     """Each has the same seed as a run that sees minus the reward."""
     config = configuration(method, 80)

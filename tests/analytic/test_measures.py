@@ -44,6 +44,7 @@ def test_wasserstein_of_a_scale():
     assert sliced_wasserstein(quantiles(), gaussian(1.5)) == pytest.approx(0.5 * (2 / torch.pi) ** 0.5, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_sliced_wasserstein_averages_over_directions():
     """In 2-D a shift by δ is ``|cos| δ`` along a direction, 2/π δ on average. The tolerance of 5% is for 128 directions."""
     axis = quantiles(400)[:, 0]
@@ -68,6 +69,7 @@ def test_a_lost_mode_is_its_mass_of_error():
     assert mode_mass_error(samples, target) == pytest.approx(1 - target.weights[0].item(), abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimension", PROBLEMS)
 def test_floors_fall_with_the_root_of_the_samples(dimension):
     """By a factor of 2 from 500 to 2,000 samples. The tolerance is 25%, because a mean over 20 draws varies by a tenth."""

@@ -55,6 +55,7 @@ def test_decoder_is_the_identity_and_differentiates_the_reward():
     assert torch.equal(IdentityDecoder().decode(x), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimension", PROBLEMS)
 def test_pretrained_samples_are_the_mixtures(dimension):
     """With 100 steps the sampler's error is hidden by the noise of 1,000 samples, which stays below 2 floors. The target is

@@ -69,6 +69,7 @@ def test_a_setting_that_does_not_fit_is_an_error(tmp_path, capsys):
     assert "must be a multiple" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimension", [2, 16])
 def test_the_exact_score_samples_the_target_up_to_the_sampler_s_error(dimension):
     """Its mode masses are within 2.5 floors, where the pretrained policy is more than 5 away."""

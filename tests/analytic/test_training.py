@@ -20,6 +20,7 @@ QUICK = ["--updates=4", "--steps=4", "--width=8", "--samples=64", "--rollout.tra
 QUICK += ["--rollout.updates=4"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_the_command_line_writes_everything(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -45,6 +46,7 @@ def test_methods_have_settings_of_their_own():
     assert (draft.updates, draft.optimizer.beta1) == (8, 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_comparison_writes_a_line_for_each_method(tmp_path, capsys):
     folder = tmp_path / "run"
@@ -83,6 +85,7 @@ def test_rollouts_are_learned_from_late_and_again_as_in_the_trainer():
         assert 8 <= inner <= 16 and again == 5 * inner + 2 * (24 - inner)
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for run, seed in (("a", 3), ("b", 3), ("c", 4)):

@@ -79,6 +79,7 @@ def test_a_failure_hides_nothing(tmp_path: Path) -> None:
     assert "NCHW 12.50" in text and "blocks: not measured (part blocks: skipped" in text
 
 
+@pytest.mark.slow
 def test_limits(tmp_path: Path) -> None:
     """A part ends with its seconds, and those that the ones before left, together with all that it has started; nothing is
     begun after the total."""
@@ -111,6 +112,7 @@ sys.exit(gpu.main([], [part]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_kill_at_any_moment_leaves_rows_and_summary(tmp_path: Path, number: signal.Signals) -> None:
     """Of everything at once (SIGKILL), or of the run alone, which then ends its part and prints the summary."""

@@ -45,6 +45,7 @@ def test_a_fraction_adds_its_squared_distance() -> None:
     assert found == pytest.approx(direct, rel=0.1) and found == pytest.approx(15, rel=0.15)
 
 
+@pytest.mark.slow
 def test_every_way_learns_from_what_it_draws() -> None:
     preset = PRESETS["testbed"][1]
     rollout = dataclasses.replace(preset.rollout, trajectories=2, fraction=1.0)

@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import pytest
+
 from bench.quantised_gradients import ROWS, compare
 from fastnabla.config.presets import PRESETS
 
 
+@pytest.mark.slow
 def test_the_testbed_s_gradients() -> None:
     """Eight trajectories have errors of 0.001 (int8) and 0.02 (nf4), and cosines of the LoRA's gradients of at least 0.995 and
     0.987. Here there are two, of whose few states one can have a far larger part."""

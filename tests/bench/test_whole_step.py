@@ -97,6 +97,7 @@ def test_rows_are_published_one_by_one_until_the_deadline(tmp_path: Path, monkey
     assert not result["rows"] and result["not run"] == [*(v.name for v in one_by_one(cuda=False)), "rollout"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "model"),
     [
@@ -150,6 +151,7 @@ def test_wrong_gradients_are_told(step: list[list[float]], passed: list[float], 
     assert verdict(*steps, *passes)["gradients"].startswith(begins)
 
 
+@pytest.mark.slow
 def test_a_pass_in_parts_is_the_whole() -> None:
     workload, variant = Workload(TOY, TOY.pixels, CPU, torch.float64), full(cuda=False)
     batch = workload.transitions(6, variant.draw, 6)
@@ -158,6 +160,7 @@ def test_a_pass_in_parts_is_the_whole() -> None:
     assert all(distance(parts[name], whole[name]) < 1e-10 for name in whole)
 
 
+@pytest.mark.slow
 def test_split_charges_each_pass_to_its_network() -> None:
     """A network's layer is made slow, forward and backward; the time shows in its phase alone."""
     workload, variant = Workload(TOY, TOY.pixels, CPU, torch.float32), full(cuda=False)

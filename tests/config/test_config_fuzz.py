@@ -59,6 +59,7 @@ def assert_types(config: object) -> None:
             assert not isinstance(value, float) or math.isfinite(value)
 
 
+@pytest.mark.slow
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3))
 @settings(max_examples=400)
 @example(changes={"seed": "0"})
@@ -120,6 +121,7 @@ TEXTS = (
 ARGUMENTS = st.lists(st.tuples(OPTIONS, TEXTS).map("=".join) | OPTIONS | TEXTS, max_size=4)
 
 
+@pytest.mark.slow
 @given(preset=st.sampled_from([[], ["testbed"], ["sd15-hpsv2"]]), arguments=ARGUMENTS)
 @settings(max_examples=20)
 @example(preset=["testbed"], arguments=["--run", "a" * 5000])

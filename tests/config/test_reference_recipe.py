@@ -84,6 +84,7 @@ def test_refuses_other_methods(method: str) -> None:
         compatible(method=method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", STEP_SETS, ids=lambda folder: folder.name)
 def test_the_objective_is_that_of_the_golden_steps(folder: Path) -> None:
     """With their constants; so gradients are theirs (`tests/methods/test_nabla_db.py` looks at all sets and the losses too)."""

@@ -48,6 +48,7 @@ def plan(gigabytes: float, rank: int = 8, **memory) -> MemoryPlan:
     return plan_memory(config, shallow(rank), int(gigabytes * 1e9), CPU)
 
 
+@pytest.mark.slow
 def test_plans_fit_and_grow() -> None:
     """With more memory nothing is recomputed that was not before; micro-batches grow, but beyond `ENOUGH` not at the
     price of recomputing or of smaller chunks."""
@@ -74,6 +75,7 @@ def test_24_gigabytes_need_no_checkpointing() -> None:
     assert sum(chosen.fixed.values()) + max(larger.values()) > USABLE_FRACTION * 24e9, "one more would fit"
 
 
+@pytest.mark.slow
 def test_a_pinned_buffer_is_counted_in_the_hosts_memory() -> None:
     """As many bytes as on the device, to the byte; the device has that much more room."""
     on_device, pinned = (
@@ -129,6 +131,7 @@ def test_prompt_embeddings_take_what_is_planned(family: str, tmp_path: Path, mon
     assert planner.embedding_bytes(config, costs) == 13 * each, "of any list, with the larger update"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantised_weights_take_what_is_planned(kind: str, tmp_path: Path) -> None:
     """To the byte. Activations are the unquantised network's; the largest layer's weights, dequantised, come on top. A

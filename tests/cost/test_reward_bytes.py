@@ -42,6 +42,7 @@ def test_sizes_are_added_up() -> None:
     assert other.weights == pytest.approx(4 * 986e6, rel=0.01)
 
 
+@pytest.mark.slow
 def test_recomputing_takes_less() -> None:
     kept, recomputed = (
         reward_bytes(RewardConfig(terms=("aesthetic",), checkpoint=c), (512, 512)) for c in (False, True)
@@ -50,6 +51,7 @@ def test_recomputing_takes_less() -> None:
     assert recomputed.image < 0.3 * kept.image
 
 
+@pytest.mark.slow
 def test_bfloat16_takes_less() -> None:
     full, half = (reward_bytes(RewardConfig(terms=("aesthetic",), precision=p), (512, 512)) for p in ("tf32", "bf16"))
     assert half.weights == pytest.approx(0.5 * full.weights, rel=0.02)  # what is not in its layers stays float32

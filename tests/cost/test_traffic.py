@@ -84,6 +84,7 @@ def test_passes_read_their_weights_once() -> None:
     assert decode.forward < decode.backward < 4 * decode.forward
 
 
+@pytest.mark.slow
 def test_update_has_its_traffic() -> None:
     config, costs = TrainConfig(memory=MemoryConfig(micro_batch=2, decode_chunk=1)), small_costs()
     cost = update_cost(config, costs)

@@ -63,6 +63,7 @@ def test_memory_of_a_pass() -> None:
     assert costs.shapes.network.device.type == "meta"
 
 
+@pytest.mark.slow
 def test_recomputing_keeps_less() -> None:
     """A fifth, if all blocks are counted."""
     costs = stable_diffusion(shallow=True)
@@ -72,6 +73,7 @@ def test_recomputing_keeps_less() -> None:
     assert not costs.shapes.network.is_gradient_checkpointing
 
 
+@pytest.mark.slow
 def test_memory_of_full_finetuning() -> None:
     """More by float32 gradients and weights cast to bfloat16, however many transitions there are."""
     costs = stable_diffusion(rank=0, shallow=True)
@@ -82,6 +84,7 @@ def test_memory_of_full_finetuning() -> None:
     assert costs.network_bytes(False, 8).kept < 8 * costs.network_bytes(False).kept - 6 * 2 * weights
 
 
+@pytest.mark.slow
 def test_pretended_weights_are_put_back() -> None:
     unet = stable_diffusion().shapes.network
     before = dict(unet.named_parameters())

@@ -40,6 +40,7 @@ def reward(images, prompts):
 """
 
 
+@pytest.mark.slow
 def test_what_a_run_skipped_is_found_from_the_folder_alone(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -183,6 +184,7 @@ def write_on_rank(folder: Path, world: World) -> list[int]:
     return []
 
 
+@pytest.mark.slow
 def test_one_process_computes_again_what_two_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     monkeypatch.setattr(anomaly, "FILE_BYTES", 2**16)

@@ -96,6 +96,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return on_ranks(tmp_path_factory.mktemp("ranks"), 2, sharded)
 
 
+@pytest.mark.slow
 def test_gradients_equal_those_of_one_process(results: list[dict[str, Any]]) -> None:
     """Of processes with four and two micro-batches, float32, added up in another order: 1e-6. In smaller micro-batches,
     after one process ran out of memory, with blocks recomputed in another layout, and through second derivatives: 1e-5, as
@@ -113,6 +114,7 @@ def test_gradients_equal_those_of_one_process(results: list[dict[str, Any]]) -> 
     assert [result["micro_batch"] for result in results] == [2, 1]
 
 
+@pytest.mark.slow
 def test_updates_equal_those_of_one_process(results: list[dict[str, Any]]) -> None:
     """Weights to rounding; their movement to what AdamW makes of it, where it divides by gradients close to 0."""
     run = build()
@@ -136,6 +138,7 @@ def test_a_process_keeps_half(results: list[dict[str, Any]]) -> None:
         assert result["whole while updating"] == 0
 
 
+@pytest.mark.slow
 def test_half_precision(results: list[dict[str, Any]]) -> None:
     """Whole weights are the masters rounded to bfloat16. Gradients, in float32, are off by as much as one process's, whose
     masters autocast rounds (0.06 here); by half as much again, since it has normalisations compute in float32."""

@@ -75,6 +75,7 @@ def test_evaluating_a_run_with_it_is_refused() -> None:
         evaluation._required(Seen(torch.tensor([[1.0, torch.nan]])))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -106,6 +106,7 @@ def test_the_memory_of_training_does_not_bound_an_evaluation(run: Path, tmp_path
     RunEvaluation(other, OPTIONS, [run])
 
 
+@pytest.mark.slow
 def test_a_run_beside_it_shares_its_reference_samples_in_a_later_evaluation(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_run_beside_it_shares_its_reference_samples_in_a_later_evaluation(
     shutil.rmtree(beside)
 
 
+@pytest.mark.slow
 def test_only_one_prompt_s_images_are_decoded_at_a_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded, original = [], Decoder.decode
     monkeypatch.setattr(
@@ -225,6 +227,7 @@ def test_weights_of_another_rank_are_refused(run: Path, tmp_path: Path) -> None:
         RunEvaluation(folder, OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_normalised_reward_tilts_by_what_was_trained_on(tmp_path: Path) -> None:
     config = tiny()
     folder = train(

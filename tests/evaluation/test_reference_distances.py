@@ -71,6 +71,7 @@ def test_one_fold_has_no_spread() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_floor_is_that_of_fresh_samples() -> None:
     """Of one model, within four standard errors over 40 draws. It is 0 for kernel distances and not for Fréchet's."""
     fresh: dict[str, list[float]] = {}

@@ -60,6 +60,7 @@ def test_train_then_sample(capsys: pytest.CaptureFixture[str], drawn: None) -> N
     assert not Path("runs/testbed-002").exists()
 
 
+@pytest.mark.slow
 def test_sampler_s_last_steps_are_those_of_training() -> None:
     """`fastnabla.sample` starts at the timestep at which training did."""
     assert train.main([*QUICK, "--sampler.spacing", "trailing", "--sampler.min-sigma", "0.1"]) == 0
@@ -76,6 +77,7 @@ def test_sampler_s_last_steps_are_those_of_training() -> None:
     assert seen == [999, 749, 499, 249] * 2  # pretrained and finetuned
 
 
+@pytest.mark.slow
 def test_dry_run_prints_configuration_and_cost_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -142,6 +144,7 @@ def test_bad_input_is_refused_before_any_work(
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -275,6 +278,7 @@ def test_scales_of_the_lora_are_finite(scales: list[str], named: str, capsys: py
     assert re.search(f"lora_scale = {named}: give", " ".join(capsys.readouterr().err.split()))
 
 
+@pytest.mark.slow
 def test_a_plan_is_printed_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

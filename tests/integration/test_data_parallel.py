@@ -77,6 +77,7 @@ def assert_same_records(ours: str, theirs: str) -> None:
             assert one[name] == close, (one["phase"], one["update"], name)
 
 
+@pytest.mark.slow
 def test_same_update_on_1_2_and_4_processes(tmp_path: Path) -> None:
     config = row_by_row()
     alone = trained(ALONE, config, tmp_path)

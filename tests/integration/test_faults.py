@@ -95,6 +95,7 @@ def test_killed_at_a_certain_point(
     finish(trainer, tmp_path, undisturbed[0])
 
 
+@pytest.mark.slow
 def test_a_signal_between_two_updates_of_a_rollout_loses_nothing(
     trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_signal_between_two_updates_of_a_rollout_loses_nothing(
     finish(trainer, run, undisturbed[0])
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_evaluation_comes_back_to_it(
     trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
@@ -135,6 +137,7 @@ def test_a_signal_during_the_evaluation_comes_back_to_it(
     finish(trainer, tmp_path, undisturbed[0])
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_no_checkpoint(trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
     def arm() -> None:
         fill(pytest.MonkeyPatch(), "write", 1100)  # undone by the fork's end
@@ -144,6 +147,7 @@ def test_a_full_disk_costs_no_checkpoint(trainer: Trainer, undisturbed: tuple[Pa
     finish(trainer, tmp_path, undisturbed[0])
 
 
+@pytest.mark.slow
 def test_a_disk_over_quota_ends_the_run_in_one_line(
     trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
@@ -158,6 +162,7 @@ def test_a_read_only_folder_ends_the_run_in_one_line(trainer: Trainer, tmp_path:
     assert lines[0].startswith("error: ") and str(tmp_path) in lines[0] and "Read-only file system" in lines[0]
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
     """By a year, there and back, at each reading."""
     year, clock, signs = 3.2e7, time.time, itertools.cycle((1, -1))
@@ -192,6 +197,7 @@ def test_a_checkpoint_that_ends_or_is_empty_from_any_block_on_is_damaged(
     verify_folder(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
 def test_a_damaged_file_of_the_newest_checkpoint_costs_no_more_than_that(
     name: str, trainer: Trainer, undisturbed: tuple[Path, float], tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -36,6 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(full(), tmp_path_factory.mktemp("full") / "run")
 
 
+@pytest.mark.slow
 def test_writes_a_network_that_was_trained(run: Path) -> None:
     assert not (run / "lora").exists()
     before = UNet2DConditionModel.from_pretrained(smallest("sd15"), subfolder="unet").state_dict()
@@ -45,6 +46,7 @@ def test_writes_a_network_that_was_trained(run: Path) -> None:
     assert all(0 < step < 1e-3 for step in steps.values()), steps
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one(run: Path, tmp_path: Path) -> None:
     trainer = without_pictures(Trainer.from_config(full()))
     interrupt(trainer, 2)
@@ -79,6 +81,7 @@ def test_has_no_lora_to_scale(run: Path) -> None:
         sample_run(SampleConfig(run=run, lora_scale=(0.5,)))
 
 
+@pytest.mark.slow
 def test_8_bit_optimizer_and_runs(tmp_path: Path) -> None:
     """Of 2 transitions a run and T = 4: 6 + 2 tails / L with one tail, or two where the run goes on at the first step."""
     config = small(updates=2, optimizer=OptimizerConfig(name="adamw8bit", learning_rate=1e-3))

@@ -80,6 +80,7 @@ def test_gradients_from_the_cache_without_a_flow() -> None:
     compare_with_cache(small_step().without_flow(), "torch", reverse_weight=0.0, prior_weight=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_gradients_from_the_cache_through_kernels(backend: str) -> None:
     compare_with_cache(small_step(), backend)
@@ -112,6 +113,7 @@ def compare_with_cache(golden: GoldenStep, backend: str, **changes) -> None:
     assert tuple(report.passes.values()) == planned_passes(step.objective, with_flow, cached=True)
 
 
+@pytest.mark.slow
 def test_the_cache_decides() -> None:
     """What is read is what was kept: a wrong product, or a wrong output, changes the gradients. A micro-batch of which
     something is not known is computed again, and kept."""
@@ -174,6 +176,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_measured_passes_are_the_planned_ones(run: Path) -> None:
     config, records = inner(), records_of(run)
     first, later = (planned_passes(config.objective, True, cached=cached) for cached in (False, True))
@@ -235,6 +238,7 @@ def stop_after(trainer: Trainer, folder: Path, updates: int) -> None:
     assert (folder / f"checkpoints/update-{updates:06d}").is_dir()
 
 
+@pytest.mark.slow
 def test_resumed_between_inner_epochs(run: Path, tmp_path: Path) -> None:
     stop_after(without_pictures(Trainer.from_config(inner())), tmp_path, 3)
     trainer = without_pictures(Trainer.from_config(inner()))

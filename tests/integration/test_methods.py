@@ -193,6 +193,7 @@ def test_settings_without_a_part_in_a_method_change_nothing(
     assert_same_result(train(changed, tmp_path / "changed"), run_of(method=method))
 
 
+@pytest.mark.slow
 def test_settings_without_a_part_in_a_method_are_refused_on_its_command_line() -> None:
     for method, name, value in (
         ("residual-db", "direct.k", "2"), ("draft", "objective.gamma", "constant"), ("refl", "direct.k", "2"),

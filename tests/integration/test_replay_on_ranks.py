@@ -73,6 +73,7 @@ def resumed(trainer: Trainer, run: Path) -> dict[str, Any]:
     return {"weights": weights(trainer), "passes": passes}
 
 
+@pytest.mark.slow
 def test_two_processes_and_one_that_goes_on_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each encodes its own prompts, one at a time, and reads the reference network's part from its own cache."""
     monkeypatch.setattr(pipelines, "DEVICE_BYTES", 2 * 4096)

@@ -60,6 +60,7 @@ def test_each_rollout_is_sampled_once_and_learned_from_in_order(replay: int) -> 
     assert len(buffer) == 0 and not source.rollouts
 
 
+@pytest.mark.slow
 def test_updates_learn_from_what_the_policy_one_rollout_before_sampled(tmp_path: Path) -> None:
     """Of the policies as they were when updates on each rollout began, only that one's outputs are the stored ones. For the
     first two rollouts it is the pretrained policy."""
@@ -106,6 +107,7 @@ def test_updates_learn_from_what_the_policy_one_rollout_before_sampled(tmp_path:
     assert rewards[::2] == rewards[1::2] and len(set(rewards)) == 3
 
 
+@pytest.mark.slow
 def test_the_lag_starts_with_two_rollouts_of_the_pretrained_model(run: Path, tmp_path: Path) -> None:
     """Updates on the first rollout are those of the run without a lag, bit for bit; the second's trust region acts at once."""
     without_pictures(Trainer.from_config(replayed(0, updates=2))).train(tmp_path)
@@ -118,12 +120,14 @@ def test_the_lag_starts_with_two_rollouts_of_the_pretrained_model(run: Path, tmp
     assert ours[0]["loss_trust_region"] < 1e-9 < ours[2]["loss_trust_region"]
 
 
+@pytest.mark.slow
 def test_resumed_between_inner_epochs_with_a_rollout_ahead(run: Path, tmp_path: Path) -> None:
     stop_after(without_pictures(Trainer.from_config(replayed(1))), tmp_path, 3)
     without_pictures(Trainer.from_config(replayed(1))).train(tmp_path, resume=True)
     assert_same_result(tmp_path, run)
 
 
+@pytest.mark.slow
 def test_resumed_after_a_signal_in_a_rollout(run: Path, tmp_path: Path) -> None:
     """Between rollouts: half of one is in the buffer beside one that is yet to be learned from."""
     trainer, stop, numbers = without_pictures(Trainer.from_config(replayed(1))), StopSignals(), []

@@ -64,6 +64,7 @@ def weights(run: Path) -> Tensor:
     return torch.cat([weight.flatten().double() for weight in load_file(run / "unet" / WEIGHTS).values()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "again"])
 def test_runs_equal_those_of_one_process(runs: Path, name: str) -> None:
     """Weights and their average to rounding, and how far they have moved; the metrics to what that does to losses, of

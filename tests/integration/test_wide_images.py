@@ -50,6 +50,7 @@ def plain(config: TrainConfig) -> DiffusionPipeline:
     return DiffusionPipeline.from_pretrained(config.model.name, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_policy_samples_what_plain_diffusers_does(config: TrainConfig) -> None:
     expected = plain_images(plain(config), config, height=HEIGHT, width=WIDTH)
     prompts = RunPrompts(texts=PROMPTS, trained=2, evaluated=range(2))

@@ -102,6 +102,7 @@ def test_strided_rows_are_refused(device, name):
         evaluate(FUSED, batch)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(case=cases([(), ("flow_next",), ("output_old",)]), seed=st.integers(0, 9))
 @on_each_device
@@ -109,6 +110,7 @@ def test_anything_else(device, case, seed):
     assert_matches(evaluate, case.draw(device, seed))
 
 
+@pytest.mark.slow
 @on_each_device
 @pytest.mark.parametrize("layout", ["contiguous", "mixed_several_tiles"])
 def test_a_row_has_the_same_bits_in_every_run_and_batch(device, layout):
@@ -117,6 +119,7 @@ def test_a_row_has_the_same_bits_in_every_run_and_batch(device, layout):
     assert_rows_stand_alone(evaluate, batch, range(len(batch)))
 
 
+@pytest.mark.slow
 @on_each_device
 def test_nothing_is_left_of_uninitialised_memory(device):
     batch = Case(**LAYOUTS["mixed_several_tiles"]).draw(device)

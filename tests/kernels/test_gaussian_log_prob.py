@@ -224,6 +224,7 @@ def test_no_second_derivative(device):
         torch.autograd.grad(value.sum(), x, create_graph=True)
 
 
+@pytest.mark.slow
 @on_devices
 @settings(max_examples=15)
 @given(

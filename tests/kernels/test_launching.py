@@ -77,6 +77,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @on_devices
 @pytest.mark.parametrize(("operation", "arguments"), CALLS.values(), ids=CALLS)
 def test_operations(operation, arguments, device):
@@ -84,6 +85,7 @@ def test_operations(operation, arguments, device):
     torch.library.opcheck(operation, [a.to(device) if isinstance(a, Tensor) else a for a in arguments])
 
 
+@pytest.mark.slow
 @on_devices
 def test_compiled_code_has_the_same_gradients(device):
     def loss(output: Tensor, flow: Tensor) -> Tensor:
@@ -258,6 +260,7 @@ print(result.loss.item(), output.grad.abs().sum().item() > 0)
 """
 
 
+@pytest.mark.slow
 def test_losses_without_triton():
     """The residual is ``(b/σ²) o − βγ∇r = 2 − 1/2``."""
     root = Path(fastnabla.__file__).parents[1]

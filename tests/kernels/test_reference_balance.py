@@ -109,6 +109,7 @@ def test_strided_rows_are_refused(device, name):
         evaluate(FUSED, batch)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(case=cases([(), NO_FLOW_NEXT, AT_PREDICTION, (*NO_FLOW_NEXT, *AT_PREDICTION)]), seed=st.integers(0, 9))
 @on_each_device
@@ -116,6 +117,7 @@ def test_anything_else(device, case, seed):
     assert_matches(evaluate, case.draw(device, seed))
 
 
+@pytest.mark.slow
 @on_each_device
 @pytest.mark.parametrize("layout", ["contiguous", "mixed_several_tiles"])
 def test_a_row_has_the_same_bits_in_every_run_and_batch(device, layout):

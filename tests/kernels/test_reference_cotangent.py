@@ -98,6 +98,7 @@ def test_strided_rows_are_refused(device, name):
         evaluate(FUSED, batch)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(case=cases(list(WITHOUT.values())), seed=st.integers(0, 9))
 @on_each_device

@@ -112,6 +112,7 @@ def test_strided_rows_are_refused(device, name):
         evaluate(FUSED, batch)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(case=cases([(), WHOLE_SCORES, AT_PREDICTION, (*WHOLE_SCORES, *AT_PREDICTION)]), seed=st.integers(0, 9))
 @on_each_device
@@ -119,6 +120,7 @@ def test_anything_else(device, case, seed):
     assert_matches(evaluate, case.draw(device, seed))
 
 
+@pytest.mark.slow
 @on_each_device
 @pytest.mark.parametrize("layout", ["contiguous", "mixed_several_tiles"])
 def test_a_row_has_the_same_bits_in_every_run_and_batch(device, layout):

@@ -161,6 +161,7 @@ def test_calls_add_up_and_a_trajectory_depends_on_its_seeds_alone() -> None:
     assert_gradients(golden().gradients(), expected)
 
 
+@pytest.mark.slow
 def test_checkpointed_blocks_give_the_same() -> None:
     _, expected = run(step_of(golden()), golden())
     checkpointed = dataclasses.replace(small_step().without_flow(), table=golden().table)
@@ -170,6 +171,7 @@ def test_checkpointed_blocks_give_the_same() -> None:
     assert report.passes == {"trajectory": PASSES}
 
 
+@pytest.mark.slow
 def test_out_of_memory_takes_fewer_trajectories() -> None:
     _, expected = run(step_of(golden()), golden())
 
@@ -241,6 +243,7 @@ def regulator(table: TransitionTable, network: Affine) -> tuple[Tensor, Tensor]:
     return w, v
 
 
+@pytest.mark.slow
 def test_the_optimal_control_is_the_fixed_point() -> None:
     """The expected gradient is zero there, and nowhere near it.
 

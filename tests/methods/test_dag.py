@@ -74,6 +74,7 @@ def expected_loss(exact: Exact, objective: Objective) -> Tensor:
     return total / len(exact.transitions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("micro_batch", "gamma"), [(100, "constant"), (2, "alpha_bar")])
 def test_gradients(micro_batch, gamma, backend):

@@ -81,6 +81,7 @@ def expected(on_policy: bool):
     return exact.gradients(g, loss), loss.detach(), clipped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("on_policy", "micro_batch"), [(True, 100), (False, 2)])
 def test_gradients(on_policy: bool, micro_batch: int) -> None:
     gradients, loss, clipped = expected(on_policy)

@@ -167,6 +167,7 @@ def step_of(pipeline: DiffusionPipeline, objective: Objective) -> BalanceStep:
     return step(policy, flow, Decoder(pipeline.vae), reward, ["0", "1"], table, objective, 3, backend="torch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"reward_gradient": "terminal"}, {"reward_gradient": "lookahead"}, {"reverse_target": "reference"}],

@@ -127,6 +127,7 @@ def sampled_by(table: TransitionTable) -> GoldenStep:
     return dataclasses.replace(golden, table=table, transitions=dataclasses.replace(batch, x_next=x_next))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "settings"),
     [
@@ -147,6 +148,7 @@ def test_agrees_with_the_definition(rows: str, settings: dict) -> None:
     assert_gradients(golden.gradients(), exact.gradients(golden, loss(step.objective)))
 
 
+@pytest.mark.slow
 def test_plain_nabla_db_agrees_with_the_definition() -> None:
     """With the noising kernel of a flow whose sampler ends before the clean sample."""
     golden = sampled_by(flow_table(50, end=0.02))

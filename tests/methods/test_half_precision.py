@@ -25,6 +25,7 @@ def gradients() -> dict[torch.dtype, tuple[dict[str, torch.Tensor], set[torch.dt
     return results
 
 
+@pytest.mark.slow
 def test_the_flow_computes_in_bfloat16_where_the_policy_does(gradients) -> None:
     assert gradients[torch.float32][1] == {torch.float32}
     assert gradients[torch.bfloat16][1] == {torch.bfloat16}

@@ -72,6 +72,7 @@ def test_agrees_with_the_reference(folder, micro_batch, backend):
     assert report.passes == ({"inner": 7, "last": 3} if golden.flow else {"inner": 5, "last": 3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
 @pytest.mark.parametrize("changes", [{}, {"prior_weight": 1.0, "gamma": "alpha_bar"}], ids=str)
 @pytest.mark.parametrize("folder", STEP_SETS, ids=lambda folder: folder.name)
@@ -84,6 +85,7 @@ def test_gradients(folder, changes, reward_gradient):
     assert_gradients(gradients, exact.gradients(golden, exact.balance_loss(step.objective)))
 
 
+@pytest.mark.slow
 def test_gradients_without_a_flow():
     golden = load_once(STEP_SETS[-1]).without_flow()
     step = golden.step(4, prior_weight=1.0, gamma="alpha_bar", reverse_weight=0.0)
@@ -93,6 +95,7 @@ def test_gradients_without_a_flow():
     assert report.passes == {"inner": 5, "last": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse_weight", [1.0, 0.0])
 @pytest.mark.parametrize("folder", STEP_SETS, ids=lambda folder: folder.name)
 def test_agrees_with_the_published_algorithm(folder, reverse_weight):

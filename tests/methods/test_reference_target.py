@@ -38,6 +38,7 @@ def differs(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return any(not torch.allclose(one[name], gradient, rtol=0.1) for name, gradient in other.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
 @pytest.mark.parametrize(
     "changes",

@@ -35,6 +35,7 @@ def with_factors(selection: LazyTransitions, factors: Tensor) -> LazyTransitions
     return dataclasses.replace(selection, reverse_factor=factors[: len(selection)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reused", "backend", "objective"),
     [
@@ -76,6 +77,7 @@ def test_passes(reward_gradient):
     assert planned_decodes(step.objective, True) == ((0, 1) if reward_gradient == "terminal" else (1.5, 1))
 
 
+@pytest.mark.slow
 def test_later_epochs_read_the_products_that_the_first_has_cached():
     golden = shared_step()
     step, selection = golden.step(2), with_factors(golden.transitions.select(), HALF)

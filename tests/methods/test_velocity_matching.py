@@ -253,6 +253,7 @@ def flow_run(model: str, method: MethodName, **changes: object) -> TrainConfig:
     return small(method=method, **(settings | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vgg-flow", "rsm"])
 def test_training_on_the_ode(method: MethodName, sd3: str, tmp_path: Path) -> None:
     """Four updates, two a rollout, in two inner epochs, of a tiny SD3: at the planned cost."""

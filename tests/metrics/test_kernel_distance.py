@@ -55,6 +55,7 @@ def check_mean(values: list[float], expected: float) -> None:
     assert found.mean().item() == pytest.approx(expected, abs=4 * error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "expected"), [(0.0, 0.0), (0.5, 3 / 4 + 3 / 16 + 1.625**2)])
 def test_the_mean_over_draws(shift: float, expected: float) -> None:
     """Of 4 samples of N(0, 1) and 6 of N(m, 1), within four standard errors over 4,000 draws. In one dimension, MMD² is
@@ -65,6 +66,7 @@ def test_the_mean_over_draws(shift: float, expected: float) -> None:
     assert min(values) < 0
 
 
+@pytest.mark.slow
 def test_equal_mixtures_have_distance_0_on_average() -> None:
     """Two prompts far apart, with 2 samples in one set and 3 in the other. Without the prompts, the distance would be
     negative."""

@@ -143,6 +143,7 @@ def test_moments_with_equal_weights_are_the_usual_ones() -> None:
         gaussian_moments(features, torch.eye(50)[0])
 
 
+@pytest.mark.slow
 def test_weighted_covariance_is_unbiased() -> None:
     """Over many draws of 4 samples with unequal weights, its mean is the variance, 1, within four standard errors."""
     weights = torch.tensor([0.5, 0.3, 0.15, 0.05])
@@ -229,6 +230,7 @@ def drawn(count: int, seed: int, shift: float = 0.0) -> Measures:
     return measures(x, hue=torch.special.ndtr(x), dark=(x > 0).double(), features=x[:, None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("samples", "beta"), [(20, 0.8), (600, 0.8), (100, 1.2), (150, 0.0)])
 def test_the_floor_is_the_mean_distance_of_fresh_exact_draws(samples: int, beta: float) -> None:
     """Within four standard errors, over 60 sets of reference samples and 8 perfect samplers for each. The cases are few
@@ -254,6 +256,7 @@ def test_the_floor_is_the_mean_distance_of_fresh_exact_draws(samples: int, beta:
         assert error < 0.25 * a.mean(), f"{name}: too few draws to tell"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [50, 400])
 def test_the_floor_of_a_mean_is_that_of_two_disjoint_sets(samples: int) -> None:
     """With β = 0 the gap of two means of N(0, 1) is normal with variance 1/n + 1/N: its mean size is √(2/π) times the root.

@@ -195,6 +195,7 @@ def test_bytes_alone_decide_and_no_number_depends_on_what_was_encoded_before(
     assert {encoder.device.type for encoder in text_encoders(pipeline)} == {"cpu"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_host", [1, 100])
 def test_a_method_that_samples_in_its_step_finds_its_prompts(
     on_host: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

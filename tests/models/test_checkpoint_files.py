@@ -156,6 +156,7 @@ def test_without_its_configuration_a_single_file_names_the_remedy(saved: Path, m
         config_of("testbed", config="x")
 
 
+@pytest.mark.slow
 def test_a_single_file_that_does_not_fit_is_refused(pipeline: DiffusionPipeline, saved: Path, tmp_path: Path) -> None:
     random_pipeline(TINY["sdxl"], {"default": torch.float32}).save_pretrained(tmp_path / "other")
     with pytest.raises(

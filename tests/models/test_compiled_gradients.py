@@ -120,11 +120,7 @@ TRACED = {
 }
 """What of the compiled ones is tested on a CPU, where tracing takes long: no reward gradient makes a graph that look-ahead does
 not, and how activations are kept, the backend and the decoder do not meet in one."""
-ON_CPU = [
-    pytest.param(*case, marks=pytest.mark.slow if case[0] == "whole" else ())
-    for case in CASES
-    if case[0] == "none" or case[:3] in TRACED
-]
+ON_CPU = [case for case in CASES if case[0] == "none" or case[:3] in TRACED]
 ON_GPU = [
     case
     for case in CASES
@@ -140,6 +136,7 @@ ON_GPU = [
 SETTINGS = ("compile", "reward_gradient", "checkpoint", "backend", "decoder")
 
 
+@pytest.mark.slow
 @on_cpu
 @pytest.mark.parametrize(SETTINGS, ON_CPU)
 def test_gradients(
@@ -156,6 +153,7 @@ def test_gradients_on_a_gpu(
     check(device, compile, reward_gradient, checkpoint, backend, decoder)
 
 
+@pytest.mark.slow
 @on_cpu
 def test_convolutions_without_guidance_in_half_precision(device: str) -> None:
     """A LoRA on convolutions too, one row a transition, bfloat16, whose sums in another order are off by some 2⁻⁸."""
@@ -176,6 +174,7 @@ def test_convolutions_without_guidance_in_half_precision(device: str) -> None:
         assert actual.any() and relative_error(actual, wanted) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compile", "device"),
     [

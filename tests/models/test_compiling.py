@@ -70,9 +70,10 @@ def different_cut(golden: GoldenStep) -> Transitions:
     return joined(*(run_of(golden, trajectory, [last]) for trajectory in range(3)), *runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reward_gradient", "reuse_passes"),
-    [("lookahead", True), pytest.param("terminal", False, marks=pytest.mark.slow)],
+    [("lookahead", True), ("terminal", False)],
 )
 def test_no_micro_batch_compiles_anew(
     reward_gradient: str, reuse_passes: bool, monkeypatch: pytest.MonkeyPatch
@@ -136,6 +137,7 @@ def test_next_states_have_a_size_of_their_own_where_passes_are_shared() -> None:
     assert report.passes == {"inner": (6 * 8 + 2 * 2) / 8, "last": 3}
 
 
+@pytest.mark.slow
 def test_every_shape_of_a_block_has_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one class share a limit: Stable Diffusion 1.5 has 15 shapes of a residual block."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -164,6 +166,7 @@ def test_compiled_and_not_again() -> None:
     assert all(gradient.any() for gradient in torch.autograd.grad(after.sum(), policy.weights()))
 
 
+@pytest.mark.slow
 def test_graph_is_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
     network = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU())

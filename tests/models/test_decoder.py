@@ -92,6 +92,7 @@ def test_shapes_of_decoders(changes, channels_last, checkpoint):
     assert relative_error(actual[1], gradient) < 1e-5
 
 
+@pytest.mark.slow
 @on_each_device
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels-last", "NCHW"])
 @pytest.mark.parametrize("compile", [True, False], ids=["compiled", "eager"])
@@ -112,6 +113,7 @@ def test_gradient_in_every_way_of_computing(checkpoint, compile, channels_last, 
     assert relative_error(actual[1], gradient) < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU, every test of channels-last runs it")
 @pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoint", "kept"])
 def test_normalisations_by_the_kernel(checkpoint):
@@ -170,6 +172,7 @@ def test_decode(vae):
     torch.testing.assert_close(images, expected.detach(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @on_each_device
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels-last", "NCHW"])
 def test_bfloat16(channels_last, device):
@@ -215,6 +218,7 @@ def test_out_of_memory(vae, checkpoint):
     assert all(map(torch.equal, decoder.reward_gradient(latents, PROMPTS, reward), expected))
 
 
+@pytest.mark.slow
 def test_the_host_waits_for_nothing(vae):
     """Fake tensors have no values: what reads one on the host fails."""
     with FakeTensorMode(allow_non_fake_inputs=True):

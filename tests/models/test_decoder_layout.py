@@ -78,6 +78,7 @@ def test_every_convolution_is_channels_last(which: str, tiny: AutoencoderTiny) -
     assert gradient.is_contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_convolution_is_channels_last_when_compiled(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the layouts in the graphs that a compiler is given: forward, and backward. With the kernel, nothing is copied around
@@ -110,6 +111,7 @@ def test_every_convolution_is_channels_last_when_compiled(backend: str, monkeypa
         assert relative_error(gradient, plain) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoint", "kept"])
 def test_bytes_at_the_size_of_stable_diffusion(checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an image at 512² in bfloat16, decoded with its gradient: 9.6 GB are transposed in NCHW (11.0 checkpointed), none

@@ -51,6 +51,7 @@ def plain_gradient(vae: AutoencoderKL, latents: Tensor) -> None:
     torch.autograd.grad(total(images, []).sum(), latents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_stable_diffusion(stable_diffusion, dtype):
     """Counted, as shares of the peak of plain autograd: 0.37, and 0.27 with checkpointing."""
@@ -62,6 +63,7 @@ def test_stable_diffusion(stable_diffusion, dtype):
     assert decode_bytes(stable_diffusion, LATENTS, dtype, checkpoint=True) < 0.29 * memory.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("checkpoint", "how", "kept", "peak"),
     [
@@ -92,6 +94,7 @@ def test_bytes_in_either_layout(stable_diffusion, checkpoint, how, kept, peak, m
         assert memory.peak == pytest.approx(planned, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_decode_bytes(stable_diffusion):
     """In proportion to the image and to the type, but for the float32 image; the autoencoder is left as it was."""
     single = decode_bytes(stable_diffusion, LATENTS, torch.float32)
@@ -109,6 +112,7 @@ def flops(images: Callable[[Tensor], Tensor]) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_arithmetic(stable_diffusion):
     """None is added by keeping less; checkpointing adds a fifth; the tiny autoencoder takes a seventeenth."""
     with FakeTensorMode():

@@ -58,6 +58,7 @@ def plain_images(pipeline: DiffusionPipeline, config: TrainConfig, **size: int) 
     ).images
 
 
+@pytest.mark.slow
 def test_policy_samples_what_plain_diffusers_does(model: str) -> None:
     """The same prompts, conditions, guidance, sampler and noise: to float32 rounding."""
     config = config_of(model)
@@ -81,11 +82,12 @@ def test_channels_last_is_of_unet_and_decoder(model: str, channels_last: bool) -
         assert layer.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
     [
         pytest.param(LoraConfig(), id="lora"),
-        pytest.param(LoraConfig(targets=("all-linear",)), id="all-linear", marks=pytest.mark.slow),
+        pytest.param(LoraConfig(targets=("all-linear",)), id="all-linear"),
         pytest.param(LoraConfig(rank=0), id="full"),
     ],
 )
@@ -109,6 +111,7 @@ def test_trained_weights_load_in_plain_diffusers(model: str, lora: LoraConfig, t
     assert (loaded - before).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_vae_of_xl_computes_in_float32_where_all_else_is_float16(tmp_path: Path) -> None:
     """Its activations overflow in float16; diffusers' own pipeline upcasts it for that reason."""
     dtypes = {}

@@ -177,6 +177,7 @@ def test_a_tiny_decoder_must_be_of_the_vae(folders: Path, tmp_path: Path, change
     assert f"model.tiny_decoder = {str(tiny)!r}: {named}; use the one made for this VAE" in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_a_limit_has_that_of_its_encoder(tmp_path: Path) -> None:
     model = ModelConfig(name=save_tiny("sdxl", tmp_path), dtype="float32")
     expected = encode_prompts(pipeline_of(model), ["a cat"])

@@ -125,11 +125,12 @@ def test_guidance_is_an_input_of_flux_and_a_second_row_of_sd3(model: str) -> Non
     assert (own_latents(networks) - own_latents(unguided)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
     [
         pytest.param(LoraConfig(), id="lora"),
-        pytest.param(LoraConfig(targets=("all-linear",)), id="all-linear", marks=pytest.mark.slow),
+        pytest.param(LoraConfig(targets=("all-linear",)), id="all-linear"),
         pytest.param(LoraConfig(rank=0), id="full"),
     ],
 )
@@ -213,6 +214,7 @@ def test_all_repeated_blocks_are_compiled(model: str) -> None:
     assert lists and all(isinstance(block, family.blocks) for each in lists for block in each)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_sampled_as_the_policy_samples(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +234,7 @@ def test_a_finished_run_is_sampled_as_the_policy_samples(
         save_kohya(tmp_path, tmp_path / "kohya.safetensors")
 
 
+@pytest.mark.slow
 def test_every_evaluation_takes_the_mean_of_the_last_step(tmp_path: Path) -> None:
     """In training, of a finished run, and in a study; the last two here of the pretrained model. A rollout has the step's noise,
     σ = 0.02. In batches of other sizes samples differ by rounding."""

@@ -124,6 +124,7 @@ def lora(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 CHANGES = st.sampled_from(["drop", "rename", "shape", "type", "extra", "alpha", "scalar", "nothing"])
 
 
+@pytest.mark.slow
 @given(change=CHANGES, place=st.integers(0, 1000), name=ODD)
 @settings(max_examples=10)
 def test_any_lora(

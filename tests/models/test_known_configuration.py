@@ -228,11 +228,13 @@ ALIKE: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", list(ALIKE))
 def test_samples_as_plain_diffusers(family: str, saved: Path, tmp_path: Path) -> None:
     assert largest_difference(changed(saved, family, ALIKE[family], tmp_path)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [8, 7])
 def test_distilled_guidance_is_an_input(size: int, saved: Path, tmp_path: Path) -> None:
     """Of an even and an odd width. The UNet runs the conditional rows alone, and the costs are those of one row."""
@@ -279,6 +281,7 @@ POOL: list[tuple[str, dict[str, Any]]] = [
 """Settings to draw from, by file. `encoder_hid_dim` None stands for the width of the text."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @settings(max_examples=10)
 @given(drawn=st.lists(st.sampled_from(POOL), min_size=1, max_size=3))

@@ -42,6 +42,7 @@ def images(pipeline: StableDiffusionPipeline) -> torch.Tensor:
     return pipeline("a fox", num_inference_steps=2, generator=generator, output_type="pt").images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_plain_diffusers_samples_the_same_images(family: str, tmp_path: Path) -> None:
     """With a LoRA on every linear layer and on every convolution."""

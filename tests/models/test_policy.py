@@ -169,6 +169,7 @@ def test_lora_stays_float32_in_a_half_precision_network():
         assert torch.equal(parameter.grad, 2 * gradient)
 
 
+@pytest.mark.slow
 def test_half_precision_follows_every_change_of_the_lora():
     """By an optimizer, by assignment, and by what autograd does not see."""
     policy = Policy(UNet2DConditionModel.from_pretrained(UNET).bfloat16(), Conditions(CONDITIONS).bfloat16(), 5.0)

@@ -123,6 +123,7 @@ def quantised(golden: GoldenStep, kind: str) -> tuple[GoldenStep, GoldenStep]:
     return with_network(network), with_network(dense)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "objective"),
     [("int8", {}), ("nf4", {"reverse_second_order": True}), ("nf4", {"reverse_target": "reference"})],
@@ -200,6 +201,7 @@ def test_network_and_text_encoders_of_each_family(family: str, tmp_path: Path) -
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.slow
 def test_a_saved_lora_loads_into_the_quantised_pipeline(tmp_path: Path) -> None:
     """Nothing but the LoRA is saved. diffusers' layers compute what the policy does, to float32 rounding."""
     model = ModelConfig(name=save_tiny("sd15", tmp_path), dtype="float32", quantise="nf4")

@@ -15,6 +15,7 @@ def gradients(rank: int, recompute: bool) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in run.step.parameters])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
 def test_gradients_are_the_same(rank: int) -> None:
     """With look-ahead reward gradients and the reverse residual. Passes whose parameters are frozen, or whose adapter is off,

@@ -24,6 +24,7 @@ def gradients(golden: GoldenStep, step) -> dict[str, Tensor]:
     return {name: gradient.clone() for name, gradient in golden.gradients().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
 def test_gradients(folder, backend):

@@ -93,6 +93,7 @@ def test_is_applied_within_alone() -> None:
     assert parameter.tolist() == [1.0, 2.0] and ema.average["weight"].tolist() == [5.0, 5.0]
 
 
+@pytest.mark.slow
 def test_the_average_is_of_the_run_s_weights(run) -> None:
     """To float32 rounding: three steps of lerp."""
     _, trainer, weights = run
@@ -137,6 +138,7 @@ def test_the_weights_themselves_are_as_without_an_average(run, tmp_path: Path) -
         sample_run(SampleConfig(run=tmp_path, weights="ema"))
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one(run, tmp_path: Path) -> None:
     trainer = without_pictures(Trainer.from_config(averaging()))
     interrupt(trainer, 3)
@@ -149,6 +151,7 @@ def test_resumed_run_equals_an_uninterrupted_one(run, tmp_path: Path) -> None:
         assert torch.equal(resumed.ema.average[name], average)
 
 
+@pytest.mark.slow
 def test_is_measured_and_sampled_alone(run, tmp_path: Path, drawn: None) -> None:
     """Of the average, evaluation takes its weights; the results have a file of their own."""
     options = ["--samples-per-prompt=2", "--reference-samples=4", "--ess=0.5"]
@@ -165,6 +168,7 @@ def test_is_measured_and_sampled_alone(run, tmp_path: Path, drawn: None) -> None
     assert pictures[0] != pictures[1]
 
 
+@pytest.mark.slow
 def test_full_finetuning_with_a_skipped_update(tmp_path: Path) -> None:
     """An update that is skipped gives no weights to average."""
     config = averaging(lora=LoraConfig(rank=0))

@@ -67,6 +67,7 @@ def test_text_files(write: Callable[[str, bytes], str], content: bytes):
         assert set(prompts) == lines - {""}
 
 
+@pytest.mark.slow
 @example(content=b'["a", "b", "a"]')
 @given(content=FILES | st.lists(JSON, max_size=4).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()))
 def test_json_lines(write: Callable[[str, bytes], str], content: bytes):
@@ -79,6 +80,7 @@ def test_json_lines(write: Callable[[str, bytes], str], content: bytes):
         assert prompts == list(dict.fromkeys(text.strip() for text in texts))
 
 
+@pytest.mark.slow
 @given(name=st.sampled_from(["a.txt", "a.json", "a.csv", "a.tsv", "a.txt:prompt"]), value=JSON, content=FILES)
 @example(name="a.json", value=[["prompt"]], content=b'{"prompt":' * 900 + b"1" + b"}" * 900)
 @example(name="a.csv", value=None, content=b'prompt\n"' + b"x" * 200_000)
@@ -102,6 +104,7 @@ def test_hub_columns(values: list):
     assert prompts is None or set(prompts) == {value.strip() for value in values}
 
 
+@pytest.mark.slow
 @given(
     source=ODD | st.lists(st.sampled_from(["hf:", ":", "a", "/", ".jsonl", "animals", "\0"]), max_size=6).map("".join)
 )

@@ -260,6 +260,7 @@ def test_messages_name_the_given_field():
         load_prompts("missing.txt", field="prompts.evaluation")
 
 
+@pytest.mark.slow
 def test_a_million_prompts(tmp_path: Path):
     source = write(tmp_path, b"".join(b"prompt %d\n" % i for i in range(10**6)))
     prompts = load_prompts(source)

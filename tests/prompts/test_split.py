@@ -33,6 +33,7 @@ def test_seeds_hold_out_others():
     assert abs(len(first & second) / len(MANY) - 0.25) < 0.05
 
 
+@pytest.mark.slow
 @given(
     prompts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=2, max_size=40, unique=True),
     kept=st.data(),

@@ -140,6 +140,7 @@ def test_all_switches_agree_and_are_put_back(precision: str, around: str) -> Non
             assert older() == ("high" if high else "highest", high, around != "older cudnn off")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
 def test_a_compiled_reward_runs_in_tf32(backend: str) -> None:
     """Forward and backward, whether it is compiled inside the context or before. The CPU has no TF32, so the numbers are the
@@ -295,6 +296,7 @@ def test_hash_tokenizer_is_stable() -> None:
     assert all(10 <= token < 20 for token in tokenize("some other words")[1:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

@@ -100,6 +100,7 @@ def test_statistics_are_saved_and_restored_exactly() -> None:
         first.observe({"mean": torch.tensor([float("nan")]), "sum": torch.zeros(1)})
 
 
+@pytest.mark.slow
 def test_importing_rewards_needs_no_transformers_and_no_trainer() -> None:
     code = "import sys, fastnabla.rewards; print(*sorted(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -210,6 +211,7 @@ def test_hue_prefers_its_colour() -> None:
     assert values[0] > 0.95 and values[1] < -0.95 and values[2].abs() < 0.2
 
 
+@pytest.mark.slow
 def test_classifiers_know_the_test_split() -> None:
     from fastnabla.testbed.classifier import load_classifier
 

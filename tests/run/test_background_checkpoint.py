@@ -97,6 +97,7 @@ def test_what_shares_memory_still_does_in_the_copy() -> None:
     assert len(file.getvalue()) < 2 * whole.nbytes
 
 
+@pytest.mark.slow
 def test_a_run_notes_what_each_checkpoint_took(tmp_path: Path) -> None:
     without_pictures(Trainer.from_config(tiny())).train(tmp_path)
     records = [json.loads(line) for line in (tmp_path / "timing.jsonl").open()]

@@ -101,6 +101,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_reads_it(one: Saved, two: list[dict[str, Any]], folder: Path) -> None:
     """From one process to two and back: the same bits, and so after an update more."""
     saved = one.everything()

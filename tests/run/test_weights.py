@@ -16,6 +16,7 @@ from tests.runs import small
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rewards", "kept"), [([3.0, 2.0, 1.0], 1), ([float("nan"), 2.0, 1.0], 2)], ids=["first", "NaN, then second"]
 )

@@ -30,6 +30,7 @@ def test_a_command_line_plans_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1 and calls[0][-1] == 10, "for the prompts of the testbed"
 
 
+@pytest.mark.slow
 def test_what_is_open_is_planned() -> None:
     config = dataclasses.replace(tiny(), memory=dataclasses.replace(tiny().memory, micro_batch=None))
     components = plan_and_build(config)

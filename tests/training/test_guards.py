@@ -188,6 +188,7 @@ def records(run: Path) -> list[dict]:
     return [record for record in map(json.loads, (run / "metrics.jsonl").open()) if record["phase"] == "train"]
 
 
+@pytest.mark.slow
 def test_a_spoilt_update_is_skipped_in_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer, weights = without_pictures(Trainer.from_config(tiny())), []
     spoil(trainer, [3])
@@ -208,6 +209,7 @@ def test_a_spoilt_update_is_skipped_in_training(tmp_path: Path, caplog: pytest.L
     assert any(f"timestep {t:g} of a sample for 'a" in caplog.text for t in trainer.table.timestep.tolist())
 
 
+@pytest.mark.slow
 def test_skipped_updates_are_counted_across_a_resume(tmp_path: Path) -> None:
     """Two skipped, a checkpoint, the end; then two more make four."""
     config = dataclasses.replace(tiny(), max_skipped=4)

@@ -104,6 +104,7 @@ def test_evaluations_and_checkpoints_are_due_once_per_interval_and_at_the_end() 
     assert due(0) == [12]
 
 
+@pytest.mark.slow
 def test_saved_lora_gives_the_same_images_in_plain_diffusers(tmp_path: Path) -> None:
     config = small(updates=2)
     config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=0.05))
@@ -131,6 +132,7 @@ def test_saved_lora_gives_the_same_images_in_plain_diffusers(tmp_path: Path) -> 
     assert (ours - pretrained).abs().max() > 50 * 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward_gradient", ["lookahead_detached", "terminal"])
 @pytest.mark.parametrize("flow", ["unet", "none"])
 def test_other_settings_run_with_the_planned_passes(reward_gradient: str, flow: str, tmp_path: Path) -> None:
@@ -161,6 +163,7 @@ def test_bfloat16_networks_train_a_float32_lora(tmp_path: Path) -> None:
     assert any(weight.any() for name, weight in weights.items() if "lora_B" in name or "lora.up" in name)
 
 
+@pytest.mark.slow
 def test_other_sampler_runs(tmp_path: Path) -> None:
     train(
         small(updates=2, sampler=SamplerConfig(steps=4, scheduler="sde-dpmsolver++", guidance_scale=1)),

@@ -118,6 +118,7 @@ def test_one_argument_on_another_device(operation):
                 call(torch.ops.fastnabla, operation, on_gpu | {name: value.cpu()})
 
 
+@pytest.mark.slow
 @COMPILED
 def test_operations_keep_to_their_schemas():
     """They change what they say that they change, and shapes are known without running them."""
@@ -225,6 +226,7 @@ def test_require_cuda(available, monkeypatch):
         buffer_ops.require_cuda()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [False, True])
 def test_require_cuda_of_this_build(missing, tmp_path):
     """As a script asks for it: the exit status is that of what is registered."""
@@ -238,6 +240,7 @@ def test_require_cuda_of_this_build(missing, tmp_path):
     assert (done.returncode == 0) == (buffer_ops.CUDA_AVAILABLE and not missing), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (NVCC and COMPILER), reason="needs nvcc and a C++ compiler")
 def test_cuda_code_compiles_without_warnings_or_spills(tmp_path, monkeypatch):
     """As in setup.py, for one architecture."""
@@ -289,6 +292,7 @@ def use(**environment: str) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.slow
 @COMPILED
 def test_with_and_without_the_extension(tmp_path):
     """The same numbers; and without it one warning, which says why and how to build it."""

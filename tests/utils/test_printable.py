@@ -61,6 +61,7 @@ def test_a_line_is_printed_as_it_is(text: str, capsys: pytest.CaptureFixture[str
     assert printed.err == f"error: {printable(text)}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["[red]:smile:", "\udcff\x1b[2J猫", "-x $'\"*?["])
 def test_run_folders_of_any_name(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -197,6 +198,7 @@ def test_records_with_nan_of_earlier_versions_are_read(tmp_path: Path) -> None:
     assert path.read_text() == '{"phase": "train", "update": 1, "loss": null}\n'
 
 
+@pytest.mark.slow
 def test_secrets_of_the_environment_are_written_nowhere(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
