@@ -25,6 +25,7 @@ from fastnabla.evaluation.options import EvaluationOptions
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.training.guards import Guard
 from fastnabla.training.trainer import Trainer
+from tests.runs import smallest
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +34,10 @@ ODD = "<i>odd & bold"
 BUDGET = 88
 """U. With the sizes below: two updates of residual ∇-DB with 38 U each, on average; eight of DRaFT with 10 U each."""
 SETTINGS = (
+    "model.height=8",
+    "model.width=8",
+    "reward.terms=hue=1",
+    "evaluation.probe=pixels",
     "sampler.steps=4",
     "rollout.trajectories=2",
     "rollout.fraction=0.5",
@@ -40,6 +45,7 @@ SETTINGS = (
     "evaluation.prompts=2",
     "optimizer.warmup=1",
     "objective.reward_gradient=lookahead",
+    "objective.reverse-fraction=1",
     "tracker=none",
     "draft.checkpoint-every=2",
 )
@@ -49,7 +55,7 @@ def command(folder: Path, *options: str) -> list[str]:
     prompts = folder.parent / "prompts.txt"
     prompts.parent.mkdir(exist_ok=True)
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    settings = [*SETTINGS, f"prompts.source={shlex.quote(str(prompts))}"]
+    settings = [*SETTINGS, f"model.name={smallest('sd15')}", f"prompts.source={shlex.quote(str(prompts))}"]
     return [
         "--methods", "residual-db", "draft", "--run", str(folder), f"--passes={BUDGET}", "--points=2", *options,
         "--set", *settings,
@@ -122,7 +128,9 @@ def test_points_are_what_the_runs_have_logged(done: Path) -> None:
     for run in values(done)["runs"]:
         lines = [json.loads(line) for line in (done / run["folder"] / "metrics.jsonl").read_text().splitlines()]
         logged = [
-            {k: v for k, v in line.items() if k not in ("phase", "update")} for line in lines if "accuracy" in line
+            {k: v for k, v in line.items() if k not in ("phase", "update")}
+            for line in lines
+            if line["phase"] == "evaluate"
         ]
         own = [
             p["metrics"] for p in values(done)["points"] if (p["variant"], p["seed"]) == (run["variant"], run["seed"])
@@ -299,7 +307,11 @@ def test_evaluations_are_made_once_and_share_reference_samples(done: Path, monke
 def test_dry_run_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The budget is the preset's 24 updates of residual ∇-DB on 64 trajectories of 20 steps each. Of the 5 transitions that are
+    drawn of each, on average 3.8 are inner ones, half of them with a reverse residual: 5 U with and 3 U without it. The others
+    are last ones, with 3 U."""
     monkeypatch.chdir(tmp_path)
     assert compare.main(["--dry-run"]) == 0
-    assert "65,434" in capsys.readouterr().out
+    expected = 24 * 64 * (20 + 3.8 * (5 + 3) / 2 + 1.2 * 3)
+    assert f"{expected:,.0f} U per run" in " ".join(capsys.readouterr().out.split())
     assert not list(tmp_path.iterdir())
