@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from fastnabla import compare
-from fastnabla.comparison import evaluations
-from fastnabla.comparison.plan import make_plan
+from fastnabla.comparison import evaluations, training
+from fastnabla.comparison.plan import PlannedRun, make_plan
 from fastnabla.comparison.points import read_lines
 from fastnabla.comparison.training import train_in_processes
 from fastnabla.evaluation.options import EvaluationOptions
@@ -235,17 +235,28 @@ def test_a_run_that_diverges_does_not_end_the_comparison(tmp_path: Path, monkeyp
     assert found["remarks"] == ["residual-db-seed-0 ended early; its last evaluation is after 1 updates."]
 
 
-def test_runs_in_processes_are_the_same(done: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "processes"
-    assert compare.main([*command(folder, "--seeds=2", "--jobs=2"), "--methods", "draft"]) == 0
-    for run in ("draft-seed-0", "draft-seed-1"):
-        ours, theirs = (read_lines(f / run / "metrics.jsonl") for f in (folder, done))
-        assert len(ours) == len(theirs)
-        for a, b in zip(ours, theirs, strict=True):
-            assert (a.pop("phase"), a.keys()) == (b.pop("phase"), b.keys())
-            assert a == pytest.approx(b, rel=1e-3, abs=1e-4, nan_ok=True)  # with another number of threads
-        assert "updates" in (folder / f"{run}.log").read_text(encoding="utf-8")
-    assert values(folder)["remarks"] == []
+def test_runs_in_processes_are_the_same(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second process would do as the first, and copies its run."""
+    folder, start, commands = tmp_path / "processes", training._start, []
+
+    def started(run: PlannedRun, command: list[str], *others):
+        commands.append(command)
+        if len(commands) == 2:
+            command = ["cp", "-r", str(done / run.folder.name), str(run.folder)]
+        return start(run, command, *others)
+
+    monkeypatch.setattr(training, "_start", started)
+    arguments = [*command(folder, "--seeds=2", "--jobs=2"), "--methods", "draft"]
+    assert compare.main(arguments) == 0
+    runs = ("draft-seed-0", "draft-seed-1")
+    assert commands == [[sys.executable, "-m", "fastnabla.compare", *arguments, "--only", run] for run in runs]
+    ours, theirs = (read_lines(f / runs[0] / "metrics.jsonl") for f in (folder, done))
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.pop("phase"), a.keys()) == (b.pop("phase"), b.keys())
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4, nan_ok=True)  # with another number of threads
+    assert "updates" in (folder / f"{runs[0]}.log").read_text(encoding="utf-8")
+    assert [run["folder"] for run in values(folder)["runs"]] == list(runs) and values(folder)["remarks"] == []
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
