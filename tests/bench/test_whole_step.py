@@ -24,6 +24,7 @@ from bench.profiled_step import Marks, by_kernel, idle_share, watch
 from bench.variants import ROWS, Variant, decisive, full, one_by_one
 from bench.whole_step import HEADER, main, markdown
 from bench.workload import Workload
+from tests.bench.toy import ONE_LEVEL
 
 CPU = torch.device("cpu")
 XL = {
@@ -34,22 +35,6 @@ XL = {
 """Pooled text embeddings of width 24 and six size conditions."""
 
 
-ONE_LEVEL = dataclasses.replace(
-    TOY,
-    unet=TOY.unet
-    | {
-        "block_out_channels": (16,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-    },
-    vae=TOY.vae
-    | {
-        "block_out_channels": (16,),
-        "down_block_types": ("DownEncoderBlock2D",),
-        "up_block_types": ("UpDecoderBlock2D",),
-    },
-    pixels=8,
-)
 COMPILED = "these, draw=runs, reverse_fraction=0.5, UNet compiled"
 SOME = ("published", "fastnabla: fewer passes", "+ decoder keeping less", COMPILED)
 SOME += ("these, reward_gradient=lookahead_detached", "these, reward_gradient=terminal")
