@@ -74,7 +74,7 @@ def test_noise_is_shared_by_methods_and_scales_but_not_by_seeds(done: tuple[Prot
     assert before == same and before.seed != other.seed
     before, other = before.read().first(2), other.read()
     assert not torch.equal(before.measures.total, other.measures.total)
-    # Two updates change the samples a little, and half the LoRA changes them less.
+    # Three updates change the samples a little, and half the LoRA changes them less.
     ends = [end_part(run, protocol).read().first(2), scale_parts(run, protocol)[0].read()]
     changes = [(end.measures.pixels - before.measures.pixels).norm().item() for end in ends]
     assert 0 < changes[1] < changes[0] < 0.5 * (other.measures.pixels - before.measures.pixels).norm().item()
