@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -137,8 +137,8 @@ VARIANTS = {
 }
 
 
-def compile_all(architecture: int) -> Iterator[MachineCode]:
-    """All kernels of all cases. A kernel that several cases launch in the same way occurs once."""
+def compile_all(architecture: int, cases: Iterable[str] = CASES) -> Iterator[MachineCode]:
+    """All kernels of the cases. A kernel that several cases launch in the same way occurs once."""
     run, compiled = triton.JITFunction.run, []
 
     def compile_only(kernel, *arguments, grid, warmup, **options):
@@ -152,10 +152,10 @@ def compile_all(architecture: int) -> Iterator[MachineCode]:
     triton.JITFunction.run = compile_only
     seen = set()
     try:
-        for name, launch in CASES.items():
+        for name in cases:
             for variant, (dtype, last) in VARIANTS.items():
                 compiled.clear()
-                launch(dtype, last)
+                CASES[name](dtype, last)
                 for kernel in compiled:
                     if kernel.hash not in seen:
                         seen.add(kernel.hash)
@@ -172,7 +172,7 @@ def _inspect(case: str, kernel, architecture: int) -> MachineCode:
         target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)[1]
         assemble = [get_ptxas(architecture).path, "-v", f"--gpu-name={target}", ptx, "-o", os.devnull]
         report = subprocess.run(assemble, capture_output=True, text=True, check=True).stderr
-        disassemble = [triton.knobs.nvidia.cuobjdump.path, "-sass", cubin]
+        disassemble = [triton.knobs.nvidia.nvdisasm.path, "--no-dataflow", "--print-code", cubin]
         code = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
     return MachineCode(
         case=case,

@@ -11,6 +11,7 @@ import torch._functorch.config
 from torch import Tensor, nn
 from torch._dynamo.callback import CallbackArgs, callback_handler, on_compile_end, on_compile_start
 from torch._dynamo.utils import counters, cumulative_time_spent_ns
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from fastnabla.distributed.beacon import BEACON
 
@@ -49,9 +50,16 @@ def allow_compiling() -> None:
 
 
 def compiled_code_folder() -> Path:
-    """`TORCHINDUCTOR_CACHE_DIR`, or `fastnabla/compiled` in the user's cache (`XDG_CACHE_HOME`, or ~/.cache)."""
+    """`TORCHINDUCTOR_CACHE_DIR`, or `fastnabla/compiled` in the user's cache (`XDG_CACHE_HOME`, or ~/.cache).
+
+    torch sets the variable to its default where it is not set, in newer versions when torch._dynamo is imported. So that
+    folder counts as not named.
+    """
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if named and named != os.path.abspath(default_cache_dir()):
+        return Path(named)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(cache) / "fastnabla" / "compiled")
+    return Path(cache) / "fastnabla" / "compiled"
 
 
 def _begin(_: CallbackArgs) -> None:

@@ -17,14 +17,15 @@ import torch
 from rich.console import Console
 
 from fastnabla import compare
-from fastnabla.comparison import evaluations
-from fastnabla.comparison.plan import make_plan
+from fastnabla.comparison import evaluations, training
+from fastnabla.comparison.plan import PlannedRun, make_plan
 from fastnabla.comparison.points import read_lines
 from fastnabla.comparison.training import train_in_processes
 from fastnabla.evaluation.options import EvaluationOptions
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.training.guards import Guard
 from fastnabla.training.trainer import Trainer
+from tests.runs import smallest
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +34,10 @@ ODD = "<i>odd & bold"
 BUDGET = 88
 """U. With the sizes below: two updates of residual ∇-DB with 38 U each, on average; eight of DRaFT with 10 U each."""
 SETTINGS = (
+    "model.height=8",
+    "model.width=8",
+    "reward.terms=hue=1",
+    "evaluation.probe=pixels",
     "sampler.steps=4",
     "rollout.trajectories=2",
     "rollout.fraction=0.5",
@@ -40,6 +45,7 @@ SETTINGS = (
     "evaluation.prompts=2",
     "optimizer.warmup=1",
     "objective.reward_gradient=lookahead",
+    "objective.reverse-fraction=1",
     "tracker=none",
     "draft.checkpoint-every=2",
 )
@@ -49,7 +55,7 @@ def command(folder: Path, *options: str) -> list[str]:
     prompts = folder.parent / "prompts.txt"
     prompts.parent.mkdir(exist_ok=True)
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    settings = [*SETTINGS, f"prompts.source={shlex.quote(str(prompts))}"]
+    settings = [*SETTINGS, f"model.name={smallest('sd15')}", f"prompts.source={shlex.quote(str(prompts))}"]
     return [
         "--methods", "residual-db", "draft", "--run", str(folder), f"--passes={BUDGET}", "--points=2", *options,
         "--set", *settings,
@@ -122,7 +128,9 @@ def test_points_are_what_the_runs_have_logged(done: Path) -> None:
     for run in values(done)["runs"]:
         lines = [json.loads(line) for line in (done / run["folder"] / "metrics.jsonl").read_text().splitlines()]
         logged = [
-            {k: v for k, v in line.items() if k not in ("phase", "update")} for line in lines if "accuracy" in line
+            {k: v for k, v in line.items() if k not in ("phase", "update")}
+            for line in lines
+            if line["phase"] == "evaluate"
         ]
         own = [
             p["metrics"] for p in values(done)["points"] if (p["variant"], p["seed"]) == (run["variant"], run["seed"])
@@ -227,17 +235,28 @@ def test_a_run_that_diverges_does_not_end_the_comparison(tmp_path: Path, monkeyp
     assert found["remarks"] == ["residual-db-seed-0 ended early; its last evaluation is after 1 updates."]
 
 
-def test_runs_in_processes_are_the_same(done: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "processes"
-    assert compare.main([*command(folder, "--seeds=2", "--jobs=2"), "--methods", "draft"]) == 0
-    for run in ("draft-seed-0", "draft-seed-1"):
-        ours, theirs = (read_lines(f / run / "metrics.jsonl") for f in (folder, done))
-        assert len(ours) == len(theirs)
-        for a, b in zip(ours, theirs, strict=True):
-            assert (a.pop("phase"), a.keys()) == (b.pop("phase"), b.keys())
-            assert a == pytest.approx(b, rel=1e-3, abs=1e-4, nan_ok=True)  # with another number of threads
-        assert "updates" in (folder / f"{run}.log").read_text(encoding="utf-8")
-    assert values(folder)["remarks"] == []
+def test_runs_in_processes_are_the_same(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second process would do as the first, and copies its run."""
+    folder, start, commands = tmp_path / "processes", training._start, []
+
+    def started(run: PlannedRun, command: list[str], *others):
+        commands.append(command)
+        if len(commands) == 2:
+            command = ["cp", "-r", str(done / run.folder.name), str(run.folder)]
+        return start(run, command, *others)
+
+    monkeypatch.setattr(training, "_start", started)
+    arguments = [*command(folder, "--seeds=2", "--jobs=2"), "--methods", "draft"]
+    assert compare.main(arguments) == 0
+    runs = ("draft-seed-0", "draft-seed-1")
+    assert commands == [[sys.executable, "-m", "fastnabla.compare", *arguments, "--only", run] for run in runs]
+    ours, theirs = (read_lines(f / runs[0] / "metrics.jsonl") for f in (folder, done))
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.pop("phase"), a.keys()) == (b.pop("phase"), b.keys())
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4, nan_ok=True)  # with another number of threads
+    assert "updates" in (folder / f"{runs[0]}.log").read_text(encoding="utf-8")
+    assert [run["folder"] for run in values(folder)["runs"]] == list(runs) and values(folder)["remarks"] == []
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -299,7 +318,11 @@ def test_evaluations_are_made_once_and_share_reference_samples(done: Path, monke
 def test_dry_run_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The budget is the preset's 24 updates of residual ∇-DB on 64 trajectories of 20 steps each. Of the 5 transitions that are
+    drawn of each, on average 3.8 are inner ones, half of them with a reverse residual: 5 U with and 3 U without it. The others
+    are last ones, with 3 U."""
     monkeypatch.chdir(tmp_path)
     assert compare.main(["--dry-run"]) == 0
-    assert "65,434" in capsys.readouterr().out
+    expected = 24 * 64 * (20 + 3.8 * (5 + 3) / 2 + 1.2 * 3)
+    assert f"{expected:,.0f} U per run" in " ".join(capsys.readouterr().out.split())
     assert not list(tmp_path.iterdir())

@@ -6,21 +6,38 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastnabla.metrics.pixels import PixelProbe
 from fastnabla.study import __main__ as command
 from fastnabla.study.parts import end_part, pretrained_part, scale_parts
 from fastnabla.study.plan import Setting, final_runs, tuning_runs
 from fastnabla.study.protocol import Protocol
 from fastnabla.study.results import read_results
+from tests.runs import smallest
 from tests.study.made_up import TOML, protocol_file
 
 pytestmark = pytest.mark.slow
+
+
+class BrightProbe(PixelProbe):
+    """Calls bright images correct."""
+
+    def is_correct(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        return images.mean((1, 2, 3)) > 0.5
+
+
+def on_smallest(text: str) -> str:
+    """The protocol `text` with a model of one level in place of the testbed."""
+    changes = {"model.name": smallest("sd15"), "model.height": "8", "model.width": "8", "reward.terms": "hue=1"}
+    changes |= {"evaluation.probe": "tests.study.test_study:BrightProbe"}
+    settings = ", ".join(f'"{name}" = "{value}"' for name, value in changes.items())
+    return text.replace("settings = { ", f"settings = {{ {settings}, ", 1)
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Protocol, Path]:
     """The protocol and the folder of a finished study."""
     folder = tmp_path_factory.mktemp("study")
-    path = protocol_file(folder)
+    path = protocol_file(folder, on_smallest(TOML))
     assert command.main([str(path), "--run", str(folder / "runs of it")]) == 0
     return Protocol.read(path), folder / "runs of it"
 
@@ -32,11 +49,12 @@ def settings(done: tuple[Protocol, Path]) -> list[Setting]:
 
 def test_tuning_comes_first_and_chosen_settings_get_fresh_seeds(done: tuple[Protocol, Path]):
     protocol, folder = done
-    names = {run.folder.name for run in (*tuning_runs(protocol, folder), *final_runs(protocol, folder, settings(done)))}
+    chosen = settings(done)
+    names = {run.folder.name for run in (*tuning_runs(protocol, folder), *final_runs(protocol, folder, chosen))}
     assert {path.name for path in (folder / "runs").iterdir()} == names
     assert {f"ours,{rate}-seed-7" for rate in ("0.001", "0.01")} < names
-    assert {setting.name for setting in settings(done)} == {"ours", "theirs"}
-    assert names >= {f"{setting}-seed-0" for setting in settings(done)}
+    assert {setting.name for setting in chosen} == {"ours", "theirs"}
+    assert names >= {f"{setting}-seed-0" for setting in chosen}
     assert len(names) == 2 + 2
 
 
@@ -56,7 +74,7 @@ def test_noise_is_shared_by_methods_and_scales_but_not_by_seeds(done: tuple[Prot
     assert before == same and before.seed != other.seed
     before, other = before.read().first(2), other.read()
     assert not torch.equal(before.measures.total, other.measures.total)
-    # Two updates change the samples a little, and half the LoRA changes them less.
+    # Three updates change the samples a little, and half the LoRA changes them less.
     ends = [end_part(run, protocol).read().first(2), scale_parts(run, protocol)[0].read()]
     changes = [(end.measures.pixels - before.measures.pixels).norm().item() for end in ends]
     assert 0 < changes[1] < changes[0] < 0.5 * (other.measures.pixels - before.measures.pixels).norm().item()
@@ -76,6 +94,7 @@ def test_what_a_run_has_spent_is_recorded(done: tuple[Protocol, Path]):
     results = read_results(protocol, folder, folder.parent / "made-up.runs.jsonl")
     assert len(results.runs) == 2
     for run in results.runs:
+        assert run.held_out.keys() >= {"reward", "accuracy"}
         assert 0 < run.spent.passes <= protocol.passes and run.spent.decodes > 0 and run.spent.seconds > 0
 
 
@@ -108,7 +127,7 @@ def test_results_of_another_protocol_are_refused(
     done: tuple[Protocol, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     _, folder = done
-    changed = protocol_file(tmp_path, TOML.replace("passes = 88.0", "passes = 500.0"))
+    changed = protocol_file(tmp_path, on_smallest(TOML).replace("passes = 88.0", "passes = 500.0"))
     assert command.main([str(changed), "--run", str(folder), "--page-only"]) == 2
     assert "has another configuration: updates" in " ".join(capsys.readouterr().err.split())
 
