@@ -91,6 +91,30 @@ UNETS = list(TINY)
 TINY |= FLOW_MODELS
 
 
+_ONE_LEVEL = {
+    "sd15": {
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "mid_block_type": None,
+    },
+    "sd3": {"num_layers": 1},
+}
+
+
+def one_level(family: str) -> Architecture:
+    """The smallest pipeline of Stable Diffusion 1.5 ("sd15") or 3 ("sd3"): one block down and one up, or one layer, and a pixel
+    for each latent."""
+    full = TINY[family]
+    vae = {
+        "block_out_channels": (8,),
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "mid_block_add_attention": False,
+    }
+    return dataclasses.replace(full, network=full.network | _ONE_LEVEL[family], vae=full.vae | vae)
+
+
 def save_tiny(family: str, folder: Path) -> str:
     """Save a tiny pipeline of `family` below `folder`, and return its path."""
     random_pipeline(TINY[family], {"default": torch.float32}).save_pretrained(folder / family)

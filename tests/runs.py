@@ -15,32 +15,15 @@ from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import ComputeConfig, EvaluationConfig, OptimizerConfig, RolloutConfig
 from fastnabla.models.random_init import random_pipeline
 from fastnabla.training.trainer import Trainer
-from tests.families import TINY
-
-VAE = {
-    "block_out_channels": (8,),
-    "down_block_types": ("DownEncoderBlock2D",),
-    "up_block_types": ("UpDecoderBlock2D",),
-    "mid_block_add_attention": False,
-}
-NETWORKS = {
-    "sd15": {
-        "block_out_channels": (8,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("UpBlock2D",),
-        "mid_block_type": None,
-    },
-    "sd3": {"num_layers": 1},
-}
+from tests.families import one_level
 
 
 @functools.cache
 def smallest(family: str) -> str:
     """The folder of a pipeline of `family` with one level and random weights, which is removed with this process."""
-    above, full = Path(tempfile.mkdtemp(prefix="fastnabla-")), TINY[family]
+    above = Path(tempfile.mkdtemp(prefix="fastnabla-"))
     atexit.register(shutil.rmtree, above, ignore_errors=True)
-    architecture = dataclasses.replace(full, network=full.network | NETWORKS[family], vae=full.vae | VAE)
-    random_pipeline(architecture, {"default": torch.float32}).save_pretrained(above / f"tiny-{family}")
+    random_pipeline(one_level(family), {"default": torch.float32}).save_pretrained(above / f"tiny-{family}")
     return str(above / f"tiny-{family}")
 
 

@@ -19,7 +19,7 @@ from fastnabla.objective.settings import Objective
 from fastnabla.optim.optimizer import Optimizer
 from fastnabla.trajectories.transitions import Transitions
 from tests.checks import ddim_table, randn
-from tests.families import TINY
+from tests.families import one_level
 
 STEPS = 5
 UPDATES = 3
@@ -36,7 +36,7 @@ class Run:
 def build(world: World = ALONE, dtype: torch.dtype = torch.float32, rank: int = 0, **objective: Any) -> Run:
     """A run, sharded if there are several ranks, or with a LoRA of rank `rank`. The policy differs from its reference, so that
     no term is pure rounding error."""
-    pipeline = random_pipeline(TINY["sd15"], {"default": torch.float32})
+    pipeline = random_pipeline(one_level("sd15"), {"default": torch.float32})
     policy = Policy(pipeline.unet.to(dtype), Conditions(randn(3, 5, 16).to(dtype)), 3.0, rank)
     with torch.no_grad():
         for number, parameter in enumerate(policy.trainable()):

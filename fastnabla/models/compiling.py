@@ -52,8 +52,7 @@ def allow_compiling() -> None:
 def compiled_code_folder() -> Path:
     """`TORCHINDUCTOR_CACHE_DIR`, or `fastnabla/compiled` in the user's cache (`XDG_CACHE_HOME`, or ~/.cache).
 
-    torch sets the variable to its default where it is not set, in newer versions when torch._dynamo is imported. So that
-    folder counts as not named.
+    torch sets an unset variable to its own default, so that folder counts as not named.
     """
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if named and named != os.path.abspath(default_cache_dir()):
