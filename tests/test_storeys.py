@@ -77,6 +77,7 @@ def test_imports_point_down(module):
     assert not up, f"{module} imports {', '.join(sorted(up))} from its own storey or one above"
 
 
+@pytest.mark.slow
 def test_no_circle():
     edges = {module: imported(path) & MODULES.keys() for module, path in MODULES.items()}
     while leaves := [module for module, below in edges.items() if not below & edges.keys()]:

@@ -99,6 +99,7 @@ def test_tilted_is_the_normalised_product(dimension, points, kind, beta):
     torch.testing.assert_close(torch.tensor(tilted.mean_reward(reward), dtype=F64), mean, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimension", PROBLEMS)
 def test_targets_of_the_problems_by_importance_sampling(dimension):
     """Means and mode masses of the target, within four standard errors of re-weighted draws from the pretrained mixture."""

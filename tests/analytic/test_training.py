@@ -63,6 +63,7 @@ def test_comparison_writes_a_line_for_each_method(tmp_path, capsys):
     assert "exists already" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_passes_are_those_that_the_methods_plan():
     """An update has 32 trajectories of T = 50 steps. draft samples them, with a graph for K = 10 steps. ddpo makes a rollout
     for four updates before the first one, and then trains on 26 transitions of each trajectory."""

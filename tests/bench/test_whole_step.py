@@ -108,6 +108,7 @@ def test_a_row_that_fails_hides_no_other(tmp_path: Path, monkeypatch: pytest.Mon
     assert "GRADIENTS DIFFER" in found[spoilt]["note"] and found[spoilt]["s"] > 0 and "note" not in found["published"]
 
 
+@pytest.mark.slow
 def test_rows_are_published_one_by_one_until_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(rows.DEADLINE, str(time.time() - 1))
     path = tmp_path / "step.json"

@@ -99,6 +99,7 @@ def test_settings_go_from_the_preset_to_the_method_to_the_command_line() -> None
     assert method_settings("sd15-aesthetic", "draft", []) == {}
 
 
+@pytest.mark.slow
 def test_a_variant_has_its_method_s_settings_and_its_own() -> None:
     found = plan(
         methods=("draft", "draft,direct.k=3", "draft,direct.k=4,optimizer.learning-rate=1e-4"),
@@ -213,6 +214,7 @@ def test_changes_are_from_the_run_s_own_start_and_means_are_over_seeds() -> None
     assert all(p.metrics["reward"] == 0 for p in changes(POINTS) if p.update == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_pictures_tell_all_variants_apart() -> None:
     variants = ["residual-db", "draft", *(f"draft,direct.k={k}" for k in range(10))]

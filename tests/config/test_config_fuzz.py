@@ -79,6 +79,7 @@ def test_fields_of_any_value(changes: dict[str, Any]) -> None:
         assert from_json(to_json(config)) == config
 
 
+@pytest.mark.slow
 @given(name=st.sampled_from([*FIELDS, *DEFAULTS]), key=ODD, value=VALUES, keep=st.booleans())
 @settings(max_examples=150)
 def test_unknown_and_missing_fields_and_sections(name: str, key: str, value: Any, keep: bool) -> None:
@@ -150,6 +151,7 @@ def test_whole_numbers_have_an_upper_bound(name: str) -> None:
         from_json(json.dumps(changed(DEFAULTS, {name: LARGEST + 1})))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rollout.trajectories", "lora.rank", "evaluation.samples"])
 def test_what_does_not_fit_into_memory_is_refused(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -101,6 +101,7 @@ def test_the_objective_is_that_of_the_golden_steps(folder: Path) -> None:
         assert_gradients(golden.gradients(), expected)
 
 
+@pytest.mark.slow
 def test_gradients_are_applied_as_by_scaler_and_optimizer() -> None:
     """The golden gradients of LoRA and g_φ, through the authors' sequence of torch's calls. Float32 rounding of fused and
     plain AdamW: 1e-6 of steps of 1e-3."""

@@ -96,6 +96,7 @@ def test_a_pinned_buffer_is_counted_in_the_hosts_memory() -> None:
         assert ("trajectory buffer, in host memory" in rows) == shown
 
 
+@pytest.mark.slow
 def test_activations_of_rewards_count() -> None:
     """Those of hpsv2, once for each image of a chunk; its weights once."""
     without = plan(24)
@@ -109,6 +110,7 @@ def test_activations_of_rewards_count() -> None:
     assert more == chosen.decode_chunk * rewards.image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sd35"])
 def test_prompt_embeddings_take_what_is_planned(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte if all fit on the device, or if a call needs more than `DEVICE_BYTES`; else to less than a prompt."""
@@ -178,6 +180,7 @@ def test_full_finetuning() -> None:
         plan(3, rank=0)
 
 
+@pytest.mark.slow
 def test_sharded_full_finetuning() -> None:
     """By the arithmetic of docs/full-finetuning.md for P parameters in bfloat16: 4 P whole, of both networks, and a share of 4 P
     of masters, 2 P of the frozen copy, 4 P of gradients and 8 P of moments."""
@@ -192,6 +195,7 @@ def test_sharded_full_finetuning() -> None:
     assert plan_memory(TrainConfig(vram=80), shallow(), int(80e9), CPU, ranks=8).fixed == plan(80).fixed
 
 
+@pytest.mark.slow
 def test_fixed_settings_are_respected() -> None:
     chosen = plan(24, micro_batch=2, decode_chunk=1, checkpoint_network=True, checkpoint_decoder=True)
     assert (chosen.micro_batch, chosen.decode_chunk) == (2, 1)

@@ -21,6 +21,7 @@ def tiny(name: str, options: RewardOptions) -> RewardModel:
     return reward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("name", TINY)
 def test_an_image_takes_what_was_said(name: str, precision: str) -> None:

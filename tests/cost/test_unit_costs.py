@@ -14,6 +14,8 @@ from fastnabla.models.families import SD
 from fastnabla.models.flow import build_flow
 from fastnabla.models.lora import add_lora
 
+pytestmark = pytest.mark.slow
+
 SHALLOW = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -41,7 +43,6 @@ def stable_diffusion(rank: int = 8, guided: bool = True, shallow: bool = False) 
     return UnitCosts(Shapes(unet, vae, flow, torch.bfloat16, description, (4, 64, 64)), guided=guided)
 
 
-@pytest.mark.slow
 def test_arithmetic() -> None:
     """A row of the UNet is 0.80 TFLOP as published (402 G multiply-adds), and a decode with its backward pass 5.06."""
     costs = stable_diffusion()
@@ -51,7 +52,6 @@ def test_arithmetic() -> None:
     assert 0 < costs.flow_flops < 0.05 * costs.network_flops
 
 
-@pytest.mark.slow
 def test_memory_of_a_pass() -> None:
     """1.65 GB kept by a transition, in proportion to their number."""
     costs = stable_diffusion()
@@ -63,7 +63,6 @@ def test_memory_of_a_pass() -> None:
     assert costs.shapes.network.device.type == "meta"
 
 
-@pytest.mark.slow
 def test_recomputing_keeps_less() -> None:
     """A fifth, if all blocks are counted."""
     costs = stable_diffusion(shallow=True)
@@ -73,7 +72,6 @@ def test_recomputing_keeps_less() -> None:
     assert not costs.shapes.network.is_gradient_checkpointing
 
 
-@pytest.mark.slow
 def test_memory_of_full_finetuning() -> None:
     """More by float32 gradients and weights cast to bfloat16, however many transitions there are."""
     costs = stable_diffusion(rank=0, shallow=True)
@@ -84,7 +82,6 @@ def test_memory_of_full_finetuning() -> None:
     assert costs.network_bytes(False, 8).kept < 8 * costs.network_bytes(False).kept - 6 * 2 * weights
 
 
-@pytest.mark.slow
 def test_pretended_weights_are_put_back() -> None:
     unet = stable_diffusion().shapes.network
     before = dict(unet.named_parameters())

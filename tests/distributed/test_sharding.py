@@ -129,6 +129,7 @@ def test_updates_equal_those_of_one_process(results: list[dict[str, Any]]) -> No
         assert torch.equal(joined(result["computed with"]), ours)
 
 
+@pytest.mark.slow
 def test_a_process_keeps_half(results: list[dict[str, Any]]) -> None:
     """Of the float32 weights, their gradients and moments, and the frozen copy; all sizes here are even."""
     size = nbytes(build().policy.trainable())

@@ -233,6 +233,7 @@ def test_a_stop_says_how_to_go_on(
     assert number.name in printed and "--resume runs/tiny-sd15-001" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", ["checkpoint", "metrics"])
 def test_a_full_disk_ends_the_run_with_advice(
     failing: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -260,6 +261,7 @@ def test_resume_auto_starts_and_then_continues(capsys: pytest.CaptureFixture[str
     assert train.main(["--resume", "job/run"]) == 0
 
 
+@pytest.mark.slow
 def test_unknown_preset_is_refused() -> None:
     with pytest.raises(SystemExit) as stop:
         train.main(["sd99"])

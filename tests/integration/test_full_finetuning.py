@@ -69,6 +69,7 @@ def test_the_learning_rate_of_a_lora_is_warned_of(rate: float, warned: bool, cap
     assert caplog.text.count("lora.rank = 0") == warned
 
 
+@pytest.mark.slow
 def test_is_sampled(run: Path, tmp_path: Path, drawn: None) -> None:
     """Into a picture of more than one grey."""
     picture = sample_run(SampleConfig(run=run, n=2, output=tmp_path / "picture.png"))

@@ -62,6 +62,7 @@ def gradients(golden: GoldenStep, step, selection) -> tuple:
     return report, {name: gradient.clone() for name, gradient in golden.gradients().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -76,6 +77,7 @@ def test_gradients_from_the_cache(changes: dict) -> None:
     compare_with_cache(small_step(), "torch", **changes)
 
 
+@pytest.mark.slow
 def test_gradients_from_the_cache_without_a_flow() -> None:
     compare_with_cache(small_step().without_flow(), "torch", reverse_weight=0.0, prior_weight=1.0)
 

@@ -171,10 +171,11 @@ OTHER_VALUES = {
 """Section → field → a value that is not that of `config_of`."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(name, marks=() if name == "draft" else pytest.mark.slow)
+        name
         for name in METHODS
         if name not in ("dag-kl", "vgg-flow")  # `dag` has nearly the same
     ],

@@ -25,6 +25,8 @@ from fastnabla.trajectories import rollout
 from tests.ranks import begin, end, restarting_ranks, trained
 from tests.runs import ON_SMALLEST
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     *ON_SMALLEST,
     "--updates=2",
@@ -98,7 +100,6 @@ def break_reward() -> None:
     reward.broken = True
 
 
-@pytest.mark.slow
 def test_a_reward_that_raises_in_one_rank() -> None:
     prepare = in_rank_1(Optimizer, "update", 0, break_reward)
     assert end(begin(2, lambda: trained(TINY, prepare))) == [1, 1]
@@ -109,14 +110,12 @@ def test_a_reward_that_raises_in_one_rank() -> None:
     assert first.count("error:") == 1
 
 
-@pytest.mark.slow
 def test_a_mistake_that_all_ranks_find_is_told_once_by_each() -> None:
     assert 0 not in end(begin(2, lambda: trained([*TINY, "--reward.terms=beauty"])))
     told = [output.count("unknown reward 'beauty'") for output in outputs(2)]
     assert max(told) == 1  # of a machine's two, by the first, or by both: the other was ended before it found out
 
 
-@pytest.mark.slow
 def test_a_rank_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "PATIENCE", 1.0)
     prepare = in_rank_1(Optimizer, "update", 0, send(signal.SIGKILL))
@@ -126,7 +125,6 @@ def test_a_rank_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no heartbeat from ranks [1]" in told
 
 
-@pytest.mark.slow
 def test_a_rank_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after the loss of its machine: its connections stay open."""
     monkeypatch.setattr(watch, "SILENCE", 3.0)
@@ -143,7 +141,6 @@ def sleep_forever() -> None:
     time.sleep(1e6)
 
 
-@pytest.mark.slow
 def test_a_rank_that_hangs_in_a_step() -> None:
     prepare = in_rank_1(Optimizer, "update", 0, sleep_forever)
     assert end(begin(2, lambda: trained([*TINY, "--hang-timeout=5"], prepare))) == [1, 1]
@@ -162,7 +159,6 @@ def wait_in_c_with_the_gil() -> None:
         lib.pthread_mutex_lock(mutex)
 
 
-@pytest.mark.slow
 def test_a_rank_in_which_no_python_thread_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "SILENCE", 3.0)
 
@@ -189,7 +185,6 @@ def weights() -> torch.Tensor:
     return torch.cat([layers[name].flatten() for name in sorted(layers)])
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_another_number_goes_on() -> None:
     """Between the two updates of a rollout, so that the checkpoint has the rollout's trajectories: those of 2 processes for 1."""
     assert end(begin(1, lambda: trained(TINY))) == [0]
@@ -203,7 +198,6 @@ def test_a_signal_to_one_rank_stops_all_and_another_number_goes_on() -> None:
     assert (weights() - expected).norm() < 1e-5 * expected.norm()  # sums of ranks round otherwise
 
 
-@pytest.mark.slow
 def test_a_signal_in_a_rollout_of_one_rank_stops_all() -> None:
     prepare = in_rank_1(rollout, "advance", 7, send(signal.SIGUSR1))
     assert end(begin(2, lambda: trained(TINY, prepare))) == [128 + signal.SIGUSR1] * 2
@@ -219,7 +213,6 @@ def restarted(arguments: list[str]) -> None:
         raise SystemExit(status)
 
 
-@pytest.mark.slow
 def test_restarted_by_torchrun_it_goes_on_from_the_last_checkpoint() -> None:
     arguments = [*TINY, "--rollout.updates=1", "--checkpoint-every=1", "--resume=auto"]
     assert end(begin(1, lambda: trained(arguments))) == [0]

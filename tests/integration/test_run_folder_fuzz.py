@@ -171,6 +171,7 @@ def test_prompts_of_other_types(value, field: str, finished: Path, tmp_path: Pat
         assert prompts.evaluated.stop <= len(prompts.texts) >= prompts.trained > 0
 
 
+@pytest.mark.slow
 @given(records=st.lists(VALUES | st.dictionaries(st.sampled_from(["phase", "update", "reward"]), VALUES), max_size=5))
 @settings(max_examples=60)
 def test_any_records(records: list, tmp_path: Path) -> None:

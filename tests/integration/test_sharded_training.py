@@ -77,6 +77,7 @@ def test_runs_equal_those_of_one_process(runs: Path, name: str) -> None:
         assert record == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_wrote_a_share_each(runs: Path) -> None:
     def shards(run: str, update: int) -> int:
         return len(list((runs / run / "checkpoints" / f"update-{update:06d}" / "weights").iterdir()))

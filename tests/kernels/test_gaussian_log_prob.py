@@ -187,6 +187,7 @@ def test_a_row_does_not_see_another(layout, device):
             assert poisoned[i].isnan().all() if i % 3 == 1 else torch.equal(poisoned[i], clean[i])
 
 
+@pytest.mark.slow
 @on_devices
 @on_layouts
 def test_same_bits_again_whatever_was_in_memory(layout, device, monkeypatch):

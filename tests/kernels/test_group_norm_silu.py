@@ -54,6 +54,7 @@ def by_autograd(
     return y.detach(), torch.autograd.grad(y, x, gradient)[0] + (0 if skip is None else skip.double())
 
 
+@pytest.mark.slow
 @on_devices
 @on_shapes
 def test_accuracy(shape, groups, device):
@@ -80,6 +81,7 @@ def test_without_a_residual_connection(device):
         assert relative_error(actual, exact) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.slow
 @on_devices
 def test_a_mean_of_a_hundred_deviations(device):
     """Means of tiles and groups are rounded by up to 100 · 2⁻²⁴ = 6e-6 deviations. The mean of the squares minus the square
@@ -103,6 +105,7 @@ def test_eps(device):
     torch.testing.assert_close(y, functional.silu(held["bias"]).view(1, 4, 1, 1).expand_as(y))
 
 
+@pytest.mark.slow
 @on_devices
 def test_same_bits_for_any_batch(device):
     """Two rows in the other order as in the whole batch."""
@@ -114,6 +117,7 @@ def test_same_bits_for_any_batch(device):
         assert torch.equal(whole[some], part)
 
 
+@pytest.mark.slow
 @on_devices
 def test_everything_is_written(device, monkeypatch):
     """Memory that is allocated without values is NaN the second time."""

@@ -126,6 +126,7 @@ def test_a_row_has_the_same_bits_in_every_run_and_batch(device, layout):
     assert_rows_stand_alone(evaluate, batch, range(len(batch)))
 
 
+@pytest.mark.slow
 @on_each_device
 def test_nothing_is_left_of_uninitialised_memory(device):
     batch = Case(**LAYOUTS["mixed_several_tiles"]).draw(device)

@@ -101,6 +101,7 @@ def test_anything_else(device, case, seed):
     assert_matches(evaluate, case.draw(device, seed))
 
 
+@pytest.mark.slow
 @on_each_device
 @pytest.mark.parametrize("layout", ["contiguous", "mixed_several_tiles"])
 @pytest.mark.parametrize("without", [(), NO_REWARD], ids=["reward", "no_reward"])
@@ -110,6 +111,7 @@ def test_a_row_has_the_same_bits_in_every_run_and_batch(device, without, layout)
     assert_rows_stand_alone(evaluate, batch, range(len(batch)))
 
 
+@pytest.mark.slow
 @on_each_device
 def test_nothing_is_left_of_uninitialised_memory(device):
     batch = Case(**LAYOUTS["mixed_several_tiles"]).draw(device)

@@ -96,6 +96,7 @@ def walks(guided: bool, gamma: Gamma = "alpha_bar") -> list[Walk]:
     return [Walk(golden(guided), number, gamma) for number in range(COUNT)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
 def test_adjoints(guided: bool) -> None:
     """Of all steps, to float32 rounding through a chain of networks and the decoder: found 2e-6 of the norm."""
@@ -111,6 +112,7 @@ def test_adjoints(guided: bool) -> None:
             assert torch.equal(outputs[i], subject.policy.reference(states[i], rows.timestep, TRAJECTORIES.prompt))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("guided", "micro_batch", "gamma", "draw", "backend"),
     [

@@ -94,6 +94,7 @@ def test_gradients(on_policy: bool, micro_batch: int) -> None:
     assert sum(report.counts.values()) == len(clipped) == len(report.rows["residual"])
 
 
+@pytest.mark.slow
 def test_parts_may_change_between_the_flow_and_the_policy() -> None:
     """Memory runs out, so the micro-batch is halved. Each row keeps its own advantage."""
     gradients, _, clipped = expected(True)

@@ -11,6 +11,7 @@ from tests.exact import Exact
 from tests.small_step import shared_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_flow", [True, False])
 def test_gradients(with_flow, backend):

@@ -47,6 +47,7 @@ def run(step: PolicyGradientStep, *calls):
     return reports[0], {name: gradient.clone() for name, gradient in golden().gradients().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("micro_batch", [100, 2])
 def test_gradients(micro_batch, backend):

@@ -6,6 +6,8 @@ import torch
 from tests.checks import relative_error
 from tests.small_step import small_step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def gradients() -> dict[torch.dtype, tuple[dict[str, torch.Tensor], set[torch.dtype]]]:
@@ -25,7 +27,6 @@ def gradients() -> dict[torch.dtype, tuple[dict[str, torch.Tensor], set[torch.dt
     return results
 
 
-@pytest.mark.slow
 def test_the_flow_computes_in_bfloat16_where_the_policy_does(gradients) -> None:
     assert gradients[torch.float32][1] == {torch.float32}
     assert gradients[torch.bfloat16][1] == {torch.bfloat16}

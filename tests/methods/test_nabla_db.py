@@ -112,6 +112,7 @@ def test_agrees_with_the_published_algorithm(folder, reverse_weight):
     assert_gradients(gradients, golden.gradients())
 
 
+@pytest.mark.slow
 def test_weighting_by_sigma():
     """Equal to the score weighting once each row's loss is divided by its σ²."""
     golden = shared_step()

@@ -66,6 +66,7 @@ def test_losses():
     assert losses["loss"].item() == pytest.approx(sum(losses[n].item() for n in losses if n != "loss"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
 def test_the_forward_residual_trains_the_policy_and_the_reverse_one_the_flow(reward_gradient):
     golden = small_step()
@@ -90,6 +91,7 @@ def test_the_forward_residual_trains_the_policy_and_the_reverse_one_the_flow(rew
     assert_gradients(flow_, flow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "micro_batch"), [("torch", 4), ("torch", 1), pytest.param("triton", 4, marks=BACKENDS[1].marks)]
 )
@@ -122,6 +124,7 @@ def test_decodes(reward_gradient, reuse_passes):
     assert len(decoded) == 6 * inner + 3 * last
 
 
+@pytest.mark.slow
 def test_an_average_of_the_flow_is_the_target():
     """g(x') is that of the average, and g(x) that of φ itself; the average is part of the step's state."""
     golden = small_step()

@@ -53,6 +53,7 @@ def gradients(golden: GoldenStep, step: BalanceStep, transitions: Transitions) -
     return {name: gradient.clone() for name, gradient in golden.gradients().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "micro_batch"),
     [("torch", 100), ("torch", 4), ("torch", 1), pytest.param("triton", 4, marks=BACKENDS[1].marks)],

@@ -157,6 +157,7 @@ def _order(report: StepReport, subject: GoldenStep) -> list[int]:
     return order.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("detached", [True, False], ids=["the authors' code", "the formula"])
 def test_vgg_flow(detached: bool, backend: str) -> None:
@@ -167,6 +168,7 @@ def test_vgg_flow(detached: bool, backend: str) -> None:
     assert report.passes == {"inner": passes, "last": passes} == STEPS["vgg-flow"].cost(config).passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gamma", "power"), [("sqrt_alpha_bar", 1), ("constant", 0)])
 def test_other_weights_of_vgg_flow_without_guidance_and_with_noise(gamma: Gamma, power: int) -> None:
     """The states are those of DDPM's rows; a micro-batch of one row adds up to the same."""
@@ -180,6 +182,7 @@ def test_other_weights_of_vgg_flow_without_guidance_and_with_noise(gamma: Gamma,
         policy.guidance_scale = scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["flow", "diffusion"])
 def test_reward_score_matching(kind: str, backend: str) -> None:

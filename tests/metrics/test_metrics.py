@@ -29,6 +29,7 @@ def test_hue_entropy_of_one_hue_is_zero_and_of_all_is_one() -> None:
     assert hue_entropy((torch.arange(24) % 12 + 0.5) / 12, prompt) == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [2, 12, 16, 100])
 def test_the_ceiling_is_the_mean_hue_entropy_of_uniform_hues(samples: int) -> None:
     """Within four standard errors, over 4,000 prompts."""
@@ -64,6 +65,7 @@ def test_joint_entropy_sees_a_ground_that_follows_the_hue() -> None:
     assert same == pytest.approx(math.log(2) / math.log(24) / 2)
 
 
+@pytest.mark.slow
 def test_the_ceiling_of_joint_entropy() -> None:
     """It is the mean for uniform hues and grounds, within four standard errors over 2,000 prompts."""
     assert joint_entropy_ceiling(1) == 0

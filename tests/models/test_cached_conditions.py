@@ -135,6 +135,7 @@ def test_unconditional_rows_and_shared_conditions_come_with_them() -> None:
     assert found["time_ids"].shape == (4, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [(1,), (1, 2, 3)], ids=["its row is overwritten", "the tables are replaced"])
 def test_a_graph_outlives_its_prompts(others: tuple[int, ...], tmp_path: Path) -> None:
     """Gradients of a network whose blocks are recomputed after its prompt has left the device."""
@@ -154,6 +155,7 @@ def test_a_graph_outlives_its_prompts(others: tuple[int, ...], tmp_path: Path) -
     assert all(map(torch.equal, gradients(others), expected)) and 0 not in conditions._row_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd35", "flux"])
 def test_bytes_alone_decide_and_no_number_depends_on_what_was_encoded_before(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -48,6 +48,7 @@ def assert_same_weights(found: DiffusionPipeline, expected: DiffusionPipeline) -
         assert all(torch.equal(weight, ours[name]) for name, weight in theirs.items()), part
 
 
+@pytest.mark.slow
 def test_a_folder_with_one_variant_is_loaded_and_said_so(
     saved: Path, pipeline: DiffusionPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -104,6 +105,7 @@ def test_variants(saved: Path, tmp_path: Path) -> None:
         pipeline_of(config_of(saved / "full", variant="fp16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["single/cute.safetensors", "single"], ids=["file", "folder"])
 def test_a_single_file_is_loaded(saved: Path, pipeline: DiffusionPipeline, name: str) -> None:
     """The images of the single file are those of the folder: same weights, tokenizer and scheduler."""

@@ -106,6 +106,7 @@ def test_no_micro_batch_compiles_anew(
     assert cost.graphs == graphs and cost.seconds > 0
 
 
+@pytest.mark.slow
 def test_padded_rows_are_counted_and_running_out_of_memory_ends_them() -> None:
     golden = small_step()
     golden.policy.compile = "whole"  # as far as the step knows
@@ -126,6 +127,7 @@ def test_padded_rows_are_counted_and_running_out_of_memory_ends_them() -> None:
     assert step.micro_batch == 3 and golden.policy.static_rows == (3,)
 
 
+@pytest.mark.slow
 def test_next_states_have_a_size_of_their_own_where_passes_are_shared() -> None:
     """Whatever number of last transitions there is, which have no pass at x'."""
     golden = small_step()

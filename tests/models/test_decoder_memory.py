@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastnabla.models.decoder import Decoder, decode_bytes, with_empty_weights
 from fastnabla.utils.tensor_bytes import LiveBytes
 
+pytestmark = pytest.mark.slow
+
 LATENTS = (4, 64, 64)
 
 
@@ -51,7 +53,6 @@ def plain_gradient(vae: AutoencoderKL, latents: Tensor) -> None:
     torch.autograd.grad(total(images, []).sum(), latents)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_stable_diffusion(stable_diffusion, dtype):
     """Counted, as shares of the peak of plain autograd: 0.37, and 0.27 with checkpointing."""
@@ -63,7 +64,6 @@ def test_stable_diffusion(stable_diffusion, dtype):
     assert decode_bytes(stable_diffusion, LATENTS, dtype, checkpoint=True) < 0.29 * memory.peak
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("checkpoint", "how", "kept", "peak"),
     [
@@ -94,7 +94,6 @@ def test_bytes_in_either_layout(stable_diffusion, checkpoint, how, kept, peak, m
         assert memory.peak == pytest.approx(planned, rel=1e-3)
 
 
-@pytest.mark.slow
 def test_decode_bytes(stable_diffusion):
     """In proportion to the image and to the type, but for the float32 image; the autoencoder is left as it was."""
     single = decode_bytes(stable_diffusion, LATENTS, torch.float32)
@@ -112,7 +111,6 @@ def flops(images: Callable[[Tensor], Tensor]) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.slow
 def test_arithmetic(stable_diffusion):
     """None is added by keeping less; checkpointing adds a fifth; the tiny autoencoder takes a seventeenth."""
     with FakeTensorMode():
@@ -161,7 +159,6 @@ def measure() -> dict[str, int]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux only")
 def test_resident_set():
     """Measured: 289 MiB plain, 123 kept and 99 checkpointed; 1.00 and 1.02 times what is predicted for these two."""

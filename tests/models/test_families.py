@@ -131,6 +131,7 @@ def test_vae_of_xl_computes_in_float32_where_all_else_is_float16(tmp_path: Path)
     assert of(SD, {}, dtype="bfloat16", vae_dtype="float32") == torch.float32
 
 
+@pytest.mark.slow
 def test_xl_is_told_nothing_for_no_prompt_and_the_size_of_its_images(tmp_path: Path) -> None:
     """Zeros for the empty prompt, as its pipeline has `force_zeros_for_empty_prompt`; sizes in pixels."""
     pipeline = pipeline_of(ModelConfig(name=save_tiny("sdxl", tmp_path), dtype="float32"))

@@ -93,6 +93,7 @@ def table_images(pipeline: DiffusionPipeline, config: TrainConfig, sample_shape:
     return plain_images(pipeline, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_without_noise_the_policy_samples_as_euler_s_method(model: str, guidance_scale: float) -> None:
     """diffusers' own scheduler, with its shift. Noise of η = 1e-6 is invisible; the rest is float32 rounding."""
@@ -107,6 +108,7 @@ def test_without_noise_the_policy_samples_as_euler_s_method(model: str, guidance
     torch.testing.assert_close(own, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_with_noise_the_policy_samples_as_a_pipeline_with_its_table(model: str, guidance_scale: float) -> None:
     config = config_of(model, guidance_scale)
@@ -115,6 +117,7 @@ def test_with_noise_the_policy_samples_as_a_pipeline_with_its_table(model: str, 
     torch.testing.assert_close(own, table_images(plain(model), config, networks.sample_shape), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_guidance_is_an_input_of_flux_and_a_second_row_of_sd3(model: str) -> None:
     """Both change the images."""
     networks, unguided = networks_of(config_of(model, 3.0)), networks_of(config_of(model, 1.0))
@@ -166,6 +169,7 @@ def test_trained_weights_load_in_plain_diffusers_and_a_run_resumes(
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_give_the_same_gradients(model: str) -> None:
     """Of a pass with gradients to the state and to the LoRA, to float32 rounding."""
     gradients = []

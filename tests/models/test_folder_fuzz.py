@@ -43,6 +43,7 @@ def assert_one_line(error: ValueError, name: str) -> None:
     assert name in message and "\n" not in message.strip() and len(message) < 5000, message
 
 
+@pytest.mark.slow
 @given(data=st.data(), file=st.sampled_from(FILES))
 @settings(max_examples=8)
 def test_any_setting_of_a_model(data: st.DataObject, file: str, saved: Path) -> None:

@@ -59,6 +59,7 @@ def test_plain_diffusers_samples_the_same_images(family: str, tmp_path: Path) ->
     assert (exported - own).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_names_shapes_and_alpha(tmp_path: Path) -> None:
     """One layer of each kind, under the names that ComfyUI and AUTOMATIC1111's web UI look up."""
     _, policy = trained("sdxl", (ALL_LINEAR, *CONVOLUTIONS), tmp_path)

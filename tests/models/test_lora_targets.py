@@ -126,6 +126,7 @@ def test_weights_are_those_of_pefts_own_list(targets: tuple[str, ...]) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "targets", [("regex:.*attn2.to_[kv]",), ("conv_in", "conv1", "attn1.to_q")], ids=["pattern", "convolutions"]
 )

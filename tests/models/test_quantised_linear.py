@@ -168,6 +168,7 @@ def test_a_compiled_network_keeps_no_dequantised_weights(monkeypatch: pytest.Mon
     assert kept["plain"] and not kept["quantised"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd35", "flux"])
 def test_network_and_text_encoders_of_each_family(family: str, tmp_path: Path) -> None:
     """All linear layers, the same codes each time. Prompts are encoded, and the network called, as with plain layers that

@@ -103,6 +103,7 @@ def test_the_average_is_of_the_run_s_weights(run) -> None:
         torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_is_evaluated_and_saved_beside_the_weights(run) -> None:
     folder, trainer, _ = run
     first, *others = evaluations(folder)
@@ -125,6 +126,7 @@ def test_is_evaluated_and_saved_beside_the_weights(run) -> None:
     assert all(torch.equal(a, b) for a, b in zip(loaded, trainer.ema.average.values(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_weights_themselves_are_as_without_an_average(run, tmp_path: Path) -> None:
     config = averaging()
     config.optimizer = dataclasses.replace(config.optimizer, ema=None)

@@ -57,6 +57,7 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bytes], st
     return write
 
 
+@pytest.mark.slow
 @given(content=FILES)
 @example(content=b"\xef\xbb\xbf")
 @example(content=b"\xef\xbb\xbf\xef\xbb\xbfa")
@@ -121,6 +122,7 @@ def test_templates(templates: list[str]):
     assert (prompts is None) or all(template.count("{}") == 1 for template in templates)
 
 
+@pytest.mark.slow
 @given(prompts=st.lists(ODD.filter(lambda t: "\ud800" not in t), max_size=20), share=st.floats(), seed=st.integers(0))
 def test_splits(prompts: list[str], share: float, seed: int):
     try:

@@ -86,6 +86,7 @@ def test_short_and_long_runs(updates):
             assert len(line.get_xdata()) > 1 or line.get_marker() != "None"
 
 
+@pytest.mark.slow
 def test_a_wide_range_is_logarithmic_and_a_narrow_one_is_not():
     scales = {}
     for name, values in RANGES.items():

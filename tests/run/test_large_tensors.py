@@ -117,6 +117,7 @@ def test_any_number_of_processes_reads_it(one: Saved, two: list[dict[str, Any]],
     assert_equal(again.everything(), one.everything())
 
 
+@pytest.mark.slow
 def test_each_process_writes_its_half(two: list[dict[str, Any]], folder: Path) -> None:
     """Of every tensor, without a pickle: safetensors, the rest of the state, and a manifest of them all."""
     whole = folder / "two"

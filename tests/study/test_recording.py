@@ -19,6 +19,8 @@ from fastnabla.study.results import read_results
 from fastnabla.study.samples import write_samples
 from tests.study.made_up import TOML, made_samples, measure, protocol_file, train
 
+pytestmark = pytest.mark.slow
+
 OURS, THEIRS = Setting("ours", 1e-2), Setting("theirs", 3e-3)
 SHIFTS = {Setting("ours", 1e-3): 0.2, OURS: 0.7, THEIRS: 0.9}
 """The learning rate 0.01 gains more, so it is chosen; some hue entropy may be lost."""
@@ -67,7 +69,6 @@ def page(path: Path) -> list[bytes]:
     return [path.with_name(name).read_bytes() for name in ("made-up.md", "made-up-fronts.png", "made-up.runs.jsonl")]
 
 
-@pytest.mark.slow
 def test_the_page_from_records_is_that_from_folders(made: tuple[Path, Protocol, Path]):
     path, _, folder = made
     options = [str(path), "--run", str(folder), "--page-only"]
@@ -82,7 +83,6 @@ def test_the_page_from_records_is_that_from_folders(made: tuple[Path, Protocol, 
     assert not folder.exists()
 
 
-@pytest.mark.slow
 def test_records_hold_what_was_measured(made: tuple[Path, Protocol, Path]):
     path, protocol, folder = made
     results = read_results(protocol, folder, path.with_suffix(".runs.jsonl"))
@@ -105,7 +105,6 @@ def test_records_hold_what_was_measured(made: tuple[Path, Protocol, Path]):
         assert each.gain == pytest.approx(SHIFTS[each.setting], abs=0.1)  # uniform noise of width 0.1
 
 
-@pytest.mark.slow
 def test_a_study_goes_on_without_its_folder(made: tuple[Path, Protocol, Path], trained: list[str]):
     path, _, folder = made
     options = [str(path), "--run", str(folder)]
@@ -129,7 +128,6 @@ def test_a_study_goes_on_without_its_folder(made: tuple[Path, Protocol, Path], t
     assert len(page(path)[2].splitlines()) == len(before[2].splitlines())
 
 
-@pytest.mark.slow
 def test_a_run_that_was_killed_before_it_was_recorded_is_not_trained_again(
     made: tuple[Path, Protocol, Path], trained: list[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -148,7 +146,6 @@ def test_a_run_that_was_killed_before_it_was_recorded_is_not_trained_again(
     assert len(read_records(path.with_suffix(".runs.jsonl"))) == 4
 
 
-@pytest.mark.slow
 def test_runs_that_end_at_the_same_time_are_all_recorded(made: tuple[Path, Protocol, Path]):
     path, protocol, folder = made
     file = path.with_suffix(".runs.jsonl")
@@ -158,7 +155,6 @@ def test_runs_that_end_at_the_same_time_are_all_recorded(made: tuple[Path, Proto
     assert read_records(file).keys() == {run.name for run in runs}
 
 
-@pytest.mark.slow
 def test_a_record_of_another_protocol_does_not_count(
     made: tuple[Path, Protocol, Path], trained: list[str], capsys: pytest.CaptureFixture
 ):
@@ -185,7 +181,6 @@ def test_a_record_of_another_protocol_does_not_count(
     assert len(read_records(path.with_suffix(".runs.jsonl"))) == 4
 
 
-@pytest.mark.slow
 def test_records_of_runs_that_the_protocol_does_not_choose_are_named(made: tuple[Path, Protocol, Path]):
     path, _, folder = made
     options = [str(path), "--run", str(folder), "--page-only"]
@@ -198,7 +193,6 @@ def test_records_of_runs_that_the_protocol_does_not_choose_are_named(made: tuple
     assert path.with_suffix(".runs.jsonl").read_bytes() == records
 
 
-@pytest.mark.slow
 def test_runs_that_diverged_are_recorded(made: tuple[Path, Protocol, Path], trained: list[str]):
     path, protocol, folder = made
     early, broken, *_ = planned(protocol, folder)

@@ -118,6 +118,7 @@ def runs_of(folder: Path, text: str = TOML) -> tuple[Protocol, StudyRun, StudyRu
     return protocol, tuning_runs(protocol, folder)[0], final_runs(protocol, folder, [OURS])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "tuning", "final"),
     [
@@ -146,6 +147,7 @@ def test_a_record_counts_while_the_protocol_says_the_same_of_its_run(
         assert valid_records([run], after[0], {record.name: record}) == ({} if names else {run.name: record})
 
 
+@pytest.mark.slow
 def test_the_order_of_scales_does_not_matter(tmp_path: Path):
     orders = [runs_of(tmp_path, TOML.replace("[0.5]", text)) for text in ("[0.5, 2.0]", "[2.0, 0.5]")]
     assert key_of(orders[0][2], orders[0][0]) == key_of(orders[1][2], orders[1][0])

@@ -112,6 +112,7 @@ def test_a_lora_that_the_loss_does_not_depend_on_is_an_error() -> None:
         require_connected([None, None], names, False, "the path")
 
 
+@pytest.mark.slow
 def test_a_run_that_would_learn_nothing_stops(tmp_path: Path) -> None:
     """A fast path that loses the gradient of the LoRA, and one that loses the reward's."""
     for folder in ("lora", "reward"):

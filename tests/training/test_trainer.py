@@ -214,6 +214,7 @@ def test_kernels_do_not_change_the_run(backend: str, run: Path, tmp_path: Path) 
             assert fused[name] == close, name
 
 
+@pytest.mark.slow
 def test_a_tiny_decoder_guides_and_the_vae_reports(run: Path, tmp_path: Path) -> None:
     widths = (8,)
     blocks = {"encoder_block_out_channels": widths, "decoder_block_out_channels": widths}

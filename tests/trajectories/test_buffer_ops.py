@@ -172,6 +172,7 @@ def test_append(device, case, step):
     assert_same_everywhere(compiled, plain)
 
 
+@pytest.mark.slow
 @on_each_device
 @FEW
 @given(case=cases)

@@ -212,8 +212,8 @@ def assert_same_state(actual: dict, expected: dict) -> None:
             assert actual[name] == value, name
 
 
-TestRing = Ring.TestCase
-TestRing.settings = settings(max_examples=200, stateful_step_count=50)
+TestRing = pytest.mark.slow(Ring.TestCase)
+TestRing.settings = settings(max_examples=100, stateful_step_count=50)
 
 
 def filled(count: int, capacity: int, **options) -> tuple[TrajectoryBuffer, list[Trajectory]]:
