@@ -37,7 +37,7 @@ RUNS = {
 WEIGHTS = (3, 1)
 """How often each is drawn: the second takes longer."""
 POINTS: dict[tuple[str, int], dict[str, int]] = {
-    ("LoRA with a rollout ahead", 0): {"write": 1500, "fsync": 5, "rename": 1, "removal": 1, "gather": 12},
+    ("LoRA with a rollout ahead", 0): {"write": 700, "fsync": 5, "rename": 1, "removal": 1, "gather": 12},
     ("LoRA with a rollout ahead", 1): {"gather": 12},
     ("sharded weights", 0): {"write": 20, "fsync": 6, "rename": 1, "removal": 1, "shard": 1},
     ("sharded weights", 1): {"fsync": 1, "shard": 1},
