@@ -117,7 +117,7 @@ SPILLED = {
     "buffer, copied into a checkpoint": Point(
         3, lambda t, c, after: die_in_call(type(t.components.state.buffer), "state_dict", c, after)
     ),
-    "buffer, written with a checkpoint": Point(6000, lambda t, c, after: die_in_write(c)),
+    "buffer, written with a checkpoint": Point(2000, lambda t, c, after: die_in_write(c)),
     "rollout that is sampled ahead": Point(12, lambda t, c, after: die_in_call(type(t.table), "rows", c, after)),
 }
 """Those of a run whose buffer is in host memory, holds an older rollout and is saved with each checkpoint."""
@@ -129,7 +129,7 @@ SHARDED = {
     "2 processes: shards of a checkpoint": Point(
         3, lambda t, c, after: die_in_call(checkpoint, "write_tensors", c, after)
     ),
-    "2 processes: checkpoint, flushed": Point(20, lambda t, c, after: die_in_call(os, "fsync", c, after)),
+    "2 processes: checkpoint, flushed": Point(8, lambda t, c, after: die_in_call(os, "fsync", c, after)),
     "2 processes: weights, gathered": Point(2, lambda t, c, after: die_in_call(save_weights, "save_policy", c, after)),
     "2 processes: evaluation": Point(4, lambda t, c, after: die_in_call(t.evaluator, "images", c, after)),
 }
