@@ -162,7 +162,7 @@ def test_names_may_contain_colons(tmp_path: Path) -> None:
         ("a.json", '{"prompt": "a"}{"prompt": "b"}', None, "not valid JSON .Extra data"),
         ("a.json", '{"A cat.": 1, "A cat.": 2}', None, "A cat.: appears twice"),
         ("a.json", "[" * 100_000, None, "not valid JSON .*(nested too deeply|recursion)"),
-        # Where Python's recursion limit was raised, as Hypothesis does, the value itself is reached.
+        # Where Python's recursion limit was raised, the value itself is reached.
         ("a.json", '{"prompt":' * 900 + "1" + "}" * 900, None, "nested too deeply|must be text, not int"),
         ("a.json", "{}", None, "has no prompts"),
         ("a.json", "", None, "has no prompts"),
