@@ -8,7 +8,7 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
 # The tests of test-oldest: code that depends on the versions of torch and Triton and runs on a GPU.
-OLDEST_TESTS := tests/kernels tests/test_losses.py $(patsubst %,tests/%.py, \
+OLDEST_TESTS := tests/kernels tests/test_losses.py tests/test_table_of.py $(patsubst %,tests/%.py, \
   $(addprefix models/test_,compiling compiled_gradients decoder decoder_layout frozen_layers policy lora quantised_linear recomputing) \
   $(addprefix methods/test_,half_precision out_of_memory nabla_db) \
   distributed/test_sharding objective/test_balance objective/test_reference_target training/test_guards rewards/test_models \

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from fastnabla.config.model_sections import LoraConfig
 from fastnabla.models.architectures import FLUX_DEV, SD3_MEDIUM, SD15, SD21, SD35_MEDIUM, SDXL_BASE, Architecture, Sizes
 from fastnabla.models.random_init import random_pipeline
 
@@ -89,6 +90,13 @@ FLOW_MODELS = {
 }
 UNETS = list(TINY)
 TINY |= FLOW_MODELS
+
+TRAINED = {
+    "LoRA": LoraConfig(),
+    "LoRA on all linear layers": LoraConfig(targets=("all-linear",)),
+    "all weights": LoraConfig(rank=0),
+}
+"""What is trained, by how it is saved."""
 
 
 _ONE_LEVEL = {

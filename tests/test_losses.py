@@ -1,60 +1,21 @@
 """The loss for other training loops, against its definition in float64 and the reference implementation."""
 
-import dataclasses
 import functools
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.distributions import Normal
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastnabla
-from fastnabla import transition
 from fastnabla.losses import STATISTICS, residual_db_loss, reverse_scores
-from fastnabla.transition import TransitionTable, table_of
 from tests.checks import BACKENDS, assert_gradients, ddim, ddim_table, flow_table, randn
 from tests.exact import gamma_of, guided
 from tests.golden import ALL_STEP_SETS, GoldenStep, load_step
+from tests.loss_arguments import SHAPE, STEPS, arguments, random, reverse_arguments
 
-SHAPE = (4, 2, 3, 5)
-STEPS = torch.tensor([9, 0, 5, 9])  # the first and the last row are last transitions of 10
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 load_once = functools.cache(load_step)
-
-
-def random(seed: int, dtype: torch.dtype = torch.float64, copies: int = 1) -> Tensor:
-    return randn(copies * SHAPE[0], *SHAPE[1:], seed=seed, dtype=dtype)
-
-
-def arguments(
-    guidance: float | None, dtype: torch.dtype = torch.float64, table: TransitionTable | None = None
-) -> dict[str, Any]:
-    """What a user holds, without flow, trust region and reverse term; the sampler is DDIM's unless another `table` is given."""
-    copies, table = 1 if guidance is None else 2, table or ddim_table()
-    x = random(0, dtype)
-    rows = table.rows(STEPS, x)
-    return {
-        "noise_pred": random(1, dtype, copies).requires_grad_(),
-        "noise_pred_ref": random(2, dtype, copies),
-        "x_t": x,
-        "x_next": rows.a * x + rows.b * random(3, dtype) + rows.sigma * random(4, dtype),
-        "timesteps": rows.timestep,
-        "scheduler": table,
-        "reward_score_next": random(5, dtype),
-    }
-
-
-def reverse_arguments(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    names = ("score_reverse", "score_ref_reverse", "reward_score", "flow_score")
-    values = {name: random(10 + seed, dtype) for seed, name in enumerate(names)}
-    values["flow_score"].requires_grad_()
-    return values
 
 
 def naive_loss(
@@ -199,75 +160,6 @@ def test_values_that_last_rows_do_not_have_are_not_read():
     assert held["flow_score"].grad.isfinite().all()
 
 
-def test_scheduler_or_table():
-    held = arguments(5.0)
-    for eta in (None, 0.6):
-        table = residual_db_loss(**{**held, "scheduler": ddim_table(eta=eta or 1.0)}, guidance_scale=5.0, beta=3.0)
-        scheduler = residual_db_loss(**{**held, "scheduler": ddim(10)}, guidance_scale=5.0, beta=3.0, eta=eta)
-        assert table.loss == scheduler.loss
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operations within."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.names.append(operation.overloadpacket.__name__)
-        return operation(*args, **(kwargs or {}))
-
-
-def test_a_scheduler_becomes_a_table_once(monkeypatch):
-    """Until its timesteps, its configuration or η change, whatever the device; and no longer than it lives."""
-    scheduler = ddim(10)
-    held = arguments(5.0) | {"scheduler": scheduler}
-    built, build = [], TransitionTable.from_scheduler
-    monkeypatch.setattr(
-        TransitionTable, "from_scheduler", lambda *args, **kwargs: built.append(1) or build(*args, **kwargs)
-    )
-    operations = []
-    for _ in range(3):
-        with Operations() as seen:
-            residual_db_loss(**held, guidance_scale=5.0, beta=3.0)
-        operations.append(seen.names)
-    assert len(built) == 1 and len(operations[0]) > len(operations[1]) and operations[1] == operations[2]
-    table = table_of(scheduler, 1.0)
-    with Operations() as seen:
-        assert table_of(scheduler, 1.0) is table
-    assert seen.names == [] and len(built) == 1
-
-    assert table_of(scheduler, 0.5).sigma[0] == 0.5 * table.sigma[0] and len(built) == 2
-    scheduler.set_timesteps(20)
-    assert len(table_of(scheduler, 0.5)) == 20 and len(built) == 3
-    scheduler.timesteps += 1  # in place
-    assert table_of(scheduler, 0.5).timestep[-1] == 2 and len(built) == 4
-    scheduler.timesteps -= 1
-    scheduler.register_to_config(prediction_type="v_prediction")
-    assert table_of(scheduler, 1.0).d[0] != table.d[0] and len(built) == 5
-    other = ddim(10)
-    assert table_of(other, 1.0) is not table_of(ddim(10), 1.0) and len(built) == 7
-    kept = len(transition._TABLES)
-    del other
-    assert len(transition._TABLES) == kept - 1
-    with torch.inference_mode():
-        scheduler.set_timesteps(10)
-    assert table_of(scheduler, 1.0) is table_of(scheduler, 1.0) and len(built) == 8
-
-
-def test_a_table_goes_to_a_device_in_two_copies():
-    """And is not looked at there, which would wait for the device: the meta device has nothing to look at."""
-    table = ddim_table()
-    with Operations() as seen:
-        moved = table.to("meta")
-    assert seen.names.count("_to_copy") == 2
-    assert {getattr(moved, field.name).dtype for field in dataclasses.fields(moved)} == {torch.float32, torch.float64}
-    with Operations() as seen:
-        assert table.to("meta") is moved
-    assert seen.names == []
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision(dtype):
     held = (
@@ -375,71 +267,6 @@ def test_reverse_scores_need_a_graph():
         reverse_scores(held["noise_pred"], held["x_t"], **sampler)
     with pytest.raises(ValueError, match="noise_pred has no graph to x_t"):
         reverse_scores(held["noise_pred"] * 1, held["x_t"].requires_grad_(), **sampler)
-
-
-WRONG = {
-    "pair": ({"noise_pred": random(1)}, r"noise_pred has shape \(4, 2, 3, 5\), expected \(8, 2, 3, 5\) \(pairs"),
-    "reference_shape": ({"noise_pred_ref": random(1)[:3]}, r"noise_pred_ref has shape \(3, 2, 3, 5\), expected \(8, "),
-    "single": (
-        {"guidance_scale": None},
-        r"noise_pred has shape \(8, 2, 3, 5\), expected \(4, .*one row per transition",
-    ),
-    "x_next": ({"x_next": random(1)[:, :1]}, r"x_next has shape \(4, 1, 3, 5\), expected \(4, 2, 3, 5\)"),
-    "empty": ({"x_t": torch.zeros(0, 2)}, r"x_t has shape \(0, 2\), expected \[N, …\] with N ≥ 1"),
-    "integer_state": ({"x_t": torch.zeros(SHAPE, dtype=torch.int64)}, "x_t has dtype torch.int64, expected a floating"),
-    "reward": ({"reward_score_next": random(1)[0]}, r"reward_score_next has shape \(2, 3, 5\), expected"),
-    "reward_device": ({"reward_score_next": random(1).to("meta")}, "reward_score_next is on meta, expected cpu"),
-    "flow": ({"flow_score_next": random(1).long()}, "flow_score_next has dtype torch.int64, expected a floating-point"),
-    "old": ({"noise_pred_old": random(1, copies=2)}, r"noise_pred_old has shape \(8, .* expected \(4, "),
-    "timestep_shape": (
-        {"timesteps": torch.tensor(901)},
-        r"timesteps is torch.int64 \(\) on cpu, expected torch.int64, torch.float32 or torch.float64 \(4,\)",
-    ),
-    "timestep_dtype": (
-        {"timesteps": torch.tensor([901.0] * 4, dtype=torch.bfloat16)},
-        "timesteps is torch.bfloat16 .* expected torch.int64",
-    ),
-    "timestep": ({"timesteps": torch.tensor([901, 1, 2, 1])}, "timestep 2 is not one of the sampler's 10"),
-    "scheduler": ({"scheduler": object()}, "scheduler object is not supported"),
-    "no_timesteps": ({"scheduler": ddim()}, r"call scheduler\.set_timesteps"),
-    "table_eta": ({"eta": 0.5}, r"eta = 0\.5: expected None with a TransitionTable"),
-    "eta": ({"eta": 0.0, "scheduler": ddim(10)}, r"eta = 0\.0: must be positive"),
-    "guidance": ({"guidance_scale": float("nan")}, "guidance_scale = nan: expected a finite number"),
-    "beta": ({"beta": float("inf")}, "beta = inf: expected a finite number, not negative"),
-    "prior_weight": ({"prior_weight": -0.5}, r"prior_weight = -0\.5: expected"),
-    "trust_region_weight": ({"trust_region_weight": float("nan")}, "trust_region_weight = nan: expected"),
-    "reverse_weight": ({"reverse_weight": -1.0}, r"reverse_weight = -1\.0: expected"),
-    "gamma": ({"gamma": "alpha"}, r"gamma = 'alpha': expected one of \('alpha_bar', "),
-    "weighting": ({"weighting": "snr"}, r"weighting = 'snr': expected one of \('score', 'sigma'\)"),
-    "reverse_term": (
-        {"score_reverse": random(1), "flow_score": random(1)},
-        "score_ref_reverse, reward_score = None: the reverse term needs all of score_reverse, ",
-    ),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_arguments(changes, message):
-    with pytest.raises(ValueError, match=message):
-        residual_db_loss(**{**arguments(5.0), "guidance_scale": 5.0, "beta": 3.0, **changes})
-
-
-@pytest.mark.slow
-def test_needs_torch_alone():
-    """Neither a model library nor the trainer is imported with the loss."""
-    heavy = (
-        "diffusers",
-        "transformers",
-        "peft",
-        "accelerate",
-        "fastnabla.models.policy",
-        "fastnabla.methods.nabla_db",
-        "fastnabla.training.trainer",
-    )
-    code = f"import sys, fastnabla.losses; print([name for name in {heavy} if name in sys.modules])"
-    root = Path(fastnabla.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_the_optimum_is_the_tilted_policy():

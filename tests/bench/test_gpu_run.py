@@ -159,6 +159,7 @@ def test_a_dry_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """In every row, in the summary and beside the figures; and it never writes into bench/results."""
     monkeypatch.setenv(rows.DRY, "1")
     monkeypatch.delenv("OUT", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert not gpu.folder_of_results().is_relative_to(ROOT)
     path = tmp_path / "run.jsonl"
     rows.append(path, {"part": "machine", "table": "machine", "name": "machine", "hardware": "a CPU"})

@@ -1,6 +1,7 @@
 """The benchmarks of a whole step: they run at toy size, their tables say what they should, and what they compare is the same."""
 
 import dataclasses
+import functools
 import json
 import time
 from pathlib import Path
@@ -36,8 +37,7 @@ XL = {
 
 
 COMPILED = "these, draw=runs, reverse_fraction=0.5, UNet compiled"
-SOME = ("published", "fastnabla: fewer passes", "+ decoder keeping less", COMPILED)
-SOME += ("these, reward_gradient=lookahead_detached", "these, reward_gradient=terminal")
+SOME = ("published", "fastnabla: fewer passes", "these, reward_gradient=terminal", COMPILED)
 
 
 def measured(path: Path, names: tuple[str, ...]) -> dict:
@@ -55,14 +55,17 @@ def measured(path: Path, names: tuple[str, ...]) -> dict:
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return measured(tmp_path_factory.mktemp("bench") / "step.json", SOME)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "toy_gradients", functools.partial(toy_gradients, model=ONE_LEVEL))
+        patch.setattr(agreement, "published_gradients", functools.cache(agreement.published_gradients.__wrapped__))
+        return measured(tmp_path_factory.mktemp("bench") / "step.json", SOME)
 
 
 @pytest.mark.slow
 def test_gradients_were_compared(result: dict) -> None:
     found = {row["name"]: row.get("gradient difference") for row in result["rows"]}
     assert found["published"] is None and found["these, reward_gradient=terminal"] is None
-    assert all(found[name] < FLOAT64_LIMIT for name in ("fastnabla: fewer passes", "+ decoder keeping less"))
+    assert found["fastnabla: fewer passes"] < FLOAT64_LIMIT
 
 
 @pytest.mark.slow
@@ -72,9 +75,7 @@ def test_rows_have_the_passes_of_the_plan(result: dict) -> None:
     assert found.keys() == set(SOME) and all("note" not in row for row in found.values())
     assert found["published"]["U"] == 8
     assert found["these, reward_gradient=terminal"]["U"] == pytest.approx((5 * 5 + 3) / 6)
-    assert found["these, reward_gradient=lookahead_detached"]["U"] == pytest.approx((5 * 6 + 3) / 6)
     assert found["fastnabla: fewer passes"]["U"] == pytest.approx((5 * 7 + 3) / 6)
-    assert found["+ decoder keeping less"]["U"] == pytest.approx((5 * 7 + 3) / 6)
     assert all(row["s"] > 0 for row in found.values())
     assert found.pop(COMPILED)["peak GiB"] is None
     assert all(row["peak GiB"] > 0 for row in found.values())

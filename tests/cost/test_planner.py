@@ -286,7 +286,6 @@ def test_measured_step(micro_batch: int, chunk: int, rank: int, target: ReverseT
 
 
 DEEP = {
-    "sd3": {"num_layers": 6},
     "sd35": {"num_layers": 6, "dual_attention_layers": (0, 1, 2)},
     "flux": {"num_layers": 2, "num_single_layers": 4},
 }
@@ -297,14 +296,13 @@ DEEP = {
 @pytest.mark.parametrize(
     ("family", "settings", "checkpoint"),
     [
-        ("sd3", {"reward_gradient": "terminal"}, False),
         ("sd35", {"reward_gradient": "lookahead"}, True),
-        ("flux", {"reward_gradient": "lookahead"}, False),
+        ("flux", {"reward_gradient": "terminal"}, False),
     ],
     ids=str,
 )
 def test_measured_step_of_flow_models(family: str, settings: dict, checkpoint: bool, tmp_path: Path) -> None:
-    """To 5%, with SD3's two rows and FLUX's single one."""
+    """To 5%, with SD3.5's two rows and FLUX's single one."""
     architecture = dataclasses.replace(TINY[family], network=TINY[family].network | DEEP[family])
     random_pipeline(architecture, {"default": torch.float32}).save_pretrained(tmp_path)
     config = small(

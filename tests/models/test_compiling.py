@@ -199,10 +199,14 @@ def test_compiling_is_excused_from_the_limit_on_hangs() -> None:
 
 
 @pytest.mark.slow
-def test_what_should_cancel_does_to_the_bit() -> None:
+def test_what_should_cancel_does_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new LoRA changes nothing, and the policy that samples is the one that is trained: compiled too, in half precision,
     whatever the number of rows. Two graphs of one network would round differently: on a CPU by 4e-3 of the output's mean
-    square in bfloat16."""
+    square in bfloat16.
+
+    By torch's tracing, which decides about graphs: the first pass makes all that there are, and one graph rounds in one way.
+    """
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(0)
     conditions = randn(3, 7, 16).bfloat16()
     unet = UNet2DConditionModel(**TINY, cross_attention_dim=16).bfloat16()
@@ -212,7 +216,8 @@ def test_what_should_cancel_does_to_the_bit() -> None:
     x, timestep, prompt = randn(5, 4, 8, 8), torch.full((5,), 501), torch.tensor([0, 1, 1, 0, 0])
     with torch.no_grad():
         sampled = policy(x, timestep, prompt)
-    assert not sampled.requires_grad
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0 and not sampled.requires_grad
     leaf = x[:3].clone().requires_grad_()
     output, reference = policy(leaf, timestep[:3], prompt[:3]), policy.reference(leaf, timestep[:3], prompt[:3])
     assert output.requires_grad and output.any()
@@ -225,7 +230,6 @@ def test_what_should_cancel_does_to_the_bit() -> None:
     assert torch.equal(policy.reference(leaf, timestep[:3], prompt[:3]), reference)
     gradients = torch.autograd.grad(changed.float().square().sum(), policy.weights())
     assert all(gradient.any() for gradient in gradients)
-    graphs = counters["stats"]["unique_graphs"]
     for scale, expected in ((0.0, reference), (1.0, changed)):
         with policy.scaled_lora(scale):
             assert torch.equal(policy(leaf, timestep[:3], prompt[:3]), expected)

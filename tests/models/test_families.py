@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from fastnabla.config.model_sections import LoraConfig, ModelConfig, RewardConfig
+from fastnabla.config.model_sections import ModelConfig, RewardConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import ComputeConfig, EvaluationConfig, MemoryConfig, RolloutConfig
 from fastnabla.cost.shapes import shapes_of
@@ -21,7 +21,7 @@ from fastnabla.models.sampler import use_sampler
 from fastnabla.prompts import RunPrompts
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.rollout import sample
-from tests.families import UNETS, save_tiny
+from tests.families import TRAINED, UNETS, save_tiny
 from tests.runs import small
 
 PROMPTS = ["a cat", "a dog"]
@@ -84,15 +84,13 @@ def test_channels_last_is_of_unet_and_decoder(model: str, channels_last: bool) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "lora",
-    [
-        pytest.param(LoraConfig(), id="lora"),
-        pytest.param(LoraConfig(targets=("all-linear",)), id="all-linear"),
-        pytest.param(LoraConfig(rank=0), id="full"),
-    ],
+    ("model", "trained"),
+    [(family, trained) for family in UNETS for trained in TRAINED if family != "sd21" or trained == "LoRA"],
+    indirect=["model"],
 )
-def test_trained_weights_load_in_plain_diffusers(model: str, lora: LoraConfig, tmp_path: Path) -> None:
-    config = config_of(model, lora=lora)
+def test_trained_weights_load_in_plain_diffusers(model: str, trained: str, tmp_path: Path) -> None:
+    """SD 2.1's kinds of layers are all in SD 1.5 or XL."""
+    config = config_of(model, lora=TRAINED[trained])
     trainer = Trainer.from_config(config)
     trainer.train(tmp_path)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -100,7 +98,7 @@ def test_trained_weights_load_in_plain_diffusers(model: str, lora: LoraConfig, t
 
     pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     before = plain_images(pipeline, config)
-    if lora.rank:
+    if trained != "all weights":
         assert all(v.dtype == torch.float32 for v in load_file(next((tmp_path / "lora").iterdir())).values())
         pipeline.load_lora_weights(tmp_path / "lora")
     else:
