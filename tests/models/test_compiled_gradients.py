@@ -105,7 +105,7 @@ def check(
 
 
 CASES = [
-    (compile, reward_gradient, checkpoint, backend, DECODERS[(place + 2 * checkpoint + (compile == "whole")) % 3])
+    (compile, reward_gradient, checkpoint, backend, DECODERS[(place + (compile == "whole")) % 3])
     for compile in ("none", "blocks", "whole")
     for place, reward_gradient in enumerate(("lookahead", "lookahead_detached", "terminal"))
     for checkpoint in (False, True)
