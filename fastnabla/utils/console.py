@@ -33,12 +33,20 @@ def command_console() -> Console:
     """The console of a command line.
 
     Characters that the output's encoding lacks are escaped instead of ending the command, and every line is flushed, also to
-    a log file.
+    a log file. Warnings, and the traceback of an error that nobody catches, are printed without secrets.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    sys.excepthook = lambda kind, error, where: print_traceback(error)
+    if logging.lastResort:  # prints what is logged where no handler is set up
+        logging.lastResort.addFilter(_hide_secrets)
     return Console()
+
+
+def _hide_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = without_secrets(record.getMessage()), None
+    return True
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Text from outside is shown as it is: on the terminal, in pictures, in the names that trackers get."""
 
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -234,3 +235,21 @@ def test_secrets_are_not_printed(capsys: pytest.CaptureFixture[str], monkeypatch
     printed = capsys.readouterr().err
     shown = "https://…@mirror/x?a@b, http://…@[::1]:8080 and https://a/b@c; … … …"
     assert printed.count(shown) == 2 and "in test_secrets_are_not_printed" in printed
+
+
+UNCAUGHT = """
+import logging
+from fastnabla.utils.console import command_console
+command_console()
+logging.getLogger("fastnabla").warning("no answer from %s", "https://me:pass@mirror")
+raise RuntimeError("no answer from https://me:pass@mirror")
+"""
+
+
+@pytest.mark.slow
+def test_secrets_are_not_in_warnings_and_tracebacks() -> None:
+    ended = subprocess.run([sys.executable, "-c", UNCAUGHT], capture_output=True, text=True)
+    lines = ended.stderr.splitlines()
+    assert ended.returncode == 1 and lines[0] == "no answer from https://…@mirror"
+    assert lines[1].startswith("Traceback") and lines[-1] == "RuntimeError: no answer from https://…@mirror"
+    assert "pass" not in ended.stderr
