@@ -28,7 +28,7 @@ def shipped_scheduler(model: ModelConfig) -> SchedulerMixin:
     """The scheduler that came with the checkpoint `model`, from its configuration files.
 
     Raises:
-        ValueError: they cannot be read.
+        ValueError: they cannot be read, or `noise_schedule` refuses the scheduler. The message names the model.
     """
     if model.random_init:
         architecture = architecture_of(model.name)
@@ -36,12 +36,22 @@ def shipped_scheduler(model: ModelConfig) -> SchedulerMixin:
     source = source_of(model)
     with loading(model):
         _, name = pipeline_index(model)["scheduler"]
-        return getattr(diffusers, name).from_pretrained(source, subfolder="scheduler", revision=model.revision)
+        scheduler = getattr(diffusers, name).from_pretrained(source, subfolder="scheduler", revision=model.revision)
+    try:
+        schedule_of(scheduler)
+    except ValueError as error:
+        raise ValueError(f"model.name = {model.name!r}: {error}") from error
+    return scheduler
 
 
 def is_flow_matching(scheduler: SchedulerMixin) -> bool:
     """Whether `scheduler` is that of a flow model."""
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def schedule_of(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """`flow_schedule` of a flow model's `scheduler`, or `noise_schedule` of any other."""
+    return flow_schedule(scheduler) if is_flow_matching(scheduler) else noise_schedule(scheduler)
 
 
 def flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler) -> dict[str, Any]:

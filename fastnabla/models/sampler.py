@@ -17,7 +17,7 @@ from diffusers import (
 
 from fastnabla.config.model_sections import SamplerConfig
 from fastnabla.flow_matching_coefficients import dynamic_shift
-from fastnabla.models.noise_schedule import flow_schedule, is_flow_matching, noise_schedule
+from fastnabla.models.noise_schedule import is_flow_matching, schedule_of
 from fastnabla.transition import TransitionTable
 from fastnabla.utils.require import require
 
@@ -104,7 +104,7 @@ def scheduler_of(
         ValueError: as `fastnabla.models.noise_schedule.noise_schedule`, or a setting is not for this kind of model.
     """
     flow = is_flow_matching(shipped)
-    schedule = flow_schedule(shipped) if flow else noise_schedule(shipped)
+    schedule = schedule_of(shipped)
     kind, kinds = ("flow", FLOW_ROWS) if flow else ("diffusion", tuple(CLASSES))
     require(
         config.scheduler in kinds,

@@ -7,7 +7,7 @@ from diffusers import SchedulerMixin
 from rich.table import Table
 
 from fastnabla.config.model_sections import ModelConfig, SamplerConfig
-from fastnabla.models.noise_schedule import flow_schedule, is_flow_matching, noise_schedule, shipped_scheduler
+from fastnabla.models.noise_schedule import is_flow_matching, schedule_of, shipped_scheduler
 from fastnabla.models.sampler import FIXED, scheduler_of
 from fastnabla.transition import TransitionTable
 
@@ -25,7 +25,7 @@ def sampler_table(model: ModelConfig, config: SamplerConfig, steps: TransitionTa
     """
     shipped = shipped_scheduler(model)
     ours, name, flow = scheduler_of(shipped, config), type(shipped).__name__, is_flow_matching(shipped)
-    schedule = flow_schedule(shipped) if flow else noise_schedule(shipped)
+    schedule = schedule_of(shipped)
     spacing = "the checkpoint" if config.spacing is None else "sampler.spacing"
     table = Table(title="sampler")
     for column in ("what", "value", "from"):

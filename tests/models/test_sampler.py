@@ -33,7 +33,7 @@ from diffusers import (
 )
 
 from fastnabla.config.model_sections import ModelConfig, SamplerConfig
-from fastnabla.models.noise_schedule import flow_schedule
+from fastnabla.models.noise_schedule import flow_schedule, shipped_scheduler
 from fastnabla.models.pipeline import encode_prompts, pipeline_of
 from fastnabla.models.policy import Policy
 from fastnabla.models.sampler import sampler_of, scheduler_of, use_sampler
@@ -225,6 +225,13 @@ def test_schedulers_of_other_kinds_of_model_are_refused(
     pipeline.scheduler = shipped
     with pytest.raises(ValueError, match=f"the checkpoint's scheduler, .*{message}"):
         use_sampler(pipeline, SamplerConfig())
+
+
+def test_a_refused_scheduler_of_a_folder_is_named_with_it(tmp_path: Path) -> None:
+    DDIMScheduler(**SCHEDULE, trained_betas=[0.1] * 10).save_pretrained(tmp_path / "scheduler")
+    (tmp_path / "model_index.json").write_text((pipeline_folder() / "model_index.json").read_text())
+    with pytest.raises(ValueError, match=f"model.name = '{tmp_path}': the checkpoint's scheduler, .* 10 trained_betas"):
+        shipped_scheduler(ModelConfig(name=str(tmp_path)))
 
 
 def test_the_table_says_where_every_value_is_from(tmp_path: Path) -> None:
