@@ -80,6 +80,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute as a rank of `tests/ranks.py`, with one thread: two round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def savefig() -> Iterator[Callable[..., None] | None]:
     """Save figures as blank pictures, because drawing would take most of the time of short runs. Returns the original."""

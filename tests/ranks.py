@@ -1,6 +1,6 @@
 """Runs the ranks of a data-parallel run as forks of the test process, because importing torch takes seconds.
 
-Threads do not survive a fork, so the test process calls ``torch.set_num_threads(1)`` first.
+Threads do not survive a fork, so a rank computes with one.
 """
 
 import faulthandler
@@ -38,6 +38,7 @@ def begin(size: int, function: Callable[[], int]) -> list[int]:
         if child == 0:
             status = 70
             try:
+                torch.set_num_threads(1)
                 os.environ |= environment
                 faulthandler.register(signal.SIGUSR2, file=2)
                 status = function()

@@ -97,6 +97,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_gradients_equal_those_of_one_process(results: list[dict[str, Any]]) -> None:
     """Of processes with four and two micro-batches, float32, added up in another order: 1e-6. In smaller micro-batches,
     after one process ran out of memory, with blocks recomputed in another layout, and through second derivatives: 1e-5, as
