@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 
@@ -33,15 +34,23 @@ def command_console() -> Console:
     """The console of a command line.
 
     Characters that the output's encoding lacks are escaped instead of ending the command, and every line is flushed, also to
-    a log file. Warnings, and the traceback of an error that nobody catches, are printed without secrets.
+    a log file. Warnings, and the traceback of an error that nobody catches, are printed without secrets. TensorBoard's writer
+    raises its errors again where something is logged, so the first time they are not printed.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.excepthook = lambda kind, error, where: print_traceback(error)
+    threading.excepthook = _thread_failed
     if logging.lastResort:  # prints what is logged where no handler is set up
         logging.lastResort.addFilter(_hide_secrets)
     return Console()
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    raised_again = type(failure.thread).__module__ == "tensorboard.summary.writer.event_file_writer"
+    if failure.exc_value and not raised_again and failure.exc_type is not SystemExit:
+        print_traceback(failure.exc_value)
 
 
 def _hide_secrets(record: logging.LogRecord) -> bool:

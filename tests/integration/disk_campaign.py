@@ -20,6 +20,7 @@ from rich.console import Console
 from fastnabla.run import pictures
 from fastnabla.training.trainer import Trainer
 from fastnabla.training.whole_run import train_to_the_end
+from fastnabla.utils.console import command_console
 from tests.faults import attempt, tiny
 from tests.integration.failing_disk import FULL, FailingDisk
 from tests.integration.kill_campaign import equal
@@ -46,6 +47,7 @@ def on_disk(trainer: Trainer, run: Path, disk: FailingDisk) -> tuple[int, list[s
         status = 70
         try:
             sys.stderr = told.open("w", encoding="utf-8", buffering=1)
+            command_console()
             with disk.patched():
                 status = train_to_the_end(trainer, run, Console(quiet=True), False, f"resume {run}")
         except BaseException as error:
