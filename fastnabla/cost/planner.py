@@ -4,7 +4,6 @@ import bisect
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import psutil
 import torch
@@ -297,27 +296,9 @@ def _step(
 ) -> dict[str, int]:
     """While a chunk is decoded and rewarded, the UNet's graph is alive. During the backward passes, so are g_φ's graph over
     both states and the new gradients."""
-    decode = min(chunk, micro_batch) * (costs.decode_bytes(checkpoint_decoder) + reward)
-
-    def kept(size: int) -> int:
-        return costs.network_bytes(checkpoint_network, size).kept
-
-    def peak(size: int) -> int:
-        return costs.network_bytes(checkpoint_network, size).peak + costs.flow_bytes(2 * size).peak
-
+    network = costs.network_bytes(checkpoint_network, micro_batch)
     return {
-        "step, while decoding": _interpolated(micro_batch, kept) + decode,
-        "step, in backward passes": _interpolated(micro_batch, peak),
+        "step, while decoding": network.kept
+        + min(chunk, micro_batch) * (costs.decode_bytes(checkpoint_decoder) + reward),
+        "step, in backward passes": network.peak + costs.flow_bytes(2 * micro_batch).peak,
     }
-
-
-def _interpolated(micro_batch: int, bytes_of: Callable[[int], int]) -> int:
-    """`bytes_of` the micro-batch, interpolated linearly between 1 and `MAX_MICRO_BATCH` transitions.
-
-    Memory that does not depend on their number (gradients, weights cast by autocast) thus counts once. In between, the
-    result is slightly too large, because memory is convex in the number of transitions.
-    """
-    if micro_batch == 1:
-        return bytes_of(1)
-    most = max(MAX_MICRO_BATCH, micro_batch)
-    return bytes_of(1) + (micro_batch - 1) * (bytes_of(most) - bytes_of(1)) // (most - 1)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastnabla.cost.shapes import Shapes, fake_weights
 from fastnabla.models.decoder import Decoder, decode_bytes
 from fastnabla.models.quantised_linear import dequantised_bytes
-from fastnabla.utils.tensor_bytes import LiveBytes, MovedBytes
+from fastnabla.utils.row_bytes import ROWS, LiveRowBytes, MovedRowBytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,7 +75,6 @@ class UnitCosts:
         """FLOP of one forward pass of g_φ; 0 without g_φ."""
         return _flops(lambda: self._flow("meta")) if self.shapes.flow is not None else 0
 
-    @functools.cache  # noqa: B019 (the instance lives as long as the plan)
     def network_bytes(self, checkpoint: bool, transitions: int = 1) -> PassBytes:
         """A forward pass of the policy, with backward passes to its input and its parameters.
 
@@ -83,58 +82,70 @@ class UnitCosts:
             checkpoint: whether blocks are recomputed.
             transitions: number of transitions in the pass.
         """
-        network = self.shapes.network
-        network.enable_gradient_checkpointing() if checkpoint else network.disable_gradient_checkpointing()
-        try:
-            with fake_weights(network):
-                counted = _pass_bytes(lambda: self._network("cpu", transitions), network)
-        finally:
-            network.disable_gradient_checkpointing()
+        counted = self._network_pass(checkpoint)(transitions)
         # The weights that a product dequantises are within an operation, so they are not counted.
-        return PassBytes(counted.kept, counted.peak + max(dequantised_bytes(network), default=0))
+        return PassBytes(counted.kept, counted.peak + max(dequantised_bytes(self.shapes.network), default=0))
 
-    @functools.cache  # noqa: B019
     def flow_bytes(self, rows: int = 1) -> PassBytes:
         """A forward pass of g_φ over `rows` states, with a backward pass to its parameters."""
-        flow = self.shapes.flow
-        if flow is None:
-            return PassBytes(0, 0)
-        with fake_weights(flow), torch.autocast("cpu", torch.bfloat16, enabled=self.shapes.dtype != torch.float32):
-            return _pass_bytes(lambda: self._flow("cpu", rows), flow)
+        return self._flow_pass(rows) if self.shapes.flow is not None else PassBytes(0, 0)
 
     @functools.cache  # noqa: B019
     def decode_bytes(self, checkpoint: bool) -> int:
         """Peak bytes of a decode and its backward pass; see `fastnabla.models.decoder.decode_bytes`."""
         return decode_bytes(self.shapes.vae, self.shapes.sample_shape, self.shapes.vae.dtype, checkpoint)
 
-    @functools.cache  # noqa: B019
     def network_traffic(self, transitions: int) -> PassTraffic:
         """A forward pass of the UNet over `transitions` and a backward pass to its input, without recomputation."""
-        with fake_weights(self.shapes.network):
-            counted = _traffic(lambda: self._network("cpu", transitions), [])
+        counted = self._network_traffic(transitions)
         dequantised = 2 * sum(dequantised_bytes(self.shapes.network))  # written and read within an operation
         return PassTraffic(counted.forward + dequantised, counted.backward + dequantised)
 
-    @functools.cache  # noqa: B019
     def decode_traffic(self, images: int) -> PassTraffic:
         """A decode of `images` and its backward pass to the latents, without recomputation."""
+        return self._decode_traffic(images)
+
+    def flow_traffic(self, rows: int) -> PassTraffic:
+        """A forward pass of g_φ over `rows` states and a backward pass to its parameters; 0 without g_φ."""
+        return self._flow_traffic(rows) if self.shapes.flow is not None else PassTraffic(0, 0)
+
+    @functools.cache  # noqa: B019 (the instance lives as long as the plan)
+    def _network_pass(self, checkpoint: bool) -> Callable[[int], PassBytes]:
+        network = self.shapes.network
+        network.enable_gradient_checkpointing() if checkpoint else network.disable_gradient_checkpointing()
+        try:
+            with fake_weights(network):
+                return _pass_bytes(lambda: self._network("cpu", ROWS), network)
+        finally:
+            network.disable_gradient_checkpointing()
+
+    @functools.cached_property
+    def _network_traffic(self) -> Callable[[int], PassTraffic]:
+        with fake_weights(self.shapes.network):
+            return _traffic(lambda: self._network("cpu", ROWS), [])
+
+    @functools.cached_property
+    def _flow_pass(self) -> Callable[[int], PassBytes]:
+        flow = self.shapes.flow
+        with fake_weights(flow), torch.autocast("cpu", torch.bfloat16, enabled=self.shapes.dtype != torch.float32):
+            return _pass_bytes(lambda: self._flow("cpu", ROWS), flow)
+
+    @functools.cached_property
+    def _flow_traffic(self) -> Callable[[int], PassTraffic]:
+        flow = self.shapes.flow
+        with fake_weights(flow), torch.autocast("cpu", torch.bfloat16, enabled=self.shapes.dtype != torch.float32):
+            return _traffic(lambda: self._flow("cpu", ROWS), list(flow.parameters()))
+
+    @functools.cached_property
+    def _decode_traffic(self) -> Callable[[int], PassTraffic]:
         with fake_weights(self.shapes.vae):
             decoder = Decoder(self.shapes.vae)
 
             def decode() -> tuple[Tensor, Tensor]:
-                latents = torch.empty(images, *self.shapes.sample_shape, requires_grad=True)
+                latents = torch.empty(ROWS, *self.shapes.sample_shape, requires_grad=True)
                 return latents, decoder(latents)
 
             return _traffic(decode, [])
-
-    @functools.cache  # noqa: B019
-    def flow_traffic(self, rows: int) -> PassTraffic:
-        """A forward pass of g_φ over `rows` states and a backward pass to its parameters; 0 without g_φ."""
-        flow = self.shapes.flow
-        if flow is None:
-            return PassTraffic(0, 0)
-        with fake_weights(flow), torch.autocast("cpu", torch.bfloat16, enabled=self.shapes.dtype != torch.float32):
-            return _traffic(lambda: self._flow("cpu", rows), list(flow.parameters()))
 
     def _network(self, device: str, transitions: int = 1) -> tuple[Tensor, Tensor]:
         rows = transitions * (2 if self.guided else 1)
@@ -160,22 +171,26 @@ def _flops(compute: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def _pass_bytes(compute: Callable[[], tuple[Tensor, Tensor]], network: nn.Module) -> PassBytes:
+def _pass_bytes(compute: Callable[[], tuple[Tensor, Tensor]], network: nn.Module) -> Callable[[int], PassBytes]:
+    """Bytes of `compute`, a pass of `ROWS` rows that returns its input and output, and of backward passes; by number of rows."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    with LiveBytes() as memory:
+    with LiveRowBytes() as memory:
         x, output = compute()
         kept = memory.live
         if x.requires_grad:
             torch.autograd.grad(output, x, torch.ones_like(output), retain_graph=True)
         torch.autograd.grad(output, parameters, torch.ones_like(output))
-    return PassBytes(kept, memory.peak)
+    return lambda rows: PassBytes(kept(rows), memory.peak_of(rows))
 
 
-def _traffic(compute: Callable[[], tuple[Tensor, Tensor]], parameters: list[nn.Parameter]) -> PassTraffic:
-    """Traffic of `compute`, which returns its input and output, and of the backward pass to `parameters`, or to the input if
-    there are none."""
-    with MovedBytes() as moved:
+def _traffic(
+    compute: Callable[[], tuple[Tensor, Tensor]], parameters: list[nn.Parameter]
+) -> Callable[[int], PassTraffic]:
+    """Traffic of `compute`, a pass of `ROWS` rows that returns its input and output, and of the backward pass to `parameters`, or
+    to the input if there are none; by number of rows."""
+    with MovedRowBytes() as moved:
         x, output = compute()
         forward = moved.total
         torch.autograd.grad(output, parameters or x, torch.ones_like(output))
-    return PassTraffic(forward, moved.total - forward)
+    both = moved.total
+    return lambda rows: PassTraffic(forward(rows), both(rows) - forward(rows))

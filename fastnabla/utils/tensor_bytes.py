@@ -56,8 +56,12 @@ class MovedBytes(TorchDispatchMode):
         storages = {_storage_id(tensor) for tensor in read}
         only_views = not operation._schema.is_mutable and all(_storage_id(tensor) in storages for tensor in written)
         if read and not only_views:
-            self.total += sum(map(_nbytes, read)) + sum(map(_nbytes, written))
+            for tensor in (*read, *written):
+                self._add(_nbytes(tensor))
         return result
+
+    def _add(self, nbytes: int) -> None:
+        self.total += nbytes
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -11,15 +11,16 @@ from bench.models import TOY
 from fastnabla.config.model_sections import LORA_TARGETS, SamplerConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import MemoryConfig, RolloutConfig
-from fastnabla.cost.shapes import Shapes
+from fastnabla.cost.shapes import Shapes, fake_weights
 from fastnabla.cost.traffic import update_traffic
-from fastnabla.cost.unit_costs import PassTraffic, UnitCosts
+from fastnabla.cost.unit_costs import PassBytes, PassTraffic, UnitCosts
 from fastnabla.cost.update_cost import update_cost
 from fastnabla.methods.passes import StepCost
 from fastnabla.models.description import Description
 from fastnabla.models.families import SD
 from fastnabla.models.flow import UNetFlow
 from fastnabla.models.lora import add_lora
+from fastnabla.utils.tensor_bytes import LiveBytes, MovedBytes
 
 
 def made_up_costs() -> types.SimpleNamespace:
@@ -68,6 +69,27 @@ def small_costs() -> UnitCosts:
         shapes = Shapes(unet, vae, flow, torch.float32, description, (4, 8, 8))
     add_lora(unet, 2, LORA_TARGETS)
     return UnitCosts(shapes, guided=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_one_pass_counts_every_number_of_rows(checkpoint: bool) -> None:
+    """As a pass of that number, to the byte."""
+    costs = small_costs()
+    network = costs.shapes.network
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for transitions in (1, 2, 5):
+        if checkpoint:
+            network.enable_gradient_checkpointing()
+        with fake_weights(network), LiveBytes() as memory, MovedBytes() as moved:
+            x, output = costs._network("cpu", transitions)
+            kept, forward = memory.live, moved.total
+            torch.autograd.grad(output, x, torch.ones_like(output), retain_graph=True)
+            backward = moved.total - forward
+            torch.autograd.grad(output, parameters, torch.ones_like(output))
+        network.disable_gradient_checkpointing()
+        assert costs.network_bytes(checkpoint, transitions) == PassBytes(kept, memory.peak)
+        assert checkpoint or costs.network_traffic(transitions) == PassTraffic(forward, backward)
 
 
 @pytest.mark.slow

@@ -1,0 +1,55 @@
+"""`LiveBytes` and `MovedBytes` for any number of rows, from one pass over shapes.
+
+A tensor has either rows or a fixed size, so bytes are an affine function of the number of rows. The pass has `ROWS` rows, a prime:
+what it divides is proportional to the rows, and nothing else is, unless the prime is a width, a rank or a length of the network.
+"""
+
+from typing import NamedTuple
+
+from fastnabla.utils.tensor_bytes import LiveBytes, MovedBytes
+
+ROWS = 1009
+
+
+class RowBytes(NamedTuple):
+    """Bytes as a function of the number of rows."""
+
+    fixed: int
+    each: int
+
+    def __call__(self, rows: int) -> int:
+        return self.fixed + rows * self.each
+
+    def plus(self, nbytes: int) -> "RowBytes":
+        """With `nbytes` more, or fewer, of a tensor in a pass of `ROWS` rows."""
+        each, fixed = divmod(nbytes, ROWS)
+        return RowBytes(self.fixed + nbytes, self.each) if fixed else RowBytes(self.fixed, self.each + each)
+
+
+class LiveRowBytes(LiveBytes):
+    """Counts memory in use in a pass of `ROWS` rows. `live` is a `RowBytes`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = RowBytes(0, 0)
+        self._seen_live = {self.live}
+
+    def peak_of(self, rows: int) -> int:
+        """The maximum in use at any time in a pass of `rows` rows."""
+        return max(live(rows) for live in self._seen_live)
+
+    def _add(self, nbytes: int) -> None:
+        self.live = self.live.plus(nbytes)
+        if nbytes > 0:
+            self._seen_live.add(self.live)
+
+
+class MovedRowBytes(MovedBytes):
+    """Counts memory traffic of a pass of `ROWS` rows. `total` is a `RowBytes`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = RowBytes(0, 0)
+
+    def _add(self, nbytes: int) -> None:
+        self.total = self.total.plus(nbytes)
