@@ -77,11 +77,11 @@ def test_one_pass_counts_every_number_of_rows(checkpoint: bool) -> None:
     """As a pass of that number, to the byte."""
     costs = small_costs()
     network = costs.shapes.network
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     for transitions in (1, 2, 5):
         if checkpoint:
             network.enable_gradient_checkpointing()
         with fake_weights(network), LiveBytes() as memory, MovedBytes() as moved:
+            parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
             x, output = costs._network("cpu", transitions)
             kept, forward = memory.live, moved.total
             torch.autograd.grad(output, x, torch.ones_like(output), retain_graph=True)
