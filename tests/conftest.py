@@ -80,9 +80,9 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Compute as a rank of `tests/ranks.py`, with one thread: two round otherwise."""
+    """Compute as a rank of `tests/ranks.py`, with one thread. Threads do not survive a fork, and two round otherwise."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -76,7 +76,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.slow
 def test_a_planned_preset_dry_runs(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """With tiny networks and a small reward, whose cost is not the preset's."""
+    """With tiny networks, a small flow and a small reward, whose cost is not the preset's."""
     arguments = [
         f"--model.name={tiny_model}",
         "--model.height=64",
@@ -84,7 +84,7 @@ def test_a_planned_preset_dry_runs(tiny_model: str, capsys: pytest.CaptureFixtur
         "--reward.terms=hue=1",
         "--dry-run",
     ]
-    arguments += ["--memory.micro-batch=2", "--memory.decode-chunk=1"]
+    arguments += ["--memory.micro-batch=2", "--memory.decode-chunk=1", "--flow.kind=conv"]
     assert train.main(["sd15-24gb", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "expected time" in printed and "memory plan for 24.0 GB" in printed

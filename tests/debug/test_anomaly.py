@@ -185,8 +185,8 @@ def write_on_rank(folder: Path, world: World) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_one_process_computes_again_what_two_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)  # threads do not survive a fork
     monkeypatch.setattr(anomaly, "FILE_BYTES", 2**16)
     on_ranks(tmp_path / "ranks", 2, functools.partial(write_on_rank, tmp_path))
     run, order = sharded.build(), torch.cat(ROWS)

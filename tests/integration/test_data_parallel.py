@@ -23,10 +23,7 @@ from tests.faults import tiny
 from tests.ranks import on_ranks
 from tests.runs import without_pictures
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # threads do not survive a fork
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def row_by_row(trajectories: int = 10, updates: int = 2, **changes) -> TrainConfig:

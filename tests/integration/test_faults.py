@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastnabla.run.checkpoint import Checkpoints
 from fastnabla.run.resuming import fingerprint
@@ -29,9 +28,8 @@ from tests.utils.test_durable import fill, places
 
 
 @pytest.fixture(scope="module")
-def trainer() -> Trainer:
+def trainer(one_thread: None) -> Trainer:
     """As it was built; forks train it."""
-    torch.set_num_threads(1)  # threads do not survive a fork
     return without_pictures(Trainer.from_config(tiny()))
 
 

@@ -63,8 +63,7 @@ reward = Reward()
 
 
 @pytest.fixture(autouse=True)
-def impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)  # threads do not survive a fork
+def impatient(one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Trainer, "_write_pictures", lambda *_: None)
     monkeypatch.setattr(watch, "INTERVAL", 0.1)

@@ -74,11 +74,11 @@ def resumed(trainer: Trainer, run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_and_one_that_goes_on_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each encodes its own prompts, one at a time, and reads the reference network's part from its own cache."""
     monkeypatch.setattr(pipelines, "DEVICE_BYTES", 2 * 4096)
     monkeypatch.setattr(pipelines, "HOST_BYTES", 4096)
-    torch.set_num_threads(1)  # threads do not survive a fork
     for name in ("run", "alone"):
         (tmp_path / name).mkdir()
     alone = build(ALONE)
