@@ -5,52 +5,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.published import ddim_table
-from fastnabla.objective.balance import ForwardBalance
 from fastnabla.objective.fused import FUSED
 from fastnabla.objective.gaussian import step_score
-from fastnabla.objective.ops import PLAIN, ObjectiveOps
 from fastnabla.objective.settings import Objective
 from fastnabla.transition import TransitionRows, TransitionTable
 from tests.checks import randn, relative_error
-from tests.kernel_cases import (
-    DTYPES,
-    LAST,
-    LAYOUTS,
-    Batch,
-    Case,
-    assert_matches,
-    assert_memory_order,
-    assert_nan_stays,
-    assert_rows_stand_alone,
-    assert_same_bits,
-    cases,
-    huge_batch,
-    on_cpu,
-    on_each_device,
-    on_gpu,
-    poisoned_memory,
-)
-
-INPUTS = ("output", "output_ref", "x", "x_next", "reward_score_next", "flow_next", "output_old")
-
-
-def call(operations: ObjectiveOps, batch: Batch) -> ForwardBalance:
-    output, output_ref, x, x_next, *others = (batch[name] for name in INPUTS)
-    return operations.forward_balance(output, output_ref, x, x_next, batch.rows, *others, **batch.settings)
-
-
-def evaluate(operations: ObjectiveOps, batch: Batch) -> dict[str, Tensor]:
-    """Loss, statistics, and the gradients under random weights of the rows."""
-    leaves = {n: batch[n].detach().requires_grad_() for n in ("output", "flow_next") if batch[n] is not None}
-    result = call(operations, batch.replace(**leaves))
-    gradients = torch.autograd.grad((batch["upstream"] * result.loss).sum(), leaves.values())
-    values = {field.name: getattr(result, field.name).detach() for field in dataclasses.fields(result)}
-    return values | dict(zip([f"gradient of {name}" for name in leaves], gradients, strict=True))
+from tests.kernel_cases import DTYPES, LAST, Case, assert_matches, on_each_device
+from tests.kernels.operations import FORWARD_BALANCE
 
 
 @on_each_device
@@ -59,7 +23,7 @@ def evaluate(operations: ObjectiveOps, batch: Batch) -> dict[str, Tensor]:
 @pytest.mark.parametrize("guidance", [None, 5.0])
 def test_values_and_gradients(device, guidance, prior_weight, dtypes):
     case = Case.of(guidance_scale=guidance, prior_weight=prior_weight, **DTYPES[dtypes])
-    assert_matches(evaluate, case.draw(device))
+    assert_matches(FORWARD_BALANCE.evaluate, case.draw(device))
 
 
 @on_each_device
@@ -81,93 +45,7 @@ def test_values_and_gradients(device, guidance, prior_weight, dtypes):
     ids=str,
 )
 def test_options(device, options):
-    assert_matches(evaluate, Case.of(**options).draw(device))
-
-
-@on_each_device
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(device, layout):
-    batch = Case(steps=(3, LAST), **LAYOUTS[layout]).draw(device)
-    results = assert_matches(evaluate, batch)
-    assert_memory_order(results["gradient of output"], batch["output"])
-    assert_memory_order(results["gradient of flow_next"], batch["flow_next"])
-
-
-@on_each_device
-@pytest.mark.parametrize("name", INPUTS)
-def test_strided_rows_are_refused(device, name):
-    batch = Case(row=(4, 6, 6)).draw(device)
-    batch = batch.replace(**{name: batch[name].transpose(2, 3)})
-    with pytest.raises(ValueError, match=rf"^{name} has shape .* and strides"):
-        evaluate(FUSED, batch)
-
-
-@pytest.mark.slow
-@settings(max_examples=15)
-@given(case=cases([(), ("flow_next",), ("output_old",)]), seed=st.integers(0, 9))
-@on_each_device
-def test_anything_else(device, case, seed):
-    assert_matches(evaluate, case.draw(device, seed))
-
-
-@pytest.mark.slow
-@on_each_device
-@pytest.mark.parametrize("layout", ["contiguous", "mixed_several_tiles"])
-def test_a_row_has_the_same_bits_in_every_run_and_batch(device, layout):
-    batch = Case(**LAYOUTS[layout], **DTYPES["mixed"]).draw(device)
-    assert_same_bits(evaluate(FUSED, batch), evaluate(FUSED, batch))
-    assert_rows_stand_alone(evaluate, batch, range(len(batch)))
-
-
-@pytest.mark.slow
-@on_each_device
-def test_nothing_is_left_of_uninitialised_memory(device):
-    batch = Case(**LAYOUTS["mixed_several_tiles"]).draw(device)
-    results = evaluate(FUSED, batch)
-    with poisoned_memory():
-        assert_same_bits(evaluate(FUSED, batch), results)
-
-
-@on_each_device
-@pytest.mark.parametrize("row", [0, 1], ids=["inner", "last"])
-@pytest.mark.parametrize("name", INPUTS)
-def test_nan_stays_in_its_row(device, name, row):
-    batch = Case(row=(2, 600), steps=(6, LAST)).draw(device)
-    is_nan = assert_nan_stays(evaluate, batch, name, row)
-    assert is_nan["loss"][row]
-    in_residual = name != "output_old" and (name, row) != ("flow_next", 1)
-    assert is_nan["max_residual"][row] == in_residual
-
-
-@on_each_device
-def test_no_rows(device):
-    batch = Case(steps=(), **DTYPES["mixed"]).draw(device)
-    actual, plain = ({n: (v.shape, v.dtype) for n, v in evaluate(o, batch).items()} for o in (FUSED, PLAIN))
-    assert actual == plain
-    assert actual["gradient of output"] == ((0, 4, 7, 9), torch.bfloat16)
-
-
-@on_cpu
-@pytest.mark.parametrize("step", [-1, LAST + 1])
-def test_a_step_that_is_not_in_the_table(device, step):
-    with pytest.raises(ValueError, match=rf"^step_index is \[1, {step}, 6\]"):
-        evaluate(FUSED, Case().draw(device).at(1, step, 6))
-
-
-@on_gpu
-@pytest.mark.parametrize("step", [-1, LAST + 1])
-def test_a_step_that_is_not_in_the_table_makes_nan(device, step):
-    results = evaluate(FUSED, Case().draw(device).at(1, step, 6))
-    assert results["loss"].isnan().tolist() == [False, True, False]
-
-
-@on_each_device
-def test_gradients_flow_to_output_and_flow_alone(device):
-    batch = Case().draw(device)
-    batch = batch.replace(**{name: batch[name].requires_grad_() for name in INPUTS})
-    loss = call(FUSED, batch).loss
-    gradients = torch.autograd.grad(loss.sum(), [batch[name] for name in INPUTS], allow_unused=True)
-    assert [name for name, g in zip(INPUTS, gradients, strict=True) if g is not None] == ["output", "flow_next"]
+    assert_matches(FORWARD_BALANCE.evaluate, Case.of(**options).draw(device))
 
 
 @on_each_device
@@ -175,29 +53,10 @@ def test_upstream_gradients_may_be_one_number(device):
     """As those of a sum are: all rows read the same element."""
     batch = Case().draw(device)
     output = batch["output"].requires_grad_()
-    loss = call(FUSED, batch).loss
+    loss = FORWARD_BALANCE.compute(FUSED, batch)["loss"]
     (actual,) = torch.autograd.grad(loss.sum(), output, retain_graph=True)
     (expected,) = torch.autograd.grad(loss, output, torch.ones_like(loss))
     assert torch.equal(actual, expected)
-
-
-@on_each_device
-def test_without_gradients(device):
-    batch = Case().draw(device)
-    with torch.no_grad():
-        result = call(FUSED, batch)
-    assert not result.loss.requires_grad
-    assert torch.equal(result.loss, evaluate(FUSED, batch)["loss"])
-
-
-@on_each_device
-@pytest.mark.parametrize("name", ["output", "flow_next"])
-def test_gradients_have_no_gradient(device, name):
-    """Asking for their graph says so, instead of returning one without the second derivatives."""
-    batch = Case().draw(device)
-    leaf = batch[name].requires_grad_()
-    with pytest.raises(RuntimeError, match="no second derivatives"):
-        torch.autograd.grad(call(FUSED, batch).loss.sum(), leaf, create_graph=True)
 
 
 @on_each_device
@@ -242,10 +101,3 @@ def test_small_noise_costs_no_digits(device, state_dtype):
         assert error < 1e-7
         assert relative_error(difference(rows, Tensor.float)[i], truth[i]) > 30 * error
         assert relative_error((low_score(o) - low_score(o_ref))[i], truth[i]) > 0.05
-
-
-@pytest.mark.huge
-@on_gpu
-def test_more_elements_than_32_bits_count(device):
-    batch = huge_batch(device, ("output", "output_ref", "x", "x_next", "reward_score_next", "flow_next"))
-    assert_rows_stand_alone(evaluate, batch, (len(batch) - 2, len(batch) - 1))
