@@ -62,8 +62,12 @@ LAYOUTS = {
 }
 
 
+def in_channels_last(tensor: Tensor) -> Tensor:
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def arrange(tensor: Tensor, channels_last: bool) -> Tensor:
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else tensor.contiguous()
+    return in_channels_last(tensor) if channels_last else tensor.contiguous()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,15 +16,7 @@ from fastnabla.objective.fused import FUSED
 from fastnabla.objective.ops import PLAIN, ObjectiveOps
 from fastnabla.transition import TransitionTable
 from tests.checks import randn, relative_error
-
-GPU = torch.cuda.is_available()
-on_devices = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", marks=pytest.mark.skipif(GPU, reason="the kernels are compiled for the GPU")),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ],
-)
+from tests.kernel_cases import in_channels_last, on_each_device, poisoned_memory
 
 TABLE = ddim_table(10, eta=0.8)
 STEPS = (1, 4, 9)  # σ from 0.6 to 0.02; no log-density is near 0, where its relative error would mean little
@@ -69,12 +61,10 @@ def batch(
     step_index = torch.tensor(steps, dtype=torch.int64)
     x_next, _ = PLAIN.guided_step(output, x, noise, TABLE.rows(step_index, x), guidance_scale=guidance)
     tensors = zip((output, x, x_next), dtypes, last, strict=True)
-    inputs = [channels_last(t.to(device, dtype)) if is_last else t.to(device, dtype) for t, dtype, is_last in tensors]
+    inputs = [
+        in_channels_last(t.to(device, dtype)) if is_last else t.to(device, dtype) for t, dtype, is_last in tensors
+    ]
     return inputs, step_index.to(device)
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def evaluate(
@@ -112,40 +102,25 @@ def assert_accurate(
             assert error <= allowed, f"row {i}: {error:.3g}, expected at most {allowed:.3g}"
 
 
-def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let memory that is allocated without values be NaN."""
-
-    def poison(allocate):
-        def allocate_nan(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return allocate_nan
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
-    assert torch.empty(1).isnan()
-
-
 def assert_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
 
 
-@on_devices
+@on_each_device
 @on_guidance
 @on_cases
 def test_accuracy(layout, dtypes, guidance, device):
     assert_accurate(*batch(layout, guidance, device, dtypes), guidance)
 
 
-@on_devices
+@on_each_device
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_each_subset_of_gradients(needs, device):
     assert_accurate(*batch(ODD, 5.0, device), 5.0, needs)
 
 
-@on_devices
+@on_each_device
 @on_layouts
 def test_gradients_are_laid_out_as_their_tensors(layout, device):
     inputs, steps = batch(layout, 5.0, device, DTYPES["all_differ"])
@@ -153,7 +128,7 @@ def test_gradients_are_laid_out_as_their_tensors(layout, device):
         assert (gradient.dtype, gradient.stride()) == (tensor.dtype, tensor.stride())
 
 
-@on_devices
+@on_each_device
 def test_no_gradient_where_none_is_asked_for(device):
     (output, x, x_next), steps = batch(ODD, 5.0, device)
     with torch.no_grad():
@@ -161,20 +136,20 @@ def test_no_gradient_where_none_is_asked_for(device):
     assert not value.requires_grad
 
 
-@on_devices
+@on_each_device
 @on_guidance
 def test_same_bits_for_any_batch(guidance, device):
     """Two rows in the other order as in the whole batch."""
     inputs, steps = batch(ODD, guidance, device)
     some = torch.tensor([2, 0], device=device)
     of_output = some if guidance is None else torch.cat([some, len(steps) + some])
-    picked = [channels_last(inputs[0][of_output]), inputs[1][some], channels_last(inputs[2][some])]
+    picked = [in_channels_last(inputs[0][of_output]), inputs[1][some], in_channels_last(inputs[2][some])]
     value, gradient_output, *gradients = evaluate(FUSED, inputs, steps, guidance)
     expected = value[some], gradient_output[of_output], *(gradient[some] for gradient in gradients)
     assert_same_bits(evaluate(FUSED, picked, steps[some], guidance), expected)
 
 
-@on_devices
+@on_each_device
 @on_layouts
 def test_a_row_does_not_see_another(layout, device):
     """NaN in the middle row alone: a tile that read past its row would spread it."""
@@ -188,16 +163,16 @@ def test_a_row_does_not_see_another(layout, device):
 
 
 @pytest.mark.slow
-@on_devices
+@on_each_device
 @on_layouts
-def test_same_bits_again_whatever_was_in_memory(layout, device, monkeypatch):
+def test_same_bits_again_whatever_was_in_memory(layout, device):
     held = batch(layout, 5.0, device, DTYPES["bf16_outputs"])
     expected = evaluate(FUSED, *held, 5.0)
-    poison_new_memory(monkeypatch)
-    assert_same_bits(evaluate(FUSED, *held, 5.0), expected)
+    with poisoned_memory():
+        assert_same_bits(evaluate(FUSED, *held, 5.0), expected)
 
 
-@on_devices
+@on_each_device
 def test_upstream_gradient_without_memory_of_its_own(device):
     """The gradient of a sum over rows is one number with stride 0."""
     inputs, steps = batch(ODD, 5.0, device)
@@ -208,7 +183,7 @@ def test_upstream_gradient_without_memory_of_its_own(device):
     assert torch.equal(summed, expected)
 
 
-@on_devices
+@on_each_device
 @on_guidance
 def test_zero_rows(guidance, device):
     held = batch(ODD, guidance, device, DTYPES["bf16"], steps=())
@@ -216,7 +191,7 @@ def test_zero_rows(guidance, device):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
 
 
-@on_devices
+@on_each_device
 def test_no_second_derivative(device):
     inputs, steps = batch(ODD, 5.0, device)
     x = inputs[1].requires_grad_()
@@ -226,7 +201,7 @@ def test_no_second_derivative(device):
 
 
 @pytest.mark.slow
-@on_devices
+@on_each_device
 @settings(max_examples=15)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
@@ -243,7 +218,7 @@ def test_exact_where_arithmetic_is(shape, steps, last, dtypes, guidance, seed, d
     inputs = []
     for copies, dtype, is_last in zip((1 if guidance is None else 2, 1, 1), dtypes, last, strict=True):
         values = torch.randint(-4, 5, (copies * len(steps), *shape), generator=generator).to(device, dtype)
-        inputs.append(channels_last(values) if is_last and len(shape) > 1 else values)
+        inputs.append(in_channels_last(values) if is_last and len(shape) > 1 else values)
     value, *gradients = evaluate(FUSED, inputs, step_index, guidance, table=EXACT)
     exact = evaluate(PLAIN, [tensor.double() for tensor in inputs], step_index, guidance, table=EXACT)
     torch.testing.assert_close(value.double(), exact[0], rtol=1e-6, atol=1e-6 * math.prod(shape))

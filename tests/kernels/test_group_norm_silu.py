@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from fastnabla.kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
 from tests.checks import randn, relative_error
-from tests.kernels.test_gaussian_log_prob import channels_last, on_devices, poison_new_memory
+from tests.kernel_cases import in_channels_last, on_each_device, poisoned_memory
 
 EPS = 1e-6
 SHAPES = {  # shape of x, groups
@@ -30,7 +30,7 @@ def batch(
     shape: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float32, mean: float = 1.0
 ) -> dict[str, Tensor]:
     """x, the gradient, the residual connection's gradient, weight and bias."""
-    x, gradient, skip = (channels_last(randn(*shape, seed=seed)).to(device, dtype) for seed in range(3))
+    x, gradient, skip = (in_channels_last(randn(*shape, seed=seed)).to(device, dtype) for seed in range(3))
     weight, bias = (randn(shape[1], seed=seed).to(device, dtype) for seed in (3, 4))
     return {"x": x + mean, "gradient": gradient, "skip": skip, "weight": 1 + 0.3 * weight, "bias": 0.3 * bias}
 
@@ -55,7 +55,7 @@ def by_autograd(
 
 
 @pytest.mark.slow
-@on_devices
+@on_each_device
 @on_shapes
 def test_accuracy(shape, groups, device):
     held = batch(shape, device)
@@ -64,7 +64,7 @@ def test_accuracy(shape, groups, device):
         assert relative_error(actual, exact) < TOLERANCE[torch.float32]
 
 
-@on_devices
+@on_each_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_accuracy_in_half_precision(dtype, device):
     shape, groups = SHAPES["odd_group"]
@@ -74,7 +74,7 @@ def test_accuracy_in_half_precision(dtype, device):
         assert relative_error(actual, exact) < TOLERANCE[dtype]
 
 
-@on_devices
+@on_each_device
 def test_without_a_residual_connection(device):
     held = {**batch((2, 6, 5, 7), device), "skip": None}
     for actual, exact in zip(evaluate(**held, groups=2), by_autograd(**held, groups=2), strict=True):
@@ -82,7 +82,7 @@ def test_without_a_residual_connection(device):
 
 
 @pytest.mark.slow
-@on_devices
+@on_each_device
 def test_a_mean_of_a_hundred_deviations(device):
     """Means of tiles and groups are rounded by up to 100 · 2⁻²⁴ = 6e-6 deviations. The mean of the squares minus the square
     of the mean, in float32, would give a variance wrong by up to 100² · 2⁻²⁴ = 6e-4 of itself."""
@@ -95,37 +95,38 @@ def test_a_mean_of_a_hundred_deviations(device):
     torch.testing.assert_close(rstd[0].double().square() * (variance + EPS), ones, rtol=0, atol=5e-6)
 
 
-@on_devices
+@on_each_device
 def test_eps(device):
     """A variance of 0 leaves 1 / √eps."""
     held = batch((1, 4, 3, 3), device)
-    constant = channels_last(torch.full_like(held["x"], 7.0))
+    constant = in_channels_last(torch.full_like(held["x"], 7.0))
     y, mean, rstd = group_norm_silu(constant, held["weight"], held["bias"], 2, 0.25)
     assert (mean.tolist(), rstd.tolist()) == ([[7, 7]], [[2, 2]])
     torch.testing.assert_close(y, functional.silu(held["bias"]).view(1, 4, 1, 1).expand_as(y))
 
 
 @pytest.mark.slow
-@on_devices
+@on_each_device
 def test_same_bits_for_any_batch(device):
     """Two rows in the other order as in the whole batch."""
     shape, groups = SHAPES["odd_group"]
     held = batch(shape, device)
     some = torch.tensor([2, 0], device=device)
-    picked = {**held, **{name: channels_last(held[name][some]) for name in ("x", "gradient", "skip")}}
+    picked = {**held, **{name: in_channels_last(held[name][some]) for name in ("x", "gradient", "skip")}}
     for whole, part in zip(evaluate(**held, groups=groups), evaluate(**picked, groups=groups), strict=True):
         assert torch.equal(whole[some], part)
 
 
 @pytest.mark.slow
-@on_devices
-def test_everything_is_written(device, monkeypatch):
+@on_each_device
+def test_everything_is_written(device):
     """Memory that is allocated without values is NaN the second time."""
     shape, groups = SHAPES["groups_across_tiles"]
     held = batch(shape, device)
     expected = evaluate(**held, groups=groups)
-    poison_new_memory(monkeypatch)
-    for one, two in zip(evaluate(**held, groups=groups), expected, strict=True):
+    with poisoned_memory():
+        again = evaluate(**held, groups=groups)
+    for one, two in zip(again, expected, strict=True):
         assert torch.equal(one, two)
 
 
@@ -147,7 +148,7 @@ def test_no_second_derivatives():
         group_norm_silu_backward(held["gradient"], held["x"], *moments, held["weight"], held["bias"], 2, EPS)
 
 
-@on_devices
+@on_each_device
 def test_zero_rows(device):
     held = batch((0, 4, 3, 3), device)
     assert [tensor.shape for tensor in evaluate(**held, groups=2)] == [(0, 4, 3, 3)] * 2

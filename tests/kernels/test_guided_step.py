@@ -7,18 +7,16 @@ from torch import Tensor
 from fastnabla.kernels.guided_step import guided_step
 from fastnabla.objective.ops import PLAIN
 from tests.checks import relative_error
+from tests.kernel_cases import in_channels_last, on_each_device, poisoned_memory
 from tests.kernels.test_gaussian_log_prob import (
     DTYPES,
     LAYOUTS,
     ODD,
     STEPS,
     TABLE,
-    channels_last,
     on_cases,
-    on_devices,
     on_guidance,
     on_layouts,
-    poison_new_memory,
 )
 from tests.kernels.test_gaussian_log_prob import batch as transitions
 
@@ -32,7 +30,7 @@ def batch(
     return {"output": output, "x": x, "noise": noise, **sampler}
 
 
-@on_devices
+@on_each_device
 @on_guidance
 @on_cases
 def test_accuracy(layout, dtypes, guidance, device):
@@ -51,47 +49,48 @@ def test_accuracy(layout, dtypes, guidance, device):
             assert relative_error(ours[i], truth[i]) <= 2 * relative_error(theirs[i], truth[i])
 
 
-@on_devices
+@on_each_device
 @on_guidance
 def test_same_bits_for_any_batch(guidance, device):
     """Two rows in the other order as in the whole batch."""
     held = batch(ODD, device, guidance=guidance)
     some = torch.tensor([2, 0], device=device)
     of_output = some if guidance is None else torch.cat([some, len(held["x"]) + some])
-    picked = {**held, "output": channels_last(held["output"][of_output])}
+    picked = {**held, "output": in_channels_last(held["output"][of_output])}
     picked |= {name: held[name][some] for name in ("x", "noise", "step_index")}
     for whole, part in zip(guided_step(**held), guided_step(**picked), strict=True):
         assert torch.equal(whole[some], part)
 
 
-@on_devices
+@on_each_device
 @pytest.mark.parametrize("last", [("output",), ("x",), ("noise",), ("output", "x", "noise")], ids=str)
 def test_same_bits_for_any_layout(last, device):
     held = batch(LAYOUTS["contiguous"], device)
-    other = {**held, **{name: channels_last(held[name]) for name in last}}
+    other = {**held, **{name: in_channels_last(held[name]) for name in last}}
     for one, two in zip(guided_step(**held), guided_step(**other), strict=True):
         assert torch.equal(one, two)
 
 
-@on_devices
+@on_each_device
 @on_layouts
-def test_everything_is_written(layout, device, monkeypatch):
+def test_everything_is_written(layout, device):
     """Memory that is allocated without values is NaN the second time."""
     held = batch(layout, device)
     expected = guided_step(**held)
-    poison_new_memory(monkeypatch)
-    for one, two in zip(guided_step(**held), expected, strict=True):
+    with poisoned_memory():
+        again = guided_step(**held)
+    for one, two in zip(again, expected, strict=True):
         assert torch.equal(one, two)
 
 
-@on_devices
+@on_each_device
 def test_no_gradient(device):
     held = batch(ODD, device)
     held["output"].requires_grad_(), held["x"].requires_grad_()
     assert not any(result.requires_grad for result in guided_step(**held))
 
 
-@on_devices
+@on_each_device
 def test_zero_rows(device):
     x_next, o = guided_step(**batch(ODD, device, DTYPES["bf16"], steps=()))
     assert (x_next.shape, o.shape) == ((0, *ODD[0]), (0, *ODD[0]))

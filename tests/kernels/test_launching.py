@@ -26,14 +26,14 @@ from fastnabla.objective.backend import _say, select
 from fastnabla.objective.fused import FUSED
 from fastnabla.objective.ops import PLAIN
 from tests.checks import randn
-from tests.kernels.test_gaussian_log_prob import channels_last, on_devices
+from tests.kernel_cases import in_channels_last, on_each_device
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPE = (3, 2, 3, 5)
 x, x_next, single, score = (randn(*SHAPE, seed=seed) for seed in range(4))
-pair = channels_last(randn(6, 2, 3, 5, seed=4, dtype=BF16))
-flow = channels_last(randn(*SHAPE, seed=5, dtype=BF16))
+pair = in_channels_last(randn(6, 2, 3, 5, seed=4, dtype=BF16))
+flow = in_channels_last(randn(*SHAPE, seed=5, dtype=BF16))
 upstream = torch.ones(3)
 steps, table = torch.tensor([1, 4, 9]), ddim_table(10).packed(CPU)
 
@@ -66,19 +66,22 @@ CALLS = {
     "guided_step": (guided_step_op, (pair, flow, x, table, steps, 5.0)),
     "guided_step_bare": (guided_step_op, (x, x, x_next, table, steps, None)),
     "group_norm_silu": (group_norm_silu_op, (flow, CHANNELS, CHANNELS, 2, 1e-6)),
-    "group_norm_silu_backward": (group_norm_silu_backward_op, (channels_last(x), *GROUPS, flow, channels_last(x_next))),
+    "group_norm_silu_backward": (
+        group_norm_silu_backward_op,
+        (in_channels_last(x), *GROUPS, flow, in_channels_last(x_next)),
+    ),
     "group_norm_silu_backward_bare": (
         group_norm_silu_backward_op,
-        (channels_last(x), *GROUPS, None, channels_last(x_next)),
+        (in_channels_last(x), *GROUPS, None, in_channels_last(x_next)),
     ),
-    "scale_gradients": (scale_gradients, (upstream, x, channels_last(score), BF16, FP32, 5.0)),
-    "scale_output": (scale_gradients, (upstream, channels_last(x), None, BF16, FP32, None)),
+    "scale_gradients": (scale_gradients, (upstream, x, in_channels_last(score), BF16, FP32, 5.0)),
+    "scale_output": (scale_gradients, (upstream, in_channels_last(x), None, BF16, FP32, None)),
     "scale_flow": (scale_gradients, (upstream, None, x, BF16, BF16, 5.0)),
 }
 
 
 @pytest.mark.slow
-@on_devices
+@on_each_device
 @pytest.mark.parametrize(("operation", "arguments"), CALLS.values(), ids=CALLS)
 def test_operations(operation, arguments, device):
     """They write to what their schemas say, and their fakes say what they return."""
@@ -86,7 +89,7 @@ def test_operations(operation, arguments, device):
 
 
 @pytest.mark.slow
-@on_devices
+@on_each_device
 def test_compiled_code_has_the_same_gradients(device):
     def loss(output: Tensor, flow: Tensor) -> Tensor:
         states = (tensor.to(device) for tensor in (pair, *STATES, score))
@@ -105,7 +108,7 @@ def test_compiled_code_has_the_same_gradients(device):
 
 @pytest.mark.parametrize(("last", "channels"), [((), 1), (("x", "x_next"), 1), (("x",), 2), (("x_next",), 2)], ids=str)
 def test_rows_are_runs_of_memory_where_tensors_agree(last, channels):
-    tensors = {"x": x, "x_next": x_next} | {name: channels_last(x) for name in last}
+    tensors = {"x": x, "x_next": x_next} | {name: in_channels_last(x) for name in last}
     made = layout(x, **tensors, flow=None)
     assert made.constants["C"] == channels
     assert made.positions * channels == 2 * 3 * 5
