@@ -6,10 +6,13 @@ seeds contains the error of finite samples, also of those that stand for the pri
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastnabla.run.resuming import effective_fields
 from fastnabla.study.plan import StudyRun
 from fastnabla.study.protocol import Protocol
 from fastnabla.study.samples import Samples, has_samples, read_samples
@@ -18,6 +21,8 @@ MEASURED = "study"
 """Folder of the measured samples within a run folder."""
 NOISE, REFERENCE_NOISE = 2, 1
 """Numbers of the noise; 0 and 1 are those of `fastnabla.evaluate`."""
+MEASURED_WITH = ("model.", "sampler.", "reward.", "prompts.", "evaluation.probe", "evaluation.prompts")
+"""Fields, and sections, of a configuration that the pretrained model's samples and their measures depend on."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +38,14 @@ class Part:
     held_out: str | None = None
     """Source of the prompts, if no run is trained on them."""
     noise: int = NOISE
+    configuration: str = ""
+    """Digest of the run's `MEASURED_WITH`."""
 
     @property
     def key(self) -> dict[str, Any]:
-        """What the samples depend on, besides the run's weights."""
-        return {name: getattr(self, name) for name in ("scale", "samples", "seed", "held_out", "noise")}
+        """What the samples depend on, besides the configuration and weights of the run in whose folder they are."""
+        own = {name: getattr(self, name) for name in ("scale", "samples", "seed", "held_out", "noise")}
+        return own | ({"configuration": self.configuration} if self.scale == 0 else {})
 
     @property
     def is_measured(self) -> bool:
@@ -52,7 +60,9 @@ class Part:
 def end_part(run: StudyRun, protocol: Protocol) -> Part:
     """The samples at the end of training."""
     samples = protocol.measurement.samples if run.is_final else protocol.tuning.samples
-    return Part(path=_path(run, "scale-1"), scale=1.0, samples=samples, seed=run.seed)
+    return Part(
+        path=_path(run, "scale-1"), scale=1.0, samples=samples, seed=run.seed, configuration=_configuration(run)
+    )
 
 
 def scale_parts(run: StudyRun, protocol: Protocol) -> list[Part]:
@@ -69,7 +79,14 @@ def held_out_part(run: StudyRun, protocol: Protocol) -> Part | None:
     source, count = protocol.measurement.held_out, protocol.measurement.held_out_samples
     if source is None:
         return None
-    return Part(path=_path(run, "held-out"), scale=1.0, samples=count, seed=run.seed, held_out=source)
+    return Part(
+        path=_path(run, "held-out"),
+        scale=1.0,
+        samples=count,
+        seed=run.seed,
+        held_out=source,
+        configuration=_configuration(run),
+    )
 
 
 def pretrained_part(part: Part, folder: Path) -> Part:
@@ -84,7 +101,14 @@ def reference_part(run: StudyRun, protocol: Protocol, folder: Path) -> Part:
         folder / "pretrained" / f"reference-seed-{run.seed}.safetensors",
         protocol.measurement.reference_samples,
     )
-    return Part(path=path, scale=0.0, samples=count, seed=run.seed, noise=REFERENCE_NOISE)
+    return Part(
+        path=path,
+        scale=0.0,
+        samples=count,
+        seed=run.seed,
+        noise=REFERENCE_NOISE,
+        configuration=_configuration(run),
+    )
 
 
 def own_parts(run: StudyRun, protocol: Protocol) -> list[Part]:
@@ -107,3 +131,9 @@ def shared_parts(runs: Sequence[StudyRun], protocol: Protocol, folder: Path) -> 
 
 def _path(run: StudyRun, name: str) -> Path:
     return run.folder / MEASURED / f"{name}.safetensors"
+
+
+def _configuration(run: StudyRun) -> str:
+    fields = effective_fields(run.planned.config)
+    kept = {name: value for name, value in fields.items() if name.startswith(MEASURED_WITH)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]

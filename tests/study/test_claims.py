@@ -1,6 +1,7 @@
 """Claims and the page, from results that are made up."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,19 @@ def test_the_page_says_what_the_results_are(tmp_path: Path, protocol: Protocol):
         for n, line in enumerate(text.splitlines())
         if line.startswith("| ---")
     )
+
+
+def test_what_is_not_finite_is_printed_as_such(tmp_path: Path, protocol: Protocol):
+    made = results(protocol, {"ours": KEPT, "theirs": LOST})
+    for run in made.runs:
+        if run.setting.name == "theirs":
+            run.end["frechet"] = math.nan
+    text = write_page(made, tmp_path / "made-up.toml")[0].read_text()
+    end = text[text.index("## At the end of training") : text.index("## Tuning")]
+    theirs, ours = (
+        next(line for line in end.splitlines() if line.startswith(f"| {name},")) for name in ("theirs", "ours")
+    )
+    assert theirs.count("+nan [+nan, +nan]") == 1 and "nan" not in ours
 
 
 def test_nothing_is_written_without_results(tmp_path: Path, protocol: Protocol):

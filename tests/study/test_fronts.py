@@ -1,5 +1,7 @@
 """Places along the scale of the LoRA."""
 
+import math
+
 import pytest
 
 from fastnabla.study.fronts import Place, place_at
@@ -25,6 +27,30 @@ def test_the_first_crossing_counts_where_the_reward_falls_again():
         place = place_at(path, gain)
         assert low < place.scale < high
         assert place.measures["reward"] == pytest.approx(gain)
+
+
+def test_a_gain_that_ends_the_path_is_reached_at_its_end():
+    """Monotone cubics round there: these end below the last reward."""
+    rewards = [0.513519, 0.581148, 0.681701, 0.802544, 0.985085, 1.090976]
+    path = [
+        Place(scale, {"reward": reward}) for scale, reward in zip([0, 0.25, 0.5, 0.75, 1, 1.5], rewards, strict=True)
+    ]
+    place = place_at(path, rewards[-1] - rewards[0])
+    assert place.scale == 1.5 and place.measures["reward"] == pytest.approx(rewards[-1])
+
+
+def test_what_is_not_finite_elsewhere_does_not_matter():
+    """At scale 1.5 everything is nan, and one measure at 0.5."""
+    nan = math.nan
+    table = {"reward": [0.0, 0.5, 1.0, nan], "kept": [0.0, 1.0, 2.0, nan], "lost": [0.0, nan, 1.0, nan]}
+    path = [
+        Place(scale, {name: column[row] for name, column in table.items()})
+        for row, scale in enumerate([0.0, 0.5, 1.0, 1.5])
+    ]
+    place = place_at(path, 0.75)
+    assert place.scale == pytest.approx(0.75) and place.measures["kept"] == pytest.approx(1.5)
+    assert math.isnan(place.measures["lost"])
+    assert place_at(path, 1.5) is None
 
 
 @pytest.mark.parametrize("gain", [0.2, 0.6, 0.9, 1.2])
