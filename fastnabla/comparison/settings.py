@@ -16,7 +16,7 @@ from fastnabla.config.renamed import new_name
 from fastnabla.config.train import TrainConfig
 
 METHOD_SETTINGS: dict[str, dict[str, dict[str, str]]] = {
-    # The direct methods make two to three times as many updates with the same budget, so a third of the learning rate moves
+    # The direct methods make about twice as many updates with the same budget, so a third of the learning rate moves
     # the weights about as far. DDPO trains on every step, as published. None of these has been tuned.
     TESTBED: {
         "refl": {"optimizer.learning_rate": "3e-3"},
