@@ -195,3 +195,12 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_of(config, RankInfo(rank=5, size=8, local_rank=1)) == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="local rank = 2: torch sees 2 GPUs"):
         device_of(config, RankInfo(rank=2, size=8, local_rank=2))
+
+
+def test_a_process_that_sees_one_gpu_alone_computes_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As srun shows them. `torch.cuda.set_device` wants an index."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = PRESETS["testbed"][1]
+    assert device_of(config, RankInfo(rank=5, size=8, local_rank=1)) == torch.device("cuda", 0)
+    assert device_of(config) == torch.device("cuda")
