@@ -36,9 +36,11 @@ class SampleConfig:
     """PNG file to write. None: sample.png in the run folder."""
 
     def __post_init__(self) -> None:
-        for name in ("n", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
+        for name, least in (("n", 1), ("batch", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}.")
+        if not self.prompt:
+            raise ValueError("prompt = (): give one or more prompts.")
         if not self.lora_scale or not all(map(math.isfinite, self.lora_scale)):
             scales = " ".join(map(str, self.lora_scale)) or "()"
             raise ValueError(f"lora_scale = {scales}: give one or more finite numbers, such as 0.5 1.")
@@ -54,8 +56,8 @@ def sample_run(config: SampleConfig) -> Path:
     """Sample with the run's sampler and settings, and return the path of the grid.
 
     Raises:
-        ValueError: a prompt is invalid, the folder is not a finished run, its model cannot be loaded, or it has no LoRA to
-            scale.
+        ValueError: a prompt is invalid, the folder is not a finished run, its model cannot be loaded, it has no LoRA to
+            scale, or the output cannot be written.
     """
     # These modules import torch, so they are imported only after the command line has been parsed.
     import torch
@@ -68,6 +70,7 @@ def sample_run(config: SampleConfig) -> Path:
     from fastnabla.prompts.loading import checked_prompt
     from fastnabla.run.pictures import save_grid
     from fastnabla.table_scheduler import TableScheduler
+    from fastnabla.utils.durable import require_writable
     from fastnabla.utils.seeding import seed_of
 
     for prompt in config.prompt:
@@ -83,6 +86,8 @@ def sample_run(config: SampleConfig) -> Path:
         )
     weights = weights_folder(config.run, config.weights, run.optimizer.ema)
     require_policy(weights)
+    output = config.output or config.run / "sample.png"
+    require_writable(output, "output")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = pipeline_of(run.model).to(device)
     description = description_of(pipeline)
@@ -122,8 +127,6 @@ def sample_run(config: SampleConfig) -> Path:
         if run.lora.rank:
             pipeline.set_adapters(pipeline.get_active_adapters(), scale)
         columns[title] = images()
-    output = config.output or config.run / "sample.png"
-    output.parent.mkdir(parents=True, exist_ok=True)
     save_grid(output, columns, config.prompt, per_prompt=config.n)
     return output
 

@@ -38,7 +38,8 @@ def reference_latents(
         draw: sample numbers → latents `[P, n, C, H, W]`. A number must always give the same sample.
 
     Raises:
-        ValueError: the file at `path` is damaged. Those of other runs are left out, with a warning.
+        ValueError: the file at `path` is damaged, or cannot be read or written. Those of other runs that cannot be read are left
+            out, with a warning.
     """
     written = json.dumps(key, sort_keys=True)
     counts = {path: _count(path, written)}
@@ -53,27 +54,45 @@ def reference_latents(
     for start in range(have, count, BLOCK):
         drawn = draw(range(start, min(start + BLOCK, count))).cpu()
         known = drawn if known is None else torch.cat([known, drawn], 1)
-        partial = path.with_name(path.name + ".partial")
-        save_file({LATENTS: known.contiguous()}, partial, metadata={"key": written})
+        _write(path, known, written)
+    return known
+
+
+def weight_files(model: str) -> dict[str, list[int]]:
+    """Sizes and times of change of the weights of a model on disk, by file: another model may take its place. Empty for a name."""
+    path = Path(model).expanduser()
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    states = {str(file.relative_to(path)): file.stat() for file in files}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+
+
+def _write(path: Path, latents: Tensor, key: str) -> None:
+    """Write the file atomically, whatever other processes write there."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({LATENTS: latents.contiguous()}, partial, metadata={"key": key})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-    return known
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{str(path)!r} cannot be written ({error}).") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _count(path: Path, key: str) -> int:
     """Samples per prompt in the file `path`: 0 if it does not exist or has another key.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or cannot be read.
     """
-    if not path.is_file():
-        return 0
     try:
+        if not path.is_file():
+            return 0
         with safe_open(path, "pt") as file:
             same = (file.metadata() or {}).get("key") == key
             return file.get_slice(LATENTS).get_shape()[1] if same else 0
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{str(path)!r} cannot be read ({error}); remove it to draw the samples again.") from error
 
 

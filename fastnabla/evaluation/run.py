@@ -12,7 +12,7 @@ import fastnabla
 from fastnabla.config.train import load_run
 from fastnabla.evaluation.options import FORMAT, EvaluationOptions
 from fastnabla.evaluation.reference_distances import reference_distances, reference_floor
-from fastnabla.evaluation.reference_samples import reference_latents
+from fastnabla.evaluation.reference_samples import reference_latents, weight_files
 from fastnabla.metrics.divergence import TrajectoryDivergence, divergence_summary
 from fastnabla.metrics.evaluation import image_metrics, summary
 from fastnabla.metrics.joint_entropy import CEILINGS
@@ -87,7 +87,7 @@ class RunEvaluation:
             advance: called after each step with the number of trajectories.
 
         Raises:
-            ValueError: the probe's features are not finite or all zero.
+            ValueError: a reward is not finite, or the probe's features are not finite or all zero.
         """
         self._advance, config = advance, self.components.config
         settings = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(EvaluationOptions)}
@@ -139,7 +139,7 @@ class RunEvaluation:
             prompt, prompts = torch.full((len(own),), number), [text] * len(own)
             parts.append(measure_images(images, prompt, prompts, components.reward, probe, chunk))
             from_images.append(image_metrics(images, prompt, prompts, probe, chunk))
-        measures = self._required(concatenate(parts))
+        measures = self._required(concatenate(parts), texts)
         means = {name: sum(each[name] for each in from_images) / len(texts) for name in from_images[0]}
         return measures, summary(measures) | means
 
@@ -190,6 +190,8 @@ class RunEvaluation:
             "prompts": texts,
             "seed": self.options.seed,
         }
+        if files := weight_files(components.config.model.name):
+            key["files"] = files
 
         def draw(samples: range) -> Tensor:
             with components.policy.pretrained_weights():
@@ -205,14 +207,21 @@ class RunEvaluation:
             seen = [texts[i] for i in prompt[rows].tolist()]
             chunk = components.config.memory.decode_chunk
             parts.append(measure_images(images, prompt[rows], seen, components.reward, components.probe, chunk))
-        return self._required(concatenate(parts))
+        return self._required(concatenate(parts), texts)
 
-    def _required(self, measures: Measures) -> Measures:
-        """Return `measures`.
+    def _required(self, measures: Measures, texts: list[str]) -> Measures:
+        """Return `measures` of the prompts `texts`.
 
         Raises:
-            ValueError: features of a sample are not finite or all zero.
+            ValueError: the reward of a sample is not finite, or its features are not finite or all zero.
         """
+        wrong = ~measures.reward.isfinite()
+        if wrong.any():
+            first = texts[int(measures.prompt[wrong][0])]
+            raise ValueError(
+                f"reward.terms = {self.components.config.reward.terms}: the reward of {int(wrong.sum())} of {len(wrong)} samples "
+                f"is not finite, first of the prompt {first!r:.100}; nothing can be compared without it."
+            )
         if measures.features is not None and not bool(has_direction(measures.features).all()):
             raise ValueError(
                 f"evaluation.probe = {self.components.config.evaluation.probe!r}: its features are not finite or all zero; "

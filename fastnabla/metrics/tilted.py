@@ -66,7 +66,7 @@ def beta_for_ess(reward: Tensor, prompt: Tensor, share: float = 0.05) -> float:
 
 
 def beta_for_reward(reward: Tensor, prompt: Tensor, mean: float) -> float | None:
-    """The β ≥ 0 at which the target's mean reward is `mean`. None if no such β exists.
+    """The β ≥ 0 at which the target's mean reward is `mean`. None if no such β exists, as for nan.
 
     The mean increases with β: its derivative is the variance of r under the target.
     """
@@ -74,7 +74,7 @@ def beta_for_reward(reward: Tensor, prompt: Tensor, mean: float) -> float | None
     def target_mean(beta: float) -> float:
         return (tilted_weights(reward, prompt, beta) @ reward.double()).item()
 
-    if mean < target_mean(0):
+    if not mean >= target_mean(0):
         return None
     beta = _largest(lambda beta: target_mean(beta) <= mean, _scale(reward, prompt))
     return None if math.isinf(beta) else beta

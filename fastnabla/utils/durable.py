@@ -74,6 +74,25 @@ def write_file(path: Path, content: str | bytes) -> None:
     fsync_folder(path.parent)
 
 
+def require_writable(path: Path, field: str) -> None:
+    """Check that the file `path` can be written, and create its folder.
+
+    Raises:
+        ValueError: it cannot; the message names `field`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        probe = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{field} = {str(path)!r}: cannot be written ({error.strerror or error}); name another file."
+        ) from error
+
+
 def move_files(source: Path, target: Path) -> None:
     """Move all files below `source` to the same relative paths below `target`, replacing existing files atomically, and
     remove `source`."""

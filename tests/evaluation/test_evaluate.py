@@ -21,6 +21,7 @@ from fastnabla.evaluation.report import result_tables
 from fastnabla.evaluation.run import REFERENCE_NOISE, RunEvaluation
 from fastnabla.metrics.diversity import hue_entropy_ceiling
 from fastnabla.metrics.joint_entropy import joint_entropy_ceiling
+from fastnabla.metrics.measures import Measures
 from fastnabla.models.decoder import Decoder
 from fastnabla.models.saved_policy import read_policy
 from fastnabla.run.checkpoint import newest_checkpoint
@@ -266,3 +267,19 @@ def test_bad_input_is_refused(
         assert stop.code == 2
     message = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert words in message and "Traceback" not in message
+
+
+def test_a_reward_that_is_not_finite_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation = RunEvaluation(run, OPTIONS)
+    original = run_module.measure_images
+
+    def broken(images: torch.Tensor, prompt: torch.Tensor, *arguments: object) -> Measures:
+        measures = original(images, prompt, *arguments)
+        measures.reward[prompt == 1] = torch.nan
+        return measures
+
+    monkeypatch.setattr(run_module, "measure_images", broken)
+    with pytest.raises(
+        ValueError, match=r"reward\.terms = .*: the reward of 12 of \d+ samples is not finite, first of the prompt 'a "
+    ):
+        evaluation.measure()

@@ -1,5 +1,6 @@
 """The file of reference samples: drawn once, extended, shared between runs, and safe from interruptions."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnabla.evaluation import reference_samples
-from fastnabla.evaluation.reference_samples import reference_latents
+from fastnabla.evaluation.reference_samples import reference_latents, weight_files
 
 KEY = {"model": {"name": "a"}, "prompts": ["x", "y"]}
 
@@ -82,3 +83,53 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"reference\.safetensors.*remove it"):
         reference_latents(path, [], KEY, 3, draw)
+
+
+def test_a_file_of_another_run_that_may_not_be_read_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, theirs = tmp_path / "own", tmp_path / "theirs"
+    reference_latents(theirs, [], KEY, 5, draw)
+    opened = reference_samples.safe_open
+
+    def forbidden(path: Path, framework: str) -> object:
+        if path == theirs:
+            raise FileNotFoundError("No such file or directory")  # what safetensors says of a file of mode 0600
+        return opened(path, framework)
+
+    monkeypatch.setattr(reference_samples, "safe_open", forbidden)
+    with caplog.at_level("WARNING", "fastnabla"):
+        assert torch.equal(reference_latents(own, [theirs], KEY, 3, draw), draw(range(3)))
+    assert "theirs' cannot be read" in caplog.text
+
+
+def test_processes_that_draw_at_the_same_time_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one writes the file between the first one's writing and renaming."""
+    path, process, save, seconds = tmp_path / "reference.safetensors", [1], reference_samples.save_file, []
+    monkeypatch.setattr(os, "getpid", lambda: process[0])
+
+    def interrupted(tensors: dict[str, Tensor], partial: Path, metadata: dict[str, str]) -> None:
+        save(tensors, partial, metadata=metadata)
+        if process == [1]:
+            process[0] = 2
+            seconds.append(reference_latents(path, [], KEY, 3, draw))
+
+    monkeypatch.setattr(reference_samples, "save_file", interrupted)
+    assert torch.equal(reference_latents(path, [], KEY, 4, draw), draw(range(4)))
+    assert torch.equal(seconds[0], draw(range(3)))
+    assert torch.equal(reference_latents(path, [], KEY, 4, never), draw(range(4)))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_model_s_folder_is_known_by_its_weights(tmp_path: Path) -> None:
+    assert weight_files("some/model") == {}
+    weights = tmp_path / "unet" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    before = weight_files(str(tmp_path))
+    assert before.keys() == {"unet/model.safetensors"} and weight_files(str(tmp_path)) == before
+    weights.write_bytes(b"another")
+    assert weight_files(str(tmp_path)) != before
+    assert weight_files(str(weights)).keys() == {"."}

@@ -273,6 +273,13 @@ def test_sample_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert "not a run folder" in capsys.readouterr().err
 
 
+def test_no_prompt_and_a_negative_seed_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in ((["--prompt"], "prompt = (): give one"), (["--seed=-1"], "seed = -1: must be at least 0")):
+        with pytest.raises(SystemExit, match="2"):
+            sample.main(["nowhere", *arguments])
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(("scales", "named"), [(["nan"], "nan"), (["1", "inf"], r"1\.0 inf"), ([], r"\(\)")])
 def test_scales_of_the_lora_are_finite(scales: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

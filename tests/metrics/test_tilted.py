@@ -104,6 +104,7 @@ def test_beta_for_reward_inverts_the_mean() -> None:
     assert beta_for_reward(reference.reward, reference.prompt, mean) == pytest.approx(0.9, abs=1e-3)
     assert beta_for_reward(reference.reward, reference.prompt, mean - 1) is None, "below the prior's mean"
     assert beta_for_reward(reference.reward, reference.prompt, 100) is None, "above all rewards"
+    assert beta_for_reward(reference.reward, reference.prompt, math.nan) is None
 
 
 def test_effective_sample_size_falls_with_beta() -> None:

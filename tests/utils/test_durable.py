@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from fastnabla.utils import durable
-from fastnabla.utils.durable import DamagedError, move_files, remove_folder, verify_folder, write_file, write_folder
+from fastnabla.utils.durable import (
+    DamagedError,
+    move_files,
+    remove_folder,
+    require_writable,
+    verify_folder,
+    write_file,
+    write_folder,
+)
 
 FILES = {
     "state.pt": lambda file: torch.save({"weights": torch.arange(300.0)}, file),
@@ -183,3 +191,20 @@ def test_single_files_are_replaced(tmp_path: Path) -> None:
     move_files(tmp_path / "new", tmp_path)
     assert names(tmp_path) == ["deeper", "deeper/file", "file"]
     assert (tmp_path / "file").read_text() + (tmp_path / "deeper" / "file").read_text() == "thirdfourth"
+
+
+def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_writable(tmp_path / "new" / "a.png", "output")
+    assert not list((tmp_path / "new").iterdir())
+    with pytest.raises(ValueError, match=r"output = '.*new': cannot be written \(it is a folder\); name another file"):
+        require_writable(tmp_path / "new", "output")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"output = '.*file/a\.png': cannot be written"):
+        require_writable(tmp_path / "file" / "a.png", "output")
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refused)  # root may write everywhere
+    with pytest.raises(ValueError, match=r"output = .*cannot be written \(Permission denied\)"):
+        require_writable(tmp_path / "a.png", "output")
