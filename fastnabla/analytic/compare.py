@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.table import Table
@@ -23,6 +23,7 @@ from fastnabla.config.training_sections import RolloutConfig  # noqa: E402
 from fastnabla.distributed.launch import require_single_process  # noqa: E402
 from fastnabla.run.table import markdown  # noqa: E402
 from fastnabla.utils.durable import write_file  # noqa: E402
+from fastnabla.utils.require import require  # noqa: E402
 
 COLUMNS = ("mode masses, × floor", "sliced W₁, × floor", "modes", "width", "reward", "U / 1000", "core-seconds")
 
@@ -33,7 +34,7 @@ class CompareConfig:
 
     methods: tuple[MethodName, ...] = tuple(SETTINGS)
     """Methods to compare."""
-    dimension: int = 2
+    dimension: Literal[2, 16] = 2
     """2 or 16, as for `python -m fastnabla.analytic`."""
     updates: int = 300
     """Optimizer updates per method."""
@@ -47,6 +48,9 @@ class CompareConfig:
     folder: Path | None = None
     """Output folder, which must not exist. It gets a folder per method, table.md and samples.png. None: the next free
     runs/analytic-2d-001, …"""
+
+    def __post_init__(self) -> None:
+        require(bool(self.methods), "methods", self.methods, f"name at least one of {', '.join(SETTINGS)}.")
 
     def experiments(self) -> dict[MethodName, Experiment]:
         """Build the experiment of each method.

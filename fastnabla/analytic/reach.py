@@ -35,6 +35,7 @@ from fastnabla.cost.budget import update_passes, updates_within  # noqa: E402
 from fastnabla.distributed.launch import require_single_process  # noqa: E402
 from fastnabla.run.table import markdown  # noqa: E402
 from fastnabla.utils.durable import write_file  # noqa: E402
+from fastnabla.utils.require import require  # noqa: E402
 
 Variant = Literal["published", "reference", "averaged", "adjoint", "exact-flow"]
 AVERAGE = 0.95
@@ -54,7 +55,7 @@ class ReachConfig:
     """published: residual ∇-DB with the paper's reverse residual. reference: its flow follows the pretrained model. averaged:
     the same, with an average of the flow in the target. adjoint: Adjoint Matching. exact-flow: the exact flow instead of a
     learned one."""
-    dimension: int = 16
+    dimension: Literal[2, 16] = 16
     """2 or 16, as for `python -m fastnabla.analytic`."""
     steps: tuple[int, ...] = (50, 100)
     """Numbers of sampler steps."""
@@ -64,6 +65,11 @@ class ReachConfig:
     """Updates of "published" with each number of steps. The other variants make as many as cost the same in U."""
     samples: int = 4096
     """Samples per evaluation."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.variants), "variants", self.variants, f"name at least one of {', '.join(get_args(Variant))}.")
+        require(bool(self.steps), "steps", self.steps, "give at least one number.")
+        require(self.seeds >= 1, "seeds", self.seeds, "must be at least 1.")
 
     def run_config(self, variant: Variant, steps: int, seed: int) -> AnalyticConfig:
         """The configuration of a run.

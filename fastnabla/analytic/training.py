@@ -17,6 +17,8 @@ from fastnabla.run.tracker import Tracker
 from fastnabla.trajectories.sources import learning_order
 from fastnabla.utils.progress import TaskProgress
 
+REMEDY = "lower optimizer.learning_rate or objective.beta"
+
 
 def train(experiment: Experiment, run: Path, console: Console | None = None) -> list[dict[str, Any]]:
     """Train `experiment`, write everything into the folder `run`, and return the metric records.
@@ -27,7 +29,7 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
         console: shows progress and the final table; None for no output.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss, a gradient or a measure of the samples is not finite.
     """
     config, console = experiment.config, console or Console(quiet=True)
     (run / "config.json").write_text(to_json(config), encoding="utf-8")
@@ -40,8 +42,11 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
             status = None
             if update % config.evaluate_every == 0 or update == config.updates:
                 after = experiment.evaluation_samples()
-                tracker.log("evaluate", update, measure(experiment, after))
-                status = f"mode-mass error {tracker.records[-1]['mode_mass_error']:.3f}"
+                measures = measure(experiment, after)
+                tracker.log("evaluate", update, measures)
+                if not all(map(math.isfinite, measures.values())):
+                    raise FloatingPointError(f"the samples are not finite after update {update}; {REMEDY}.")
+                status = f"mode-mass error {measures['mode_mass_error']:.3f}"
             progress.advance(status=status)
     table = comparison(experiment, before, after)
     console.print(table)
@@ -56,7 +61,7 @@ def updates(experiment: Experiment) -> Iterator[dict[str, float]]:
     """Train `experiment` and yield the metrics of each update, with its network passes, including those of its rollout.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss or a gradient is not finite.
     """
     config, source, counter = experiment.config, experiment.source, experiment.policy.passes
     for update in range(config.updates):
@@ -72,10 +77,8 @@ def updates(experiment: Experiment) -> Iterator[dict[str, float]]:
         losses = {f"loss_{name}": value for name, value in report.losses.items()}
         numbers = {name: value.item() for name, value in (report.statistics | norms | losses).items()}
         yield rollout | numbers | {"passes": counter.rows - before}
-        if not all(math.isfinite(numbers[name]) for name in losses):
-            raise FloatingPointError(
-                f"the loss is not finite after update {update + 1}; lower optimizer.learning_rate or objective.beta."
-            )
+        if not all(math.isfinite(numbers[name]) for name in (*losses, *norms)):
+            raise FloatingPointError(f"the loss or a gradient is not finite in update {update + 1}; {REMEDY}.")
         if place + 1 == config.rollout.updates_per_rollout:
             source.finish()
 

@@ -23,6 +23,7 @@ from fastnabla.testbed.classifier import load_classifier
 from fastnabla.testbed.networks import PROMPT_TOKENS
 from fastnabla.testbed.silhouettes import ANIMALS, caption, load_masks, tint
 from fastnabla.utils.console import command_console, print_error, quiet_libraries
+from fastnabla.utils.require import require
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -41,6 +42,9 @@ class ReportConfig:
     """Scale w of classifier-free guidance."""
     picture: Path = Path("runs/testbed.png")
     """PNG file for the grid of samples."""
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 1, "samples", self.samples, "must be at least 1.")
 
 
 def sampler(config: ReportConfig) -> Callable[[list[str], torch.Generator], Tensor]:

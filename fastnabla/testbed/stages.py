@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastnabla.testbed.silhouettes import load_masks, tint
 from fastnabla.utils.progress import TaskProgress
+from fastnabla.utils.require import require
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -41,6 +42,9 @@ class PretrainConfig:
     limit: int | None = None
     """Largest number of silhouettes per split, for testing the script. None: all."""
 
+    def __post_init__(self) -> None:
+        require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "must be at least 1.")
+
 
 def seeded(*key: int) -> torch.Generator:
     """A generator seeded by the numbers of `key`."""
@@ -59,15 +63,24 @@ def run_stage(
     loss_of_step: Callable[[int], Tensor],
     ema: AveragedModel | None = None,
 ) -> None:
-    """Minimise `loss_of_step(step)` over the parameters of `module`, resuming from the stage's checkpoint."""
+    """Minimise `loss_of_step(step)` over the parameters of `module`, resuming from the stage's checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is of other settings.
+    """
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     state = {"module": module, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
     path = config.output / f"{name}.checkpoint"
+    settings = {"steps": steps, "seed": config.seed, "copies": config.copies, "limit": config.limit}
     first = 0
     if path.exists():
         saved = torch.load(path, weights_only=True)
-        first = saved.pop("step")
+        first, theirs = saved.pop("step"), saved.pop("settings", None)
+        if theirs != settings:
+            raise ValueError(
+                f"output = {str(config.output)!r}: {path.name} is of other settings ({theirs}, not {settings}); name another folder."
+            )
         for key, part in state.items():
             part.load_state_dict(saved[key])
 
@@ -86,7 +99,10 @@ def run_stage(
             progress.advance(status=f"loss {average:.4f}")
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
                 partial = path.with_suffix(".partial")
-                torch.save({"step": step + 1} | {key: part.state_dict() for key, part in state.items()}, partial)
+                torch.save(
+                    {"step": step + 1, "settings": settings} | {key: part.state_dict() for key, part in state.items()},
+                    partial,
+                )
                 partial.rename(path)
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fastnabla.analytic import compare, reach
 from fastnabla.analytic.__main__ import main, parse
-from fastnabla.analytic.compare import main as compare
+from fastnabla.analytic.compare import CompareConfig
 from fastnabla.analytic.config import SETTINGS, settings
 from fastnabla.analytic.experiment import Experiment
-from fastnabla.analytic.training import updates
+from fastnabla.analytic.reach import ReachConfig
+from fastnabla.analytic.training import train, updates
 from fastnabla.config.methods import METHODS
 from fastnabla.config.training_sections import RolloutConfig
 
@@ -50,7 +52,7 @@ def test_methods_have_settings_of_their_own():
 @pytest.mark.usefixtures("drawn")
 def test_comparison_writes_a_line_for_each_method(tmp_path, capsys):
     folder = tmp_path / "run"
-    assert compare([f"--folder={folder}", "--updates=4", "--samples=64", "--methods", "draft", "ddpo"]) == 0
+    assert compare.main([f"--folder={folder}", "--updates=4", "--samples=64", "--methods", "draft", "ddpo"]) == 0
     lines = (folder / "table.md").read_text().splitlines()[4:]
     assert [line.split(" | ")[0] for line in lines] == ["| pretrained", "| draft", "| ddpo", "| exact draws"]
     for method in ("draft", "ddpo"):
@@ -59,7 +61,7 @@ def test_comparison_writes_a_line_for_each_method(tmp_path, capsys):
         assert f" | {passes / 1000:.0f} | " in next(line for line in lines if line.startswith(f"| {method} "))
     with Image.open(folder / "samples.png") as image:
         assert image.width > 500
-    assert compare([f"--folder={folder}"]) == 2
+    assert compare.main([f"--folder={folder}"]) == 2
     assert "exists already" in " ".join(capsys.readouterr().err.split())
 
 
@@ -125,3 +127,33 @@ def test_bad_input_is_refused_before_any_work(arguments, field, tmp_path, monkey
         assert stop.code == 2
     assert field in " ".join(capsys.readouterr().err.split())
     assert not Path("runs").exists()
+
+
+def test_divergence_is_an_error_that_names_the_remedy(tmp_path):
+    """Also where the loss is finite and the samples are not."""
+    rollout = RolloutConfig(trajectories=8, fraction=0.5, updates=1, batch=8)
+    config = settings("residual-db", steps=4, samples=16, updates=2, evaluate_every=1, rollout=rollout)
+    config.optimizer = dataclasses.replace(config.optimizer, learning_rate=1e30, warmup=0)
+    with pytest.raises(FloatingPointError, match=r"not finite (after|in) update \d; lower optimizer.learning_rate"):
+        train(Experiment(config), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "said"),
+    [
+        (ReachConfig, {"seeds": 0}, "seeds = 0: must be at least 1"),
+        (ReachConfig, {"variants": ()}, r"variants = \(\): name at least one of published"),
+        (ReachConfig, {"steps": ()}, r"steps = \(\): give at least one"),
+        (CompareConfig, {"methods": ()}, r"methods = \(\): name at least one of residual-db"),
+    ],
+)
+def test_nothing_to_do_is_refused(config, changes, said):
+    with pytest.raises(ValueError, match=said):
+        config(**changes)
+
+
+@pytest.mark.parametrize("module", [compare, reach])
+def test_other_dimensions_are_refused(module, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["--dimension=3"])
+    assert "dimension" in capsys.readouterr().err

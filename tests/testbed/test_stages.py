@@ -45,3 +45,16 @@ def test_draws_depend_on_every_part_of_the_key() -> None:
     draws = {torch.rand(2, generator=seeded(*key)).sum().item() for key in keys}
     assert len(draws) == len(keys)
     assert torch.equal(torch.rand(2, generator=seeded(3, 4)), torch.rand(2, generator=seeded(3, 4)))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    stage(tmp_path)
+    module = nn.Linear(3, 1)
+    for other in ({"seed": 1}, {"copies": 1}, {"limit": 5}):
+        config = PretrainConfig(output=tmp_path, **other)
+        with pytest.raises(ValueError, match=r"linear\.checkpoint is of other settings"):
+            run_stage("linear", config, module, 7, 0.1, lambda step: module.weight.sum())
+    with pytest.raises(ValueError, match=r"linear\.checkpoint is of other settings"):
+        run_stage("linear", PretrainConfig(output=tmp_path), module, 8, 0.1, lambda step: module.weight.sum())
+    with pytest.raises(ValueError, match="checkpoint_every = 0: must be at least 1"):
+        PretrainConfig(checkpoint_every=0)
