@@ -9,7 +9,10 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 [[ $python == */* ]] && python=$(realpath -s "$python")
-[[ -n ${OUT:-} ]] && OUT=$(realpath "$OUT") && export OUT
+if [[ -n ${OUT:-} ]]; then
+  OUT=$(realpath --canonicalize-missing "$OUT")
+  export OUT
+fi
 # A tree laid out like an installation, with kernels/ in the package, and first in PYTHONPATH.
 tree=$root/build/tree
 rm -rf "$tree"

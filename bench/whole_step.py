@@ -116,7 +116,7 @@ class Bench:
                     return
                 times.append(peak_and_seconds(run, self.device, compiled=True)[1])
                 self.finish(timed)
-            publish(table)
+                publish(table)
 
     def prepare(self, variant: Variant, row: Row) -> Callable[[], None]:
         """The step, after a first run. The micro-batch is halved whenever memory runs out."""
