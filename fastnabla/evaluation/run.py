@@ -87,7 +87,7 @@ class RunEvaluation:
             advance: called after each step with the number of trajectories.
 
         Raises:
-            ValueError: the probe's features are not finite or all zero.
+            ValueError: a sample or its reward is not finite, or the probe's features are not finite or all zero.
         """
         self._advance, config = advance, self.components.config
         settings = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(EvaluationOptions)}
@@ -211,8 +211,13 @@ class RunEvaluation:
         """Return `measures`.
 
         Raises:
-            ValueError: features of a sample are not finite or all zero.
+            ValueError: a sample, its reward or its features are not finite, or its features are all zero.
         """
+        if bad := int((~(measures.hue.isfinite() & measures.reward.isfinite())).sum()):
+            raise ValueError(
+                f"{str(self.run)!r}: {bad} of {len(measures)} samples or their rewards are not finite, so there is nothing to "
+                "compare; choose other weights with --weights, or train with --model.dtype bfloat16 or float32."
+            )
         if measures.features is not None and not bool(has_direction(measures.features).all()):
             raise ValueError(
                 f"evaluation.probe = {self.components.config.evaluation.probe!r}: its features are not finite or all zero; "

@@ -36,9 +36,10 @@ class TestbedProbe:
         return self.network.features(images)
 
     def is_correct(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Whether each image is classified as its prompt's animal, bool `[B]`."""
+        """Whether each image is classified as its prompt's animal, bool `[B]`. An image that is not finite is not."""
         wanted = torch.tensor([animal_in(prompt) for prompt in prompts], device=images.device)
-        return self.network(images).argmax(1) == wanted
+        logits = self.network(images)
+        return (logits.argmax(1) == wanted) & logits.isfinite().all(1)
 
     def accuracy(self, images: Tensor, prompts: Sequence[str]) -> float:
         """Fraction of the images that are classified as the prompt's animal."""
