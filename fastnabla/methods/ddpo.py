@@ -6,6 +6,7 @@ normalised by prompt over a window of rewards. Only values of the reward are use
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -112,11 +113,12 @@ class PolicyGradientStep(Accumulation):
         """Add the gradients of the surrogate's mean over trajectories and steps to the parameters' `.grad`.
 
         Args:
-            transitions: of whole trajectories, in any order. Where the reward is not finite, the advantage is 0.
+            transitions: of whole trajectories, in any order. Where the reward is not finite, the advantage is 0; if no reward is
+                finite, all advantages and the loss are nan.
             total: divisor of the sum over trajectories, if the batch is split over several calls.
 
         Raises:
-            ValueError: no trajectory has a reward.
+            ValueError: no trajectory has a reward: all are nan.
             torch.OutOfMemoryError: not even one transition at a time fits.
         """
         selection = transitions.select() if isinstance(transitions, Transitions) else transitions
@@ -137,11 +139,14 @@ class PolicyGradientStep(Accumulation):
         own, count = self.world.span(len(slots))
         rewards = self.world.all_gather_rows(rewards, own, count)
         prompts = self.world.all_gather_rows(selection.prompt[one], own, count)
+        if bool(rewards.isnan().all()):
+            raise ValueError("no trajectory has a reward: set buffer.reward before a policy gradient.")
         finite = rewards.isfinite()
-        if not bool(finite.any()):
-            raise ValueError("no trajectory has a finite reward: set buffer.reward before a policy gradient.")
         limit, advantage = self.settings.advantage_clip, torch.zeros_like(rewards, dtype=torch.float64)
-        advantage[finite] = self.statistics.advantages(prompts[finite], rewards[finite], selection.again)
+        if bool(finite.any()):
+            advantage[finite] = self.statistics.advantages(prompts[finite], rewards[finite], selection.again)
+        else:
+            advantage[:] = math.nan  # so is the loss, and the caller does not apply such an update
         return count, advantage.clamp(-limit, limit)[own][place].float()
 
     def gradients(self, part: MicroBatch, advantage: Tensor, scale: Tensor) -> PartResult:

@@ -1,6 +1,7 @@
 """Sampling with the current policy: rollouts that are stored to be learned from, and samples to evaluate."""
 
 import contextlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -114,7 +115,7 @@ class RolloutCollector:
         images = self.decoder.decode(latents)
         parts = self.reward.parts(images, [texts[i] for i in own.tolist()], config.memory.decode_chunk)
 
-        # Samples that are not finite are left out of the statistics; their shaped reward is NaN.
+        # Samples that are not finite are left out of the statistics; their stored reward is inf.
         def of_all(values: Tensor) -> Tensor:
             return world.all_gather_rows(values, own, count)
 
@@ -124,7 +125,7 @@ class RolloutCollector:
         rewards = self.reward.total(sound)
         self.reward.observe(sound)
         shaped = self.reward.shape(parts)
-        shaped = torch.where(finite[own].to(shaped.device), shaped, float("nan"))
+        shaped = torch.where(finite[own].to(shaped.device), shaped, math.inf)
         self.buffer.reward[slots.to(shaped.device)] = shaped
 
         metrics = {"rollout_reward": rewards.mean().item(), "rollout_reward_std": rewards.std().item()}

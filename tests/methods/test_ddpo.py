@@ -100,8 +100,17 @@ def test_calls_add_up():
 
 def test_rewards_must_be_there():
     rows = golden().transitions
-    with pytest.raises(ValueError, match="no trajectory has a finite reward"):
+    with pytest.raises(ValueError, match=r"no trajectory has a reward: set buffer\.reward"):
         step_of()(dataclasses.replace(rows, reward=torch.full((len(rows),), float("nan"))))
+
+
+def test_an_update_without_a_finite_reward_has_no_finite_loss():
+    rows = golden().transitions
+    reward = torch.where(rows.trajectory == 1, float("nan"), float("inf"))
+    step = step_of()
+    report = step(dataclasses.replace(rows, reward=reward))
+    assert report.losses["loss"].isnan() and report.rows["advantage"].isnan().all()
+    assert not step.statistics.seen.any()
 
 
 def test_a_reward_that_is_not_finite_has_no_advantage():
