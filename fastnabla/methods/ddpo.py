@@ -17,7 +17,7 @@ from fastnabla.methods.accumulation import Accumulation, PartResult, Parts, Step
 from fastnabla.methods.micro_batches import MicroBatch, cut
 from fastnabla.methods.zero_gradients import DRIVE, largest
 from fastnabla.models.policy import Policy
-from fastnabla.objective.policy_gradient import clipped_surrogate, is_clipped
+from fastnabla.objective.policy_gradient import clipped_surrogate, is_clipped, is_flat
 from fastnabla.objective.settings import Backend
 from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from fastnabla.transition import TransitionTable
@@ -84,8 +84,8 @@ class PolicyGradientStep(Accumulation):
     """Accumulates policy gradients over batches of transitions, which hold the rewards of their trajectories.
 
     Its reports have the loss "surrogate". By row they have "ratio", "advantage", "step_index" and, on the host, "prompt". The
-    statistics are the mean "ratio" and the fraction "clipped". U is by "inner" and "last" transition. Each call waits for
-    the device once, to read the rewards.
+    statistics are the mean "ratio" and the fraction "clipped", outside 1 ± ε. U is by "inner" and "last" transition. Each
+    call waits for the device once, to read the rewards.
 
     Args:
         policy, table, micro_batch, backend: as for `fastnabla.methods.nabla_db.BalanceStep`.
@@ -168,9 +168,9 @@ class PolicyGradientStep(Accumulation):
         return {"ratio": rows["ratio"].mean(), "clipped": clipped.float().mean()}
 
     def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The advantages of rows that are not clipped; clipped rows have no gradient."""
-        clipped = is_clipped(rows["ratio"], self.settings.clip)
-        return {DRIVE: largest(rows["advantage"].masked_fill(clipped, 0))}
+        """The advantages of rows that have a gradient."""
+        flat = is_flat(rows["ratio"], rows["advantage"], self.settings.clip)
+        return {DRIVE: largest(rows["advantage"].masked_fill(flat, 0))}
 
     def state_dict(self) -> dict[str, Any]:
         """The rewards that advantages are normalised by."""
