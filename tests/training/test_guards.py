@@ -236,6 +236,7 @@ def test_an_update_of_samples_without_a_finite_reward_is_skipped(
     trainer.source.rollout = counted
     trainer.train(tmp_path)
     assert [record["skipped"] for record in records(tmp_path)] == [0, 0, 1, 0, 0, 0]
+    assert [record["rollout_reward_std"] for record in records(tmp_path)[2:4]] == [0, 0]  # of the other sample
     named = {"ddpo": "advantage", "dag-kl": "residual"}[method]
     assert f"update 3 is skipped (1 in a row). Not finite: {named} at timestep" in caplog.text
 
