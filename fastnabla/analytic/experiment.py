@@ -1,5 +1,7 @@
 """The parts of an analytic run: a known diffusion model, its trained networks, and the exact target."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -133,7 +135,8 @@ class Experiment:
         steps = draw(seed_of(config.seed, "draws"), first, count, config.steps, config.drawn_steps)
         slots = self.buffer.reserve(steps, torch.zeros(count, dtype=torch.int64))
         finished = self._sample([seed_of(config.seed, "noise", first + i) for i in range(count)], slots)
-        self.buffer.reward[slots] = self.method_reward(finished, PROMPTS)
+        rewards = self.method_reward(finished, PROMPTS)
+        self.buffer.reward[slots] = torch.where(rewards.isfinite(), rewards, math.inf)
         return {"rollout_reward": self.reward(finished, PROMPTS).mean().item()}
 
     def evaluation_samples(self) -> Tensor:

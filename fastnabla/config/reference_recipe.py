@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "objective.gamma": ("alpha_bar", "sqrt_alpha_bar"),
     "objective.weighting": ("score",),
     "objective.reverse_target": ("policy",),
+    "objective.reverse_fraction": (1.0,),
     "objective.reverse_second_order": (False,),
     "rollout.draw": ("stratified", "uniform"),
     "rollout.epochs": (1,),

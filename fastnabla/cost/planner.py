@@ -94,9 +94,10 @@ class MemoryPlan:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of `device`: the GPU's, or the machine's for a CPU."""
+    """Free memory of `device`: the GPU's, with what PyTorch's allocator holds unused, or the machine's for a CPU."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available
 
 

@@ -87,7 +87,7 @@ class RunEvaluation:
             advance: called after each step with the number of trajectories.
 
         Raises:
-            ValueError: a reward is not finite, or the probe's features are not finite or all zero.
+            ValueError: a sample or its reward is not finite, or the probe's features are not finite or all zero.
         """
         self._advance, config = advance, self.components.config
         settings = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(EvaluationOptions)}
@@ -213,14 +213,15 @@ class RunEvaluation:
         """Return `measures` of the prompts `texts`.
 
         Raises:
-            ValueError: the reward of a sample is not finite, or its features are not finite or all zero.
+            ValueError: a sample, its reward or its features are not finite, or its features are all zero.
         """
-        wrong = ~measures.reward.isfinite()
+        wrong = ~(measures.hue.isfinite() & measures.reward.isfinite())
         if wrong.any():
             first = texts[int(measures.prompt[wrong][0])]
             raise ValueError(
-                f"reward.terms = {self.components.config.reward.terms}: the reward of {int(wrong.sum())} of {len(wrong)} samples "
-                f"is not finite, first of the prompt {first!r:.100}; nothing can be compared without it."
+                f"{str(self.run)!r}: {int(wrong.sum())} of {len(wrong)} samples or their rewards are not finite, first of the prompt "
+                f"{first!r:.100}, so there is nothing to compare; choose other weights with --weights, mend reward.terms, or train "
+                "with --model.dtype bfloat16 or float32."
             )
         if measures.features is not None and not bool(has_direction(measures.features).all()):
             raise ValueError(

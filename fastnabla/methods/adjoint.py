@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastnabla.methods.accumulation import PartResult, StepReport
-from fastnabla.methods.sampling import SamplingStep, reward_statistics
+from fastnabla.methods.sampling import SamplingStep
 from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy, add_to
@@ -37,6 +37,7 @@ from fastnabla.objective.balance import reward_weight
 from fastnabla.objective.gaussian import full, unguide
 from fastnabla.objective.settings import Backend, Objective
 from fastnabla.trajectories.draws import DRAWS
+from fastnabla.trajectories.reward_statistics import reward_statistics
 from fastnabla.trajectories.sources import Trajectories
 from fastnabla.transition import TransitionTable
 

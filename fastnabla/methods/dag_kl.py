@@ -34,7 +34,7 @@ from fastnabla.methods.dag import DetailedBalanceStep
 from fastnabla.methods.micro_batches import MicroBatch, cut
 from fastnabla.methods.zero_gradients import DRIVE, largest
 from fastnabla.objective.gaussian import full, guide
-from fastnabla.objective.policy_gradient import clipped_surrogate, is_clipped, leave_one_out_advantages
+from fastnabla.objective.policy_gradient import clipped_surrogate, is_clipped, is_flat, leave_one_out_advantages
 from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 
 
@@ -43,7 +43,7 @@ class KullbackLeiblerStep(DetailedBalanceStep):
 
     Its reports have the losses "balance", "surrogate" and "trust_region". By row they have "residual" δ, "ratio",
     "advantage", "step_index" and, on the host, "prompt". The statistics are those of DAG-DB, the mean "ratio" and the
-    fraction "clipped".
+    fraction "clipped", outside 1 ± ε.
 
     Args:
         settings: its ε and its limit of advantages.
@@ -130,6 +130,6 @@ class KullbackLeiblerStep(DetailedBalanceStep):
         return super()._statistics(rows) | {"ratio": rows["ratio"].mean(), "clipped": clipped.float().mean()}
 
     def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The advantages of rows that are not clipped; clipped rows have no gradient of the surrogate."""
-        clipped = is_clipped(rows["ratio"], self.settings.clip)
-        return {DRIVE: largest(rows["advantage"].masked_fill(clipped, 0))}
+        """The advantages of rows whose surrogate has a gradient."""
+        flat = is_flat(rows["ratio"], rows["advantage"], self.settings.clip)
+        return {DRIVE: largest(rows["advantage"].masked_fill(flat, 0))}

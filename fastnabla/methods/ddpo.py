@@ -6,6 +6,7 @@ normalised by prompt over a window of rewards. Only values of the reward are use
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fastnabla.methods.accumulation import Accumulation, PartResult, Parts, Step
 from fastnabla.methods.micro_batches import MicroBatch, cut
 from fastnabla.methods.zero_gradients import DRIVE, largest
 from fastnabla.models.policy import Policy
-from fastnabla.objective.policy_gradient import clipped_surrogate, is_clipped
+from fastnabla.objective.policy_gradient import clipped_surrogate, is_clipped, is_flat
 from fastnabla.objective.settings import Backend
 from fastnabla.trajectories.transitions import LazyTransitions, Transitions
 from fastnabla.transition import TransitionTable
@@ -83,8 +84,8 @@ class PolicyGradientStep(Accumulation):
     """Accumulates policy gradients over batches of transitions, which hold the rewards of their trajectories.
 
     Its reports have the loss "surrogate". By row they have "ratio", "advantage", "step_index" and, on the host, "prompt". The
-    statistics are the mean "ratio" and the fraction "clipped". U is by "inner" and "last" transition. Each call waits for
-    the device once, to read the rewards.
+    statistics are the mean "ratio" and the fraction "clipped", outside 1 ± ε. U is by "inner" and "last" transition. Each
+    call waits for the device once, to read the rewards.
 
     Args:
         policy, table, micro_batch, backend: as for `fastnabla.methods.nabla_db.BalanceStep`.
@@ -112,11 +113,12 @@ class PolicyGradientStep(Accumulation):
         """Add the gradients of the surrogate's mean over trajectories and steps to the parameters' `.grad`.
 
         Args:
-            transitions: of whole trajectories, in any order. Where the reward is not finite, the advantage is 0.
+            transitions: of whole trajectories, in any order. Where the reward is not finite, the advantage is 0; if no reward is
+                finite, all advantages and the loss are nan.
             total: divisor of the sum over trajectories, if the batch is split over several calls.
 
         Raises:
-            ValueError: no trajectory has a reward.
+            ValueError: no trajectory has a reward: all are nan.
             torch.OutOfMemoryError: not even one transition at a time fits.
         """
         selection = transitions.select() if isinstance(transitions, Transitions) else transitions
@@ -137,11 +139,14 @@ class PolicyGradientStep(Accumulation):
         own, count = self.world.span(len(slots))
         rewards = self.world.all_gather_rows(rewards, own, count)
         prompts = self.world.all_gather_rows(selection.prompt[one], own, count)
+        if bool(rewards.isnan().all()):
+            raise ValueError("no trajectory has a reward: set buffer.reward before a policy gradient.")
         finite = rewards.isfinite()
-        if not bool(finite.any()):
-            raise ValueError("no trajectory has a finite reward: set buffer.reward before a policy gradient.")
         limit, advantage = self.settings.advantage_clip, torch.zeros_like(rewards, dtype=torch.float64)
-        advantage[finite] = self.statistics.advantages(prompts[finite], rewards[finite], selection.again)
+        if bool(finite.any()):
+            advantage[finite] = self.statistics.advantages(prompts[finite], rewards[finite], selection.again)
+        else:
+            advantage[:] = math.nan  # so is the loss, and the caller does not apply such an update
         return count, advantage.clamp(-limit, limit)[own][place].float()
 
     def gradients(self, part: MicroBatch, advantage: Tensor, scale: Tensor) -> PartResult:
@@ -163,9 +168,9 @@ class PolicyGradientStep(Accumulation):
         return {"ratio": rows["ratio"].mean(), "clipped": clipped.float().mean()}
 
     def _signals(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The advantages of rows that are not clipped; clipped rows have no gradient."""
-        clipped = is_clipped(rows["ratio"], self.settings.clip)
-        return {DRIVE: largest(rows["advantage"].masked_fill(clipped, 0))}
+        """The advantages of rows that have a gradient."""
+        flat = is_flat(rows["ratio"], rows["advantage"], self.settings.clip)
+        return {DRIVE: largest(rows["advantage"].masked_fill(flat, 0))}
 
     def state_dict(self) -> dict[str, Any]:
         """The rewards that advantages are normalised by."""

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from fastnabla.methods.accumulation import PartResult, StepReport
-from fastnabla.methods.sampling import Sampling, SamplingStep, reward_statistics
+from fastnabla.methods.sampling import Sampling, SamplingStep
 from fastnabla.methods.zero_gradients import DRIVE, REWARD_GRADIENT, largest
 from fastnabla.models.decoder import Decoder, RewardFunction
 from fastnabla.models.policy import Policy
@@ -48,6 +48,7 @@ from fastnabla.objective.gaussian import guide
 from fastnabla.objective.noising import renoise
 from fastnabla.objective.ops import PLAIN
 from fastnabla.objective.settings import Backend
+from fastnabla.trajectories.reward_statistics import reward_statistics
 from fastnabla.trajectories.rollout import advance
 from fastnabla.trajectories.sources import Trajectories
 from fastnabla.transition import TransitionTable

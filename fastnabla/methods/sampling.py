@@ -130,11 +130,5 @@ class SamplingStep(Accumulation):
         return self.decoder.reward_gradient(latents, [self.prompts[i] for i in prompt.tolist()], self.reward)
 
 
-def reward_statistics(rewards: Tensor) -> dict[str, Tensor]:
-    """Metrics of the sampled trajectories' rewards `[N]`, under the names that a rollout's have."""
-    std = rewards.std(correction=min(1, len(rewards) - 1))
-    return {"rollout_reward": rewards.mean(), "rollout_reward_std": std}
-
-
 def _cut(rows: Tensor, size: int) -> list[Part]:
     return [Part(rows=part, kind="trajectory") for part in rows.split(size)]

@@ -19,27 +19,30 @@ def mean_hue(images: Tensor) -> Tensor:
 
 
 def hue_bins(hues: Tensor) -> Tensor:
-    """Bin numbers `[N]` in 0…11 of `hues [N]`, in turns."""
-    return (hues * HUE_BINS).long().clamp(max=HUE_BINS - 1)
+    """Bin numbers `[N]` in 0…11 of `hues [N]`, in turns, as floats; nan where a hue is."""
+    return (hues * HUE_BINS).floor().clamp(max=HUE_BINS - 1)
 
 
 def hue_histogram(hues: Tensor, weights: Tensor) -> Tensor:
-    """Weighted histogram `[12]`, float64, of `hues [N]`, in turns, with `weights [N]`."""
-    return weights.new_zeros(HUE_BINS, dtype=torch.float64).index_add(0, hue_bins(hues), weights.double())
+    """Weighted histogram `[12]`, float64, of `hues [N]`, in turns, with `weights [N]`. It is nan if a hue is."""
+    bins, empty = hue_bins(hues), weights.new_zeros(HUE_BINS, dtype=torch.float64)
+    return empty + math.nan if bool(bins.isnan().any()) else empty.index_add(0, bins.long(), weights.double())
 
 
 def cell_entropy(cells: Tensor, count: int, prompt: Tensor) -> float:
     """Entropy of the histogram of `cells` within a prompt, relative to log `count` and averaged over prompts.
 
     Args:
-        cells: the cell of each image `[B]`, in 0…count − 1.
+        cells: the cell of each image `[B]`, in 0…count − 1, as floats; the result is nan if one is.
         count: number of cells.
         prompt: prompt numbers `[B]`.
     """
+    if bool(cells.isnan().any()):
+        return math.nan
     entropies = []
     for number in prompt.unique():
         own = cells[prompt == number]
-        share = own.bincount(minlength=count).double() / len(own)
+        share = own.long().bincount(minlength=count).double() / len(own)
         entropies.append(-torch.special.xlogy(share, share).sum().item() / math.log(count))
     return sum(entropies) / len(entropies)
 
@@ -63,7 +66,7 @@ def hue_entropy(hues: Tensor, prompt: Tensor) -> float:
     n images of a prompt have at most log n of entropy, so compare only equal counts, or shares of `hue_entropy_ceiling`.
 
     Args:
-        hues: `mean_hue` of each image `[B]`, in turns.
+        hues: `mean_hue` of each image `[B]`, in turns; the result is nan if one is.
         prompt: prompt numbers `[B]`.
     """
     return cell_entropy(hue_bins(hues), HUE_BINS, prompt)

@@ -19,11 +19,11 @@ def joint_entropy(hues: Tensor, dark: Tensor, prompt: Tensor) -> float:
     n images of a prompt have at most log n of entropy, so compare only equal counts, or shares of `joint_entropy_ceiling`.
 
     Args:
-        hues: `mean_hue` of each image `[B]`, in turns.
+        hues: `mean_hue` of each image `[B]`, in turns; the result is nan if one is.
         dark: whether its ground is dark `[B]`, bool, or 1 and 0.
         prompt: prompt numbers `[B]`.
     """
-    return cell_entropy(2 * hue_bins(hues) + dark.long(), CELLS, prompt)
+    return cell_entropy(2 * hue_bins(hues) + dark, CELLS, prompt)
 
 
 def joint_entropy_ceiling(samples: int) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,9 +31,9 @@ class Measures:
     parts: dict[str, Tensor]
     """Raw, unweighted values `[N]` of each term."""
     hue: Tensor
-    """Mean hue `[N]`, in turns."""
+    """Mean hue `[N]`, in turns; nan for an image that is not finite."""
     dark: Tensor
-    """1 where the ground is dark, else 0 `[N]`."""
+    """1 where the ground is dark, else 0 `[N]`; nan for an image that is not finite."""
     features: Tensor | None = None
     """Features of the probe `[N, D]`, if it has any."""
     pixels: Tensor | None = None
@@ -65,14 +66,14 @@ def measure_images(
         probe: see `fastnabla.metrics.probes`, or None.
         chunk: largest number of images per network pass; None for all.
     """
-    parts = reward.parts(images, texts, chunk)
+    parts, hue = reward.parts(images, texts, chunk), mean_hue(images)
     return Measures(
         prompt=prompt.cpu(),
         reward=_column(reward.shape(parts)),
         total=_column(reward.total(parts)),
         parts={name: _column(values) for name, values in parts.items()},
-        hue=_column(mean_hue(images)),
-        dark=_column(is_dark(images)),
+        hue=_column(hue),
+        dark=_column(torch.where(hue.isfinite(), is_dark(images), math.nan)),
         features=probe_features(images, probe, chunk),
         pixels=_column(PixelProbe().features(images)),
     )

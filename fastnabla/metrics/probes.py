@@ -11,7 +11,6 @@ A probe is an object with ``features(images [B, 3, H, W]) → [B, D]``, or, if i
 - "none": no probe; metrics that need one are left out.
 """
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from fastnabla.metrics.perceptual import PERCEPTUAL
 from fastnabla.metrics.pixels import PixelProbe
 from fastnabla.testbed.classifier import load_classifier
 from fastnabla.testbed.silhouettes import animal_in
+from fastnabla.utils.user_code import import_function, in_words, is_path
 
 
 class TestbedProbe:
@@ -36,9 +36,10 @@ class TestbedProbe:
         return self.network.features(images)
 
     def is_correct(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Whether each image is classified as its prompt's animal, bool `[B]`."""
+        """Whether each image is classified as its prompt's animal, bool `[B]`. An image that is not finite is not."""
         wanted = torch.tensor([animal_in(prompt) for prompt in prompts], device=images.device)
-        return self.network(images).argmax(1) == wanted
+        logits = self.network(images)
+        return (logits.argmax(1) == wanted) & logits.isfinite().all(1)
 
     def accuracy(self, images: Tensor, prompts: Sequence[str]) -> float:
         """Fraction of the images that are classified as the prompt's animal."""
@@ -49,7 +50,7 @@ def build_probe(name: str, device: torch.device | str) -> Any | None:
     """Build the probe called `name`; None for "none".
 
     Raises:
-        ValueError: the name is unknown or cannot be imported, or the probe's package or weights are missing.
+        ValueError: the name is unknown or cannot be imported, its function fails, or the probe's package or weights are missing.
     """
     if name == "none":
         return None
@@ -60,12 +61,17 @@ def build_probe(name: str, device: torch.device | str) -> Any | None:
     module, colon, function = name.partition(":")
     if module in PERCEPTUAL:
         return _perceptual(module, Path(function) if colon else None, device)
-    try:
-        return getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, ValueError) as error:
+    if not is_path(name):
         raise ValueError(
-            f"evaluation.probe = {name!r}: must be 'testbed', 'pixels', 'none', one of {', '.join(PERCEPTUAL)}, or an importable "
-            f"module:function ({error})."
+            f"evaluation.probe = {name!r:.200}: must be 'testbed', 'pixels', 'none', one of {', '.join(PERCEPTUAL)}, or your own, "
+            "path.to.module:function."
+        )
+    build = import_function(name, "evaluation.probe", "take no arguments and return a probe")
+    try:
+        return build()
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(
+            f"evaluation.probe = {name!r:.200}: fails ({in_words(error)}); mend it, or name another probe."
         ) from error
 
 

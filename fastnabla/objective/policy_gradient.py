@@ -32,6 +32,18 @@ def is_clipped(ratio: Tensor, clip: float) -> Tensor:
     return (ratio - 1).abs() > clip
 
 
+def is_flat(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """Whether `clipped_surrogate` has no gradient, `[N]` bool: A has moved w out of 1 ± ε already. Where w is out on the other side,
+    the minimum is A w.
+
+    Args:
+        ratio: w `[N]`.
+        advantage: A `[N]`.
+        clip: ε.
+    """
+    return (ratio - 1) * advantage.sign() > clip
+
+
 def leave_one_out_advantages(returns: Tensor, limit: float) -> Tensor:
     """Advantages `[N]` of returns `[N]`, normalised by the other rows and clipped.
 

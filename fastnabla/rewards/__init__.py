@@ -7,7 +7,6 @@ Each term of the sum is written ``name=weight``, for example ``area=8``. The nam
 
 import importlib
 import math
-import traceback
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +17,7 @@ from fastnabla.rewards.check import check_reward
 from fastnabla.rewards.options import DEFAULTS, RewardOptions, parse_weights
 from fastnabla.rewards.score import RewardFunction
 from fastnabla.rewards.sum import RewardSum
+from fastnabla.utils.user_code import import_function, is_path
 
 __all__ = [
     "PUBLISHED",
@@ -118,25 +118,12 @@ def build_reward(
 def _find(name: str, device: torch.device, options: RewardOptions) -> RewardFunction:
     if name in REWARDS:
         return REWARDS[name](device, options)
-    module, _, function = name.partition(":")
-    if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+    if not is_path(name):
         raise ValueError(
             f"reward.terms: unknown reward {name!r:.200}. Known: {', '.join(REWARDS)}; for your own, write "
             "path.to.module:function."
         )
-    try:
-        reward = getattr(importlib.import_module(module), function)
-    except Exception as error:  # the module's own code may raise anything
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        line = "" if place.filename.startswith("<") else f" in {place.filename}, line {place.lineno}"
-        raise ValueError(
-            f"reward.terms: cannot import {name!r:.200} ({type(error).__name__}: {error!s:.300}{line}). Run from the module's "
-            "folder, or install it."
-        ) from error
-    if not callable(reward):
-        raise ValueError(
-            f"reward.terms: {name!r:.200} is not callable; it must take images and prompts and return rewards."
-        )
+    reward = import_function(name, "reward.terms", "take images and prompts and return rewards")
     return reward.to(device) if isinstance(reward, torch.nn.Module) else reward
 
 

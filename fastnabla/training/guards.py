@@ -52,6 +52,7 @@ REMEDIES = {
     "loss_forward": "the forward residual overflows: lower objective.beta or optimizer.learning_rate",
     "residual": "the balance residual overflows: lower objective.beta or optimizer.learning_rate",
     "ratio": "the policy has left the one that sampled: lower optimizer.learning_rate or rollout.updates",
+    "advantage": "no sample of the update has a finite reward: lower optimizer.learning_rate",
     "reward": "samples or their rewards are not finite: lower optimizer.learning_rate",
 }
 """Remedies by statistic of a transition. The first statistic that is not finite counts."""

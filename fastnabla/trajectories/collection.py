@@ -1,6 +1,7 @@
 """Sampling with the current policy: rollouts that are stored to be learned from, and samples to evaluate."""
 
 import contextlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from fastnabla.rewards import RewardSum
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.trajectories.draws import DRAWS
 from fastnabla.trajectories.finite_samples import finite_samples
+from fastnabla.trajectories.reward_statistics import reward_statistics
 from fastnabla.trajectories.rollout import sample
 from fastnabla.transition import TransitionTable
 from fastnabla.utils.seeding import seed_of
@@ -114,20 +116,19 @@ class RolloutCollector:
         images = self.decoder.decode(latents)
         parts = self.reward.parts(images, [texts[i] for i in own.tolist()], config.memory.decode_chunk)
 
-        # Samples that are not finite are left out of the statistics; their shaped reward is NaN.
+        # Samples that are not finite are left out of the statistics; their stored reward is inf.
         def of_all(values: Tensor) -> Tensor:
             return world.all_gather_rows(values, own, count)
 
         seen = {name: of_all(values) for name, values in parts.items()}
         finite = finite_samples(of_all(latents.flatten(1).abs().amax(1, keepdim=True)), seen, texts)
         sound = {name: values[finite.to(values.device)] for name, values in seen.items()}
-        rewards = self.reward.total(sound)
         self.reward.observe(sound)
         shaped = self.reward.shape(parts)
-        shaped = torch.where(finite[own].to(shaped.device), shaped, float("nan"))
+        shaped = torch.where(finite[own].to(shaped.device), shaped, math.inf)
         self.buffer.reward[slots.to(shaped.device)] = shaped
 
-        metrics = {"rollout_reward": rewards.mean().item(), "rollout_reward_std": rewards.std().item()}
+        metrics = {name: value.item() for name, value in reward_statistics(self.reward.total(sound)).items()}
         return metrics | {f"rollout_reward_{name}": values.mean().item() for name, values in sound.items()}
 
 

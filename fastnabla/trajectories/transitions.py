@@ -24,7 +24,7 @@ class Transitions:
     trajectory: Tensor
     """Slot of the trajectory in the buffer, int64."""
     reward: Tensor
-    """Reward of the trajectory's finished sample, float32; NaN if none was given."""
+    """Reward of the trajectory's finished sample, float32; NaN if none was given, inf if it or the sample is not finite."""
 
     def __len__(self) -> int:
         return len(self.step_index)

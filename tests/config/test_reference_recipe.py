@@ -64,6 +64,7 @@ def test_sets_the_departures_alone(name: str) -> None:
             {"objective": Objective(reverse_target="reference")},
             r"objective\.reverse_target = 'reference' \(it has policy\)",
         ),
+        ({"objective": Objective(reverse_fraction=0.5)}, r"objective\.reverse_fraction = 0\.5 \(it has 1\.0\)"),
         ({"rollout": RolloutConfig(fraction=0.5, replay=3)}, r"rollout\.replay = 3 \(it has 1\)"),
         ({"rollout": RolloutConfig(fraction=0.5, draw="runs")}, r"rollout\.draw = 'runs' \(it has stratified or uniform\)"),
         ({"optimizer": OptimizerConfig(applications=3)}, r"optimizer\.applications = 3 \(it has 2\)"),

@@ -68,6 +68,8 @@ def test_evaluating_a_run_with_it_is_refused() -> None:
     @dataclasses.dataclass
     class Seen:
         features: torch.Tensor | None
+        hue: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(2))
+        reward: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(2))
 
     for sound in (Seen(torch.ones(2, 3)), Seen(None)):
         assert evaluation._required(sound) is sound

@@ -10,6 +10,7 @@ import torch
 from fastnabla.config.method_sections import PolicyGradient
 from fastnabla.methods.dag_kl import KullbackLeiblerStep
 from fastnabla.methods.rollout_plan import RolloutPlan
+from fastnabla.methods.zero_gradients import DRIVE
 from fastnabla.objective.policy_gradient import leave_one_out_advantages
 from fastnabla.objective.settings import Objective
 from tests.checks import assert_gradients, randn
@@ -111,6 +112,12 @@ def test_replayed_rollouts_are_never_on_policy() -> None:
     step = step_of(on_policy=True)
     step.plan = dataclasses.replace(TWO_UPDATES, replay=1)
     assert step(golden(True).transitions).passes == {"inner": 4, "last": 3}
+
+
+def test_rows_outside_the_clip_drive_the_gradient_if_they_have_one() -> None:
+    ratio, advantage = torch.tensor([0.9, 1.1]), torch.tensor([0.7, -0.3])
+    assert step_of(True)._signals({"ratio": ratio, "advantage": advantage})[DRIVE] == advantage[0]
+    assert step_of(True)._signals({"ratio": ratio, "advantage": -advantage})[DRIVE] == 0
 
 
 def test_advantages_leave_one_out() -> None:

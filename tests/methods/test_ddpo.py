@@ -9,7 +9,8 @@ import torch
 
 from fastnabla.config.method_sections import PolicyGradient
 from fastnabla.methods.ddpo import PolicyGradientStep, PromptStatistics
-from fastnabla.objective.policy_gradient import clipped_surrogate
+from fastnabla.methods.zero_gradients import DRIVE
+from fastnabla.objective.policy_gradient import clipped_surrogate, is_flat
 from fastnabla.trajectories.draws import DRAWS, expected_draws
 from tests.checks import BACKENDS, assert_gradients, randn
 from tests.exact import Exact
@@ -78,9 +79,17 @@ def test_surrogate_is_the_reinforce_gradient_at_the_policy_that_sampled():
 
 @pytest.mark.parametrize(("log_ratio", "advantage", "moves"), [(0.2, 1, 0), (-0.2, 1, 1), (0.2, -1, 1), (-0.2, -1, 0)])
 def test_clipping_stops_moves_away_alone(log_ratio, advantage, moves):
-    log_ratio = torch.tensor([log_ratio], requires_grad=True)
-    loss = clipped_surrogate(log_ratio, torch.tensor([float(advantage)]), 0.1).sum()
+    log_ratio, advantage = torch.tensor([log_ratio], requires_grad=True), torch.tensor([float(advantage)])
+    loss = clipped_surrogate(log_ratio, advantage, 0.1).sum()
     assert bool(torch.autograd.grad(loss, log_ratio)[0]) == bool(moves)
+    assert is_flat(log_ratio.exp(), advantage, 0.1).item() == (not moves)
+
+
+def test_rows_outside_the_clip_drive_the_gradient_if_they_have_one():
+    """A zero gradient is then an error; no row drives it if all are flat."""
+    ratio, advantage = torch.tensor([0.9, 1.1]), torch.tensor([0.7, -0.3])
+    assert step_of()._signals({"ratio": ratio, "advantage": advantage})[DRIVE] == advantage[0]
+    assert step_of()._signals({"ratio": ratio, "advantage": -advantage})[DRIVE] == 0
 
 
 def test_calls_add_up():
@@ -100,8 +109,17 @@ def test_calls_add_up():
 
 def test_rewards_must_be_there():
     rows = golden().transitions
-    with pytest.raises(ValueError, match="no trajectory has a finite reward"):
+    with pytest.raises(ValueError, match=r"no trajectory has a reward: set buffer\.reward"):
         step_of()(dataclasses.replace(rows, reward=torch.full((len(rows),), float("nan"))))
+
+
+def test_an_update_without_a_finite_reward_has_no_finite_loss():
+    rows = golden().transitions
+    reward = torch.where(rows.trajectory == 1, float("nan"), float("inf"))
+    step = step_of()
+    report = step(dataclasses.replace(rows, reward=reward))
+    assert report.losses["loss"].isnan() and report.rows["advantage"].isnan().all()
+    assert not step.statistics.seen.any()
 
 
 def test_a_reward_that_is_not_finite_has_no_advantage():

@@ -1,6 +1,8 @@
 """Diversity and prior distance against cases with known answers."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,7 +102,38 @@ def test_frechet_distance_matches_closed_form() -> None:
     assert frechet_distance(z * scale + shift, z) == pytest.approx(expected.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["nonsense", "no.module:probe", "math:nothing"])
-def test_unknown_probes_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"evaluation\.probe"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nonsense", "must be 'testbed'.*path.to.module:function"),
+        (".foo:bar", "must be 'testbed'"),
+        ("math:", "must be 'testbed'"),
+        ("no.module:probe", "cannot import 'no.module:probe'"),
+        ("math:nothing", "cannot import"),
+        ("math:pi", "'math:pi' is not callable; it must take no arguments"),
+        ("math:sqrt", "fails.*TypeError.*mend it"),
+    ],
+)
+def test_unknown_probes_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"evaluation\.probe.*{message}"):
         build_probe(name, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def probe(:\n", r"cannot import.*SyntaxError.*broken_probes\.py, line 1"),
+        ("import math\nmath = missing\n", r"cannot import.*NameError.*'missing'.*broken_probes\.py, line 2"),
+        ("def probe():\n    return 1 / 0\n", r"fails.*ZeroDivisionError.*broken_probes\.py, line 2"),
+    ],
+    ids=["syntax", "name", "call"],
+)
+def test_errors_of_a_probe_s_module_are_named(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_probes.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "broken_probes", raising=False)
+    with pytest.raises(ValueError, match=rf"evaluation\.probe.*{message}"):
+        build_probe("broken_probes:probe", "cpu")
+    sys.modules.pop("broken_probes", None)

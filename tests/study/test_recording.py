@@ -1,5 +1,6 @@
 """Recording what was measured, and a study that goes on from its records. No network is trained or sampled."""
 
+import math
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import pytest
 from fastnabla.comparison.plan import LAST_FILE, PlannedRun
 from fastnabla.study import __main__ as command
 from fastnabla.study import recording, running
-from fastnabla.study.parts import end_part, held_out_part, pretrained_part, shared_parts
+from fastnabla.study.parts import end_part, held_out_part, pretrained_part, scale_parts, shared_parts
 from fastnabla.study.plan import ENDED_EARLY, Setting, StudyRun, final_runs, tuning_runs
 from fastnabla.study.protocol import Protocol
 from fastnabla.study.recording import record_measured
@@ -208,6 +209,23 @@ def test_runs_that_diverged_are_recorded(made: tuple[Path, Protocol, Path], trai
     shutil.rmtree(folder)
     assert record_measured([early, broken], protocol, folder, file) == records
     assert read_results(protocol, folder, file).tuned == {}
+
+
+def test_samples_of_a_scale_that_are_not_finite_are_recorded(made: tuple[Path, Protocol, Path]):
+    """They have no measures, and the path of the run ends before them. The page is written."""
+    path, protocol, folder = made
+    run = planned(protocol, folder)[-1]
+    (part,) = scale_parts(run, protocol)
+    samples = part.read()
+    for values in (samples.measures.total, samples.measures.hue, samples.measures.dark):
+        values[0] = math.nan
+    write_samples(part.path, samples, part.key)
+    assert command.main([str(path), "--run", str(folder), "--page-only"]) == 0
+    (result,) = read_results(protocol, folder, path.with_suffix(".runs.jsonl")).of(run.setting).values()
+    nothing = {"reward", "hue_entropy", "joint_entropy", "dark_grounds"}
+    assert [place.scale for place in result.path] == [0, 0.5, 1]
+    assert {name for name, value in result.path[1].measures.items() if math.isnan(value)} == nothing
+    assert all(map(math.isfinite, (*result.path[2].measures.values(), *result.end.values())))
 
 
 def test_a_run_is_not_recorded_before_the_pretrained_model_is_measured(made: tuple[Path, Protocol, Path]):

@@ -211,6 +211,37 @@ def test_a_spoilt_update_is_skipped_in_training(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["ddpo", "dag-kl"])
+def test_an_update_of_samples_without_a_finite_reward_is_skipped(
+    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first sample of the second rollout, which is all that update 3 learns from."""
+    trainer = without_pictures(Trainer.from_config(dataclasses.replace(tiny(), method=method)))
+    of_rollout, rollouts = trainer.components.reward.parts, []
+
+    def spoilt(*arguments):
+        parts = of_rollout(*arguments)
+        if rollouts[-1] == 1:
+            parts["hue"][0] = float("nan")
+        return parts
+
+    sample = trainer.source.rollout
+
+    def counted(rollout_index: int) -> dict[str, float]:
+        rollouts.append(rollout_index)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(trainer.components.reward, "parts", spoilt)
+            return sample(rollout_index)
+
+    trainer.source.rollout = counted
+    trainer.train(tmp_path)
+    assert [record["skipped"] for record in records(tmp_path)] == [0, 0, 1, 0, 0, 0]
+    assert [record["rollout_reward_std"] for record in records(tmp_path)[2:4]] == [0, 0]  # of the other sample
+    named = {"ddpo": "advantage", "dag-kl": "residual"}[method]
+    assert f"update 3 is skipped (1 in a row). Not finite: {named} at timestep" in caplog.text
+
+
+@pytest.mark.slow
 def test_skipped_updates_are_counted_across_a_resume(tmp_path: Path) -> None:
     """Two skipped, a checkpoint, the end; then two more make four."""
     config = dataclasses.replace(tiny(), max_skipped=4)
