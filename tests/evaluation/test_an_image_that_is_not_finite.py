@@ -84,4 +84,4 @@ def test_comparing_its_run_is_refused(probe: str) -> None:
         images(spoilt=1), torch.zeros(6), ["a horse"] * 6, build_reward(["hue=1"]), build_probe(probe, "cpu")
     )
     with pytest.raises(ValueError, match=r"'runs/mine': 1 of 6 samples or their rewards are not finite.*--weights"):
-        evaluation._required(measures)
+        evaluation._required(measures, ["a horse"])

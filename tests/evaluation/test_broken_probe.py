@@ -72,9 +72,9 @@ def test_evaluating_a_run_with_it_is_refused() -> None:
         reward: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(2))
 
     for sound in (Seen(torch.ones(2, 3)), Seen(None)):
-        assert evaluation._required(sound) is sound
+        assert evaluation._required(sound, ["a cat"]) is sound
     with pytest.raises(ValueError, match=r"evaluation\.probe = 'mine:Probe'.*--probe"):
-        evaluation._required(Seen(torch.tensor([[1.0, torch.nan]])))
+        evaluation._required(Seen(torch.tensor([[1.0, torch.nan]])), ["a cat"])
 
 
 @pytest.mark.slow
