@@ -122,8 +122,8 @@ FRONTS = (
 MATCHED = (
     "A method that gains less reward also loses less diversity, so methods are also compared at equal reward. For each seed "
     "that is the highest reward that every method reaches. The evaluation nearest to it is taken from each run; the column "
-    "reward shows how near it is. If this reward is not above the pretrained model's, some method has learned nothing and the "
-    "comparison is meaningless."
+    "reward shows how near it is. Evaluations whose reward is not finite do not count, and runs without any other are left out. "
+    "If this reward is not above the pretrained model's, some method has learned nothing and the comparison is meaningless."
 )
 TARGET = (
     "Distances to p_ref · exp(βr), estimated by re-weighting samples of the pretrained model. β is the run's own "

@@ -74,7 +74,7 @@ def fronts(points: Sequence[Point]) -> bytes | None:
     """Plot the change of each available metric of `MEASURES` against the change of the reward. None if none is available.
 
     Points are means over seeds, and bars span the lowest to the highest seed. Points on the Pareto front have a black edge
-    and are joined.
+    and are joined. Points that are not finite are left out.
     """
     lines = _by_variant(points)
     measures = [m for m in MEASURES if all(m.name in mean.metrics for line in lines.values() for mean in line)]
@@ -99,8 +99,9 @@ def _front(axis: Axes, measure: Measure, lines: dict[str, list[Mean]]) -> None:
             bars = {"xerr": _bars([r for r, _ in spreads]), "yerr": _bars([v for _, v in spreads])}
             axis.errorbar(x, y, **bars, fmt="none", ecolor=colours[variant], elinewidth=0.8, alpha=0.4)
         axis.scatter(x[1:], y[1:], s=26, color=colours[variant], label=variant, zorder=3)
-        places += list(zip(x[1:], y[1:], strict=True))
-        edged += [colours[variant]] * (len(x) - 1)
+        finite = [place for place in zip(x[1:], y[1:], strict=True) if all(map(math.isfinite, place))]
+        places += finite
+        edged += [colours[variant]] * len(finite)
     # The Pareto front, which may include the pretrained model.
     best = sorted(front([(x, measure.sign * y) for x, y in places]), key=lambda i: places[i])
     x, y = zip(*(places[i] for i in best), strict=True)

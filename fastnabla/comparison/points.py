@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Point:
     seconds: float
     """Duration of rollouts and updates. Evaluations, checkpoints and the set-up after a start do not count."""
     metrics: dict[str, float]
-    """Metrics of the evaluation, by name."""
+    """Metrics of the evaluation, by name; nan for one that is not finite."""
 
 
 def read_points(run: PlannedRun) -> list[Point]:
@@ -56,7 +57,7 @@ def read_points(run: PlannedRun) -> list[Point]:
                     trajectories=update * update_trajectories(config) // config.rollout.epochs,
                     transitions=transitions,
                     seconds=seconds,
-                    metrics={name: value for name, value in record.items() if name not in NOT_METRICS},
+                    metrics={n: math.nan if v is None else v for n, v in record.items() if n not in NOT_METRICS},
                 )
             )
     return points

@@ -1,6 +1,7 @@
 """Summaries of points: means over seeds, the Pareto front, and points of equal reward."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -14,11 +15,18 @@ class Spread:
     mean: float
     low: float
     high: float
+    left_out: int = 0
+    """Number of values that are not finite, and so left out."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """The spread of at least one value."""
-        return cls(statistics.fmean(values), min(values), max(values))
+        """The spread of the values that are finite; nan if there are none."""
+        finite = [value for value in values if math.isfinite(value)] or [math.nan]
+        return cls(statistics.fmean(finite), min(finite), max(finite), sum(not math.isfinite(v) for v in values))
+
+    def times(self, factor: float) -> "Spread":
+        """The spread of the values multiplied by a positive factor."""
+        return Spread(factor * self.mean, factor * self.low, factor * self.high, self.left_out)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,18 +89,20 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def common_rewards(points: Sequence[Point]) -> dict[int, float]:
-    """Seed → the highest reward that every variant reaches: the minimum of the runs' best rewards, without the pretrained
-    model."""
+    """Seed → the highest reward that every variant reaches: the minimum of the runs' best rewards.
+
+    The pretrained model and rewards that are not finite do not count. A run without any other reward is left out.
+    """
     best: dict[int, dict[str, float]] = {}
     for point in points:
-        if point.update > 0:
+        if _is_trained(point):
             runs = best.setdefault(point.seed, {})
             runs[point.variant] = max(runs.get(point.variant, float("-inf")), point.metrics["reward"])
     return {seed: min(rewards.values()) for seed, rewards in best.items()}
 
 
 def matched(points: Sequence[Point]) -> list[Point]:
-    """The point of each run whose reward is nearest to `common_rewards` of its seed, without the pretrained model. Ties go to
+    """The point of each run whose reward is nearest to `common_rewards` of its seed, of the points that count there. Ties go to
     the first point."""
     rewards = common_rewards(points)
 
@@ -102,6 +112,11 @@ def matched(points: Sequence[Point]) -> list[Point]:
     nearest: dict[tuple[str, int], Point] = {}
     for point in points:
         run = (point.variant, point.seed)
-        if point.update > 0 and (run not in nearest or distance(point) < distance(nearest[run])):
+        if _is_trained(point) and (run not in nearest or distance(point) < distance(nearest[run])):
             nearest[run] = point
     return list(nearest.values())
+
+
+def _is_trained(point: Point) -> bool:
+    """Whether it is a finetuned model's point, with a finite reward."""
+    return point.update > 0 and math.isfinite(point.metrics["reward"])

@@ -1,6 +1,6 @@
 """The tables of a comparison."""
 
-import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -24,9 +24,9 @@ def final_sheet(points: Sequence[Point], samples: int) -> Sheet:
 
 def matched_sheet(points: Sequence[Point], samples: int) -> Sheet:
     """The pretrained model, and each variant at the evaluation nearest to the highest reward that all methods reach. The
-    evaluations have `samples` per prompt."""
+    evaluations have `samples` per prompt. Variants whose rewards are not finite have no row."""
     nearest, reward = matched(points), _cell(Spread.of(list(common_rewards(points).values())))
-    means = {variant: Mean.of([p for p in nearest if p.variant == variant]) for variant in _variants(points)}
+    means = {variant: Mean.of([p for p in nearest if p.variant == variant]) for variant in _variants(nearest)}
     title = f"At the evaluation nearest to the highest reward that every method reaches, {reward}"
     return _sheet(title, {"pretrained": pretrained(points), **means}, samples)
 
@@ -84,15 +84,20 @@ def _sheet(title: str, means: dict[str, Mean], samples: int) -> Sheet:
     }
     if "hue_entropy" in columns and samples > 1:
         ceiling = hue_entropy_ceiling(samples)
-        shares = [dataclasses.astuple(mean.metrics["hue_entropy"]) for mean in means.values()]
+        shares = [mean.metrics["hue_entropy"].times(100 / ceiling) for mean in means.values()]
         label = f"hue_entropy, % of its ceiling for {samples} samples a prompt, {ceiling:.3f}"
-        columns[label] = [_cell(Spread(*(100 * value / ceiling for value in share)), places=1) for share in shares]
+        columns[label] = [_cell(share, places=1) for share in shares]
     columns |= {name: [_cell(getattr(mean, name), places=0) for mean in means.values()] for name in SPENT}
     return Sheet(title, ["method", *columns], list(zip(means, *columns.values(), strict=True)))
 
 
 def _cell(spread: Spread, places: int | None = None) -> str:
-    """The mean, followed by the lowest and the highest value if seeds differ."""
-    texts = [f"{value:.4g}" if places is None else f"{value:,.{places}f}" for value in dataclasses.astuple(spread)]
+    """The mean, followed by the lowest and the highest value if seeds differ, and the number of seeds without a finite value."""
+    if math.isnan(spread.mean):
+        return "not finite"
+    texts = [
+        f"{value:.4g}" if places is None else f"{value:,.{places}f}" for value in (spread.mean, spread.low, spread.high)
+    ]
     mean, low, high = texts
-    return mean if low == high else f"{mean} [{low}, {high}]"
+    cell = mean if low == high else f"{mean} [{low}, {high}]"
+    return f"{cell}, {spread.left_out} not finite" if spread.left_out else cell

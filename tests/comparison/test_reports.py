@@ -1,0 +1,67 @@
+"""Pages of comparisons from run folders that are made up. Nothing is trained."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastnabla.comparison.plan import Plan, PlannedRun, make_plan
+from fastnabla.comparison.report import Report
+from fastnabla.prompts import RunPrompts
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("drawn")]
+
+
+def planned(folder: Path, **changes) -> Plan:
+    """Two methods, two updates each."""
+    return make_plan("testbed", ["residual-db", "draft"], folder=folder, **{"seeds": 1, "updates": 2, **changes})
+
+
+def make_up(run: PlannedRun, *evaluations: dict[str, float | None]) -> None:
+    """Make up the folder of a run with these `evaluations`, one after each update from 0 on."""
+    lines = [json.dumps({"phase": "evaluate", "update": n, **metrics}) for n, metrics in enumerate(evaluations)]
+    (run.folder / "samples").mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (run.folder / "timing.jsonl").write_text("")
+    RunPrompts(texts=["a cow"], trained=1, evaluated=range(1)).save(run.folder / "prompts.json")
+    for number in range(len(evaluations)):
+        (run.folder / "samples" / f"update-{number:04d}.png").write_bytes(b"\x89PNG")
+
+
+def test_metrics_that_are_not_finite_are_named_and_left_out(tmp_path: Path) -> None:
+    """The second run's pairwise distance is null after its first update, and so is its reward in the end."""
+    plan = planned(tmp_path)
+    start = {"reward": 1.0, "pairwise_distance": 2.0}
+    make_up(plan.runs[0], start, start | {"reward": 3.0}, start | {"reward": 4.0})
+    make_up(plan.runs[1], start, *({"reward": reward, "pairwise_distance": None} for reward in (5.0, None)))
+    report = Report.read(plan, plan.runs, {})
+    report.write(tmp_path)
+    final, matched = report.sheets()
+    assert final.columns[:3] == ["method", "reward", "pairwise_distance"]
+    assert [row[:3] for row in final.rows] == [
+        ("pretrained", "1", "2"), ("residual-db", "4", "2"), ("draft", "not finite", "not finite"),
+    ]  # fmt: skip
+    assert matched.title.endswith(", 4") and [row[1] for row in matched.rows] == ["1", "4", "5"]
+    assert "not finite" in (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    values = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert values["points"][-1]["metrics"] == {"reward": None, "pairwise_distance": None}
+
+
+def test_seeds_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    plan = planned(tmp_path, seeds=2)
+    for run, reward in zip(plan.runs, (4.0, 5.0, 6.0, None), strict=True):
+        make_up(run, {"reward": 1.0}, {"reward": reward}, {"reward": reward})
+    report = Report.read(plan, plan.runs, {})
+    report.write(tmp_path)
+    final, matched = report.sheets()
+    assert [row[1] for row in final.rows] == ["1", "5 [4, 6]", "5, 1 not finite"]
+    assert matched.title.endswith(", 5 [4, 6]") and [row[1] for row in matched.rows] == ["1", "5 [4, 6]", "5"]
+
+
+def test_a_method_without_a_finite_reward_is_not_compared_at_equal_reward(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    for run in plan.runs:
+        make_up(run, {"reward": 1.0}, {"reward": None}, {"reward": None})
+    report = Report.read(plan, plan.runs, {})
+    report.write(tmp_path)
+    assert [row[0] for row in report.sheets()[1].rows] == ["pretrained"]
