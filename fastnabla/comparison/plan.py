@@ -6,18 +6,21 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from fastnabla.comparison.settings import method_config, method_settings, split_variant
 from fastnabla.config.presets import PRESETS
-from fastnabla.config.train import TrainConfig
+from fastnabla.config.train import TrainConfig, load_run
 from fastnabla.cost.budget import update_passes, updates_within
 from fastnabla.run.resuming import AUTO, is_unbegun, run_to_resume
+from fastnabla.run.tracker import readable_records
+from fastnabla.training.guards import passed_bound
 
 LAST_FILE = "table.md"
-"""The file that a run writes last."""
+"""The file that a run writes last, at its end or at a bound of its evaluation."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +39,26 @@ class PlannedRun:
 
     @property
     def done(self) -> bool:
-        """Whether the run has finished."""
-        return (self.folder / LAST_FILE).exists()
+        """Whether the run has finished: it was evaluated after its last update, and has not stopped at a bound.
+
+        Raises:
+            ValueError: the run's configuration cannot be read.
+        """
+        if not (self.folder / LAST_FILE).exists():
+            return False
+        evaluated = [record["update"] for record in self._records() if record["phase"] == "evaluate"]
+        return max(evaluated, default=0) >= self.config.updates and self.passed_bound() is None
+
+    def passed_bound(self) -> str | None:
+        """The bound of its evaluation at which the run has stopped, in words; None if it has not. The run's own bounds count.
+
+        Raises:
+            ValueError: the run's configuration cannot be read.
+        """
+        return passed_bound(load_run(self.folder).evaluation, self._records())
+
+    def _records(self) -> list[dict[str, Any]]:
+        return readable_records(self.folder / "metrics.jsonl")
 
     def check_folder(self) -> None:
         """Check that the run folder is free or belongs to this run.

@@ -49,8 +49,9 @@ class Report:
                 points += own
             if run not in ended:
                 remarks.append(f"{run.folder.name} has not ended.")
-            elif last < run.config.updates:
-                remarks.append(f"{run.folder.name} ended early; its last evaluation is after {last} updates.")
+            elif not run.done:
+                why = run.passed_bound() or f"its last evaluation is after {last} updates"
+                remarks.append(f"{run.folder.name} ended early; {why}.")
         return cls(plan=plan, points=points, remarks=remarks, evaluations=evaluations)
 
     def sheets(self) -> list[Sheet]:

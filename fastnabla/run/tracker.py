@@ -4,6 +4,7 @@
 Clock times and measurements of the machine go to `timing.jsonl`.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -41,6 +42,16 @@ def read_records(path: Path, update: int) -> list[dict[str, Any]]:
             if number < len(lines):
                 logger.warning("line %d of %s cannot be read and is removed", number, path)
     write_file(path, "".join(_line(record) for record in records))
+    return records
+
+
+def readable_records(path: Path) -> list[dict[str, Any]]:
+    """Read the records of a JSON-lines file that another process may be writing. Lines that cannot be read are left out; a missing
+    file has no records."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(_checked(json.loads(line)))
     return records
 
 

@@ -74,7 +74,7 @@ def run_one(run: StudyRun, protocol: Protocol, folder: Path, file: Path, console
         if not run.planned.done:
             write_file(run.folder / ENDED_EARLY, f"{run.name} ended early. docs/comparison.md says how to repeat it.\n")
     if run.ended_early:
-        print_plain(console, f"{run.name} ended early")
+        print_plain(console, f"{run.name} ended early, so it has no results; docs/comparison.md says how to repeat it")
     else:
         measure_run(run, protocol, console)
     record_measured([run], protocol, folder, file)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fastnabla.comparison.plan import Plan, PlannedRun, make_plan
+from fastnabla.comparison.plan import LAST_FILE, Plan, PlannedRun, make_plan
 from fastnabla.comparison.report import Report
+from fastnabla.config.train import to_json
 from fastnabla.prompts import RunPrompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("drawn")]
@@ -23,6 +24,8 @@ def make_up(run: PlannedRun, *evaluations: dict[str, float | None]) -> None:
     (run.folder / "samples").mkdir(parents=True)
     (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (run.folder / "timing.jsonl").write_text("")
+    (run.folder / "config.json").write_text(to_json(run.config))
+    (run.folder / LAST_FILE).write_text("")
     RunPrompts(texts=["a cow"], trained=1, evaluated=range(1)).save(run.folder / "prompts.json")
     for number in range(len(evaluations)):
         (run.folder / "samples" / f"update-{number:04d}.png").write_bytes(b"\x89PNG")

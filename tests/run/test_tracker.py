@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastnabla.run.tracker import Tracker, read_records
+from fastnabla.run.tracker import Tracker, read_records, readable_records
 
 METRICS, MEASURED = {"loss": 0.5, "reward": 2.0}, {"gpu_power_watts": 310.5, "energy_joules_per_transition": 15.0}
 
@@ -44,7 +44,7 @@ def test_records_after_the_checkpoint_and_cut_lines_are_dropped(cut: int, tmp_pa
 
 
 def test_no_file_has_no_records(tmp_path: Path) -> None:
-    assert read_records(tmp_path / "metrics.jsonl", 2) == []
+    assert read_records(tmp_path / "metrics.jsonl", 2) == readable_records(tmp_path / "metrics.jsonl") == []
     assert not any(tmp_path.iterdir())
 
 
@@ -52,6 +52,8 @@ def test_no_file_has_no_records(tmp_path: Path) -> None:
 def test_a_damaged_line_costs_no_other(damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(RECORDS[0].encode() + damage + b"\n" + RECORDS[2].encode())
+    before = path.read_bytes()
+    assert [record["update"] for record in readable_records(path)] == [0, 2] and path.read_bytes() == before
     assert [record["update"] for record in read_records(path, 4)] == [0, 2]
     assert path.read_text() == RECORDS[0] + RECORDS[2]
     assert "line 2 of" in caplog.text
