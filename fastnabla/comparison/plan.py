@@ -64,11 +64,17 @@ class PlannedRun:
         """Check that the run folder is free or belongs to this run.
 
         Raises:
-            ValueError: it belongs to another run, or is not a run folder.
+            ValueError: it belongs to another run or to one with another number of updates, or is not a run folder.
         """
-        if run_to_resume(self.config) is None and self.folder.exists() and not is_unbegun(self.folder):
+        if run_to_resume(self.config) is None:
+            if self.folder.exists() and not is_unbegun(self.folder):
+                raise ValueError(
+                    f"run = {str(self.folder)!r}: exists and is not a run folder; choose another folder, or remove it."
+                )
+        elif (started := load_run(self.folder).updates) != self.config.updates:
             raise ValueError(
-                f"run = {str(self.folder)!r}: exists and is not a run folder; choose another folder, or remove it."
+                f"updates = {self.config.updates}: the run in {str(self.folder)!r} has started with {started}, which it keeps. "
+                f"Give a budget of {started} updates, or another --run."
             )
 
 

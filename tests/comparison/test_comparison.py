@@ -18,6 +18,7 @@ from fastnabla.comparison.summary import Mean, Spread, changes, common_rewards, 
 from fastnabla.comparison.tables import final_sheet, matched_sheet
 from fastnabla.config.methods import METHODS, MethodName
 from fastnabla.config.presets import PRESETS
+from fastnabla.config.train import to_json
 from fastnabla.cost.budget import measured_passes, measured_rows, update_passes, updates_within
 from fastnabla.metrics.diversity import hue_entropy_ceiling
 from fastnabla.training.trainer import Trainer
@@ -166,6 +167,19 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "draft-seed-0" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="draft-seed-0': exists and is not a run folder"):
         plan(folder=tmp_path).check_folders()
+
+
+@pytest.mark.parametrize("updates", [4, 6])
+def test_another_number_of_updates_is_refused(updates: int, tmp_path: Path) -> None:
+    """Even with a constant schedule, with which a run's updates do not depend on their number."""
+    constant = ["optimizer.schedule=constant"]
+    (run,) = plan(folder=tmp_path, methods=("draft",), updates=5, settings=constant).runs
+    run.folder.mkdir()
+    (run.folder / "config.json").write_text(to_json(run.config))
+    run.check_folder()
+    message = rf"updates = {updates}: the run in '.*draft-seed-0' has started with 5.* Give a budget of 5 updates, or another --run"
+    with pytest.raises(ValueError, match=message):
+        plan(folder=tmp_path, methods=("draft",), updates=updates, settings=constant).check_folders()
 
 
 def test_seconds_leave_out_evaluations_checkpoints_and_starts() -> None:
