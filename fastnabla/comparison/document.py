@@ -25,7 +25,7 @@ def document(
     Args:
         plan: the runs, whose folders contain prompts and sample grids.
         points: evaluations of the finished runs.
-        remarks: remarks on the other runs.
+        remarks: remarks on runs.
         evaluations: variant → results of `fastnabla.evaluate`, one per seed; may be empty.
         plots: PNG files "reward" and, if diversity was measured, "fronts".
     """

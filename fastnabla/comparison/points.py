@@ -9,6 +9,7 @@ from typing import Any
 from fastnabla.comparison.plan import PlannedRun
 from fastnabla.cost.budget import measured_passes, measured_rows
 from fastnabla.cost.update_cost import update_trajectories
+from fastnabla.run.tracker import readable_records
 
 NOT_METRICS = ("phase", "update")
 
@@ -28,6 +29,8 @@ class Point:
     """Number of transitions trained on, including repeats; trajectories for a method that samples within its step."""
     seconds: float
     """Duration of rollouts and updates. Evaluations, checkpoints and the set-up after a start do not count."""
+    untimed: int
+    """Number of updates that `timing.jsonl` lacks, as after a crash of the machine. `seconds` may lack them too."""
     metrics: dict[str, float]
     """Metrics of the evaluation, by name; nan for one that is not finite."""
 
@@ -39,14 +42,15 @@ def read_points(run: PlannedRun) -> list[Point]:
         ValueError: the run's metrics cannot be read.
     """
     config = run.config
-    durations = seconds_by_update(read_lines(run.folder / "timing.jsonl"))
-    points, passes, transitions, seconds = [], 0.0, 0, 0.0
+    durations = seconds_by_update(readable_records(run.folder / "timing.jsonl"))
+    points, passes, transitions, seconds, untimed = [], 0.0, 0, 0.0, 0
     for record in read_lines(run.folder / "metrics.jsonl"):
         update = record["update"]
         if record["phase"] == "train":
             passes += measured_passes(config, record)
             transitions += measured_rows(config, record)
-            seconds += durations[update]
+            seconds += durations.get(update, 0.0)
+            untimed += update not in durations
         elif record["phase"] == "evaluate":
             points.append(
                 Point(
@@ -57,6 +61,7 @@ def read_points(run: PlannedRun) -> list[Point]:
                     trajectories=update * update_trajectories(config) // config.rollout.epochs,
                     transitions=transitions,
                     seconds=seconds,
+                    untimed=untimed,
                     metrics={n: math.nan if v is None else v for n, v in record.items() if n not in NOT_METRICS},
                 )
             )

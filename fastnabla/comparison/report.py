@@ -28,7 +28,7 @@ class Report:
     points: Sequence[Point]
     """Points of all runs that have ended."""
     remarks: Sequence[str]
-    """Remarks on runs that are missing or ended early."""
+    """Remarks on runs that are missing, ended early or have lost some durations."""
     evaluations: Mapping[str, Sequence[dict[str, Any]]]
     """Variant → results of `fastnabla.evaluate`, one per seed; empty if they were not requested."""
 
@@ -52,6 +52,9 @@ class Report:
             elif not run.done:
                 why = run.passed_bound() or f"its last evaluation is after {last} updates"
                 remarks.append(f"{run.folder.name} ended early; {why}.")
+            if own and own[-1].untimed:
+                missing = f"its timing.jsonl lacks {own[-1].untimed} of its updates"
+                remarks.append(f"{run.folder.name}: {missing}, so its seconds may be too few.")
         return cls(plan=plan, points=points, remarks=remarks, evaluations=evaluations)
 
     def sheets(self) -> list[Sheet]:

@@ -148,5 +148,5 @@ END = (
 )
 COSTS = (
     "Decodes are planned; one with a backward pass counts 1, one without 1/2. Seconds are those of rollouts and updates, on whatever "
-    "machine each run had: on a shared one they tell orders of magnitude only.\n"
+    "machine each run had: on a shared one they tell orders of magnitude only. They may lack updates before a crash of the machine.\n"
 )

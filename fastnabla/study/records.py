@@ -37,7 +37,7 @@ class Spent:
     decodes: float
     """Planned; a decode with a backward pass is 1, one without is 1/2."""
     seconds: float
-    """Of rollouts and updates."""
+    """Of rollouts and updates. Updates whose durations were lost, as in a crash, may be left out."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

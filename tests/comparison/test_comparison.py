@@ -198,7 +198,13 @@ def test_front() -> None:
 
 
 def point(variant: str, seed: int, update: int, **metrics: float) -> Point:
-    spent = {"passes": 10.0 * update, "trajectories": update, "transitions": update, "seconds": 0.5 * update}
+    spent = {
+        "passes": 10.0 * update,
+        "trajectories": update,
+        "transitions": update,
+        "seconds": 0.5 * update,
+        "untimed": 0,
+    }
     return Point(variant=variant, seed=seed, update=update, **spent, metrics=metrics)
 
 

@@ -18,12 +18,20 @@ def planned(folder: Path, **changes) -> Plan:
     return make_plan("testbed", ["residual-db", "draft"], folder=folder, **{"seeds": 1, "updates": 2, **changes})
 
 
+ROWS = {"rows_trajectory": 2, "passes_trajectory": 5.0, "rows_inner": 2, "passes_inner": 7.0, "rows_last": 0}
+"""What an update's record has of its cost, for either method."""
+
+
 def make_up(run: PlannedRun, *evaluations: dict[str, float | None]) -> None:
-    """Make up the folder of a run with these `evaluations`, one after each update from 0 on."""
-    lines = [json.dumps({"phase": "evaluate", "update": n, **metrics}) for n, metrics in enumerate(evaluations)]
+    """Make up the folder of a run with these `evaluations`, one after each update from 0 on. Each update takes two seconds."""
+    metrics, timing = [], []
+    for update, values in enumerate(evaluations):
+        for phase, own in (("train", ROWS), ("evaluate", values)) if update else (("evaluate", values),):
+            metrics.append({"phase": phase, "update": update, **own})
+            timing.append({"phase": phase, "update": update, "seconds": 2.0 * update})
     (run.folder / "samples").mkdir(parents=True)
-    (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    (run.folder / "timing.jsonl").write_text("")
+    for name, lines in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
+        (run.folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run.folder / "config.json").write_text(to_json(run.config))
     (run.folder / LAST_FILE).write_text("")
     RunPrompts(texts=["a cow"], trained=1, evaluated=range(1)).save(run.folder / "prompts.json")
@@ -68,3 +76,19 @@ def test_a_method_without_a_finite_reward_is_not_compared_at_equal_reward(tmp_pa
     report = Report.read(plan, plan.runs, {})
     report.write(tmp_path)
     assert [row[0] for row in report.sheets()[1].rows] == ["pretrained"]
+
+
+def test_lost_durations_are_named(tmp_path: Path) -> None:
+    """After a crash, the last lines of the first run's timing.jsonl are lost, but for one that is damaged."""
+    plan, start = planned(tmp_path), {"reward": 1.0}
+    for run in plan.runs:
+        make_up(run, start, start, start)
+    timing = plan.runs[0].folder / "timing.jsonl"
+    timing.write_text("\n".join([*timing.read_text().splitlines()[:3], "\0" * 40]))
+    report = Report.read(plan, plan.runs, {})
+    assert report.remarks == [
+        "residual-db-seed-0: its timing.jsonl lacks 1 of its updates, so its seconds may be too few."
+    ]
+    assert [(p.seconds, p.untimed) for p in report.points] == [(0, 0), (2, 0), (2, 1), (0, 0), (2, 0), (4, 0)]
+    timing.unlink()
+    assert Report.read(plan, plan.runs, {}).points[2].untimed == 2
