@@ -69,11 +69,20 @@ def read_points(run: PlannedRun) -> list[Point]:
 
 
 def seconds_by_update(records: list[dict[str, Any]]) -> dict[int, float]:
-    """Update → seconds since the previous record of `timing.jsonl`. The clock restarts with each process."""
-    durations, before = {}, 0.0
+    """Update → seconds since the previous record of `timing.jsonl`, without the stall of a checkpoint that was saved in between.
+
+    The clock restarts with each process. A checkpoint is recorded once it is written, often after the update that it delayed.
+    """
+    saved = [record for record in records if record["phase"] == "checkpoint"]
+    stalls = {record["update"]: record.get("checkpoint_stall_seconds", 0.0) for record in saved}
+    durations, before, done = {}, 0.0, 0
     for record in records:
-        if record["phase"] == "train":
-            durations[record["update"]] = record["seconds"] - before
+        phase, seconds = record["phase"], record["seconds"] - before
+        if phase == "train":
+            durations[record["update"]] = seconds - stalls.get(done, 0.0)
+            done = record["update"]
+        elif phase == "checkpoint" and seconds >= stalls.get(done, 0.0):
+            stalls[done] = 0.0  # the stall ended before this record
         before = record["seconds"]
     return durations
 

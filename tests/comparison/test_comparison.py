@@ -191,6 +191,30 @@ def test_seconds_leave_out_evaluations_checkpoints_and_starts() -> None:
     assert seconds_by_update(lines) == {1: 2.0, 2: 3.0, 3: 4.0}
 
 
+@pytest.mark.parametrize(
+    ("records", "seconds"),
+    [
+        # It is recorded after the update that it delayed.
+        ([("train", 1, 10.0), ("train", 2, 15.0), ("checkpoint", 1, 15.1)], 2.0),
+        # The one before is recorded before it is saved,
+        ([("train", 1, 10.0), ("checkpoint", 0, 10.5), ("train", 2, 15.5), ("checkpoint", 1, 15.6)], 2.0),
+        # or after that, when it has been waited for,
+        ([("train", 1, 10.0), ("checkpoint", 0, 13.5), ("train", 2, 15.5), ("checkpoint", 1, 15.6)], 2.0),
+        # or it is itself recorded at once.
+        ([("train", 1, 10.0), ("checkpoint", 1, 13.5), ("train", 2, 15.5)], 2.0),
+        # The update that it delayed is repeated by a later process, which has removed the first record of it.
+        ([("train", 1, 10.0), ("checkpoint", 1, 15.1), ("start", 1, 5.0), ("train", 2, 7.0)], 2.0),
+    ],
+)
+def test_seconds_leave_out_the_stalls_of_checkpoints(records: list[tuple[str, int, float]], seconds: float) -> None:
+    """Saving after the first update takes three seconds, and the second update two."""
+    lines = [{"phase": phase, "update": update, "seconds": at} for phase, update, at in records]
+    for line in lines:
+        if line["phase"] == "checkpoint":
+            line["checkpoint_stall_seconds"] = 3.0
+    assert seconds_by_update(lines)[2] == pytest.approx(seconds)
+
+
 def test_front() -> None:
     """By definition, a point is on the front if no other is above it and to its right."""
     assert front([(0, 3), (1, 2), (1, 1), (2, 2), (3, 0), (0, 3)]) == [0, 3, 4, 5]
