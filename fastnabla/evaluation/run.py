@@ -27,7 +27,8 @@ from fastnabla.metrics.tilted import (
 from fastnabla.models.saved_policy import read_policy, require_policy
 from fastnabla.prompts import RunPrompts, used_prompts
 from fastnabla.run.checkpoint import load_reward_statistics
-from fastnabla.run.weights import weights_folder
+from fastnabla.run.tracker import readable_records
+from fastnabla.run.weights import update_of, weights_folder
 from fastnabla.training.build import plan_and_build
 from fastnabla.trajectories.rollout import Recorder, sample
 from fastnabla.utils.seeding import seed_of
@@ -57,6 +58,7 @@ class RunEvaluation:
         if options.probe is not None:
             config.evaluation = dataclasses.replace(config.evaluation, probe=options.probe)
         self.run, self.options, self.others = run, options, others
+        self.update = update_of(options.weights, readable_records(run / "metrics.jsonl"))
         self.components = plan_and_build(config, RunPrompts.load(run / "prompts.json"))
         read_policy(self.components.policy, weights)
         if config.reward.normalise:
@@ -93,6 +95,7 @@ class RunEvaluation:
         settings = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(EvaluationOptions)}
         return {
             "run": str(self.run),
+            "update": self.update,
             "settings": settings
             | {
                 "format": FORMAT,

@@ -3,6 +3,7 @@
 This module does not import torch.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,3 +33,12 @@ def is_best(reward: float, records: Sequence[dict[str, Any]]) -> bool:
     """Whether `reward` is higher than in every evaluation in `records`. The pretrained model's does not count."""
     seen = [r["reward"] for r in records if r["phase"] == "evaluate" and r["update"] > 0 and r["reward"] is not None]
     return not seen or reward > max(seen)
+
+
+def update_of(weights: WeightsName, records: Sequence[dict[str, Any]]) -> int | None:
+    """The update after which the run's `weights` were written, by its metric `records`; None if there was no evaluation."""
+    seen = [r for r in records if r["phase"] == "evaluate" and r["update"] > 0]
+    if weights == BEST:
+        rewards = [math.nan if r["reward"] is None else r["reward"] for r in seen]
+        seen = [r for number, r in enumerate(seen) if is_best(rewards[number], seen[:number])]
+    return seen[-1]["update"] if seen else None

@@ -61,6 +61,7 @@ def copy_of(run: Path, folder: Path) -> Path:
 def test_results_are_complete(run: Path) -> None:
     found = results(run)
     assert found["groups"].keys() == {"trained", "held_out"}
+    assert found["update"] == 2
     assert found["settings"]["beta"] == 300 and found["settings"]["reference_samples"] == 12
     prompts = [group["prompts"] for group in found["groups"].values()]
     assert len(prompts[0]) == 2 and prompts[1] and not set(prompts[0]) & set(prompts[1])

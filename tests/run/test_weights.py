@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fastnabla.run.save_weights import write_weights
-from fastnabla.run.weights import is_best, weights_folder
+from fastnabla.run.weights import is_best, update_of, weights_folder
 from fastnabla.training import trainer as trainer_module
 from fastnabla.training.trainer import Trainer
 from tests.integration.failing_disk import FailingDisk
@@ -69,3 +69,11 @@ def test_folders_by_name() -> None:
     assert weights_folder(run, "ema", 0.9) == run / "ema"
     with pytest.raises(ValueError, match=r"weights = 'ema'.*without optimizer\.ema; use raw"):
         weights_folder(run, "ema", None)
+
+
+def test_the_update_of_weights() -> None:
+    rewards = [(0, 9.0), (2, None), (4, 3.0), (6, 2.0)]
+    records = [{"phase": "evaluate", "update": update, "reward": reward} for update, reward in rewards]
+    records.append({"phase": "train", "update": 7})
+    assert [update_of(weights, records) for weights in ("raw", "ema", "best")] == [6, 6, 4]
+    assert update_of("best", records[:2]) == 2 and update_of("raw", records[:1]) is None
