@@ -118,9 +118,8 @@ def compare(config: CompareConfig, arguments: Sequence[str], console: Console) -
     def command(run: PlannedRun) -> list[str]:
         return [sys.executable, "-m", "fastnabla.compare", *arguments, "--only", run.folder.name]
 
-    jobs = min(config.jobs, len(waiting))
-    if jobs > 1:
-        status = train_in_processes(waiting, jobs, command, console, on_end)
+    if min(config.jobs, len(waiting)) > 1:
+        status = train_in_processes(waiting, config.jobs, command, console, on_end)
     else:
         status = train_all(waiting, console, on_end)
     if status or config.only:

@@ -73,12 +73,13 @@ def train_in_processes(
 
     Args:
         runs, console, ended: see `train_all`.
-        jobs: number of processes, at least 1.
+        jobs: largest number of processes, at least 1.
         command: run → command line that trains it.
 
     Returns:
         0, or the exit status of the first process that failed.
     """
+    jobs = min(jobs, len(runs))
     waiting, working = list(runs), {}
     with _sigterm_raises():
         try:

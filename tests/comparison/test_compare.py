@@ -270,6 +270,16 @@ def test_a_process_that_fails_ends_the_others(tmp_path: Path, capsys: pytest.Cap
     assert "ended with status 7" in " ".join(capsys.readouterr().out.split())
 
 
+def test_processes_share_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer runs than jobs, there are as many processes as runs."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    runs = make_plan("testbed", ["residual-db", "draft"], 1, tmp_path).runs
+    printing = [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
+    assert train_in_processes(runs, 8, lambda _: printing, Console(quiet=True), lambda _: None) == 0
+    assert [(tmp_path / f"{run.folder.name}.log").read_text() for run in runs] == ["8\n", "8\n"]
+
+
 def test_only_trains_the_runs_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "only"
     assert compare.main(command(folder, "--seeds=1", "--only=draft-seed-0")) == 0
