@@ -15,10 +15,10 @@ from fastnabla.comparison.points import Point
 from fastnabla.comparison.summary import Mean, Spread, along_training, changes, front
 from fastnabla.config.methods import METHODS
 
-METHOD_COLOURS = dict(zip(METHODS, colormaps["tab10"].colors, strict=False))
+COLOURS = (*colormaps["tab20"].colors[::2], *colormaps["tab20"].colors[1::2])
+"""Ten dark colours, then their light shades. Variants have them in turn, but for those of methods in the plot."""
+METHOD_COLOURS = dict(zip(METHODS, COLOURS[: len(METHODS)], strict=True))
 """Method → colour, the same in all plots."""
-VARIANT_COLOURS = colormaps["tab20"].colors
-"""Colours of variants, used in turn unless a method in the plot has them."""
 LEGEND_WIDTH, KEY_WIDTH = 150, 6
 """Width of a legend line and of a legend key, in characters."""
 LEGEND_LINE = 0.2
@@ -121,7 +121,7 @@ def _by_variant(points: Sequence[Point]) -> dict[str, list[Mean]]:
 
 def _colours(variants: Collection[str]) -> dict[str, tuple[float, ...]]:
     of_methods = {variant: METHOD_COLOURS[variant] for variant in variants if variant in METHOD_COLOURS}
-    others = itertools.cycle(colour for colour in VARIANT_COLOURS if colour not in of_methods.values())
+    others = itertools.cycle(colour for colour in COLOURS if colour not in of_methods.values())
     return {variant: of_methods.get(variant) or next(others) for variant in variants}
 
 

@@ -258,6 +258,12 @@ def test_changes_are_from_the_run_s_own_start_and_means_are_over_seeds() -> None
     assert all(p.metrics["reward"] == 0 for p in changes(POINTS) if p.update == 0)
 
 
+def test_every_method_has_a_colour_of_its_own() -> None:
+    """Whatever else is in the plot."""
+    assert len(set(figures._colours(METHODS).values())) == len(METHODS)
+    assert all(figures._colours([method]) == {method: figures.METHOD_COLOURS[method]} for method in METHODS)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_pictures_tell_all_variants_apart() -> None:
