@@ -77,6 +77,7 @@ def _protocol(protocol: Protocol) -> list[str]:
     """The protocol, one sentence a line."""
     tuning, final, measured = protocol.tuning, protocol.final, protocol.measurement
     settings = ", ".join(f"`{field}={value}`" for field, value in protocol.settings.items())
+    changed = f" with {settings}" if settings else ""
     losses = " and ".join(f"{loss:.0%}" for loss in final.allowed_losses)
     scales = ", ".join(f"{scale:g}" for scale in sorted({1.0, *measured.scales}))
     tuned = [
@@ -87,7 +88,7 @@ def _protocol(protocol: Protocol) -> list[str]:
     if not _is_tuned(protocol):
         tuned = ["Nothing is tuned."]
     return [
-        f"All runs start from the preset `{protocol.preset}` with {settings}, and spend {protocol.passes:,.0f} U.",
+        f"All runs start from the preset `{protocol.preset}`{changed}, and spend {protocol.passes:,.0f} U.",
         *tuned,
         f"Each setting is run with the fresh seeds {_list(final.seeds)} and measured at the end of training "
         f"on {measured.samples} samples a prompt.",

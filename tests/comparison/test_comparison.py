@@ -222,14 +222,8 @@ def test_front() -> None:
 
 
 def point(variant: str, seed: int, update: int, **metrics: float) -> Point:
-    spent = {
-        "passes": 10.0 * update,
-        "trajectories": update,
-        "transitions": update,
-        "seconds": 0.5 * update,
-        "untimed": 0,
-    }
-    return Point(variant=variant, seed=seed, update=update, **spent, metrics=metrics)
+    spent = {"passes": 10.0 * update, "trajectories": update, "transitions": update, "seconds": 0.5 * update}
+    return Point(variant=variant, seed=seed, update=update, untimed=0, **spent, metrics=metrics)
 
 
 POINTS = [

@@ -136,6 +136,13 @@ def test_what_is_not_finite_is_printed_as_such(tmp_path: Path, protocol: Protoco
     assert theirs.count("+nan [+nan, +nan]") == 1 and "nan" not in ours
 
 
+@pytest.mark.parametrize(("settings", "words"), [({"tracker": "none"}, " with `tracker=none`"), ({}, "")])
+def test_the_page_names_the_settings_there_are(settings: dict, words: str, tmp_path: Path, protocol: Protocol):
+    protocol = dataclasses.replace(protocol, settings=settings)
+    page, _ = write_page(results(protocol, {"ours": KEPT}), tmp_path / "made-up.toml")
+    assert f"- All runs start from the preset `testbed`{words}, and spend 88 U.\n" in page.read_text()
+
+
 def test_nothing_is_written_without_results(tmp_path: Path, protocol: Protocol):
     with pytest.raises(ValueError, match="no final run has been measured yet"):
         write_page(results(protocol, {}), tmp_path / "made-up.toml")
