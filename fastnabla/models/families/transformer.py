@@ -54,6 +54,11 @@ class TransformerFamily(Family):
                     "transformer was trained with"
                 )
 
+    def limit_tokenizers(self, pipeline: DiffusionPipeline) -> None:
+        """Bound the pipeline's copy of the CLIP tokenizer's length, too."""
+        super().limit_tokenizers(pipeline)
+        pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
+
     def sampling_arguments(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
         *_, t5 = self.text_encoders
         return {"max_sequence_length": getattr(pipeline, tokenizer_of(t5)).model_max_length}
