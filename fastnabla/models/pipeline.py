@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ def pipeline_of(config: ModelConfig) -> DiffusionPipeline:
     The finetuned network and the text encoders are quantised as `config.quantise` says.
 
     Raises:
-        ValueError: it is not found, cannot be loaded, is not of a supported family, or its parts do not fit each other; or it
-            cannot be quantised.
+        ValueError: it is not found, cannot be loaded, is not of a supported family, or its parts do not fit each other; the
+            installed diffusers ignores `config.dtype`; or it cannot be quantised.
     """
     dtypes = {"default": getattr(torch, config.dtype), "vae": checked_description(config).vae_dtype(config)}
     pipeline = random_pipeline(architecture_of(config.name), dtypes) if config.random_init else _load(config, dtypes)
@@ -61,7 +62,24 @@ def _load(config: ModelConfig, dtypes: dict[str, torch.dtype]) -> DiffusionPipel
             **family.absent,
         )
     require_whole(config, networks_of(pipeline), variant)
+    _require_dtype(config, network_of(pipeline))
     return pipeline
+
+
+def _require_dtype(config: ModelConfig, network: nn.Module) -> None:
+    """Check that diffusers has not ignored the dtype, as older ones do.
+
+    Small layers may be kept in float32, so the largest weight decides.
+
+    Raises:
+        ValueError: it has.
+    """
+    largest = max((weight for weight in network.parameters() if weight.is_floating_point()), key=Tensor.numel)
+    if largest.dtype != getattr(torch, config.dtype):
+        raise ValueError(
+            f"model.dtype = {config.dtype!r}: diffusers {diffusers.__version__} loaded the weights in {largest.dtype}. Install a "
+            "newer one; 0.42 is tried."
+        )
 
 
 def family_of_pipeline(pipeline: DiffusionPipeline) -> Family:

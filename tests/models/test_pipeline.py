@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.pipeline import encode_prompts, pipeline_of
@@ -32,6 +33,18 @@ def test_pipeline_without_a_part_is_refused(copy: Path, part: str) -> None:
     (copy / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=rf"model\.name = .*{part}"):
         pipeline_of(ModelConfig(name=str(copy)))
+
+
+def test_a_diffusers_that_ignores_the_dtype_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = StableDiffusionPipeline.from_pretrained
+    monkeypatch.setattr(
+        StableDiffusionPipeline, "from_pretrained", lambda name, dtype, **options: load(name, **options)
+    )
+    with pytest.raises(
+        ValueError, match=r"model\.dtype = 'bfloat16': .* loaded .* in torch\.float32\. Install a newer"
+    ):
+        pipeline_of(ModelConfig(name="testbed", dtype="bfloat16"))
+    pipeline_of(TESTBED)
 
 
 def test_first_condition_is_the_empty_prompt() -> None:
