@@ -30,6 +30,7 @@ from fastnabla.rewards.inspection import Finding, inspect_reward
 from fastnabla.rewards.model import RewardModel
 from fastnabla.rewards.precision import precision_on
 from fastnabla.utils.console import command_console, print_error, quiet_libraries
+from fastnabla.utils.user_code import in_words
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 MARKS = {True: "[green]passed[/]", False: "[bold red]failed[/]", None: ""}
@@ -111,7 +112,7 @@ def check(config: CheckConfig, console: Console) -> bool:
     """Print a table of findings for each reward and return whether all passed.
 
     Raises:
-        ValueError: a reward cannot be built, or rejects the prompts.
+        ValueError: a reward cannot be built, or fails; the message names it and the place.
     """
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     options = RewardOptions(
@@ -125,7 +126,10 @@ def check(config: CheckConfig, console: Console) -> bool:
     prompts = [config.prompts[i % len(config.prompts)] for i in range(config.batch)]
     findings: list[Finding] = []
     for name, (reward, _) in build_reward(config.spec, device, options).terms.items():
-        found = inspect_reward(reward, images, prompts, in_float32(name, reward, images.device, options))
+        try:
+            found = inspect_reward(reward, images, prompts, in_float32(name, reward, images.device, options))
+        except Exception as error:  # the reward's own code may raise anything
+            raise ValueError(f"reward {name!r} failed on images {tuple(images.shape)} ({in_words(error)}).") from error
         table = Table(title=f"{name} on {config.batch} images of {config.size} × {config.size}, {device}")
         for column in ("what", "result", ""):
             table.add_column(column)

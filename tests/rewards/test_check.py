@@ -24,6 +24,7 @@ def mixing(i, p): return (i - i.mean(0)).square().sum((1, 2, 3))
 def rounded(i, p): return (i * 255).round().mean((1, 2, 3))
 def scalar(i, p): return i.mean()
 def infinite(i, p): return i.mean((1, 2, 3)) / 0
+def raising(i, p): return i.mean((1, 2, 3)) + {}[p[0]]
 def fine(i, p): return i.square().mean((1, 2, 3)) * torch.tensor([float(len(x)) for x in p])
 """
 
@@ -52,6 +53,13 @@ def test_broken_rewards_fail(name: str, finding: str, broken: None, capsys: pyte
     printed = capsys.readouterr().out
     failed = [line for line in printed.splitlines() if "failed" in line]
     assert len(failed) == 1 and finding in failed[0] and "not all passed" in printed
+
+
+def test_a_reward_that_raises_could_not_be_tried(broken: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "broken_rewards:raising", "--size=32", "--device=cpu", "--prompts", "cat", "dog"]) == 2
+    printed = capsys.readouterr().err
+    assert "reward 'broken_rewards:raising' failed on images (2, 3, 32, 32) (KeyError: 'cat' in " in printed
+    assert "broken_rewards.py, line 9)." in printed and "Traceback" not in printed
 
 
 def test_a_sound_reward_passes(broken: None, capsys: pytest.CaptureFixture[str]) -> None:
