@@ -141,12 +141,15 @@ def check(config: CheckConfig, console: Console) -> bool:
 
 
 def in_float32(name: str, reward: RewardFunction, device: torch.device, options: RewardOptions) -> RewardModel | None:
-    """The same reward in float32. None if it already computes in float32, or is not a `RewardModel`."""
+    """The same reward in float32. None if it already computes in float32, or is not a `RewardModel`.
+
+    One of your own keeps the weights that it has, also those that it stores in bfloat16.
+    """
     if not isinstance(reward, RewardModel) or precision_on(device, reward.precision) == "float32":
         return None
     if name in PUBLISHED:
         return published_class(name).build(device, dataclasses.replace(options, precision="float32"))
-    exact = copy.copy(reward)
+    exact = copy.deepcopy(reward).float()  # which empties the prompt cache
     exact.precision = "float32"
     return exact
 

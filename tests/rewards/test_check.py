@@ -11,7 +11,7 @@ from fastnabla.rewards import PUBLISHED, RewardOptions, inspection
 from fastnabla.rewards.__main__ import in_float32, main, sample_images
 from fastnabla.rewards.in_float32 import InFloat32
 from fastnabla.rewards.inspection import SavedBytes, deviation, gradient_error, inspect_reward
-from tests.golden_rewards import TINY
+from tests.golden_rewards import TINY, gradient
 
 IMAGES = sample_images(None, 3, 32)
 PROMPTS = ["a", "b", "a"]
@@ -182,7 +182,7 @@ def test_saved_bytes_counts_each_storage_once_without_parameters() -> None:
 
 
 def test_deviation_from_float32_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reward in lower precision: gradient and rows are tested in float32, on a copy of a reward of your own."""
+    """A reward in lower precision: gradient and rows are tested in float32."""
     halved, exact = TINY["hpsv2"](RewardOptions(precision="bf16")), TINY["hpsv2"]()
     found = {finding.what: finding for finding in inspect_reward(halved, IMAGES, ["0", "1", "0"], exact)}
     plain = {finding.what: finding for finding in inspect_reward(exact, IMAGES, ["0", "1", "0"])}
@@ -199,9 +199,21 @@ def test_deviation_from_float32_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert "is why" not in found["precision"].result + coarse["gradient"].result
 
     cpu = torch.device("cpu")
-    own = TINY["hpsv2"]()
-    own.precision = "bf16"
-    copied = in_float32("module:own", own, cpu, RewardOptions())
-    assert (copied.precision, own.precision) == ("float32", "bf16")
     assert in_float32("module:own", exact, cpu, RewardOptions()) is None
     assert in_float32("module:own", lambda images, prompts: images, cpu, RewardOptions()) is None
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_reward_of_your_own_is_copied_in_float32(checkpoint: bool) -> None:
+    """All of it: weights stored in bfloat16, encoded prompts, and the layers that checkpointing calls."""
+    prompts = ["0", "1", "0"]
+    own = TINY["hpsv2"](RewardOptions(precision="bf16", checkpoint=checkpoint))
+    values = own(IMAGES, prompts)
+    copied = in_float32("module:own", own, torch.device("cpu"), RewardOptions())
+    for parameter in own.parameters():
+        parameter.data.fill_(torch.nan)
+    assert (copied.precision, own.precision) == ("float32", "bf16")
+    assert {parameter.dtype for parameter in copied.parameters()} == {torch.float32}
+    exact, gradients = gradient(copied, IMAGES, prompts)
+    torch.testing.assert_close(exact, values, rtol=0.05, atol=0.01)
+    assert torch.isfinite(gradients).all()
