@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
@@ -106,18 +106,23 @@ class ImageReward(PublishedReward):
 
     def score(self, pixel_values: Tensor, prompts: Sequence[str]) -> Tensor:
         """Rewards `[B]`."""
-        # Pad every batch to the same length: a row's result must not depend on its neighbours, to the bit.
-        filler = torch.full((MAX_LENGTH["official"],), -1, device=pixel_values.device)
-        rows = [*(self.prompt_cache(prompt) for prompt in prompts), filler]
-        ids = pad_sequence(rows, batch_first=True, padding_value=-1)[:-1]
+        rows = [self.prompt_cache(prompt) for prompt in prompts]
+        image = self.vision(pixel_values).last_hidden_state
+        # A row's result must not depend on its neighbours, to the bit: batches are padded to the same length, and a prompt
+        # that is longer is read by itself.
+        hidden = list(self._read(rows, MAX_LENGTH["official"], image))
+        for i, row in enumerate(rows):
+            if len(row) > MAX_LENGTH["official"]:
+                (hidden[i],) = self._read([row], len(row), image[i : i + 1])
+        return (self.head(torch.stack(hidden)) - MEAN) / STD
+
+    def _read(self, rows: Sequence[Tensor], length: int, image: Tensor) -> Tensor:
+        """The text tower's hidden state of the first token, of token ids padded or cut to `length` and the image tokens."""
+        ids = torch.stack([F.pad(row, (0, length - len(row)), value=-1) for row in rows])
         # An additive mask. For a mask of zeros and ones transformers checks whether it is all ones, which synchronises.
-        mask = (ids < 0)[:, None, None].to(pixel_values.dtype) * torch.finfo(pixel_values.dtype).min
-        hidden = self.text(
-            input_ids=ids.clamp_min(0),
-            attention_mask=mask,
-            encoder_hidden_states=self.vision(pixel_values).last_hidden_state,
-        ).last_hidden_state
-        return (self.head(hidden[:, 0]) - MEAN) / STD
+        mask = (ids < 0)[:, None, None].to(self.text.dtype) * torch.finfo(self.text.dtype).min
+        hidden = self.text(input_ids=ids.clamp_min(0), attention_mask=mask, encoder_hidden_states=image)
+        return hidden.last_hidden_state[:, 0]
 
     @classmethod
     def from_weights(

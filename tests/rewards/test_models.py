@@ -289,6 +289,17 @@ def test_imagereward_reads_longer_prompts_in_the_reference() -> None:
         assert len(reward.tokenize("word " * 58)) == expected
 
 
+def test_a_long_prompt_leaves_its_neighbours_alone() -> None:
+    """To the bit. It is read whole, as if it were alone."""
+    reward = TINY["imagereward"](RewardOptions(preprocess="reference"))
+    reward.tokenize = lambda prompt: [1 + i % 7 for i in range(int(prompt))]
+    short, mixed = (gradient(reward, IMAGES, ["6", length, "9"]) for length in ("6", "38"))
+    for one, other in zip(short, mixed, strict=True):
+        assert torch.equal(one[[0, 2]], other[[0, 2]]) and not torch.equal(one[1], other[1])
+    torch.testing.assert_close(reward(IMAGES[1:2], ["38"]), mixed[0][1:2], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(reward(IMAGES[1:2], ["37"]), reward(IMAGES[1:2], ["38"]))
+
+
 def test_hash_tokenizer_is_stable() -> None:
     tokenize = hash_tokenizer(1, 2, 10, 20, 5)
     assert tokenize("A cat, a") == [1, *tokenize("a CAT,")[1:-1], 2]
