@@ -207,7 +207,7 @@ def reverse_scores(
         s̄ without gradient, float32 (float64 if `x_t` is), in units of 1/σ.
 
     Raises:
-        ValueError: as `residual_db_loss`, or `noise_pred` was not computed from `x_t`.
+        ValueError: as `residual_db_loss`, `x_t` requires no gradient, or `noise_pred` was not computed from it.
 
     Equivalent, for the sampler's a, b and σ of each row::
 
@@ -217,13 +217,16 @@ def reverse_scores(
     table = _table(scheduler, eta)
     _check_states(x_t, x_next, timesteps)
     _check_output("noise_pred", noise_pred, x_t, guidance_scale)
+    if not x_t.requires_grad:
+        raise ValueError("x_t requires no gradient: call x_t.requires_grad_() and then the network")
     untracked = "noise_pred has no graph to x_t: call x_t.requires_grad_() and then the network, with gradients enabled"
-    if not (x_t.requires_grad and noise_pred.requires_grad):
+    if not noise_pred.requires_grad:
         raise ValueError(untracked)
     ops, rows = _select(backend, table, x_t, timesteps)
     output, state = noise_pred.detach().requires_grad_(), full(x_t).detach().requires_grad_()
-    log_prob = ops.gaussian_log_prob(output, state, x_next.detach(), rows, guidance_scale=guidance_scale)
-    direct, cotangent = torch.autograd.grad(log_prob.sum(), (state, output))
+    with torch.enable_grad():
+        log_prob = ops.gaussian_log_prob(output, state, x_next.detach(), rows, guidance_scale=guidance_scale).sum()
+    direct, cotangent = torch.autograd.grad(log_prob, (state, output))
     (vjp,) = torch.autograd.grad(noise_pred, x_t, cotangent, retain_graph=retain_graph, allow_unused=True)
     if vjp is None:
         raise ValueError(untracked)

@@ -263,10 +263,22 @@ def test_reverse_scores(guidance):
 def test_reverse_scores_need_a_graph():
     held = arguments(5.0)
     sampler = {"guidance_scale": 5.0, **{name: held[name] for name in ("x_next", "timesteps", "scheduler")}}
-    with pytest.raises(ValueError, match="noise_pred has no graph to x_t"):
+    with pytest.raises(ValueError, match=r"x_t requires no gradient: call x_t\.requires_grad_\(\)"):
         reverse_scores(held["noise_pred"], held["x_t"], **sampler)
-    with pytest.raises(ValueError, match="noise_pred has no graph to x_t"):
-        reverse_scores(held["noise_pred"] * 1, held["x_t"].requires_grad_(), **sampler)
+    held["x_t"].requires_grad_()
+    for without in (held["noise_pred"] * 1, held["noise_pred"].detach()):
+        with pytest.raises(ValueError, match="noise_pred has no graph to x_t"):
+            reverse_scores(without, held["x_t"], **sampler)
+
+
+def test_reverse_scores_without_gradients_enabled():
+    held = arguments(None)
+    x = held["x_t"].requires_grad_()
+    output = x.sin()
+    sampler = {"guidance_scale": None, **{name: held[name] for name in ("x_next", "timesteps", "scheduler")}}
+    expected = reverse_scores(output, x, **sampler)
+    with torch.no_grad():
+        assert torch.equal(reverse_scores(output, x, **sampler), expected)
 
 
 def test_the_optimum_is_the_tilted_policy():

@@ -55,7 +55,8 @@ def inference_step(
         generator: generator of the noise of x'; not with `prev_sample`.
         prev_sample: x' `[N, …]`; drawn if None.
         prev_timestep: timestep of x'. Optional, because it follows from the schedule.
-        reverse_grad: return the score with respect to x instead of x'; `sample` must require a gradient.
+        reverse_grad: return the score with respect to x instead of x'; `sample` must require a gradient, and `model_output` be
+            computed from it.
         retain_graph: with `reverse_grad`, keep the graph of `model_output`.
         allow_2nd: with `reverse_grad`, return a differentiable score; this keeps the graph as well.
         strength: λ, the factor of the score.
@@ -77,6 +78,8 @@ def inference_step(
         raise ValueError("retain_graph and allow_2nd have no effect without reverse_grad=True")
     if reverse_grad and not sample.requires_grad:
         raise ValueError("reverse_grad=True: sample must require a gradient, and model_output be computed from it")
+    if reverse_grad and not model_output.requires_grad:
+        raise ValueError("reverse_grad=True: model_output has no graph: compute it from sample, with gradients enabled")
     table = _table(scheduler, eta)
     step = table.step_index(_by_row("timestep", timestep, sample))
     rows = table.rows(step, sample)
@@ -102,12 +105,15 @@ def inference_step(
     fixed = full(prev_sample.detach())
     if reverse_grad:
         log_prob = PLAIN.gaussian_log_prob if allow_2nd else ops.gaussian_log_prob
-        density = log_prob(model_output, sample, fixed, rows, guidance_scale=None).sum()
-        (score,) = torch.autograd.grad(density, sample, retain_graph=retain_graph or allow_2nd, create_graph=allow_2nd)
-        score = full(score)
+        with torch.enable_grad():
+            density = log_prob(model_output, sample, fixed, rows, guidance_scale=None).sum()
+            (score,) = torch.autograd.grad(
+                density, sample, retain_graph=retain_graph or allow_2nd, create_graph=allow_2nd
+            )
+            score = strength * full(score)
     else:
-        score = step_score(model_output, sample, fixed, rows)
-    return prev_sample.to(sample.dtype), strength * score
+        score = strength * step_score(model_output, sample, fixed, rows)
+    return prev_sample.to(sample.dtype), score
 
 
 def predict_clean(

@@ -135,6 +135,17 @@ def test_reverse_grad_and_the_graph():
         output.sum().backward()
 
 
+@pytest.mark.parametrize("allow_2nd", [False, True])
+def test_reverse_grad_without_gradients_enabled(allow_2nd):
+    x = randn(*SHAPE).requires_grad_()
+    settings = {"prev_sample": randn(*SHAPE), "reverse_grad": True, "retain_graph": True, "allow_2nd": allow_2nd}
+    arguments = (ddim(20), network(x), torch.tensor([951, 1, 51]), x)
+    _, expected = inference_step(*arguments, **settings)
+    with torch.no_grad():
+        _, score = inference_step(*arguments, **settings)
+    assert torch.equal(score, expected) and score.requires_grad == allow_2nd
+
+
 def test_samples(sampler):
     """x' drawn with the generator's noise; its score is −ε/σ, x' held constant. To 1e-4: float32 at a small σ."""
     scheduler, eta, timestep = sampler
@@ -190,6 +201,10 @@ WRONG = {
     "retain_graph": ({"retain_graph": True}, "have no effect without reverse_grad"),
     "allow_2nd": ({"allow_2nd": True}, "have no effect without reverse_grad"),
     "reverse_grad": ({"reverse_grad": True}, "sample must require a gradient"),
+    "without_graph": (
+        {"reverse_grad": True, "sample": X.clone().requires_grad_()},
+        "model_output has no graph: compute",
+    ),
     "timestep": ({"timestep": 52}, "timestep 52 is not one of the sampler's 20"),
     "timesteps": (
         {"timestep": torch.tensor([51, 1])},
