@@ -95,7 +95,7 @@ def sample_images(folder: Path | None, count: int, size: int) -> Tensor:
     """The first images of a folder, or smooth synthetic ones with some noise, `[count, 3, size, size]` in [0, 1].
 
     Raises:
-        ValueError: the folder has fewer than `count` images.
+        ValueError: the folder has fewer than `count` images, or one of them cannot be read.
     """
     if folder is None:
         generator = torch.Generator().manual_seed(0)
@@ -104,8 +104,15 @@ def sample_images(folder: Path | None, count: int, size: int) -> Tensor:
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES)[:count]
     if len(paths) < count:
         raise ValueError(f"images = {str(folder)!r}: has {len(paths)} images, --batch needs {count}.")
-    pictures = [ImageOps.fit(Image.open(path).convert("RGB"), (size, size)) for path in paths]
-    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 for picture in pictures])
+    return torch.stack([_read_square(path, size) for path in paths])
+
+
+def _read_square(path: Path, size: int) -> Tensor:
+    try:
+        picture = ImageOps.fit(Image.open(path).convert("RGB"), (size, size))
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"images: {str(path)!r} cannot be read ({error}); replace or remove it.") from error
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
 def check(config: CheckConfig, console: Console) -> bool:

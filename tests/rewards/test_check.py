@@ -155,6 +155,14 @@ def test_images_come_from_the_folder_in_order(tmp_path: Path) -> None:
     assert images[0, 0].mean() > 0.3 and images[1].max() == 0
 
 
+def test_a_damaged_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
+    assert main(["check", "area", "--size=32", "--images", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert f"images: '{tmp_path / 'a.png'}' cannot be read (cannot identify" in printed and "remove it." in printed
+
+
 def test_gradient_error_is_the_missing_share() -> None:
     def half(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         left, right = images.chunk(2, -1)
