@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,7 +49,9 @@ def find_files(part: str, published: Source, source: str | None) -> list[Path]:
     Raises:
         ValueError: a file is missing, or cannot be downloaded.
     """
-    local = Path(source) if source is not None else None
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    local = Path(os.path.expanduser(source)) if source is not None else None
     if local is not None and local.is_file():
         if len(published.files) > 1:
             raise ValueError(
@@ -62,8 +65,14 @@ def find_files(part: str, published: Source, source: str | None) -> list[Path]:
                 f"--local-dir {source}"
             )
         return [local / name for name in published.files]
-    if source is not None and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
-        raise ValueError(f"weights: {part}={source} is neither an existing file or folder nor a hub id.")
+    if source is not None:
+        try:
+            validate_repo_id(source)
+        except HFValidationError as error:
+            raise ValueError(
+                f"weights: {part}={source} is neither an existing file or folder nor a hub id; give {part}=PATH or "
+                f"{part}=OWNER/NAME."
+            ) from error
     published = dataclasses.replace(published, repository=source or published.repository)
     return [_from_hub(part, published, name) for name in published.files]
 

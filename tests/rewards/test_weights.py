@@ -156,13 +156,23 @@ def test_a_folder_without_the_file_and_what_is_no_source(tmp_path: Path) -> None
     source = Source("xswu/HPSv2", ("HPS_v2.1_compressed.pt",))
     with pytest.raises(ValueError, match=f"has no HPS_v2.1_compressed.pt.*hf download.*--local-dir {tmp_path}"):
         find_files("hpsv2", source, str(tmp_path))
-    with pytest.raises(ValueError, match="neither an existing file or folder nor a hub id"):
-        find_files("hpsv2", source, "./no/such/folder")
+    for wrong in ("./no/such/folder", "foo--bar/x", "a/b/c", "../x", "x/"):
+        with pytest.raises(
+            ValueError, match=rf"^weights: hpsv2={wrong} is neither .* nor a hub id; give hpsv2=PATH or"
+        ):
+            find_files("hpsv2", source, wrong)
     with pytest.raises(ValueError, match=r"hf download mine/copy HPS"):
         find_files("hpsv2", source, "mine/copy")
     (tmp_path / "a.json").touch()
     with pytest.raises(ValueError, match=r"is a file; give the folder that contains vocab.json, merges.txt"):
         find_files("t", Source("r", ("vocab.json", "merges.txt")), str(tmp_path / "a.json"))
+
+
+def test_a_source_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "w.pt").touch()
+    for source in ("~", "~/w.pt"):
+        assert find_files("hpsv2", Source("xswu/HPSv2", ("w.pt",)), source) == [tmp_path / "w.pt"]
 
 
 def test_cached_files_are_taken_without_the_hub(tmp_path: Path) -> None:
