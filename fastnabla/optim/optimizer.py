@@ -125,7 +125,8 @@ class Optimizer:
     def _clip(self, parameters: Sequence[Tensor]) -> Tensor:
         """Clip the gradients' norm. Returns the norm before clipping, over all processes if the gradients are sharded.
 
-        Does not synchronise with the device. A norm that is not finite turns the gradients into NaN."""
+        Does not synchronise with the device. A norm that is NaN turns all gradients into NaN. An infinite one turns the finite
+        gradients into 0, and the infinite ones into NaN."""
         sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
         with BEACON.collective() if sharded else contextlib.nullcontext():
             norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, error_if_nonfinite=False, foreach=True)
