@@ -94,7 +94,7 @@ def layout(x: Tensor, /, pairs: tuple[str, ...] = (), **tensors: Tensor | None) 
     """Check the tensors of a call and return their layout.
 
     Args:
-        x: states `[N, …]`, which the others are compared with.
+        x: `[N, …]`, the one of `tensors` that the others are compared with.
         pairs: names of tensors with 2N rows.
         tensors: by argument name, in the order of their bits in `LAST`; None for those not given.
 
@@ -104,7 +104,8 @@ def layout(x: Tensor, /, pairs: tuple[str, ...] = (), **tensors: Tensor | None) 
     single, device = tuple(x.shape), x.device
     rows, size = (single[0], math.prod(single[1:])) if len(single) > 1 else (0, 0)
     if not 0 < size < 2**31 - TILE:
-        raise ValueError(f"x has shape {single}: expected [N, …] with 1 to 2³¹ − {TILE + 1} elements a row")
+        name = next(name for name, tensor in tensors.items() if tensor is x)
+        raise ValueError(f"{name} has shape {single}: expected [N, …] with 1 to 2³¹ − {TILE + 1} elements a row")
     pair = (2 * rows, *single[1:])
     last = {}
     split = False

@@ -150,9 +150,9 @@ def test_shortest_and_longest_row():
     longer = torch.empty(1, 2**31 - TILE, device="meta")
     for wrong in (longer, torch.empty(3, 0, 5), torch.empty(3), torch.empty(())):
         with pytest.raises(
-            ValueError, match=rf"x has shape .*: expected \[N, …\] with 1 to 2³¹ − {TILE + 1} elements a row"
+            ValueError, match=rf"^score has shape .*: expected \[N, …\] with 1 to 2³¹ − {TILE + 1} elements a row"
         ):
-            layout(wrong, x=wrong)
+            layout(wrong, flow=None, score=wrong)
 
 
 WRONG_STEPS = {
