@@ -27,7 +27,6 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.c*") if path.suffix in (".cpp", ".cu"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.*h"))
-ARCHITECTURES = tuple(map(int, os.environ.get("FASTNABLA_CUDA_ARCHITECTURES", "80,90,100").split(",")))
 # torch 2.11's stable ABI, the oldest supported: an extension built with a newer torch also runs with 2.11.
 COMMON = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 ALL_WARNINGS = ["-Wall", "-Wextra"]
@@ -182,10 +181,16 @@ class BuildExtension(build_ext):
 
 
 def _nvcc_options(nvcc: str, compiler: str) -> list[str]:
+    value = os.environ.get("FASTNABLA_CUDA_ARCHITECTURES", "80,90,100")
+    wanted = [part.strip() for part in value.split(",")]
+    if not all(part.isdecimal() for part in wanted):
+        raise CannotBuild(
+            f"FASTNABLA_CUDA_ARCHITECTURES = {value!r}: must be numbers with commas between them, such as 80,90"
+        )
     supported = run(nvcc, "--list-gpu-code").split()
-    architectures = [a for a in ARCHITECTURES if f"sm_{a}" in supported]
+    architectures = [a for a in wanted if f"sm_{a}" in supported]
     if not architectures:
-        raise CannotBuild(f"{nvcc} supports none of the architectures {', '.join(f'sm_{a}' for a in ARCHITECTURES)}")
+        raise CannotBuild(f"{nvcc} supports none of the architectures {', '.join(f'sm_{a}' for a in wanted)}")
     codes = [f"arch=compute_{a},code=sm_{a}" for a in architectures]
     codes.append(f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")  # PTX for newer architectures
     options = ["-ccbin", compiler, "--threads", "0"]

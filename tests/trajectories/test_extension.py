@@ -160,11 +160,14 @@ esac
 while [ "$1" != -o ] && [ $# -gt 0 ]; do shift; done
 [ $# -eq 0 ] || echo nothing > "$2"
 """
+ARCHITECTURES = {"no such architecture": "1", "a letter": "90a", "no number": ""}
 NO_CUDA = {
     "no nvcc": r"nvcc was not found in CUDA_HOME or PATH",
     "another version": r"bin/nvcc has CUDA 13\.0 and torch has 12\.8; set CUDA_HOME",
     "nvcc fails midway": r"nvcc failed; its output is above",
     "no such architecture": r"bin/nvcc supports none of the architectures sm_1",
+    "a letter": r"FASTNABLA_CUDA_ARCHITECTURES = '90a': must be numbers with commas",
+    "no number": r"FASTNABLA_CUDA_ARCHITECTURES = '': must be numbers with commas",
     "cannot be loaded": r"python\S* failed; its output is above",
 }
 
@@ -174,6 +177,7 @@ NO_CUDA = {
 def test_a_cuda_part_that_cannot_be_built(case, required, tmp_path, monkeypatch, capfd):
     """FASTNABLA_CUDA=1 then fails and leaves alone what was there; else the rest is built, and one line says why.
     Compilers are doubles that write a file, so what is linked cannot be loaded."""
+    monkeypatch.setenv("FASTNABLA_CUDA_ARCHITECTURES", ARCHITECTURES.get(case, "80, 90"))
     script = build_script(monkeypatch)
     for name in ("c++", "nvcc"):
         (tmp_path / "bin").mkdir(exist_ok=True)
@@ -183,8 +187,6 @@ def test_a_cuda_part_that_cannot_be_built(case, required, tmp_path, monkeypatch,
         compiler.chmod(0o755)
     if case == "no nvcc":
         (tmp_path / "bin/nvcc").unlink()
-    if case == "no such architecture":
-        script.ARCHITECTURES = (1,)
     for name in ("CUDA_HOME", "FASTNABLA_SANITIZE", "FASTNABLA_CUDA", "LD_PRELOAD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin" if case != "no nvcc" else str(tmp_path / "bin"))
@@ -248,7 +250,7 @@ def test_cuda_code_compiles_without_warnings_or_spills(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTNABLA_PTXAS", "1")
     monkeypatch.setenv("FASTNABLA_WERROR", "1")
     monkeypatch.delenv("LD_PRELOAD", raising=False)  # sanitizers, which nvcc does not stand
-    script.ARCHITECTURES = (90,)
+    monkeypatch.setenv("FASTNABLA_CUDA_ARCHITECTURES", "90")
     options = [*script.COMMON, "-isystem", str(Path(torch.__file__).parent / "include")]
     options += script._nvcc_options(NVCC, COMPILER)
     sources = sorted(Path("csrc").glob("*.cu"))
