@@ -1,6 +1,8 @@
 """diffusers pipelines: loading, prompt embeddings."""
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import diffusers
 import torch
@@ -48,18 +50,19 @@ def pipeline_of(config: ModelConfig) -> DiffusionPipeline:
 
 def _load(config: ModelConfig, dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:
     family = family_of(config)
-    file = single_file_of(config)
-    variant = variant_to_load(config) if file is None else None
-    with loading(config):
-        if file is not None:
+    if (file := single_file_of(config)) is not None:
+        with loading(config):
             return load_single_file(config, file, family, dtypes)
+    folder, variant = source_of(config), variant_to_load(config)
+    if not Path(folder).is_dir():  # download, to check the files before they are loaded
+        with loading(config):
+            folder = family.pipeline.download(
+                folder, revision=config.revision, variant=variant, use_safetensors=True, **family.absent
+            )
+        variant = variant_to_load(dataclasses.replace(config, variant=variant))
+    with loading(config):
         pipeline = family.pipeline.from_pretrained(
-            source_of(config),
-            revision=config.revision,
-            variant=variant,
-            dtype=dtypes,
-            use_safetensors=True,
-            **family.absent,
+            folder, variant=variant, dtype=dtypes, use_safetensors=True, **family.absent
         )
     require_whole(config, networks_of(pipeline), variant)
     _require_dtype(config, network_of(pipeline))

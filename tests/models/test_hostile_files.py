@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline, StableDiffusionPipeline
 
 from fastnabla.config.model_sections import ModelConfig
 from fastnabla.models.fitting import checked_description
@@ -109,6 +109,32 @@ def test_links_of_the_hub_s_cache_are_followed(model: Path) -> None:
         path.rename(blobs / str(number))
         path.symlink_to(os.path.relpath(blobs / str(number), path.parent))
     load(model)
+
+
+def test_a_download_is_checked_before_it_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only configuration files are in the hub's cache before."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    snapshot = tmp_path / "cache" / "models--some--model" / "snapshots" / "abc"
+    shutil.copytree(model, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+
+    def download(name: str, **options: object) -> str:
+        assert (name, options["variant"], options["use_safetensors"]) == ("some/model", None, True)
+        shutil.copytree(model, snapshot, dirs_exist_ok=True)
+        return str(snapshot)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "download", download)
+    config = ModelConfig(name="some/model", dtype="float32")
+    pipeline_of(config)
+    (snapshot / UNET).unlink()
+    (model / UNET).write_bytes(next(iter(LIES.values())))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors"):
+        patch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("it is loaded"))
+        pipeline_of(config)
 
 
 class Evil:
