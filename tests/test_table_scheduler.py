@@ -49,6 +49,7 @@ def images(pipeline: StableDiffusionPipeline, **settings: object) -> Tensor:
     return pipeline(["a cat", "a dog"], **settings).images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheduler", "eta"),
     [

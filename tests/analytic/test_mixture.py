@@ -83,6 +83,7 @@ def test_posterior_is_of_the_diffused_mixtures_components():
     torch.testing.assert_close(p.posterior(x, alpha_bar), torch.cat(rows), **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 @pytest.mark.parametrize("kind", range(3))
 @pytest.mark.parametrize(("dimension", "points"), [(1, 20_001), (2, 701)])

@@ -29,6 +29,7 @@ ON_DIFFUSION = [method for method in METHODS if method != "vgg-flow"]
 """Methods for the testbed, which is a diffusion model."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ON_DIFFUSION)
 def test_measured_passes_are_those_the_networks_make(method: str) -> None:
     """For two updates and their rollout, by the policy's counter."""

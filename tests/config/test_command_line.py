@@ -28,6 +28,7 @@ INVALID = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "arguments", "said"), INVALID, ids=lambda value: " ".join(value) if type(value) is list else ""
 )

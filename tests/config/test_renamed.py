@@ -70,6 +70,7 @@ def test_the_value_under_an_old_name_is_checked() -> None:
         from_json(old_json({"objective.strength": -1.0}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dash", ["-", "_"])
 @pytest.mark.parametrize("equals", ["=", None])
 @pytest.mark.parametrize("name", SAME_VALUES)

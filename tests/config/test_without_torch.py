@@ -12,6 +12,7 @@ atexit.register(lambda: print("imported:", *[name for name in {HEAVY} if name in
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "status", "said"),
     [

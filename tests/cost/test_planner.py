@@ -159,6 +159,7 @@ def test_quantised_weights_take_what_is_planned(kind: str, tmp_path: Path) -> No
     assert quantised.network_traffic(1).forward > plain.network_traffic(1).forward
 
 
+@pytest.mark.slow
 def test_a_plan_has_room_for_the_prompts() -> None:
     """118 kB each for Stable Diffusion 1.5, up to 256 MiB."""
     config, costs = TrainConfig(vram=24), shallow()
@@ -204,6 +205,7 @@ def test_fixed_settings_are_respected() -> None:
     assert plan(10, micro_batch=12).checkpoint_network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gigabytes", "memory"), [(3, {}), (10, {"micro_batch": 8, "checkpoint_network": False})])
 def test_what_does_not_fit_fits_into_what_is_said_to_be_needed(gigabytes: int, memory: dict) -> None:
     with pytest.raises(DoesNotFit, match=rf"^vram = {gigabytes}\.0 GB: the smallest settings need about ") as caught:

@@ -116,6 +116,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_update_is_computed_again_bit_for_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sound one, so that its gradients can be compared; weights, statistics and micro-batch are changed in between. The

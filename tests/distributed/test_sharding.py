@@ -153,6 +153,7 @@ def test_half_precision(results: list[dict[str, Any]]) -> None:
         assert relative_error(joined(result["half"]), expected) < 1.5 * error < 0.1
 
 
+@pytest.mark.slow
 def test_refuses_what_cannot_be_sharded(results: list[dict[str, Any]]) -> None:
     compiling, moments = results[0]["refused"]
     assert "compute.compile = 'whole'" in compiling and "blocks" in compiling

@@ -58,6 +58,7 @@ def copy_of(run: Path, folder: Path) -> Path:
     return Path(shutil.copytree(run, folder, ignore=shutil.ignore_patterns("reference-*", FILE)))
 
 
+@pytest.mark.slow
 def test_results_are_complete(run: Path) -> None:
     found = results(run)
     assert found["groups"].keys() == {"trained", "held_out"}

@@ -77,6 +77,7 @@ def test_killed_again_and_again(trainer: Trainer, undisturbed: tuple[Path, float
     assert not any(count.differences for count in counts.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arm",
     [

@@ -77,6 +77,7 @@ ALIKE = ("db", "rsm", "dag-kl", "draft-lv", "random truncation", "nf4")
 """Their steps are those of others but for a formula, or the format of the weights."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [pytest.param(run, id=name, marks=pytest.mark.slow if name in ALIKE else ()) for name, run in RUNS.items()],

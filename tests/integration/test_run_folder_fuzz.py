@@ -93,6 +93,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "damage"), [(place, list(DAMAGE)[(i + j) % 4]) for i, place in enumerate(PLACES) for j in (0, 1)]
 )
@@ -123,6 +124,7 @@ def test_a_pipe_is_not_waited_for(place: str, run: Path) -> None:
     assert newest is not None and newest[0].name == "update-000004"
 
 
+@pytest.mark.slow
 @given(content=st.binary(max_size=200), place=st.integers(0, 10**6), cut=st.booleans())
 @settings(max_examples=60)
 @example(content=b"\t", place=1, cut=False)  # where JSON may have other white space

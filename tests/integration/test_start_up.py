@@ -39,6 +39,7 @@ def awkward() -> dict[str, str]:
     return {name: os.environ[name] for name in PRESENT if name in os.environ} | AWKWARD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["sample", "evaluate", "export", "compare"])
 def test_help_imports_no_torch(module: str) -> None:
     code = (

@@ -27,6 +27,10 @@ from tests.kernel_cases import (
 )
 from tests.kernels.operations import OPERATIONS, Operation
 
+EACH_LAYOUT = [
+    pytest.param(name, marks=pytest.mark.slow if name == "more_tiles_than_are_summed_at_once" else ())
+    for name in LAYOUTS
+]
 each_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 each_input = pytest.mark.parametrize(
     ("operation", "name"),
@@ -51,7 +55,7 @@ def test_anything(device: str, data: st.DataObject, label: str, seed: int) -> No
 
 
 @on_each_device
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EACH_LAYOUT)
 @each_operation
 def test_layouts(operation: Operation, layout: str, device: str) -> None:
     batch = Case(steps=(3, LAST), **LAYOUTS[layout]).draw(device)
@@ -60,6 +64,7 @@ def test_layouts(operation: Operation, layout: str, device: str) -> None:
         assert_memory_order(results[name], tensor)
 
 
+@pytest.mark.slow
 @on_each_device
 @each_input
 def test_one_tensor_in_channels_last(operation: Operation, name: str, device: str) -> None:
@@ -100,6 +105,7 @@ def test_nothing_is_left_of_uninitialised_memory(operation: Operation, device: s
         assert_same_bits(operation.evaluate(FUSED, batch), results)
 
 
+@pytest.mark.slow
 @on_each_device
 @pytest.mark.parametrize("row", [0, 1], ids=["inner", "last"])
 @each_input

@@ -26,6 +26,7 @@ def test_values_and_gradients(device, guidance, prior_weight, dtypes):
     assert_matches(FORWARD_BALANCE.evaluate, case.draw(device))
 
 
+@pytest.mark.slow
 @on_each_device
 @pytest.mark.parametrize(
     "options",

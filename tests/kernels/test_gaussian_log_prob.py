@@ -149,6 +149,7 @@ def test_same_bits_for_any_batch(guidance, device):
     assert_same_bits(evaluate(FUSED, picked, steps[some], guidance), expected)
 
 
+@pytest.mark.slow
 @on_each_device
 @on_layouts
 def test_a_row_does_not_see_another(layout, device):

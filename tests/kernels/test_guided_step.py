@@ -71,6 +71,7 @@ def test_same_bits_for_any_layout(last, device):
         assert torch.equal(one, two)
 
 
+@pytest.mark.slow
 @on_each_device
 @on_layouts
 def test_everything_is_written(layout, device):

@@ -122,6 +122,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [COUNT, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(name, micro_batch):

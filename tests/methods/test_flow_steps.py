@@ -103,6 +103,7 @@ def gradients_of_row(golden: GoldenStep, levels: Levels, row: int, backend: str)
     return {name: torch.zeros(()) if g is None else k_next**2 * g for name, g in golden.gradients().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("folder", ALL_STEP_SETS)
 def test_agrees_with_the_reference_as_a_flow(folder: Path, backend: str) -> None:

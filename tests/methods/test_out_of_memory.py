@@ -42,6 +42,7 @@ def clear(step: BalanceStep) -> None:
         parameter.grad = None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reuse_passes", [False, True])
 @pytest.mark.parametrize("backwards", [False, True])
 def test_halves_and_repeats(backwards, reuse_passes, caplog):

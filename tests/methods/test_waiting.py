@@ -40,6 +40,7 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward_gradient", ["lookahead", "lookahead_detached", "terminal"])
 @pytest.mark.parametrize("reuse_passes", [False, True])
 def test_no_float_decides_on_the_host(reward_gradient, reuse_passes):

@@ -71,6 +71,7 @@ def test_reward_gradient(vae, chunk, checkpoint):
     assert not any(tensor.requires_grad for tensor in actual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -73,6 +73,7 @@ def test_policy_samples_what_plain_diffusers_does(model: str) -> None:
     torch.testing.assert_close(networks.decoder.decode(latents), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_channels_last_is_of_unet_and_decoder(model: str, channels_last: bool) -> None:
     config = config_of(model, compute=ComputeConfig(channels_last=channels_last))

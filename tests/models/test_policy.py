@@ -85,6 +85,7 @@ def in_precision(policy: Policy, kind: str) -> Policy:
     return policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "one_graph"])
 def test_scaled_lora_lies_between_the_pretrained_and_the_finetuned_policy(kind):
     policy = in_precision(perturbed(), kind)
@@ -109,6 +110,7 @@ def test_scaled_lora_lies_between_the_pretrained_and_the_finetuned_policy(kind):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "one_graph"])
 @pytest.mark.parametrize("scale", [0.25, -1.5])
 def test_scaled_lora_equals_pefts_scale(scale, kind):
@@ -275,6 +277,7 @@ def test_xformers_that_cannot_run():
         build().optimise(attention="xformers")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["channels_last", "checkpoint"])
 @pytest.mark.parametrize("rank", [4, 0])
 def test_settings_change_rounding_alone(setting, rank):

@@ -304,6 +304,7 @@ PROMPTS = st.lists(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 @given(prompts=PROMPTS)
 def test_prompts_are_read_as_they_were_written(

@@ -66,6 +66,7 @@ CASES = [(method, name) for method in SEVERAL_AND_ONE for name in RANGES]
 CASES += [(method, "many decades") for method in METRICS.keys() - SEVERAL_AND_ONE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "name"), sorted(CASES))
 def test_panels_of_every_method_and_range(method, name):
     metrics = METRICS[method]

@@ -134,6 +134,7 @@ def test_each_process_writes_its_half(two: list[dict[str, Any]], folder: Path) -
         assert offsets["policy.conv_in.weight"]["saved_offsets"][0] in (0, 4)
 
 
+@pytest.mark.slow
 def test_a_damaged_share_is_found(two: list[dict[str, Any]], folder: Path) -> None:
     shard = max((folder / "two" / FOLDER).iterdir())
     content = shard.read_bytes()

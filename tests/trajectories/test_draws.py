@@ -74,6 +74,7 @@ PAIRS = {"stratified": 9, "uniform": 110, "runs": 11}
 """Values that two neighbouring columns can have together, of 12 steps of which 4 are drawn."""
 
 
+@pytest.mark.slow
 @KINDS
 def test_distribution(kind):
     """Chi-square of each column, of neighbouring columns, and correlations of trajectories 1, 2 and 64 apart.
@@ -144,6 +145,7 @@ def test_reverse_draws_are_even(seed, trajectories, inner, fraction, whole):
         assert (drawn == drawn[:, :1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.25, 0.4, 0.5])
 def test_every_transition_has_the_same_probability_of_a_reverse_residual(fraction):
     """20,000 trajectories: the mean factor of a place is within 4.5 standard deviations of 1. So are those of 3,000 draws of

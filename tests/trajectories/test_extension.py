@@ -172,6 +172,7 @@ NO_CUDA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("required", [True, False])
 @pytest.mark.parametrize("case", NO_CUDA)
 def test_a_cuda_part_that_cannot_be_built(case, required, tmp_path, monkeypatch, capfd):

@@ -122,6 +122,7 @@ HANGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HANGS)
 def test_what_cannot_be_interrupted_ends_the_process(name: str) -> None:
     hang, said = HANGS[name]
