@@ -12,7 +12,7 @@ from rich.table import Table
 from fastnabla.evaluation.options import EvaluationOptions, file_of
 from fastnabla.evaluation.run import RunEvaluation
 from fastnabla.metrics.joint_entropy import CEILINGS
-from fastnabla.utils.durable import require_writable, write_file
+from fastnabla.utils.durable import write_file
 from fastnabla.utils.printable import printable
 from fastnabla.utils.progress import TaskProgress
 
@@ -35,7 +35,6 @@ def evaluate_run(run: Path, options: EvaluationOptions, others: Sequence[Path], 
     Raises:
         ValueError: the folder is not a finished run, or cannot be written, or a model, reward or probe cannot be built.
     """
-    require_writable(run / file_of(options), "RUN")
     evaluation = RunEvaluation(run, options, others)
     with TaskProgress(console, printable(run.name), evaluation.steps) as progress:
         result = evaluation.measure(progress.advance)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastnabla
 from fastnabla.config.train import load_run
-from fastnabla.evaluation.options import FORMAT, EvaluationOptions
+from fastnabla.evaluation.options import FORMAT, EvaluationOptions, file_of
 from fastnabla.evaluation.reference_distances import reference_distances, reference_floor
 from fastnabla.evaluation.reference_samples import reference_latents, weight_files
 from fastnabla.metrics.divergence import TrajectoryDivergence, divergence_summary
@@ -31,6 +31,7 @@ from fastnabla.run.tracker import readable_records
 from fastnabla.run.weights import update_of, weights_folder
 from fastnabla.training.build import plan_and_build
 from fastnabla.trajectories.rollout import Recorder, sample
+from fastnabla.utils.durable import require_writable
 from fastnabla.utils.seeding import seed_of
 
 POLICY_NOISE, REFERENCE_NOISE = 0, 1
@@ -48,13 +49,14 @@ class RunEvaluation:
         others: folders of other runs, whose reference samples may be reused, besides those in the folder that holds `run`.
 
     Raises:
-        ValueError: the folder is not a run that has reached an evaluation, or its model, reward or probe cannot be built.
+        ValueError: the folder is not a run that has reached an evaluation, or cannot be written, or its model, reward or probe cannot be built.
     """
 
     def __init__(self, run: Path, options: EvaluationOptions, others: Sequence[Path] = ()) -> None:
         config = dataclasses.replace(load_run(run), vram=None)  # a bound on training
         weights = weights_folder(run, options.weights, config.optimizer.ema)
         require_policy(weights)
+        require_writable(run / file_of(options), "RUN")
         if options.probe is not None:
             config.evaluation = dataclasses.replace(config.evaluation, probe=options.probe)
         self.run, self.options, self.others = run, options, others

@@ -89,7 +89,7 @@ def require_writable(path: Path, field: str) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(
-            f"{field} = {str(path)!r}: cannot be written ({error.strerror or error}); name another file."
+            f"{field} = {str(path)!r}: cannot be written ({error.strerror or error}); make it writable, or use another place."
         ) from error
 
 

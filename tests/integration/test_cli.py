@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from fastnabla import sample, train
+from fastnabla import evaluate, sample, train
 from fastnabla.distributed.signals import Stopped
 from fastnabla.run.tracker import Tracker
 from fastnabla.training.trainer import Trainer
@@ -271,6 +271,11 @@ def test_unknown_preset_is_refused() -> None:
 def test_sample_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert sample.main(["nowhere"]) == 2
     assert "not a run folder" in capsys.readouterr().err
+
+
+def test_evaluating_nothing_makes_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["nowhere"]) == 2
+    assert "not a run folder" in capsys.readouterr().err and not Path("nowhere").exists()
 
 
 def test_no_prompt_and_a_negative_seed_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -196,7 +196,7 @@ def test_single_files_are_replaced(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_writable(tmp_path / "new" / "a.png", "output")
     assert not list((tmp_path / "new").iterdir())
-    with pytest.raises(ValueError, match=r"output = '.*new': cannot be written \(it is a folder\); name another file"):
+    with pytest.raises(ValueError, match=r"output = '.*new': cannot be written \(it is a folder\); make it writable"):
         require_writable(tmp_path / "new", "output")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"output = '.*file/a\.png': cannot be written"):
