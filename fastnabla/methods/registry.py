@@ -159,10 +159,10 @@ def _refl_passes(config: TrainConfig) -> float:
 def _refl_ending(config: TrainConfig, policy: Policy) -> Ending:
     guidance_scale = config.direct.guidance_scale
     require(
-        guidance_scale is None or policy.guidance_embedding is None,
+        guidance_scale is None or not policy.guidance_is_input,
         "direct.guidance_scale",
         guidance_scale,
-        "this UNet has guidance distilled into it and takes sampler.guidance_scale as an input; leave it None.",
+        "this network has guidance distilled into it and takes sampler.guidance_scale as an input; leave it None.",
     )
     return late_prediction(config.direct.first_late(config.sampler.steps), guidance_scale)
 

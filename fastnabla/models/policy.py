@@ -53,6 +53,7 @@ class Policy(nn.Module):
         self.dtype = network.dtype
         guidance = family.guidance_input(network, guidance_scale)
         conditions.share({name: value.to(self.dtype) for name, value in guidance.items()})
+        self.guidance_is_input = bool(guidance)
         self.guidance_scale = None if guidance_scale == 1 or guidance else guidance_scale
         self.pretrained: nn.Module | None = None
         self.shards: ShardedNetwork | None = None

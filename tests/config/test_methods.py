@@ -2,7 +2,6 @@
 
 import dataclasses
 from typing import get_args
-from unittest.mock import Mock
 
 import pytest
 
@@ -96,12 +95,6 @@ def test_only_methods_without_densities_learn_from_an_ode(method: MethodName) ->
 def test_an_ode_has_no_noise_to_scale(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"sampler\.{name} = {value}: .*euler has no noise; leave it"):
         SamplerConfig(scheduler="euler", **{name: value})
-
-
-def test_refl_has_no_guidance_of_its_own_if_guidance_was_distilled() -> None:
-    config = TrainConfig(method="refl", direct=Direct(guidance_scale=1.0))
-    with pytest.raises(ValueError, match=r"direct\.guidance_scale = 1\.0: .* distilled .* leave it None"):
-        STEPS["refl"].build(config, Mock(), Mock(), [])  # its policy has an embedding of the guidance scale
 
 
 def test_planned_costs_of_direct_methods() -> None:

@@ -37,6 +37,7 @@ RUNS = {name: {"method": name} for name in OTHERS} | {
         "objective": dataclasses.replace(small().objective, reverse_target="reference"),
     },
     "nf4": {"method": "residual-db", "model": ModelConfig(name="testbed", dtype="float32", quantise="nf4")},
+    "without guidance": {"method": "refl", "direct": Direct(late=0.5, guidance_scale=1.0)},
     "random truncation": {"method": "draft", "direct": Direct(k=3, truncation="random", kl=1.0)},
 }
 """Test's name → settings. `tests/training/test_trainer.py` runs residual ∇-DB as it is by default."""
@@ -73,7 +74,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return run
 
 
-ALIKE = ("db", "rsm", "dag-kl", "draft-lv", "random truncation", "nf4")
+ALIKE = ("db", "rsm", "dag-kl", "draft-lv", "without guidance", "random truncation", "nf4")
 """Their steps are those of others but for a formula, or the format of the weights."""
 
 
@@ -99,7 +100,7 @@ def test_run(settings: dict, run_of: Callable[..., Path], tmp_path: Path) -> Non
         planned = dict(cost.passes)
         if config.method == "refl":  # the plan is the average over the draws of its steps
             draws = [late_step(seed_of(0, "draws", 2 * number + i), 2, 4) for i in range(2)]
-            planned["trajectory"] = sum(draws) / 2 + 2
+            planned["trajectory"] = (sum(draws) / 2 + 2) / (2 if config.direct.guidance_scale == 1 else 1)
         if config.direct.truncation == "random":
             planned["trajectory"] = 4 + 2 * random_k(seed_of(0, "update", number), 3)
         if config.method == "dag-kl":  # the plan is the average over the updates of a rollout

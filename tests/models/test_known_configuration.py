@@ -1,5 +1,6 @@
 """Every setting in a checkpoint's configuration files is taken into account as plain diffusers does, or refused by name."""
 
+import dataclasses
 import inspect
 import json
 import shutil
@@ -27,14 +28,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig, T5Config
 
+from fastnabla.config.method_sections import Direct
 from fastnabla.config.model_sections import LoraConfig, ModelConfig, SamplerConfig
 from fastnabla.cost.planner import unit_costs
+from fastnabla.methods.registry import STEPS
 from fastnabla.models.build import build_networks
 from fastnabla.models.description import described
 from fastnabla.models.families import FLUX, SD, SD3, SDXL, Family
 from fastnabla.models.known_configuration import require_known
 from fastnabla.models.pipeline import pipeline_of
 from fastnabla.prompts import RunPrompts
+from fastnabla.rewards import reward_of
 from fastnabla.trajectories.rollout import sample
 from tests.families import TINY, UNETS, save_tiny
 from tests.models.test_families import PROMPTS, config_of, plain_images
@@ -242,7 +246,11 @@ def test_distilled_guidance_is_an_input(size: int, saved: Path, tmp_path: Path) 
     assert largest_difference(model) < 1e-5
     config = config_of(model)
     prompts = RunPrompts(texts=PROMPTS, trained=2, evaluated=range(2))
-    policy = build_networks(pipeline_of(config.model), prompts, config, torch.device("cpu")).policy
+    networks = build_networks(pipeline_of(config.model), prompts, config, torch.device("cpu"))
+    policy = networks.policy
+    unguided = dataclasses.replace(config, method="refl", direct=Direct(guidance_scale=1.0))
+    with pytest.raises(ValueError, match=r"direct\.guidance_scale = 1\.0: .* distilled .* leave it None"):
+        STEPS["refl"].build(unguided, networks, reward_of(config.reward, False, torch.device("cpu")), PROMPTS)
     x, one = torch.randn(2, 4, 8, 8), torch.ones(2, dtype=torch.int64)
     before = policy(x, one, torch.arange(2))
     assert before.shape == x.shape and not unit_costs(config).guided

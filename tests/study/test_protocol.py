@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from fastnabla.study.measuring import measured_prompts
+from fastnabla.study.plan import run_config
 from fastnabla.study.protocol import Protocol
+from fastnabla.training.build import plan_and_build
 from tests.study.made_up import TOML, protocol_file
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +19,15 @@ def test_the_published_protocol_is_valid():
     for method in protocol.methods:
         low, *_, high = method.learning_rates
         assert high / low == pytest.approx(30, rel=0.15), "four learning rates a factor of 3 apart"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["comparison", "ablations"])
+def test_every_run_of_a_published_protocol_is_built(name: str) -> None:
+    protocol = Protocol.read(ROOT / f"docs/results/{name}.toml")
+    for method in protocol.methods:
+        config = run_config(protocol, method, method.learning_rates[0])
+        plan_and_build(config, measured_prompts(config, protocol.measurement.held_out))
 
 
 @pytest.mark.parametrize(
