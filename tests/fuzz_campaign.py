@@ -14,6 +14,7 @@ import pytest
 
 SUBJECTS = {
     "command line and config.json": ("tests/config/test_config_fuzz.py",),
+    "combined settings": ("tests/training/test_any_configuration.py",),
     "prompts": ("tests/prompts",),
     "files of a run": ("tests/integration/test_run_folder_fuzz.py",),
     "models and LoRAs": ("tests/models/test_folder_fuzz.py",),
