@@ -63,7 +63,8 @@ def entropy_ceiling(count: int, samples: int) -> float:
 def hue_entropy(hues: Tensor, prompt: Tensor) -> float:
     """Entropy of the hues over 12 bins, relative to its maximum and averaged over prompts.
 
-    n images of a prompt have at most log n of entropy, so compare only equal counts, or shares of `hue_entropy_ceiling`.
+    n images of a prompt have at most log n of entropy, so compare equal counts only. Shares of `hue_entropy_ceiling` are comparable between
+    counts near uniform hues; further away, images of few hues have a larger share with fewer images, up to 0.1 of it with 6.
 
     Args:
         hues: `mean_hue` of each image `[B]`, in turns; the result is nan if one is.

@@ -1,9 +1,11 @@
 """The page of a study in Markdown, written beside its protocol."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastnabla.study.claims import Comparison, comparisons
+from fastnabla.study.choice import loss_error
+from fastnabla.study.claims import Comparison, comparisons, family_size
 from fastnabla.study.figures import fronts
 from fastnabla.study.measures import MEASURES
 from fastnabla.study.protocol import Protocol
@@ -23,20 +25,23 @@ from fastnabla.utils.durable import write_file
 
 
 def write_page(results: Results, protocol_file: Path) -> list[Path]:
-    """Write the page and its picture beside the protocol. Returns their paths.
+    """Write the page and its pictures beside the protocol. Returns their paths.
 
     Raises:
         ValueError: no final run has been measured.
     """
     if not results.runs:
         raise ValueError("no final run has been measured yet, so there is no page.")
-    page, picture = protocol_file.with_suffix(".md"), protocol_file.with_name(f"{protocol_file.stem}-fronts.png")
-    write_file(picture, fronts(results))
-    write_file(page, "\n".join(_parts(results, protocol_file, picture.name)))
-    return [page, picture]
+    page, stem = protocol_file.with_suffix(".md"), protocol_file.stem
+    pictures = {name: protocol_file.with_name(f"{stem}-{name}.png") for name in results.protocol.claims.measures}
+    text = "\n".join(_parts(results, protocol_file, [picture.name for picture in pictures.values()]))
+    for name, picture in pictures.items():
+        write_file(picture, fronts(results, name))
+    write_file(page, text)
+    return [page, *pictures.values()]
 
 
-def _parts(results: Results, protocol_file: Path, picture: str) -> list[str]:
+def _parts(results: Results, protocol_file: Path, pictures: Sequence[str]) -> list[str]:
     protocol, found = results.protocol, comparisons(results)
     claims = protocol.claims
     parts = [
@@ -53,18 +58,20 @@ def _parts(results: Results, protocol_file: Path, picture: str) -> list[str]:
         *([f"{claims.note}\n"] if claims.note else []),
         *_verdicts(found, results),
         claim_sheet(found, results).markdown(),
-        CLAIMS.format(level=LEVEL, samples=protocol.measurement.scale_samples),
+        CLAIMS.format(level=LEVEL, family=family_size(protocol), samples=protocol.measurement.scale_samples),
         gain_sheet(results, claims.gain).markdown(),
-        f"![fronts]({picture})\n",
+        *(f"![fronts]({picture})\n" for picture in pictures),
         FRONTS,
         "## At the end of training\n",
         end_sheet(results).markdown(),
-        END.format(samples=protocol.measurement.samples),
+        END,
     ]
     if results.runs[0].held_out:
         parts.append(held_out_sheet(results).markdown())
     if results.tuned:
         parts += ["## Tuning\n", tuning_sheet(results).markdown()]
+        error = loss_error(each for own in results.tuned.values() for each in own)
+        parts += [TUNING.format(error=error)] if math.isfinite(error) else []
     return [*parts, "## Costs\n", cost_sheet(results).markdown(), COSTS]
 
 
@@ -83,12 +90,12 @@ def _protocol(protocol: Protocol) -> list[str]:
     tuned = [
         f"Every learning rate is run with the seeds {_list(tuning.seeds)} and measured on {tuning.samples} samples a prompt.",
         f"A method's settings are the learning rates with the highest reward that lose at most {losses} of the hue entropy's "
-        "ceiling, or the one with the least loss if there is none.",
+        "ceiling on average over these seeds, or the one with the least loss if there is none. They may coincide.",
     ]
     if not _is_tuned(protocol):
         tuned = ["Nothing is tuned."]
     return [
-        f"All runs start from the preset `{protocol.preset}`{changed}, and spend {protocol.passes:,.0f} U.",
+        f"All runs start from the preset `{protocol.preset}`{changed}, and spend at most {protocol.passes:,.0f} U.",
         *tuned,
         f"Each setting is run with the fresh seeds {_list(final.seeds)} and measured at the end of training "
         f"on {measured.samples} samples a prompt.",
@@ -110,6 +117,11 @@ def _verdicts(found: Sequence[Comparison], results: Results) -> list[str]:
             f"- `{method}` is {words} {_list(names)} in: {MEASURES[name].label}." for name, names in of_measure.items()
         ]
     gain, reached = results.protocol.claims.gain, {each.other for each in found}
+    untested = list(dict.fromkeys(each.other for each in found if not each.is_tested))
+    if untested:
+        lines.append(
+            f"- Not tested, because not all final seeds of both have been measured and gain {gain:g}: {_list(untested)}."
+        )
     if results.at_gain(method, gain) is None:
         return [
             f"- Nothing is compared, because `{method}` has no results or does not gain {gain:g} with any seed.",
@@ -130,22 +142,32 @@ def _list(values: Sequence[object]) -> str:
 
 
 CLAIMS = (
-    'Differences are paired by seed. "seeds" is the number of seeds with which both methods gain this much; others are left out. All '
-    "samples at the scales are {samples} a prompt. A difference counts if its p-value is below {level:g} and its bootstrap interval does "
-    "not contain 0. The p-value is that of a paired t-test, adjusted by Holm's method over every method and measure of the protocol, those "
-    "without a comparison included. With few seeds these intervals are too short: for Gaussian differences they cover 75 % with 3, 80 % "
-    "with 4 and 86 % with 6.\n"
+    'Differences are paired by seed. "seeds" is the number of seeds with which both methods gain this much, of all final seeds; "scales" '
+    "are the mean factors of the two LoRAs there. Beyond 1 a LoRA is extrapolated. All samples at the scales are {samples} a prompt. A "
+    "comparison is tested once all final seeds of both methods have been measured, and if all of them gain this much: runs that fall short "
+    "are not like the others. A difference counts if its p-value is below {level:g} and its bootstrap interval does not contain 0. The "
+    "p-value is that of a paired t-test, adjusted by Holm's method over all {family} comparisons of the protocol, those that are not made "
+    'included. "needed" is the smallest difference that the test tells from 0 with this spread and number of seeds, as the first of so '
+    'many claims. So "not resolved" does not mean equal.\n'
 )
 FRONTS = (
-    "Dots are seeds at the end of training. Lines are means over seeds as the LoRA is scaled at inference; the star is the pretrained "
-    "model.\n"
+    "Changes from the pretrained model of the same seed, which is the star, with as many samples as in the table above. Dots are seeds at "
+    "the end of training. Lines are means over seeds as the LoRA is scaled at inference, dotted beyond scale 1. Each panel has one method "
+    "in colour, that of the claims in black, and all others in grey. The vertical line is the gain at which methods are compared.\n"
 )
 END = (
-    "{samples} samples a prompt. The row of the pretrained model gives means [lowest, highest] over seeds; its distances are "
-    "the floor, because they compare two sets of the pretrained model's own samples. Fréchet distances have a large floor with so few "
-    "samples; kernel distances are unbiased, so theirs is 0. Distances within prompts are what the paper reports as FID. KL along "
-    "trajectories is what residual ∇-DB and Adjoint Matching penalise themselves. (edge): the chosen learning rate is the lowest or the "
-    "highest that was tried.\n"
+    '"chosen for" is the loss of hue entropy that was allowed in tuning. Intervals are bootstrap intervals over seeds, not adjusted for '
+    "their number, and too short with few seeds: for Gaussian differences they cover 50 % with 2, 75 % with 3, 80 % with 4, 83 % with 5 and "
+    "86 % with 6. The row of the pretrained model gives means [lowest, highest] over seeds; its distances are the floor, because they "
+    "compare two sets of the pretrained model's own samples. Fréchet distances have a large floor with so few samples, which depends on "
+    "their number; kernel distances are unbiased, so theirs is 0 on average. So do not compare tables with different numbers of samples, "
+    "neither in Fréchet distances nor in entropies. Distances within prompts are what the paper reports as FID. KL along trajectories is "
+    "what residual ∇-DB and Adjoint Matching penalise themselves. (edge): the chosen learning rate is the lowest or the highest that was "
+    "tried.\n"
+)
+TUNING = (
+    "The standard error of a mean change of hue entropy is {error:.3f}, from the spread between seeds of all learning rates. Which of two "
+    "learning rates this near to a limit is chosen is chance.\n"
 )
 COSTS = (
     "Decodes are planned; one with a backward pass counts 1, one without 1/2. Seconds are those of rollouts and updates, on whatever "

@@ -17,14 +17,25 @@ NAMED = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AtGain:
+    """A contender where its reward has gained a stated amount."""
+
+    setting: Setting
+    places: Mapping[int, Place]
+    """Seed → measures, for the seeds that reach the gain."""
+    is_complete: bool
+    """Whether all final seeds of the protocol have been measured and reach the gain."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
     """All results of a study, which may be incomplete."""
 
     protocol: Protocol
     tuned: Mapping[str, Sequence[Tuned]]
     """Contender's name → its learning rates that have been tried."""
-    settings: Sequence[Setting]
-    """The settings chosen from them."""
+    settings: Mapping[Setting, Sequence[str]]
+    """The settings chosen from them, and what for (`chosen_settings`)."""
     runs: Sequence[RunResult]
     """Final runs that have been measured."""
     remarks: Sequence[str]
@@ -38,23 +49,29 @@ class Results:
         """The measured settings of a contender."""
         return [setting for setting in self.settings if setting.name == name and self.of(setting)]
 
-    def at_gain(self, name: str, gain: float) -> tuple[Setting, dict[int, Place]] | None:
-        """The contender at a gain of the reward: the setting, and seed → measures, for the seeds that reach it.
+    def at_gain(self, name: str, gain: float) -> AtGain | None:
+        """The contender where its reward has gained `gain`; None if no run gets there.
 
-        Of its settings it is the one of which most seeds reach the gain; of several, the one whose scale is nearest to 1.
-        None if no run reaches it.
+        Of its settings it is the one with which most seeds get there, among the seeds that all of them have, so that it does
+        not depend on which runs come first. Of several, it is the one whose scale is nearest to 1.
         """
         found = {}
         for setting in self.settings_of(name):
             places = {seed: place_at(run.path, gain) for seed, run in self.of(setting).items()}
             found[setting] = {seed: place for seed, place in places.items() if place is not None}
+        found = {setting: places for setting, places in found.items() if places}
+        shared = set.intersection(*(set(self.of(setting)) for setting in found)) if found else set()
 
         def order(setting: Setting) -> tuple[int, float]:
-            places = found[setting].values()
-            return len(places), -sum(abs(place.scale - 1) for place in places) / max(1, len(places))
+            scales = [place.scale for seed, place in found[setting].items() if seed in shared]
+            return len(scales), -sum(abs(scale - 1) for scale in scales) / max(1, len(scales))
 
         best = max(found, key=order, default=None)
-        return None if best is None or not found[best] else (best, found[best])
+        if best is None:
+            return None
+        return AtGain(
+            setting=best, places=found[best], is_complete=found[best].keys() == set(self.protocol.final.seeds)
+        )
 
 
 def read_results(protocol: Protocol, folder: Path, file: Path) -> Results:

@@ -103,7 +103,7 @@ def results(protocol: Protocol, losses: dict[str, list[float]], gain: float = 1.
     return Results(
         protocol=protocol,
         tuned={name: [tuned(settings[name], [(gain, math.fsum(own) / len(own))])] for name, own in losses.items()},
-        settings=list(settings.values()),
+        settings={setting: ["20%"] for setting in settings.values()},
         runs=[run_result(settings[n], seed, gain, loss) for n, own in losses.items() for seed, loss in enumerate(own)],
         remarks=[],
     )

@@ -1,8 +1,10 @@
 """Choosing learning rates."""
 
+import math
+
 import pytest
 
-from fastnabla.study.choice import choose, chosen_settings, is_at_the_edge, tuned
+from fastnabla.study.choice import choose, chosen_settings, is_at_the_edge, loss_error, tuned
 from fastnabla.study.plan import Setting
 from fastnabla.study.protocol import Contender
 
@@ -15,7 +17,15 @@ RESULTS = [
 
 
 def test_gains_and_losses_are_means_over_seeds():
-    assert (RESULTS[1].gain, RESULTS[1].loss, RESULTS[1].seeds) == (pytest.approx(0.6), pytest.approx(0.06), 2)
+    assert (RESULTS[1].gain, RESULTS[1].loss) == (pytest.approx(0.6), pytest.approx(0.06))
+
+
+def test_the_error_of_a_mean_loss_is_pooled():
+    """Two losses of difference d have the variance d² / 2, and their mean half of it."""
+    one_seed = tuned(HIGH, [(1.0, 5.0)])
+    assert loss_error([RESULTS[1]]) == pytest.approx(0.02)
+    assert loss_error([*RESULTS, one_seed]) == pytest.approx(math.sqrt((0.02**2 + 0.04**2 + 0.1**2) / 3 / 4))
+    assert math.isnan(loss_error([one_seed]))
 
 
 @pytest.mark.parametrize(("allowed", "setting"), [(0.05, LOW), (0.06 + 1e-9, MIDDLE), (0.24, MIDDLE), (0.3, HIGH)])
@@ -42,12 +52,18 @@ def test_a_setting_is_chosen_once_and_by_allowed_loss_first():
     methods = [contender("ours", 1e-3, 3e-3, 1e-2), contender("theirs", 1e-3, 1e-2)]
     other = Setting("theirs", 1e-3)
     results = {"ours": RESULTS, "theirs": [tuned(other, [(1.0, 0.0)])]}
-    assert chosen_settings(methods, results, [0.05, 0.3]) == [LOW, other, HIGH]
+    chosen = chosen_settings(methods, results, [0.05, 0.3])
+    assert list(chosen.items()) == [(LOW, ["5%"]), (other, ["5%", "30%"]), (HIGH, ["30%"])]
+
+
+def test_a_setting_that_loses_more_than_allowed_is_named():
+    chosen = chosen_settings([contender("ours", 3e-3, 1e-2)], {"ours": RESULTS[1:]}, [0.05, 0.1])
+    assert chosen == {MIDDLE: ["5% (least loss)", "10%"]}
 
 
 def test_a_single_learning_rate_is_no_choice_and_an_untuned_method_is_left_out():
     methods = [contender("ours", 1e-2), contender("theirs", 1e-3, 1e-2)]
-    assert chosen_settings(methods, {}, [0.05, 0.3]) == [HIGH]
+    assert chosen_settings(methods, {}, [0.05, 0.3]) == {HIGH: ["not tuned"]}
 
 
 def test_edges_of_the_grid():

@@ -49,9 +49,18 @@ def test_differences_within_the_spread_are_not_resolved(protocol: Protocol):
     assert [each.verdict for each in found] == ["not resolved", "not resolved"]
 
 
-def test_one_seed_resolves_nothing(protocol: Protocol):
-    found = comparisons(results(protocol, {"ours": KEPT[:1], "theirs": LOST[:1]}))
-    assert [each.verdict for each in found] == ["not resolved", "not resolved"]
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_before_the_last_seed_nothing_is_tested(seeds: int, protocol: Protocol):
+    found = comparisons(results(protocol, {"ours": KEPT, "theirs": LOST[:seeds]}))
+    assert [(each.verdict, each.difference.n) for each in found] == [("not tested", seeds)] * 2
+    assert all(math.isnan(each.adjusted) for each in found)
+
+
+def test_nothing_is_tested_if_a_seed_does_not_reach_the_gain(protocol: Protocol):
+    made = results(protocol, {"ours": KEPT, "theirs": LOST})
+    weak = run_result(made.runs[-1].setting, 5, gain=0.3, loss=0.43)
+    found = comparisons(dataclasses.replace(made, runs=[*made.runs[:-1], weak]))
+    assert [(each.verdict, each.difference.n) for each in found] == [("not tested", 5)] * 2
 
 
 def test_a_method_that_gains_too_little_is_not_compared(protocol: Protocol):
@@ -67,20 +76,25 @@ def test_the_family_is_that_of_the_protocol(tmp_path: Path, protocol: Protocol):
     assert first.adjusted == pytest.approx(4 * first.difference.p)
 
 
-def test_only_seeds_that_both_methods_have_are_paired(protocol: Protocol):
-    found = comparisons(results(protocol, {"ours": KEPT[:4], "theirs": LOST}))
-    assert [each.difference.n for each in found] == [4, 4]
-
-
 def test_of_a_methods_settings_the_one_with_most_seeds_and_then_the_scale_nearest_to_1_counts(protocol: Protocol):
     few, weak, strong = (Setting("ours", rate) for rate in (1e-3, 3e-3, 1e-2))
-    runs = [run_result(few, 0, gain=0.5, loss=0.1)]  # at scale 1, but one seed
+    runs = [run_result(few, seed, gain=gain, loss=0.1) for seed, gain in enumerate([0.5, 0.1])]  # at scale 1, or never
     runs += [run_result(weak, seed, gain=0.4, loss=0.1) for seed in (0, 1)]  # at scale 1.25
     runs += [run_result(strong, seed, gain=1.0, loss=0.1) for seed in (0, 1)]  # at scale 0.5
-    made = dataclasses.replace(results(protocol, {"ours": KEPT}), settings=[few, strong, weak], runs=runs)
-    setting, places = made.at_gain("ours", 0.5)
-    assert setting == weak and places.keys() == {0, 1}
-    assert [place.scale for place in places.values()] == pytest.approx([1.25, 1.25])
+    settings: dict[Setting, list[str]] = {setting: ["20%"] for setting in (few, strong, weak)}
+    made = dataclasses.replace(results(protocol, {"ours": KEPT}), settings=settings, runs=runs)
+    found = made.at_gain("ours", 0.5)
+    assert found.setting == weak and found.places.keys() == {0, 1} and not found.is_complete
+    assert [place.scale for place in found.places.values()] == pytest.approx([1.25, 1.25])
+
+
+def test_a_setting_does_not_count_because_more_of_its_seeds_have_been_run(protocol: Protocol):
+    early, late = Setting("ours", 1e-3), Setting("ours", 1e-2)
+    runs = [run_result(early, seed, gain=0.35, loss=0.1) for seed in range(3)]  # at scale 1.43
+    runs += [run_result(late, seed, gain=0.75, loss=0.1) for seed in (0, 1)]  # at scale 0.67
+    settings = {early: ["5%"], late: ["20%"]}
+    made = dataclasses.replace(results(protocol, {"ours": KEPT}), settings=settings, runs=runs)
+    assert made.at_gain("ours", 0.5).setting == late
 
 
 def test_a_measure_that_the_probe_lacks_is_named(protocol: Protocol):
@@ -109,13 +123,14 @@ def test_the_page_says_why_a_method_is_not_compared(tmp_path: Path):
 
 
 def test_the_page_says_what_the_results_are(tmp_path: Path, protocol: Protocol):
-    page, picture = write_page(results(protocol, {"ours": KEPT, "theirs": LOST}), tmp_path / "made-up.toml")
+    page, *pictures = write_page(results(protocol, {"ours": KEPT, "theirs": LOST}), tmp_path / "made-up.toml")
     text = page.read_text()
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [picture.name for picture in pictures] == ["made-up-hue_entropy.png", "made-up-kernel_distance.png"]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
     assert text.index("## Protocol") < text.index("## ours at equal reward") < text.index("## At the end of training")
     assert "- `ours` is better than theirs in: hue entropy, share of its ceiling." in text
-    assert "| theirs | hue entropy, share of its ceiling | 6 | +0.157 |" in text
-    assert f"![fronts]({picture.name})" in text
+    assert "| theirs | hue entropy, share of its ceiling | 6 of 6 | 0.50 / 0.50 | +0.157 |" in text
+    assert all(f"![fronts]({picture.name})" in text for picture in pictures)
     assert all(
         line.count("|") == text.splitlines()[n - 1].count("|")
         for n, line in enumerate(text.splitlines())
@@ -139,8 +154,8 @@ def test_what_is_not_finite_is_printed_as_such(tmp_path: Path, protocol: Protoco
 @pytest.mark.parametrize(("settings", "words"), [({"tracker": "none"}, " with `tracker=none`"), ({}, "")])
 def test_the_page_names_the_settings_there_are(settings: dict, words: str, tmp_path: Path, protocol: Protocol):
     protocol = dataclasses.replace(protocol, settings=settings)
-    page, _ = write_page(results(protocol, {"ours": KEPT}), tmp_path / "made-up.toml")
-    assert f"- All runs start from the preset `testbed`{words}, and spend 88 U.\n" in page.read_text()
+    page, *_ = write_page(results(protocol, {"ours": KEPT}), tmp_path / "made-up.toml")
+    assert f"- All runs start from the preset `testbed`{words}, and spend at most 88 U.\n" in page.read_text()
 
 
 def test_nothing_is_written_without_results(tmp_path: Path, protocol: Protocol):

@@ -67,7 +67,9 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 def page(path: Path) -> list[bytes]:
     """The contents of the page, its picture and the records."""
-    return [path.with_name(name).read_bytes() for name in ("made-up.md", "made-up-fronts.png", "made-up.runs.jsonl")]
+    return [
+        path.with_name(name).read_bytes() for name in ("made-up.md", "made-up-hue_entropy.png", "made-up.runs.jsonl")
+    ]
 
 
 def test_the_page_from_records_is_that_from_folders(made: tuple[Path, Protocol, Path]):
@@ -78,7 +80,7 @@ def test_the_page_from_records_is_that_from_folders(made: tuple[Path, Protocol, 
     assert b"Incomplete" not in before[0] and b"[records of all runs](made-up.runs.jsonl)" in before[0]
     shutil.rmtree(folder)
     path.with_name("made-up.md").unlink()
-    path.with_name("made-up-fronts.png").unlink()
+    path.with_name("made-up-hue_entropy.png").unlink()
     assert command.main(options) == 0
     assert page(path) == before
     assert not folder.exists()

@@ -31,7 +31,7 @@ def test_random_resamples_agree_with_all_of_them(monkeypatch: pytest.MonkeyPatch
     assert drawn == paired(d), "the seed is fixed"
 
 
-@pytest.mark.parametrize(("n", "coverage"), [(3, 0.75), (4, 0.80), (6, 0.86)])
+@pytest.mark.parametrize(("n", "coverage"), [(2, 0.50), (3, 0.75), (4, 0.80), (5, 0.83), (6, 0.86)])
 def test_the_coverage_in_the_docstring(n: int, coverage: float) -> None:
     """Of the mean of Gaussian differences, within four standard errors. With three seeds it is 1 − 2/2³: the interval is from
     the smallest to the largest difference."""
@@ -56,14 +56,21 @@ def test_what_cannot_be_tested_is_nan_and_claims_nothing(d: list[float]) -> None
     assert math.isnan(found.low) == (len(d) == 1 or math.isnan(found.mean))
 
 
+@pytest.mark.parametrize("n", [2, 6])
+def test_the_difference_that_is_needed_has_the_adjusted_p_of_the_level(n: int) -> None:
+    d = np.random.default_rng(n).standard_normal(n)
+    shifted = paired(d - d.mean() + paired(d).needed(family=26))
+    assert holm([shifted.p, *[1.0] * 25])[0] == pytest.approx(0.05)
+
+
 def test_no_differences_are_refused() -> None:
     with pytest.raises(ValueError, match="no differences"):
         paired([])
 
 
 def test_a_claim_needs_the_test_and_the_interval() -> None:
-    above, across = Difference(1.0, 0.1, 2.0, 0.01, 6), Difference(1.0, -0.1, 2.0, 0.01, 6)
-    assert above.holds(0.04) and Difference(-1.0, -2.0, -0.1, 0.01, 6).holds(0.04)
+    above, across = Difference(1.0, 0.1, 2.0, 0.01, 6, 0.2), Difference(1.0, -0.1, 2.0, 0.01, 6, 0.2)
+    assert above.holds(0.04) and Difference(-1.0, -2.0, -0.1, 0.01, 6, 0.2).holds(0.04)
     assert not (above.holds(0.05) or across.holds(0.04) or above.holds(math.nan))
 
 

@@ -81,12 +81,13 @@ def test_noise_is_shared_by_methods_and_scales_but_not_by_seeds(done: tuple[Prot
 
 
 def test_the_page_and_its_picture_are_beside_the_protocol(done: tuple[Protocol, Path]):
-    _, folder = done
+    protocol, folder = done
     text = (folder.parent / "made-up.md").read_text()
     assert "Incomplete" not in text
     for setting in settings(done):
         assert f"\n| {setting} " in text
-    assert (folder.parent / "made-up-fronts.png").exists()
+    for measure in protocol.claims.measures:
+        assert (folder.parent / f"made-up-{measure}.png").exists()
 
 
 def test_what_a_run_has_spent_is_recorded(done: tuple[Protocol, Path]):
