@@ -30,8 +30,8 @@ class ShardedNetwork:
     """A network sharded in place along the first dimension of every parameter.
 
     Args:
-        network: a diffusers UNet with the same weights on every rank. Each of its blocks is an FSDP unit, and its parameters
-            become `DTensor`s.
+        network: a diffusers UNet or transformer with the same weights on every rank. Each of its blocks is an FSDP unit, and its
+            parameters become `DTensor`s.
         world: the ranks.
         device: where the network will be: the CPU, or this rank's GPU.
         dtype: compute dtype.
@@ -40,9 +40,11 @@ class ShardedNetwork:
     def __init__(self, network: nn.Module, world: World, device: torch.device, dtype: torch.dtype) -> None:
         mesh = init_device_mesh(device.type, (world.size,))
         precision = MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False)
-        for part in (*network.down_blocks, network.mid_block, *network.up_blocks, network):
-            if part is not None:  # UNets with mid_block_type null
-                fully_shard(part, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+        blocks = [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
+        if (middle := getattr(network, "mid_block", None)) is not None:  # of UNets
+            blocks.append(middle)
+        for part in (*blocks, network):
+            fully_shard(part, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
         network.set_reshard_after_backward(False)
         self.network, self.world, self.mesh = network, world, mesh
         self.parts = [module for module in network.modules() if isinstance(module, FSDPModule)]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastnabla.config.model_sections import LoraConfig
+from fastnabla.config.model_sections import LoraConfig, ModelConfig
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import EvaluationConfig, MemoryConfig, OptimizerConfig
 from fastnabla.distributed.world import ALONE, World
@@ -19,20 +19,21 @@ from fastnabla.training.trainer import Trainer
 from tests.checks import relative_error
 from tests.integration.test_full_finetuning import full
 from tests.ranks import on_ranks
-from tests.runs import small
+from tests.runs import small, smallest
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+FAMILIES = ("sd15", "sd3")
 
 
-def config() -> TrainConfig:
+def config(family: str) -> TrainConfig:
     """Three updates, with an average of the weights."""
+    model = ModelConfig(name=smallest(family), dtype="float32", height=8, width=8)
     evaluation = EvaluationConfig(every=0, samples=2, prompts=1)
     optimizer = OptimizerConfig(learning_rate=1e-4, ema=0.5)
-    return dataclasses.replace(full(), updates=3, evaluation=evaluation, optimizer=optimizer)
+    return dataclasses.replace(full(), updates=3, model=model, evaluation=evaluation, optimizer=optimizer)
 
 
-def train(run: Path, resume: bool, world: World = ALONE) -> bool:
-    trainer = Trainer.from_config(config(), world=world)
+def train(config: TrainConfig, run: Path, resume: bool, world: World = ALONE) -> bool:
+    trainer = Trainer.from_config(config, world=world)
     trainer.train(run, resume=resume)
     return trainer.policy.is_sharded
 
@@ -46,22 +47,23 @@ def cut_off(run: Path, copy: Path, updates: int) -> Path:
     return copy
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=FAMILIES)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process from the start; two from its first update on; one from their first on."""
+    given = dataclasses.replace(config(request.param), checkpoint_keep=3)
     runs = tmp_path_factory.mktemp("runs")
     one, two, again = runs / "one", runs / "two", runs / "again"
     one.mkdir()
-    trainer = Trainer.from_config(dataclasses.replace(config(), checkpoint_keep=3))
-    trainer.train(one)
+    train(given, one, resume=False)
     cut_off(one, two, 1)
-    assert on_ranks(runs / "ranks", 2, functools.partial(train, two, True)) == [True, True]
-    assert not train(cut_off(two, again, 2), True)
+    assert on_ranks(runs / "ranks", 2, functools.partial(train, given, two, True)) == [True, True]
+    assert not train(given, cut_off(two, again, 2), True)
     return runs
 
 
 def weights(run: Path) -> Tensor:
-    return torch.cat([weight.flatten().double() for weight in load_file(run / "unet" / WEIGHTS).values()])
+    (file,) = run.glob("*/diffusion_pytorch_model.safetensors")
+    return torch.cat([weight.flatten().double() for weight in load_file(file).values()])
 
 
 @pytest.mark.slow
