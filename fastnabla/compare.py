@@ -14,6 +14,7 @@ from fastnabla.config.model_sections import TESTBED
 from fastnabla.config.presets import PRESETS
 from fastnabla.distributed.launch import require_single_process
 from fastnabla.evaluation.options import EvaluationOptions
+from fastnabla.run.weights import weights_folder
 from fastnabla.utils.console import command_console, print_error, quiet_libraries
 from fastnabla.utils.require import require
 
@@ -102,6 +103,8 @@ def compare(config: CompareConfig, arguments: Sequence[str], console: Console) -
     if config.only:
         plan = plan.restricted_to(config.only)
     plan.check_folders()
+    for run in plan.runs if config.evaluate else ():
+        weights_folder(run.folder, config.target.weights, run.config.optimizer.ema)
     console.print(plan.table())
     if config.dry_run:
         return 0

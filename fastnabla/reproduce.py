@@ -19,7 +19,8 @@ from fastnabla.utils.console import command_console, print_error, print_plain, q
 
 quiet_libraries()
 
-from fastnabla.config.train import load_run  # noqa: E402
+from fastnabla.config.on_any_machine import on_any_machine  # noqa: E402
+from fastnabla.config.train import TrainConfig, load_run  # noqa: E402
 from fastnabla.debug.anomaly import read_facts  # noqa: E402
 from fastnabla.debug.first_not_finite import first_not_finite  # noqa: E402
 from fastnabla.distributed.launch import require_single_process  # noqa: E402
@@ -121,6 +122,16 @@ def lines(diagnosis: Diagnosis) -> list[str]:
     return found + ([f"autograd: {diagnosis.operation}"] if diagnosis.operation else [])
 
 
+def plain(config: TrainConfig, device: Literal["auto", "cpu", "cuda"]) -> TrainConfig:
+    """The configuration of a run for `device`, not compiled. On a GPU it keeps the run's kernels and attention."""
+    found = dataclasses.replace(on_any_machine(config), device=device)
+    compute = dataclasses.replace(found.compute, compile="none")
+    if device == "cpu" or not torch.cuda.is_available():
+        return dataclasses.replace(found, compute=compute)
+    compute = dataclasses.replace(compute, attention=config.compute.attention)
+    return dataclasses.replace(found, backend=config.backend, compute=compute)
+
+
 def main(arguments: list[str]) -> int:
     """Run the command line. Returns the exit status."""
     console = command_console()
@@ -129,9 +140,7 @@ def main(arguments: list[str]) -> int:
         options = tyro.cli(ReproduceConfig, args=arguments, prog="python -m fastnabla.reproduce")
         facts = read_facts(options.folder)
         config = load_run(options.folder)
-        compute = dataclasses.replace(config.compute, compile="none")
-        config = dataclasses.replace(config, device=options.device, compute=compute, tracker="none")
-        run = plan_and_build(config, RunPrompts.load(options.folder / "prompts.json"))
+        run = plan_and_build(plain(config, options.device), RunPrompts.load(options.folder / "prompts.json"))
         diagnosis = diagnose(run, options.folder)
     except ValueError as error:
         print_error(error)

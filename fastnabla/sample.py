@@ -64,7 +64,7 @@ def sample_run(config: SampleConfig) -> Path:
 
     from fastnabla.config.train import load_run
     from fastnabla.models.image_size import image_size, latent_shape
-    from fastnabla.models.pipeline import description_of, pipeline_of
+    from fastnabla.models.pipeline import cast_for_decoder, description_of, pipeline_of
     from fastnabla.models.sampler import use_sampler
     from fastnabla.models.saved_policy import load_policy, require_policy
     from fastnabla.prompts.loading import checked_prompt
@@ -90,6 +90,7 @@ def sample_run(config: SampleConfig) -> Path:
     require_writable(output, "output")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = pipeline_of(run.model).to(device)
+    cast_for_decoder(pipeline)
     description = description_of(pipeline)
     height, width = image_size(run.model, description)
     family, sample_shape = description.family, latent_shape(run.model, description)

@@ -107,12 +107,13 @@ _ONE_LEVEL = {
         "mid_block_type": None,
     },
     "sd3": {"num_layers": 1},
+    "flux": {},
 }
 
 
 def one_level(family: str) -> Architecture:
-    """The smallest pipeline of Stable Diffusion 1.5 ("sd15") or 3 ("sd3"): one block down and one up, or one layer, and a pixel
-    for each latent."""
+    """The smallest pipeline of Stable Diffusion 1.5 ("sd15"), 3 ("sd3") or FLUX ("flux"): one block down and one up, or one layer,
+    and a pixel for each latent."""
     full = TINY[family]
     vae = {
         "block_out_channels": (8,),

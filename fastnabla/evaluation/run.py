@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastnabla
+from fastnabla.config.on_any_machine import on_any_machine
 from fastnabla.config.train import load_run
 from fastnabla.evaluation.options import FORMAT, EvaluationOptions, file_of
 from fastnabla.evaluation.reference_distances import reference_distances, reference_floor
@@ -53,7 +54,7 @@ class RunEvaluation:
     """
 
     def __init__(self, run: Path, options: EvaluationOptions, others: Sequence[Path] = ()) -> None:
-        config = dataclasses.replace(load_run(run), vram=None)  # a bound on training
+        config = on_any_machine(load_run(run))
         weights = weights_folder(run, options.weights, config.optimizer.ema)
         require_policy(weights)
         require_writable(run / file_of(options), "RUN")

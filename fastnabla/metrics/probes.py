@@ -11,6 +11,7 @@ A probe is an object with ``features(images [B, 3, H, W]) → [B, D]``, or, if i
 - "none": no probe; metrics that need one are left out.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def build_probe(name: str, device: torch.device | str) -> Any | None:
         return PixelProbe()
     module, colon, function = name.partition(":")
     if module in PERCEPTUAL:
-        return _perceptual(module, Path(function) if colon else None, device)
+        return _perceptual(module, Path(os.path.expanduser(function)) if colon else None, device)
     if not is_path(name):
         raise ValueError(
             f"evaluation.probe = {name!r:.200}: must be 'testbed', 'pixels', 'none', one of {', '.join(PERCEPTUAL)}, or your own, "

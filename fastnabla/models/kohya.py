@@ -6,6 +6,7 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import save
 from torch import Tensor
 
+from fastnabla.models.families import FAMILIES
 from fastnabla.models.saved_policy import LORA_FILE
 from fastnabla.utils.durable import write_file
 from fastnabla.utils.safetensors_file import read_tensors
@@ -44,8 +45,10 @@ def save_kohya(weights: Path, file: Path) -> None:
         ValueError: there is no LoRA because all parameters were trained, or it cannot be read.
     """
     if not (weights / "lora").is_dir():
+        networks = {family.network for family in FAMILIES.values()}
+        trained = next((name for name in sorted(networks) if (weights / name).is_dir()), "unet")
         raise ValueError(
-            f"{str(weights)!r} has no lora/: the run trained all parameters (lora.rank = 0). Use its unet/ as "
+            f"{str(weights)!r} has no lora/: the run trained all parameters (lora.rank = 0). Use its {trained}/ as "
             "docs/export.md describes."
         )
     lora = read_tensors(weights / "lora" / LORA_FILE)

@@ -48,6 +48,12 @@ def pipeline_of(config: ModelConfig) -> DiffusionPipeline:
     return pipeline
 
 
+def cast_for_decoder(pipeline: DiffusionPipeline) -> None:
+    """Cast latents to the VAE's dtype before they are decoded, as in training. diffusers' pipelines do not, but in special cases."""
+    decode = pipeline.vae.decode
+    pipeline.vae.decode = lambda latents, **options: decode(latents.to(pipeline.vae.dtype), **options)
+
+
 def _load(config: ModelConfig, dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:
     family = family_of(config)
     if (file := single_file_of(config)) is not None:

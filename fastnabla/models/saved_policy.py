@@ -96,7 +96,7 @@ def load_policy(pipeline: DiffusionPipeline, run: Path) -> None:
     with _fitting(run):
         if (run / "lora").is_dir():
             lora = _read_lora(run, family)
-            pipeline.load_lora_weights({f"{family.network}.{name}": weight for name, weight in lora.items()})
+            old.load_lora_adapter(lora, prefix=None)
             # diffusers leaves out what the network has no layer for, with a warning.
             (adapter,) = pipeline.get_active_adapters()
             require_same_tensors(lora, get_peft_model_state_dict(old, adapter_name=adapter))

@@ -104,6 +104,7 @@ def _refusal(bad: Sequence[str], good: int) -> str:
 
 
 def _read(source: str, column: str | None) -> Entries:
+    source = os.path.expanduser(source)
     if source in PROMPT_SETS:
         if column is not None:
             raise ValueError(f"a set has no column {column!r}; {WITHOUT}")

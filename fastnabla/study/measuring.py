@@ -1,7 +1,6 @@
 """Samples the runs of a study and measures the samples. Nothing is sampled twice."""
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fastnabla.config.on_any_machine import on_any_machine
 from fastnabla.config.train import TrainConfig, load_run
 from fastnabla.metrics.divergence import TrajectoryDivergence, divergence_summary
 from fastnabla.metrics.measures import concatenate, measure_images
@@ -119,8 +119,7 @@ class _Networks:
     """
 
     def __init__(self, config: TrainConfig, held_out: str | None) -> None:
-        config = dataclasses.replace(config, vram=None)  # a bound on training
-        self.components = plan_and_build(config, measured_prompts(config, held_out))
+        self.components = plan_and_build(on_any_machine(config), measured_prompts(config, held_out))
 
     def progress(self, name: str, parts: Sequence[Part], divergence: int, console: Console) -> TaskProgress:
         """Progress of sampling `parts`, and `divergence` trajectories of each prompt."""

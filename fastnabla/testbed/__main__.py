@@ -51,12 +51,12 @@ def sampler(config: ReportConfig) -> Callable[[list[str], torch.Generator], Tens
     """A function from prompts and a generator to images `[N, 3, 32, 32]` in [0, 1], sampled by plain diffusers."""
     if config.model == "testbed":
         pipe = StableDiffusionPipeline.from_pretrained(
-            config.folder or pipeline_folder(), dtype=torch.float32, use_safetensors=True
+            str(config.folder or pipeline_folder()), dtype=torch.float32, use_safetensors=True
         )
         settings = {"num_inference_steps": config.steps or 20, "eta": 1.0}
     else:
         pipe = StableDiffusion3Pipeline.from_pretrained(
-            config.folder or flow_pipeline_folder(), dtype=torch.float32, use_safetensors=True
+            str(config.folder or flow_pipeline_folder()), dtype=torch.float32, use_safetensors=True
         )
         settings = {"num_inference_steps": config.steps or 28, "max_sequence_length": PROMPT_TOKENS}
     pipe.set_progress_bar_config(disable=True)
@@ -100,10 +100,11 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(ReportConfig, args=arguments, prog="python -m fastnabla.testbed")
     try:
         require_single_process()
-    except ValueError as error:
+        measures = report(config)
+    except (OSError, ValueError) as error:
         print_error(error)
         return 2
-    for name, value in report(config).items():
+    for name, value in measures.items():
         console.print(f"{name}: {value:.3f}", highlight=False)
     return 0
 

@@ -325,6 +325,13 @@ def test_evaluations_are_made_once_and_share_reference_samples(done: Path, monke
     assert evaluations.stored_evaluation(run, options) is None, "results of another version"
 
 
+def test_weights_that_runs_will_not_have_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main(command(tmp_path / "averages", "--evaluate", "--target.weights=ema")) == 2
+    assert "weights = 'ema': the run" in capsys.readouterr().err and not (tmp_path / "averages").exists()
+
+
 def test_dry_run_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import importlib
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from fastnabla import reproduce, train
 from fastnabla.config.train import TrainConfig
+from fastnabla.config.training_sections import ComputeConfig, OptimizerConfig
 from fastnabla.debug import anomaly
 from fastnabla.debug.anomaly import Anomalies
 from fastnabla.distributed.world import World
@@ -26,7 +28,7 @@ from tests import sharded
 from tests.faults import tiny
 from tests.integration.test_extending import QUICK
 from tests.ranks import on_ranks
-from tests.runs import without_pictures
+from tests.runs import small, without_pictures
 from tests.tokens import TOKENS, assert_no_tokens
 from tests.training.test_guards import spoil
 
@@ -87,6 +89,21 @@ def test_what_a_run_skipped_is_found_from_the_folder_alone(
     importlib.invalidate_caches()
     assert reproduce.main(["elsewhere"]) == 1
     assert "everything is finite here" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_an_update_of_a_gpu_is_computed_on_a_cpu(device: Literal["cpu", "auto"]) -> None:
+    config = dataclasses.replace(
+        small(),
+        device="cuda",
+        backend="triton",
+        compute=ComputeConfig(compile="blocks", attention="xformers"),
+        optimizer=OptimizerConfig(name="paged_adamw8bit"),
+    )
+    Trainer.from_config(reproduce.plain(config, device))
+    with pytest.raises(ValueError, match="device = 'cuda'"):
+        Trainer.from_config(reproduce.plain(config, "cuda"))
 
 
 def assert_split(folder: Path, most: int) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from fastnabla import evaluate
 from fastnabla.comparison.tables import target_sheets
 from fastnabla.config.model_sections import LoraConfig, PromptConfig, RewardConfig
-from fastnabla.config.train import TrainConfig
+from fastnabla.config.train import TrainConfig, load_run, to_json
 from fastnabla.config.training_sections import OptimizerConfig
 from fastnabla.evaluation import run as run_module
 from fastnabla.evaluation.options import FILE, EvaluationOptions
@@ -269,6 +269,29 @@ def test_bad_input_is_refused(
         assert stop.code == 2
     message = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert words in message and "Traceback" not in message
+
+
+@pytest.mark.slow
+def test_what_only_training_needs_is_not_needed(run: Path, tmp_path: Path) -> None:
+    """A GPU, Triton's kernels, xformers, paged moments, wandb, memory, and a probe for a bound."""
+    config = load_run(run)
+    config = dataclasses.replace(
+        config,
+        device="cuda",
+        backend="triton",
+        tracker="wandb",
+        vram=0.001,
+        compute=dataclasses.replace(config.compute, attention="xformers"),
+        optimizer=dataclasses.replace(config.optimizer, name="paged_adamw8bit"),
+        evaluation=dataclasses.replace(config.evaluation, stop_below_diversity=0.1, stop_above_prior=2.0),
+    )
+    copy = copy_of(run, tmp_path / "copy")
+    (copy / "config.json").write_text(to_json(config))
+    assert evaluate.main([str(copy), *QUICK, "--probe=none"]) == 0
+    assert (
+        results(copy)["groups"]["trained"]["finetuned"]["reward"]
+        == results(run)["groups"]["trained"]["finetuned"]["reward"]
+    )
 
 
 def test_a_reward_that_is_not_finite_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,10 +87,11 @@ def test_clip_without_weights_says_how_to_get_them(monkeypatch: pytest.MonkeyPat
         build_probe("clip", "cpu")
 
 
-def test_clip_probe_takes_a_folder(tmp_path: Path) -> None:
+def test_clip_probe_takes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reward = TINY["clipscore"]()
     reward.clip.save_pretrained(tmp_path)
-    probe = build_probe(f"clip:{tmp_path}", "cpu")
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    probe = build_probe(f"clip:~/{tmp_path.name}", "cpu")
     assert torch.equal(probe.features(IMAGES), ClipProbe(reward).features(IMAGES))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(

@@ -117,8 +117,11 @@ def test_command_writes_the_weights_asked_for(run: Path, capsys: pytest.CaptureF
 def test_without_a_lora_it_says_what_to_do(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "lora").rename(run / "unet")
     assert export.main([str(run)]) == 2
-    assert "trained all parameters" in capsys.readouterr().err
-    (run / "unet").rename(run / "gone")
+    assert "trained all parameters (lora.rank = 0). Use its unet/ as" in capsys.readouterr().err
+    (run / "unet").rename(run / "transformer")
+    assert export.main([str(run)]) == 2
+    assert "Use its transformer/ as" in capsys.readouterr().err
+    (run / "transformer").rename(run / "gone")
     assert export.main([str(run)]) == 2
     assert "has no trained weights yet" in capsys.readouterr().err
     (run / "ema" / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"cut")

@@ -49,6 +49,13 @@ def test_text_file_has_a_prompt_a_line(tmp_path: Path, content: bytes):
     assert load_prompts(write(tmp_path, content)) == ["a cat", "a dog"]
 
 
+def test_a_file_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A shell does not expand the tilde of `--prompts.source=~/prompts.txt`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, b"a cat\n")
+    assert load_prompts("~/prompts.txt") == ["a cat"]
+
+
 def test_other_scripts_are_kept(tmp_path: Path):
     prompts = ["חתול", "قطة صغيرة", "一只猫", "un chat à l’été", "👩‍🔬 and a cat"]
     assert load_prompts(write(tmp_path, "\n".join(prompts).encode())) == prompts

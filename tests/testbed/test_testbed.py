@@ -1,12 +1,14 @@
 """The embedded testbed: its data, its shipped pipeline, and a few steps of its training script."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 from fastnabla.metrics.diversity import mean_hue
+from fastnabla.testbed import __main__ as command
 from fastnabla.testbed import pipeline_folder
 from fastnabla.testbed.classifier import load_classifier
 from fastnabla.testbed.pretrain import PretrainConfig, pretrain
@@ -77,6 +79,24 @@ def test_shipped_pipeline_draws_the_prompted_animal_in_plain_diffusers() -> None
     wanted = torch.tensor([animal_in(prompt) for prompt in prompts])
     # Over 500 samples it is 85% and more; 40 fixed ones must not be far below.
     assert (seen == wanted).float().mean() >= 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["testbed", "testbed-flow"])
+def test_the_report_measures_the_shipped_models(
+    model: Literal["testbed", "testbed-flow"], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "samples.png"
+    assert command.main(["--model", model, "--samples=1", "--steps=2", f"--picture={picture}"]) == 0
+    assert "accuracy_data: " in capsys.readouterr().out and picture.exists()
+
+
+@pytest.mark.parametrize("model", ["testbed", "testbed-flow"])
+def test_the_report_names_a_folder_without_the_model(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["--model", model, f"--folder={tmp_path / 'missing'}"]) == 2
+    assert "missing" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -216,12 +216,13 @@ def test_kernels_do_not_change_the_run(backend: str, run: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_tiny_decoder_guides_and_the_vae_reports(run: Path, tmp_path: Path) -> None:
+def test_a_tiny_decoder_guides_and_the_vae_reports(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     widths = (8,)
     blocks = {"encoder_block_out_channels": widths, "decoder_block_out_channels": widths}
     counts = {"num_encoder_blocks": (1,), "num_decoder_blocks": (1,)}
     AutoencoderTiny(**blocks, **counts).save_pretrained(tmp_path / "tiny")
-    model = dataclasses.replace(small().model, tiny_decoder=str(tmp_path / "tiny"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = dataclasses.replace(small().model, tiny_decoder="~/tiny")
     folder = train(
         small(model=model, updates=2, evaluation=dataclasses.replace(small().evaluation, every=0)), tmp_path / "run"
     )

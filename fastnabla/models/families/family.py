@@ -147,7 +147,9 @@ class Family(abc.ABC):
 
     def guidance_problem(self, network: Configuration, guidance_scale: float) -> str | None:
         """Why the network cannot be guided with this scale, and what to do; None if it can."""
-        return None
+        if guidance_scale >= 1:
+            return None
+        return "diffusers' pipelines guide with scales above 1 only, so they could not sample what is trained; use at least 1."
 
     def guidance_input(self, network: nn.Module, guidance_scale: float | None) -> dict[str, Tensor]:
         """The guidance scale w as a condition, without the rows, for a network into which guidance was distilled; {} for

@@ -94,6 +94,10 @@ class UNetFamily(Family):
             arguments["added_cond_kwargs"] = {"text_embeds": conditions["pooled"], "time_ids": conditions["time_ids"]}
         return network(x, timestep, **arguments, return_dict=False)[0]
 
+    def guidance_problem(self, network: Configuration, guidance_scale: float) -> str | None:
+        is_input = network.get("time_cond_proj_dim") is not None
+        return None if is_input else super().guidance_problem(network, guidance_scale)
+
     def guidance_input(self, network: nn.Module, guidance_scale: float | None) -> dict[str, Tensor]:
         """Of a UNet with `time_cond_proj_dim` (arXiv 2210.03142): the embedding of w − 1, as in diffusers' pipelines."""
         size = getattr(network, "config", {}).get("time_cond_proj_dim")
