@@ -6,7 +6,7 @@ DDPM's rows for flows are written out.
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from fastnabla.config.model_sections import SamplerConfig
 from fastnabla.methods.nabla_db import BalanceStep
@@ -156,6 +157,7 @@ def step_of(pipeline: DiffusionPipeline, objective: Objective) -> BalanceStep:
     policy = Policy(network, conditions, GUIDANCE, 2, LORA, family).double()
     for seed, parameter in enumerate(policy.trainable()):
         parameter.data = 0.1 * randn64(*parameter.shape, seed=seed)
+    torch.manual_seed(0)
     flow = ConvFlow(SHAPE[0], width, 8).double()
     flow.last.reset_parameters()
     table = use_sampler(
@@ -187,3 +189,34 @@ def test_gradients(model: str, settings: dict[str, str]) -> None:
     assert (step.policy.guidance_scale is None) == (model == "flux") and len(expected) == len(step.parameters)
     for parameter, gradient in zip(step.parameters, expected, strict=True):
         assert gradient.norm() > 0 and relative_error(parameter.grad, gradient) < TOLERANCE
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile without code generation, with nothing compiled before or after."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._functorch.config.patch(), torch._dynamo.config.patch():
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "compile", "checkpoint"),
+    [("sd35", "blocks", False), ("sd35", "whole", True), ("flux", "blocks", True), ("flux", "whole", False)],
+)
+def test_compiled_transformers_have_the_same_gradients(
+    model: str, compile: str, checkpoint: bool, compiler: None
+) -> None:
+    found = []
+    for optimise in (False, True):
+        step = step_of(pipeline_of(model), Objective(beta=1e6, weighting="sigma", reward_gradient="lookahead"))
+        if optimise:
+            step.policy.optimise(compile, checkpoint=checkpoint)
+        step(transitions_of(step.table))
+        found.append([parameter.grad for parameter in step.parameters])
+    assert counters["stats"]["unique_graphs"] > 0
+    for plain, compiled in zip(*found, strict=True):
+        assert plain.norm() > 0 and relative_error(compiled, plain) < TOLERANCE

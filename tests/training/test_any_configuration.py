@@ -66,7 +66,7 @@ def train(trainer: Trainer, folder: Path, resume: bool = False) -> None:
 
 @pytest.mark.slow
 @given(family=st.sampled_from(["sd15", "sd3", "flux"]), method=st.sampled_from(sorted(METHODS)), changes=CHANGES)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @example(family="sd15", method="refl", changes={"direct.guidance_scale": 1.0})
 def test_any_settings(family: str, method: str, changes: dict[str, Any]) -> None:
     model = ModelConfig(name=smallest(family), dtype="float32", height=8, width=8)
