@@ -74,20 +74,23 @@ def measure_run(run: StudyRun, protocol: Protocol, console: Console) -> None:
                 write_file(run.folder / MEASURED / DIVERGENCE_FILE, json.dumps(values) + "\n")
 
 
-def measure_pretrained(runs: Sequence[StudyRun], protocol: Protocol, folder: Path, console: Console) -> None:
-    """Sample and measure the pretrained model for the measures of at least one run.
+def measure_pretrained(run: StudyRun, protocol: Protocol, folder: Path, console: Console) -> None:
+    """Sample and measure the pretrained model for the measures of `run`, unless it has been. Waits while another process does.
 
     Raises:
-        ValueError: the model, the reward or the probe cannot be built, a file is damaged, or another process measures the
-            pretrained model.
+        ValueError: the model, the reward or the probe cannot be built, or a file is damaged.
     """
-    missing = [part for part in shared_parts(runs, protocol, folder) if not part.is_measured]
-    if not missing:
+    parts = shared_parts(run, protocol, folder)
+    if all(part.is_measured for part in parts):
         return
-    missing[0].path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(missing[0].path.parent):
-        networks = _Networks(runs[0].planned.config, protocol.measurement.held_out)
-        with networks.progress("measuring the pretrained model", missing, 0, console) as progress:
+    parts[0].path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(parts[0].path.parent, wait=True):
+        missing = [part for part in parts if not part.is_measured]
+        if not missing:
+            return
+        networks = _Networks(run.planned.config, protocol.measurement.held_out)
+        title = f"measuring the pretrained model for seed {run.seed}"
+        with networks.progress(title, missing, 0, console) as progress:
             for part in missing:
                 write_samples(part.path, networks.measure(part, progress.advance), part.key)
 

@@ -8,7 +8,6 @@ seeds contains the error of finite samples, also of those that stand for the pri
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +117,12 @@ def own_parts(run: StudyRun, protocol: Protocol) -> list[Part]:
     return [end_part(run, protocol), *([] if held_out is None else [held_out]), *scales]
 
 
-def shared_parts(runs: Sequence[StudyRun], protocol: Protocol, folder: Path) -> list[Part]:
-    """The pretrained model's samples that the measures of `runs` need."""
-    parts = []
-    for run in runs:
-        held_out = held_out_part(run, protocol) if run.is_final else None
-        own = [end_part(run, protocol), *([] if held_out is None else [held_out])]
-        parts += [pretrained_part(part, folder) for part in own]
-        parts += [reference_part(run, protocol, folder)] if run.is_final else []
-    return list({part.path: part for part in parts}.values())
+def shared_parts(run: StudyRun, protocol: Protocol, folder: Path) -> list[Part]:
+    """The pretrained model's samples that the measures of `run` need. All runs of a seed share them."""
+    held_out = held_out_part(run, protocol) if run.is_final else None
+    own = [end_part(run, protocol), *([] if held_out is None else [held_out])]
+    parts = [pretrained_part(part, folder) for part in own]
+    return [*parts, reference_part(run, protocol, folder)] if run.is_final else parts
 
 
 def _path(run: StudyRun, name: str) -> Path:

@@ -65,7 +65,7 @@ def record_of(run: StudyRun, protocol: Protocol, folder: Path) -> Record | None:
     """
     result = None
     if not run.ended_early:
-        shared = shared_parts([run], protocol, folder)
+        shared = shared_parts(run, protocol, folder)
         if not (run.planned.done and is_measured(run, protocol) and all(part.is_measured for part in shared)):
             return None
         if end_part(run, protocol).read().measures.total.isfinite().all():

@@ -53,8 +53,8 @@ def run_study(protocol: Protocol, folder: Path, file: Path, jobs: int, command: 
         records = record_measured(planned, protocol, folder, file)
         waiting = [run for run in planned if run.name not in records]
         print_plain(console, f"{len(records)} of {len(planned)} runs are complete")
-        measure_pretrained(waiting, protocol, folder, console)
         for run in waiting[:1]:
+            measure_pretrained(run, protocol, folder, console)
             before = pretrained_part(end_part(run, protocol), folder).read()
             require_measured(protocol.claims, measures_of(before, before))
         status = _run_all(waiting, train, jobs, command, console)
@@ -66,7 +66,7 @@ def run_study(protocol: Protocol, folder: Path, file: Path, jobs: int, command: 
 def run_one(run: StudyRun, protocol: Protocol, folder: Path, file: Path, console: Console) -> int:
     """Train a run, unless it has been, measure it and record it. A run that ends early is recorded too. Returns the exit status.
 
-    Without the pretrained model's samples the run cannot be recorded; `run_study` measures them first.
+    The first run of a seed measures the pretrained model too; others of the seed that end meanwhile wait for it.
     """
     if not (run.planned.done or run.ended_early):
         if status := train_all([run.planned], console, lambda _: None):
@@ -77,6 +77,7 @@ def run_one(run: StudyRun, protocol: Protocol, folder: Path, file: Path, console
         print_plain(console, f"{run.name} ended early, so it has no results; docs/comparison.md says how to repeat it")
     else:
         measure_run(run, protocol, console)
+        measure_pretrained(run, protocol, folder, console)
     record_measured([run], protocol, folder, file)
     return 0
 

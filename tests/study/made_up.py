@@ -143,7 +143,7 @@ def train(run: PlannedRun) -> None:
 
 def measure(run: StudyRun, protocol: Protocol, folder: Path, shift: float = 0.7) -> None:
     """Make up all samples of a run and of the pretrained model that stands beside it."""
-    for part in (*own_parts(run, protocol), *shared_parts([run], protocol, folder)):
+    for part in (*own_parts(run, protocol), *shared_parts(run, protocol, folder)):
         write_samples(part.path, made_samples(part, shift), part.key)
     if run.is_final:
         (run.folder / MEASURED / DIVERGENCE_FILE).write_text('{"without_last_two": 2.0}\n')

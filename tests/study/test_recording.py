@@ -54,9 +54,10 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
             train(plan)
         return 0
 
-    def measure_shared(runs: Sequence[StudyRun], protocol: Protocol, folder: Path, *_: object) -> None:
-        names.extend(f"pretrained for {run.name}" for run in runs)
-        for part in shared_parts(runs, protocol, folder):
+    def measure_shared(run: StudyRun, protocol: Protocol, folder: Path, *_: object) -> None:
+        missing = [part for part in shared_parts(run, protocol, folder) if not part.is_measured]
+        names.extend([f"pretrained for {run.name}"] if missing else [])
+        for part in missing:
             write_samples(part.path, made_samples(part, shift=0), part.key)
 
     monkeypatch.setattr(running, "train_all", train_one)
