@@ -35,7 +35,7 @@ def tuned(setting: Setting, changes: Sequence[tuple[float, float]], diverged: in
 
 
 def loss_error(results: Iterable[Tuned]) -> float:
-    """The standard error of a mean loss, from the spread between seeds, pooled over all learning rates with two seeds or more.
+    """The standard error of a mean loss, from the spread between seeds, pooled over those with two seeds or more.
 
     It is nan if there are none. With different numbers of seeds it is that of the smallest.
     """

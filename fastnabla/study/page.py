@@ -70,7 +70,7 @@ def _parts(results: Results, protocol_file: Path, pictures: Sequence[str]) -> li
         parts.append(held_out_sheet(results).markdown())
     if results.tuned:
         parts += ["## Tuning\n", tuning_sheet(results).markdown()]
-        error = loss_error(each for own in results.tuned.values() for each in own)
+        error = loss_error(each for own in results.tuned.values() for each in own if each.setting in results.settings)
         parts += [TUNING.format(error=error)] if math.isfinite(error) else []
     return [*parts, "## Costs\n", cost_sheet(results).markdown(), COSTS]
 
@@ -166,8 +166,8 @@ END = (
     "tried.\n"
 )
 TUNING = (
-    "The standard error of a mean change of hue entropy is {error:.3f}, from the spread between seeds of all learning rates. Which of two "
-    "learning rates this near to a limit is chosen is chance.\n"
+    "The standard error of a mean change of hue entropy is {error:.3f}, from the spread between seeds of the chosen learning rates. "
+    "Whether a learning rate this near to a limit is chosen is chance.\n"
 )
 COSTS = (
     "Decodes are planned; one with a backward pass counts 1, one without 1/2. Seconds are those of rollouts and updates, on whatever "
