@@ -15,9 +15,9 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fastnabla.config.train import TrainConfig, to_json
+from fastnabla.distributed.sharding import whole
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.methods.accumulation import Accumulation
 from fastnabla.models.policy import Policy
@@ -195,7 +195,7 @@ def _files(tensors: dict[str, Tensor]) -> dict[str, Callable[[], bytes]]:
 
 def _whole(tensor: Tensor) -> Tensor:
     """The tensor on the host. Collective if it is sharded."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+    return whole(tensor).cpu().contiguous()
 
 
 def _writer(content: Callable[[], bytes]) -> Write:

@@ -19,8 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.nn import functional
 
-from fastnabla.distributed.beacon import BEACON
-from fastnabla.distributed.world import World
+from fastnabla.distributed.world import World, collective
 
 BUCKET = 2**24
 """Gradient elements in one reduce-scatter."""
@@ -53,7 +52,7 @@ class ShardedNetwork:
 
     def gather(self) -> None:
         """Gather the whole weights. Collective."""
-        with BEACON.collective():
+        with collective():
             for part in self.parts:
                 part.unshard()
 
@@ -99,10 +98,18 @@ class ShardedNetwork:
             for columns, gradient in zip(whole.split(sizes, 1), gradients, strict=True):
                 padding = columns.numel() - gradient.numel()
                 columns.copy_(functional.pad(gradient.flatten(), (0, padding)).view_as(columns))
-        with BEACON.collective():
+        with collective():
             summed = DTensor.from_local(whole, self.mesh, [Partial()]).redistribute(placements=[Shard(0)])
         parts, local = summed.to_local()[0].split(sizes), [shard.to_local() for shard in shards]
         return [part[: shard.numel()].view_as(shard) for part, shard in zip(parts, local, strict=True)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, of which each rank may have a shard. Collective if they do."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with collective():
+        return tensor.full_tensor()
 
 
 def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[int]]:

@@ -54,6 +54,8 @@ class Watchdog(threading.Thread):
         self.store, self.rank, self.size, self.prints, self.beacon = store, rank, size, prints, beacon
         self.failed = False
         """Whether this process has failed."""
+        self.ending = False
+        """Whether another process has failed, and this one is about to be ended."""
         self._hang: HangLimit | None = None
         self._done = threading.Event()
         self._set("host", socket.gethostname())
@@ -162,6 +164,7 @@ class Watchdog(threading.Thread):
         os._exit(STATUS)
 
     def _exit_after(self, failure: dict[str, Any]) -> NoReturn:
+        self.ending = True
         who = "" if failure["rank"] is None else f"rank {failure['rank']}"
         who += f" on {failure['host']}" if failure.get("host") else ""
         if self.prints:

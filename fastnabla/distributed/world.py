@@ -115,18 +115,23 @@ class World:
 
         Args:
             error: the reason.
-            show: prints the error; not called if another rank has failed before, since this failure may follow from that one.
+            show: prints the error. It is called in the first rank that fails and in the first of each host, which else may end
+                without a reason.
         """
         if self.watchdog is None:
             show()
             return
         if isinstance(error, LostProcess):
-            # If the lost rank reports a reason meanwhile, the watchdog ends this process here.
+            # If the lost rank reports a reason meanwhile, the watchdog prints it.
             silent = self.watchdog.silent_ranks(PATIENCE)
+            if self.watchdog.ending:  # it knows the reason, and ends this process
+                threading.Event().wait()
             error.args = (f"{error}; no heartbeat from ranks {silent}" if silent else str(error),)
         self.watchdog.failed = True
-        if self.watchdog.claim_first_failure():
+        first = self.watchdog.claim_first_failure()
+        if first or self.watchdog.prints:
             show()
+        if first:
             if isinstance(error, Exception):
                 get_error_handler().record_exception(error)  # for torchrun's summary
             self.watchdog.report(error if isinstance(error, str) else f"{type(error).__name__}: {error}")
@@ -214,7 +219,7 @@ class World:
         length = self.sum(len(data) if self.is_main else 0)
         if data is None:
             data = torch.empty(length, dtype=torch.uint8)
-        with _collective():
+        with collective():
             dist.broadcast(data, 0)
         return data.numpy().tobytes()
 
@@ -230,7 +235,7 @@ class World:
         return int(value)
 
     def _all_reduce(self, tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
-        with _collective():
+        with collective():
             dist.all_reduce(tensor, operation)
 
     def _on_this_machine(self) -> int:
@@ -259,10 +264,17 @@ def _announced_wait(info: RankInfo) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _collective() -> Iterator[None]:
+def collective() -> Iterator[None]:
+    """The context of a collective operation.
+
+    Raises:
+        LostProcess: another process can no longer be reached.
+    """
     try:
         with BEACON.collective():
             yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise LostProcess(
             f"another process can no longer be reached; it may have been killed ({str(error).rstrip()})"

@@ -63,6 +63,10 @@ class Policy(nn.Module):
             self.lora = add_lora(network, rank, targets)
         else:
             self.pretrained = copy.deepcopy(network)
+            for (
+                parameter
+            ) in network.parameters():  # a file's memory may be unaligned, which a CPU rounds differently from a copy
+                parameter.data = parameter.data.to(torch.float32, copy=True)
             network.float().requires_grad_()
         self.passes = PassCounter()
         self._units: float = 1

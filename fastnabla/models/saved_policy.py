@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from fastnabla.distributed.sharding import whole
 from fastnabla.models.families import FAMILIES, Family
 from fastnabla.models.lora import ADAPTER
 from fastnabla.models.pipeline import family_of_pipeline, network_of
@@ -35,8 +35,7 @@ def save_policy(policy: Policy, run: Path, dtype: torch.dtype, write: bool = Tru
     if not policy.is_lora:
         weights = {}
         for name, parameter in policy.trained().items():
-            weight = parameter.detach().to(dtype)
-            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            weight = whole(parameter.detach().to(dtype))
             if write:
                 weights[name] = weight.cpu()
         if write:

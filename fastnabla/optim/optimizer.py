@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from fastnabla.config.model_sections import FlowConfig
 from fastnabla.config.training_sections import OptimizerConfig
-from fastnabla.distributed.beacon import BEACON
+from fastnabla.distributed.sharding import whole
+from fastnabla.distributed.world import collective
 from fastnabla.models.policy import Policy
 from fastnabla.utils.bitsandbytes import require_bitsandbytes
 
@@ -128,9 +129,10 @@ class Optimizer:
         Does not synchronise with the device. A norm that is NaN turns all gradients into NaN. An infinite one turns the finite
         gradients into 0, and the infinite ones into NaN."""
         sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
-        with BEACON.collective() if sharded else contextlib.nullcontext():
-            norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, error_if_nonfinite=False, foreach=True)
-            return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        with collective() if sharded else contextlib.nullcontext():
+            return whole(
+                nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, error_if_nonfinite=False, foreach=True)
+            )
 
 
 def build_algorithm(name: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
+from fastnabla.distributed.world import collective
 from fastnabla.models.policy import Policy
 from fastnabla.optim.ema import WeightAverage
 from fastnabla.optim.optimizer import Optimizer
@@ -105,7 +106,8 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         OSError: a process cannot write. All processes raise it.
     """
     if _are_sharded(tensors):
-        dist.barrier()
+        with collective():
+            dist.barrier()
     else:  # safetensors takes no channels-last weights
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,8 +84,12 @@ def before(owner: object, name: str, call: int, event: Callable[[], None]) -> No
     setattr(owner, name, called)
 
 
-def in_rank_1(owner: object, name: str, call: int, event: Callable[[], None]) -> Callable[[int], None]:
-    return lambda rank: before(owner, name, call, event) if rank == 1 else None
+def before_in_rank(chosen: int, *arguments: Any) -> Callable[[int], None]:
+    return lambda rank: before(*arguments) if rank == chosen else None
+
+
+def in_rank_1(*arguments: Any) -> Callable[[int], None]:
+    return before_in_rank(1, *arguments)
 
 
 def send(number: signal.Signals) -> Callable[[], None]:
@@ -109,16 +114,35 @@ def test_a_reward_that_raises_in_one_rank() -> None:
     assert first.count("error:") == 1
 
 
+def test_a_reward_that_raises_in_the_first_rank() -> None:
+    """It holds the store. Its reason is the only one."""
+    prepare = before_in_rank(0, Optimizer, "update", 0, break_reward)
+    assert end(begin(2, lambda: trained(TINY, prepare))) == [1, 1]
+    failed, other = outputs(2)
+    assert "error: rank 0 on" in failed and "ZeroDivisionError: no pixels left" in failed
+    assert "error:" not in other and "Traceback" not in other
+
+
+def test_every_host_is_told_a_mistake_that_all_ranks_find() -> None:
+    def alone_on_its_host() -> int:
+        os.environ["LOCAL_RANK"] = "0"
+        return trained([*TINY, "--reward.terms=beauty"])
+
+    assert 0 not in end(begin(2, alone_on_its_host))
+    assert all("unknown reward 'beauty'" in output for output in outputs(2))
+
+
 def test_a_mistake_that_all_ranks_find_is_told_once_by_each() -> None:
     assert 0 not in end(begin(2, lambda: trained([*TINY, "--reward.terms=beauty"])))
     told = [output.count("unknown reward 'beauty'") for output in outputs(2)]
     assert max(told) == 1  # of a machine's two, by the first, or by both: the other was ended before it found out
 
 
-def test_a_rank_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [(), ("--lora.rank=0",)], ids=["LoRA", "sharded"])
+def test_a_rank_that_is_killed(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "PATIENCE", 1.0)
     prepare = in_rank_1(Optimizer, "update", 0, send(signal.SIGKILL))
-    assert end(begin(2, lambda: trained(TINY, prepare))) == [1, -signal.SIGKILL]
+    assert end(begin(2, lambda: trained([*TINY, *options], prepare))) == [1, -signal.SIGKILL]
     told = outputs(2)[0]
     assert "error: rank 0 on" in told and "another process can no longer be reached" in told and "Traceback" not in told
     assert "no heartbeat from ranks [1]" in told
