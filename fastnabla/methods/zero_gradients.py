@@ -35,7 +35,7 @@ def require_connected(gradients: Sequence[Tensor | None], names: Sequence[str], 
     if missing and (all_of_them or len(missing) == len(names)):
         raise ZeroGradientError(
             f"the loss does not depend on {len(missing)} of {len(names)} trained weights, such as {missing[0]} ({path}). "
-            "They would not be trained. Use --compute.compile none. If this remains, the network never calls these layers: "
+            "They would not be trained. If --compute.compile is not none, use none. If this remains, the network never calls these layers: "
             "leave them out of lora.targets."
         )
 
@@ -55,13 +55,13 @@ def require_gradient(update: int, signals: dict[str, float], norm: float, path: 
     if signals.get(REWARD_GRADIENT) == 0:
         raise ZeroGradientError(
             f"update {update}: the reward's gradient is zero in every row of the batch ({path}). Nothing would be learned. "
-            "Use --compute.compile none. If this remains, the reward does not depend on the images: check it with "
+            "If --compute.compile is not none, use none. If this remains, the reward does not depend on the images: check it with "
             "`python -m fastnabla.rewards check`, and try without --model.tiny-decoder."
         )
     if norm == 0 and signals.get(DRIVE, 0) > 0:
         raise ZeroGradientError(
             f"update {update}: the gradient of the policy's weights is zero, although the loss is not ({path}). Nothing would "
-            "be learned. Use --compute.compile none, and --backend torch; with --model.dtype float16, use bfloat16."
+            "be learned. If --compute.compile is not none, use none, and --backend torch; with --model.dtype float16, use bfloat16."
         )
 
 

@@ -78,7 +78,12 @@ def build_probe(name: str, device: torch.device | str) -> Any | None:
 
 def _perceptual(name: str, folder: Path | None, device: torch.device | str) -> Any:
     if folder is None:
-        return PERCEPTUAL[name](device, None)
+        try:
+            return PERCEPTUAL[name](device, None)
+        except ValueError as error:
+            raise ValueError(
+                f"evaluation.probe = {name!r}: {error}. The probe takes a local copy as {name}:FOLDER."
+            ) from error
     try:
         if not folder.is_dir():
             raise ValueError("there is no such folder of weights.")

@@ -31,7 +31,7 @@ def to_kohya(lora: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = convert_state_dict_to_kohya(lora)
     for old, new in RENAMED.items():
         tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
-    return tensors
+    return {name: tensor.float() for name, tensor in tensors.items()}  # diffusers' alphas are whole numbers
 
 
 def save_kohya(weights: Path, file: Path) -> None:

@@ -10,7 +10,7 @@ from fastnabla.distributed.signals import Stopped, StopSignals
 from fastnabla.distributed.world import World
 from fastnabla.methods.zero_gradients import ZeroGradientError
 from fastnabla.rewards.score import RewardError
-from fastnabla.run.checkpoint import CheckpointError
+from fastnabla.run.checkpoint import FOLDER, CheckpointError
 from fastnabla.run.lock import RunFolderError
 from fastnabla.training.guards import BoundPassed
 from fastnabla.training.trainer import Trainer
@@ -36,6 +36,11 @@ def fail(world: World, error: BaseException, message: str | None = None, cause: 
         print_error(f"{world.name}: {message or error}" if world.size > 1 else message or str(error))
 
     world.fail(error, show)
+
+
+def _kept(run: Path) -> str:
+    any_saved = any((run / FOLDER).glob("update-*"))
+    return "The newest checkpoint is intact." if any_saved else "There is no checkpoint yet."
 
 
 def train_to_the_end(trainer: Trainer, run: Path, console: Console, resume: bool, command: str) -> int:
@@ -66,7 +71,7 @@ def train_to_the_end(trainer: Trainer, run: Path, console: Console, resume: bool
         fail(trainer.world, error)
         return 2
     except RewardError as error:
-        message = f"{error} The newest checkpoint is intact. Fix the reward, and {go_on}"
+        message = f"{error} {_kept(run)} Fix the reward, and {go_on}"
         fail(trainer.world, error, message, error.__cause__)
         return 1
     except FloatingPointError as error:
@@ -80,7 +85,7 @@ def train_to_the_end(trainer: Trainer, run: Path, console: Console, resume: bool
         return 1
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"{error.strerror} in {run}. The newest checkpoint is intact. Free some space, and {go_on}"
+            message = f"{error.strerror} in {run}. {_kept(run)} Free some space, and {go_on}"
         elif error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(run):
             message = f"{os.fsdecode(error.filename)!r} cannot be used: {error.strerror}. Fix that, and {go_on}"
         else:

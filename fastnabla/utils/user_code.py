@@ -25,11 +25,16 @@ def import_function(path: str, field: str, use: str) -> Callable[..., Any]:
     """
     module, _, name = path.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
     except Exception as error:  # the module's own code may raise anything
         raise ValueError(
             f"{field}: cannot import {path!r:.200} ({in_words(error)}). Run from the module's folder, or install it."
         ) from error
+    function = getattr(imported, name, None)
+    if function is None:
+        raise ValueError(
+            f"{field}: cannot import {path!r:.200}: the module has no {name!r}; write its name as in the file."
+        )
     if not callable(function):
         raise ValueError(f"{field}: {path!r:.200} is not callable; it must {use}.")
     return function

@@ -84,6 +84,7 @@ def test_names_shapes_and_alpha(tmp_path: Path) -> None:
         assert tensors[f"{name}.lora_up.weight"].equal(weights[f"{layer}.lora_B.policy.weight"]), name
     alphas = {name: tensor for name, tensor in tensors.items() if name.endswith(".alpha")}
     assert all(alpha.shape == () and alpha == RANK for alpha in alphas.values())
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert len(weights) == 2 * len(alphas) and len(tensors) == 3 * len(alphas)
 
 
