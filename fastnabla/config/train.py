@@ -76,7 +76,8 @@ class TrainConfig:
     """Optimizer updates in total, a multiple of rollout.updates · rollout.epochs. A run with optimizer.schedule =
     constant can be extended later: give more updates with --resume auto, or in its config.json."""
     checkpoint_every: int = 5
-    """Updates between checkpoints, until the rollout's last update. A killed run continues from the last checkpoint."""
+    """Updates between checkpoints; one that is due within a rollout waits for its last update. A killed run continues from the last
+    checkpoint."""
     checkpoint_keep: int = 2
     """Number of checkpoints to keep. If the newest is damaged, the previous one is used."""
     max_skipped: int = 5

@@ -169,7 +169,8 @@ class EvaluationConfig:
     """Measurements on fixed prompts and noise, which are the same for the pretrained and the finetuned model."""
 
     every: int = 10
-    """Updates between evaluations, until the rollout's last update. 0 evaluates only before and after training."""
+    """Updates between evaluations; one that is due within a rollout waits for its last update. 0 evaluates only before and after
+    training."""
     samples: int = 4
     """Images per prompt. At least 2, to measure diversity."""
     prompts: int = 10

@@ -1,6 +1,7 @@
 """The pictures of a study: each method's front, with seeds as points."""
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from statistics import fmean
@@ -58,7 +59,7 @@ def _panel(axis: Axes, results: Results, name: str, method: str, shown: Sequence
         colour, width, above = ("black", 1.0, 2) if other == claims.method else ("lightgrey", 0.8, 1)
         for setting in results.settings_of(other) if other != method else ():
             _draw_mean(axis, _fronts(results, setting, name), color=colour, linewidth=width, zorder=above)
-    for (colour, marker), setting in zip(LOOKS, results.settings_of(method), strict=False):
+    for (colour, marker), setting in zip(itertools.cycle(LOOKS), results.settings_of(method), strict=False):
         own = _fronts(results, setting, name)
         _draw_mean(axis, own, color=colour, linewidth=1.8, zorder=3)
         ends = [front[1.0] for front in own]
