@@ -118,6 +118,6 @@ def method_config(preset: str, variant: str, settings: dict[str, str]) -> TrainC
         TrainConfig,
         args=arguments,
         default=PRESETS[preset][1],
-        prog=variant,
+        prog=f"python -m fastnabla.train {preset} --method {method}",
         config=(tyro.conf.FlagConversionOff,),
     )
