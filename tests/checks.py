@@ -1,11 +1,15 @@
 """Assertions and small inputs shared by several test files."""
 
+import contextlib
+import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.transition import TransitionTable
@@ -94,3 +98,15 @@ def append_all(buffer: TrajectoryBuffer, slots: Tensor, states: Tensor, outputs:
     """Record whole trajectories: `states [B, T + 1, …]`, `outputs [B, T, …]`."""
     for step in range(buffer.num_steps):
         buffer.append(slots, step, states[:, step], outputs[:, step], states[:, step + 1])
+
+
+@contextlib.contextmanager
+def compiling_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A context with nothing compiled before it or left after it. On a CPU, torch.compile stops before it generates code."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._functorch.config.patch(), torch._dynamo.config.patch():
+        yield
+    torch._dynamo.reset()

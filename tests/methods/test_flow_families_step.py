@@ -30,7 +30,7 @@ from fastnabla.models.sampler import use_sampler
 from fastnabla.objective.settings import Objective
 from fastnabla.trajectories.transitions import Transitions
 from fastnabla.transition import TransitionTable
-from tests.checks import randn, relative_error
+from tests.checks import compiling_anew, randn, relative_error
 from tests.exact import Exact
 from tests.families import FLOW_MODELS, TINY
 
@@ -193,13 +193,8 @@ def test_gradients(model: str, settings: dict[str, str]) -> None:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.compile without code generation, with nothing compiled before or after."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._functorch.config.patch(), torch._dynamo.config.patch():
+    with compiling_anew(monkeypatch):
         yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from fastnabla.models.compiling import compiled
 from fastnabla.models.conditions import Conditions
 from fastnabla.models.decoder import Decoder
 from fastnabla.models.policy import Policy
-from tests.checks import randn, relative_error
+from tests.checks import compiling_anew, randn, relative_error
 from tests.golden import Flow, GoldenStep
 from tests.kernel_cases import CPU, on_cpu, on_gpu
 from tests.methods.test_sharing import batch
@@ -33,14 +33,8 @@ DECODERS = ("kl", "kl recomputed", "tiny")
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing compiled before, and nothing left."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._functorch.config.patch(), torch._dynamo.config.patch():
+    with compiling_anew(monkeypatch):
         yield
-    torch._dynamo.reset()
 
 
 def build(device: str, dtype: torch.dtype, decoder: str, rank: int = 2) -> GoldenStep:
