@@ -61,7 +61,7 @@ def require_gradient(update: int, signals: dict[str, float], norm: float, path: 
     if norm == 0 and signals.get(DRIVE, 0) > 0:
         raise ZeroGradientError(
             f"update {update}: the gradient of the policy's weights is zero, although the loss is not ({path}). Nothing would "
-            "be learned. If --compute.compile is not none, use none, and --backend torch; with --model.dtype float16, use bfloat16."
+            "be learned. Use --backend torch, and --compute.compile none if it is not; with --model.dtype float16, use bfloat16."
         )
 
 

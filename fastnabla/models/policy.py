@@ -63,9 +63,8 @@ class Policy(nn.Module):
             self.lora = add_lora(network, rank, targets)
         else:
             self.pretrained = copy.deepcopy(network)
-            for (
-                parameter
-            ) in network.parameters():  # a file's memory may be unaligned, which a CPU rounds differently from a copy
+            # A file's memory may be unaligned. A CPU rounds differently there from the copy.
+            for parameter in network.parameters():
                 parameter.data = parameter.data.to(torch.float32, copy=True)
             network.float().requires_grad_()
         self.passes = PassCounter()
