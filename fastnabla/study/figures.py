@@ -26,7 +26,7 @@ def fronts(results: Results, name: str) -> bytes:
     """A PNG file: the change of a measure against that of the reward, from the same seed's pretrained model.
 
     A panel for each method that has been measured. Lines are means over seeds as the LoRA is scaled, dotted beyond scale 1. Dots are
-    the seeds' end points, at scale 1. The other methods are grey, and that of the claims is black.
+    the seeds' end points, at scale 1, by learning rate. The other methods are grey, and that of the claims is black.
 
     Args:
         results: with at least one run.
@@ -68,9 +68,19 @@ def _panel(axis: Axes, results: Results, name: str, method: str, shown: Sequence
         )
     axis.axvline(claims.gain, color="grey", linewidth=0.6, zorder=0)
     axis.scatter([0], [0], marker="*", s=110, color="black", zorder=5)
-    axis.set_title(method, fontsize=10)
+    axis.set_title(method, fontsize=10, loc="left")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, title="learning rate", title_fontsize=8, framealpha=0.6)
+    # Above the panel, where it hides no point.
+    axis.legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=len(LOOKS),
+        fontsize=8,
+        frameon=False,
+        borderaxespad=0,
+        handletextpad=0,
+        columnspacing=0.6,
+    )
 
 
 def _fronts(results: Results, setting: Setting, name: str) -> list[Front]:

@@ -152,7 +152,7 @@ CLAIMS = (
 )
 FRONTS = (
     "Changes from the pretrained model of the same seed, which is the star, with as many samples as in the table above. Dots are seeds at "
-    "the end of training. Lines are means over seeds as the LoRA is scaled at inference, dotted beyond scale 1. Each panel has one method "
+    "the end of training, by learning rate. Lines are means over seeds as the LoRA is scaled at inference, dotted beyond scale 1. Each panel has one method "
     "in colour, that of the claims in black, and all others in grey. The vertical line is the gain at which methods are compared.\n"
 )
 END = (
