@@ -152,8 +152,9 @@ CLAIMS = (
 )
 FRONTS = (
     "Changes from the pretrained model of the same seed, which is the star, with as many samples as in the table above. Dots are seeds at "
-    "the end of training, by learning rate. Lines are means over seeds as the LoRA is scaled at inference, dotted beyond scale 1. Each panel has one method "
-    "in colour, that of the claims in black, and all others in grey. The vertical line is the gain at which methods are compared.\n"
+    "the end of training, by learning rate. Lines are means over seeds as the LoRA is scaled at inference, dotted beyond scale 1. Each "
+    "panel has one method in colour, that of the claims in black, and all others in grey. The vertical line is the gain at which methods "
+    "are compared.\n"
 )
 END = (
     '"chosen for" is the loss of hue entropy that was allowed in tuning. Intervals are bootstrap intervals over seeds, not adjusted for '
