@@ -89,6 +89,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def presets_are_left_alone() -> Iterator[None]:
+    """A test that changes a preset's settings would change those of every later test of its process."""
+    from fastnabla.config.presets import PRESETS
+
+    before = repr(PRESETS)
+    yield
+    assert repr(PRESETS) == before, "a test of this file changed a preset; use dataclasses.replace"
+
+
 @pytest.fixture(autouse=True, scope="session")
 def savefig() -> Iterator[Callable[..., None] | None]:
     """Save figures as blank pictures, because drawing would take most of the time of short runs. Returns the original."""

@@ -135,9 +135,10 @@ def plan_memory(
     room = int(USABLE_FRACTION * budget) - sum(fixed.values())
     step = STEPS[config.method]
     alive, most = step.graphs(config), min(MAX_MICRO_BATCH, *map(math.ceil, step.cost(config).rows.values()))
+    recompute = (False,) if config.objective.reverse_second_order else (False, True)
     options = [
         (network, decoder)
-        for network in _open(memory.checkpoint_network, (False, True))
+        for network in _open(memory.checkpoint_network, recompute)
         for decoder in _open(memory.checkpoint_decoder, (False, True))
     ]
     for enough in ENOUGH:

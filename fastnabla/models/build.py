@@ -7,7 +7,6 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from fastnabla.config.train import TrainConfig
-from fastnabla.config.training_sections import ComputeConfig
 from fastnabla.distributed.world import ALONE, World
 from fastnabla.models.compiling import compiled
 from fastnabla.models.decoder import Decoder
@@ -83,7 +82,7 @@ def build_networks(
     if flow is not None:
         flow.to(device)
 
-    compile, channels_last = _resolve(config.compute, device, policy.is_sharded)
+    compile, channels_last = resolve_compute(config, device, policy.is_sharded)
     policy.optimise(compile, config.compute.attention, channels_last, bool(memory.checkpoint_network))
     whole = compile == "whole"
     if flow is not None and whole:
@@ -104,10 +103,11 @@ def build_networks(
     )
 
 
-def _resolve(compute: ComputeConfig, device: torch.device, sharded: bool) -> tuple[str, bool]:
+def resolve_compute(config: TrainConfig, device: torch.device, sharded: bool) -> tuple[str, bool]:
     """What to compile and whether to use channels-last, with the defaults filled in."""
-    on_gpu = device.type == "cuda"
+    compute, on_gpu = config.compute, device.type == "cuda"
     compile = compute.compile
     if compile == "auto":
-        compile = ("blocks" if sharded else "whole") if on_gpu else "none"
+        can_compile = on_gpu and not config.objective.reverse_second_order
+        compile = ("blocks" if sharded else "whole") if can_compile else "none"
     return compile, on_gpu if compute.channels_last is None else compute.channels_last

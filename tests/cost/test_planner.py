@@ -1,5 +1,6 @@
 """The memory plan: what it chooses for Stable Diffusion, and a training step measured against it."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -13,6 +14,7 @@ from torch import nn
 
 from fastnabla.config.methods import METHODS
 from fastnabla.config.model_sections import LoraConfig, ModelConfig, RewardConfig
+from fastnabla.config.presets import PRESETS
 from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import EvaluationConfig, MemoryConfig, RolloutConfig
 from fastnabla.cost import planner
@@ -31,7 +33,7 @@ from fastnabla.models import pipeline as pipelines
 from fastnabla.models.pipeline import family_of_pipeline, network_of, pipeline_of
 from fastnabla.models.quantised_linear import weight_bytes
 from fastnabla.models.random_init import random_pipeline
-from fastnabla.objective.settings import ReverseTarget
+from fastnabla.objective.settings import Objective, ReverseTarget
 from fastnabla.training.trainer import Trainer
 from fastnabla.trajectories.buffer import TrajectoryBuffer
 from fastnabla.utils.tensor_bytes import LiveBytes
@@ -203,6 +205,19 @@ def test_fixed_settings_are_respected() -> None:
     assert chosen.checkpoint_network and chosen.checkpoint_decoder
     assert plan(24, micro_batch=3).micro_batch == 3
     assert plan(10, micro_batch=12).checkpoint_network
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second_order", [False, True])
+def test_second_derivatives_are_planned_without_checkpoints(second_order: bool) -> None:
+    config = dataclasses.replace(
+        PRESETS["testbed"][1], objective=Objective(reverse_second_order=second_order), memory=MemoryConfig()
+    )
+    chosen = set()
+    for size in range(20_000_000, 600_000_000, 20_000_000):
+        with contextlib.suppress(DoesNotFit):
+            chosen.add(plan_memory(config, unit_costs(config), size, CPU).checkpoint_network)
+    assert chosen == ({False} if second_order else {False, True})
 
 
 @pytest.mark.slow

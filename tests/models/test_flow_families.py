@@ -172,7 +172,7 @@ def test_recomputed_blocks_give_the_same_gradients(model: str) -> None:
     gradients = []
     for checkpoint in (False, True):
         config = config_of(model)
-        config.memory.checkpoint_network = checkpoint
+        config.memory = dataclasses.replace(config.memory, checkpoint_network=checkpoint)
         networks = networks_of(config)
         policy, parameters = networks.policy, networks.policy.trainable()
         for number, parameter in enumerate(parameters):

@@ -4,11 +4,15 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
 from fastnabla import train
+from fastnabla.config.train import TrainConfig
 from fastnabla.config.training_sections import EvaluationConfig, RolloutConfig
 from fastnabla.distributed.launch import RankInfo
+from fastnabla.models.build import resolve_compute
+from fastnabla.objective.settings import Objective
 from fastnabla.training import build, command
 from fastnabla.training.build import build_components, plan_and_build
 from tests.faults import tiny
@@ -28,6 +32,22 @@ def test_a_command_line_plans_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "planned", counted)
     assert train.main([*QUICK, "--dry-run"]) == 0
     assert len(calls) == 1 and calls[0][-1] == 10, "for the prompts of the testbed"
+
+
+@pytest.mark.parametrize(
+    ("device", "sharded", "second_order", "compile"),
+    [
+        ("cpu", False, False, "none"),
+        ("cuda", False, False, "whole"),
+        ("cuda", True, False, "blocks"),
+        ("cuda", False, True, "none"),
+        ("cuda", True, True, "none"),
+    ],
+)
+def test_what_is_compiled_by_default(device: str, sharded: bool, second_order: bool, compile: str) -> None:
+    """Networks that are compiled have no second derivatives."""
+    config = TrainConfig(objective=Objective(reverse_second_order=second_order))
+    assert resolve_compute(config, torch.device(device), sharded) == (compile, device == "cuda")
 
 
 @pytest.mark.slow
