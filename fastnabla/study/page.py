@@ -120,7 +120,7 @@ def _verdicts(found: Sequence[Comparison], results: Results) -> list[str]:
     untested = list(dict.fromkeys(each.other for each in found if not each.is_tested))
     if untested:
         lines.append(
-            f"- Not tested, because not all final seeds of both have been measured and gain {gain:g}: {_list(untested)}."
+            f"- Not tested, because the two do not both gain {gain:g} with all final seeds: {_list(untested)}."
         )
     if results.at_gain(method, gain) is None:
         return [

@@ -180,4 +180,4 @@ def _interval(differences: Sequence[float]) -> str:
 
 def _text(value: float, sign: str = "") -> str:
     """Three digits; what is 0 but for rounding is 0."""
-    return f"{0.0 if abs(value) <= 1e-12 else value:{sign}.3g}"
+    return f"{0.0 if abs(value) <= 1e-6 else value:{sign}.3g}"
