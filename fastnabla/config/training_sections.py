@@ -155,8 +155,8 @@ class ComputeConfig:
 
     compile: Literal["auto", "none", "blocks", "whole"] = "auto"
     """torch.compile. "whole": UNet, decoder and flow network as one graph each, which takes minutes to start. "blocks":
-    only the UNet's blocks, which starts sooner. "auto": "whole" on a GPU, or "blocks" if the weights are sharded; "none" on a CPU
-    and with objective.reverse_second_order."""
+    only the UNet's blocks, which starts sooner. "auto": "whole" on a GPU, "blocks" if
+    the weights are sharded; "none" on a CPU, and with objective.reverse_second_order."""
     attention: Attention = "sdpa"
     """"sdpa": torch's scaled dot-product attention. "xformers": xformers' memory-efficient attention, which needs a GPU
     and the package."""
