@@ -16,6 +16,7 @@ from fastnabla.distributed.launch import require_single_process
 from fastnabla.evaluation.options import EvaluationOptions
 from fastnabla.run.weights import weights_folder
 from fastnabla.utils.console import command_console, print_error, quiet_libraries
+from fastnabla.utils.quick_imports import quick_imports
 from fastnabla.utils.require import require
 
 
@@ -84,10 +85,11 @@ def compare(config: CompareConfig, arguments: Sequence[str], console: Console) -
             built, or no run has results.
     """
     # These modules import torch, so they are imported only after the command line has been parsed.
-    from fastnabla.comparison.evaluations import evaluate_all
-    from fastnabla.comparison.plan import PlannedRun, make_plan
-    from fastnabla.comparison.report import NAME, Report
-    from fastnabla.comparison.training import train_all, train_in_processes
+    with quick_imports():
+        from fastnabla.comparison.evaluations import evaluate_all
+        from fastnabla.comparison.plan import PlannedRun, make_plan
+        from fastnabla.comparison.report import NAME, Report
+        from fastnabla.comparison.training import train_all, train_in_processes
 
     # Plan.
     plan = make_plan(

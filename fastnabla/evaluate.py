@@ -11,6 +11,7 @@ from rich.console import Console
 from fastnabla.distributed.launch import require_single_process
 from fastnabla.evaluation.options import EvaluationOptions, file_of
 from fastnabla.utils.console import command_console, print_error, print_plain, quiet_libraries
+from fastnabla.utils.quick_imports import quick_imports
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -36,7 +37,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
             runs are kept.
     """
     # These modules import torch, so they are imported only after the command line has been parsed.
-    from fastnabla.evaluation.report import evaluate_run, result_tables
+    with quick_imports():
+        from fastnabla.evaluation.report import evaluate_run, result_tables
 
     results = []
     for run in config.runs:

@@ -9,6 +9,7 @@ import tyro
 from fastnabla.distributed.launch import require_single_process
 from fastnabla.run.weights import WeightsName, weights_folder
 from fastnabla.utils.console import command_console, print_error, print_plain, quiet_libraries
+from fastnabla.utils.quick_imports import quick_imports
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -32,9 +33,10 @@ def export_run(config: ExportConfig) -> Path:
         ValueError: the folder is not a run with a LoRA, has no such weights, or the file cannot be written.
     """
     # These modules import torch, so they are imported only after the command line has been parsed.
-    from fastnabla.config.train import load_run
-    from fastnabla.models.kohya import save_kohya
-    from fastnabla.models.saved_policy import require_policy
+    with quick_imports():
+        from fastnabla.config.train import load_run
+        from fastnabla.models.kohya import save_kohya
+        from fastnabla.models.saved_policy import require_policy
 
     run = load_run(config.run)
     weights = weights_folder(config.run, config.weights, run.optimizer.ema)

@@ -11,6 +11,7 @@ import tyro
 from fastnabla.distributed.launch import require_single_process
 from fastnabla.run.weights import WeightsName, weights_folder
 from fastnabla.utils.console import command_console, print_error, print_plain, quiet_libraries
+from fastnabla.utils.quick_imports import quick_imports
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -60,18 +61,19 @@ def sample_run(config: SampleConfig) -> Path:
             scale, or the output cannot be written.
     """
     # These modules import torch, so they are imported only after the command line has been parsed.
-    import torch
+    with quick_imports():
+        import torch
 
-    from fastnabla.config.train import load_run
-    from fastnabla.models.image_size import image_size, latent_shape
-    from fastnabla.models.pipeline import cast_for_decoder, description_of, pipeline_of
-    from fastnabla.models.sampler import use_sampler
-    from fastnabla.models.saved_policy import load_policy, require_policy
-    from fastnabla.prompts.loading import checked_prompt
-    from fastnabla.run.pictures import save_grid
-    from fastnabla.table_scheduler import TableScheduler
-    from fastnabla.utils.durable import require_writable
-    from fastnabla.utils.seeding import seed_of
+        from fastnabla.config.train import load_run
+        from fastnabla.models.image_size import image_size, latent_shape
+        from fastnabla.models.pipeline import cast_for_decoder, description_of, pipeline_of
+        from fastnabla.models.sampler import use_sampler
+        from fastnabla.models.saved_policy import load_policy, require_policy
+        from fastnabla.prompts.loading import checked_prompt
+        from fastnabla.run.pictures import save_grid
+        from fastnabla.table_scheduler import TableScheduler
+        from fastnabla.utils.durable import require_writable
+        from fastnabla.utils.seeding import seed_of
 
     for prompt in config.prompt:
         try:

@@ -16,6 +16,7 @@ from fastnabla.config.train import TrainConfig
 from fastnabla.distributed.launch import RankInfo, launch_notes
 from fastnabla.utils.console import command_console, print_error, print_plain, quiet_libraries, silenced
 from fastnabla.utils.hidden_packages import hidden_packages
+from fastnabla.utils.quick_imports import quick_imports
 from fastnabla.utils.require import require
 
 PROGRAM = "python -m fastnabla.train"
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> int:
     quiet_libraries()
     # torch and diffusers are imported here. diffusers and peft would import bitsandbytes, for quantised networks, which
     # imports torch's compiler, which takes two seconds. `fastnabla.optim` imports it for an 8-bit optimizer.
-    with hidden_packages("bitsandbytes"):
+    with quick_imports(), hidden_packages("bitsandbytes"):
         from peft.import_utils import is_bnb_available
 
         from fastnabla.training.command import run_command

@@ -6,14 +6,14 @@
 - Hypothesis draws the same examples in every run, unless started with `--hypothesis-profile random`; tests.fuzz_campaign uses its
   own profile.
 - Figures are saved blank, without being drawn, except in tests that use the fixture `drawn`.
-- What importing and collecting leaves in memory is excluded from garbage collection.
+- Garbage collection is off while tests are collected, and leaves out what is in memory then.
 """
 
 import contextlib
 import gc
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
@@ -74,10 +74,14 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_finish() -> None:
-    """A full collection would scan the millions of objects of torch, diffusers and the collected tests each time."""
-    gc.collect()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """A collection would scan the millions of objects of torch, diffusers and the collected tests each time."""
+    gc.disable()
+    result = yield
     gc.freeze()
+    gc.enable()
+    return result
 
 
 @pytest.fixture(scope="module")
