@@ -11,8 +11,8 @@ from fastnabla.config.training_sections import RolloutConfig
 
 BALANCE = {"residual-db": 120, "db": 80, "dag": 80, "dag-kl": 120, "adjoint": 80}
 """Updates, by method with a target."""
-FACTORS = {"residual-db": (1.0, -1.0, 0.4), "dag-kl": (1.0,)}
-"""Factors on the reward, by method; others have 1 and 0.4. DAG-KL sees it through the flow of DAG-DB alone."""
+WEAKENED = ("residual-db", "db")
+"""Methods that are also trained with 0.4 of the reward, by which the measures would notice a wrong scale of any method."""
 CLIMB = ("refl", "draft", "draft-lv", "ddpo")
 
 
@@ -44,7 +44,8 @@ def test_every_method_is_learned_with():
 @pytest.mark.parametrize(
     ("method", "factor", "objective", "reaches"),
     [
-        *((method, factor, {}, factor == 1) for method in BALANCE for factor in FACTORS.get(method, (1.0, 0.4))),
+        *((method, 1.0, {}, True) for method in BALANCE),
+        *((method, 0.4, {}, False) for method in WEAKENED),
         ("residual-db", 1.0, {"reverse_target": "policy"}, True),
         ("residual-db", 1.0, {"reverse_target": "policy", "reverse_weight": 0.0}, False),
     ],

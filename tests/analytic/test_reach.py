@@ -73,7 +73,7 @@ def test_a_setting_that_does_not_fit_is_an_error(tmp_path, capsys):
 @pytest.mark.parametrize("dimension", [2, 16])
 def test_the_exact_score_samples_the_target_up_to_the_sampler_s_error(dimension):
     """Its mode masses are within 2.5 floors, where the pretrained policy is more than 5 away."""
-    config = ReachConfig(dimension=dimension, samples=2048).run_config("published", 100, 0)
+    config = ReachConfig(dimension=dimension, samples=1024).run_config("published", 100, 0)
     rows = exact_rows(Experiment(config))
     floor = rows["exact draws"]["mode_mass_error"]
     assert rows["exact score of the target"]["mode_mass_error"] < 2.5 * floor

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,11 +55,17 @@ def measured(path: Path, names: tuple[str, ...]) -> dict:
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def agreement_on_one_level() -> Iterator[None]:
+    """Gradients are compared on the smallest model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agreement, "toy_gradients", functools.partial(toy_gradients, model=ONE_LEVEL))
         patch.setattr(agreement, "published_gradients", functools.cache(agreement.published_gradients.__wrapped__))
-        return measured(tmp_path_factory.mktemp("bench") / "step.json", SOME)
+        yield
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory, agreement_on_one_level: None) -> dict:
+    return measured(tmp_path_factory.mktemp("bench") / "step.json", SOME)
 
 
 @pytest.mark.slow
@@ -121,7 +128,10 @@ def test_rows_are_published_one_by_one_until_the_deadline(tmp_path: Path, monkey
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "model"),
-    [("these, channels-last", dataclasses.replace(TOY, unet=TOY.unet | XL)), ("these, draw=runs", TOY)],
+    [
+        ("these, channels-last", dataclasses.replace(ONE_LEVEL, unet=ONE_LEVEL.unet | XL)),
+        ("these, draw=runs", ONE_LEVEL),
+    ],
     ids=["XL, channels-last", "runs"],
 )
 def test_gradients_are_the_published_algorithms(name: str, model: Model) -> None:
@@ -135,6 +145,7 @@ def test_gradients_are_the_published_algorithms(name: str, model: Model) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("agreement_on_one_level")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU")
 def test_the_gate_of_the_kernels() -> None:
     variant = dataclasses.replace(full(cuda=False), kernels=True)
