@@ -13,12 +13,15 @@ import contextlib
 import gc
 import os
 import random
+import signal
 from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
 LONG = ("comparison", "config", "cost", "integration", "models", "study", "training")
 """Folders of tests that train, compile or plan large networks."""
+SET_ONCE = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+"""Variables that pytest, and the first compiled network of a process, set."""
 PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if PROCESSES > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // PROCESSES)))
@@ -93,14 +96,29 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def presets_are_left_alone() -> Iterator[None]:
-    """A test that changes a preset's settings would change those of every later test of its process."""
+def shared_state() -> dict[str, object]:
+    """What a test could change for every later one of its process."""
     from fastnabla.config.presets import PRESETS
 
-    before = repr(PRESETS)
+    return {
+        "presets (use dataclasses.replace)": repr(PRESETS),
+        "threads (use the fixture `one_thread`)": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "precision of products": torch.get_float32_matmul_precision(),
+        "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+        "folder": os.getcwd(),
+        "environment": {name: value for name, value in os.environ.items() if name not in SET_ONCE},
+    }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_state_is_left_alone() -> Iterator[None]:
+    before = shared_state()
     yield
-    assert repr(PRESETS) == before, "a test of this file changed a preset; use dataclasses.replace"
+    changed = [name for name, value in shared_state().items() if value != before[name]]
+    assert not changed, f"a test of this file changed: {', '.join(changed)}"
 
 
 @pytest.fixture(autouse=True, scope="session")
