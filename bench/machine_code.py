@@ -137,8 +137,10 @@ VARIANTS = {
 }
 
 
-def compile_all(architecture: int, cases: Iterable[str] = CASES) -> Iterator[MachineCode]:
-    """All kernels of the cases. A kernel that several cases launch in the same way occurs once."""
+def compile_all(
+    architecture: int, cases: Iterable[str] = CASES, variants: Iterable[str] = VARIANTS
+) -> Iterator[MachineCode]:
+    """All kernels of the cases in these variants. A kernel that several of them launch in the same way occurs once."""
     run, compiled = triton.JITFunction.run, []
 
     def compile_only(kernel, *arguments, grid, warmup, **options):
@@ -153,9 +155,9 @@ def compile_all(architecture: int, cases: Iterable[str] = CASES) -> Iterator[Mac
     seen = set()
     try:
         for name in cases:
-            for variant, (dtype, last) in VARIANTS.items():
+            for variant in variants:
                 compiled.clear()
-                CASES[name](dtype, last)
+                CASES[name](*VARIANTS[variant])
                 for kernel in compiled:
                     if kernel.hash not in seen:
                         seen.add(kernel.hash)

@@ -18,7 +18,7 @@ WITH_FLOW = next(folder for folder in STEP_SETS if (folder / "flow").exists())
 ONE_LEVEL = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 8}
 
 
-def _unet(attention: bool) -> UNet2DConditionModel:
+def smallest_unet(attention: bool) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         **ONE_LEVEL,
         cross_attention_dim=16,
@@ -35,7 +35,7 @@ def small_step() -> GoldenStep:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         policy = Policy(
-            _unet(attention=True),
+            smallest_unet(attention=True),
             golden.policy.conditions,
             golden.policy.guidance_scale,
             rank=golden.meta["lora"]["r"],
@@ -50,7 +50,7 @@ def small_step() -> GoldenStep:
             up_block_types=("UpDecoderBlock2D",),
             mid_block_add_attention=False,
         )
-        flow = Flow(_unet(attention=False))
+        flow = Flow(smallest_unet(attention=False))
     return dataclasses.replace(golden, policy=policy, flow=flow, decoder=Decoder(vae))
 
 

@@ -75,10 +75,9 @@ def test_agrees_with_the_reference(folder, micro_batch, backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
 @pytest.mark.parametrize("changes", [{}, {"prior_weight": 1.0, "gamma": "alpha_bar"}], ids=str)
-@pytest.mark.parametrize("folder", STEP_SETS, ids=lambda folder: folder.name)
-def test_gradients(folder, changes, reward_gradient):
+def test_gradients(changes, reward_gradient):
     """Against the definition in float64."""
-    golden = load_once(folder)
+    golden = shared_step()
     step = golden.step(4, reward_gradient=reward_gradient, **changes)
     _, gradients = run(golden, step)
     exact = Exact(golden)
@@ -87,7 +86,7 @@ def test_gradients(folder, changes, reward_gradient):
 
 @pytest.mark.slow
 def test_gradients_without_a_flow():
-    golden = load_once(STEP_SETS[-1]).without_flow()
+    golden = shared_step().without_flow()
     step = golden.step(4, prior_weight=1.0, gamma="alpha_bar", reverse_weight=0.0)
     report, gradients = run(golden, step)
     exact = Exact(golden)

@@ -20,6 +20,7 @@ from tests.methods.test_sharing import batch as adjacent
 from tests.methods.test_sharing import gradients
 from tests.small_step import shared_step, small_step
 
+TORCH, TRITON = ("torch", ()), ("triton", BACKENDS[1].marks)
 REWARD_GRADIENTS = ("lookahead", "lookahead_detached", "terminal")
 
 
@@ -38,15 +39,21 @@ def differs(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return any(not torch.allclose(one[name], gradient, rtol=0.1) for name, gradient in other.items())
 
 
+OBJECTIVES = ({"reverse_weight": 3.0}, {"prior_weight": 1.0, "gamma": "alpha_bar", "weighting": "sigma"})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
 @pytest.mark.parametrize(
-    "changes",
-    [{"reverse_weight": 3.0}, {"prior_weight": 1.0, "gamma": "alpha_bar", "weighting": "sigma"}],
+    ("reward_gradient", "changes", "backend"),
+    [
+        pytest.param(reward_gradient, changes, name, marks=marks)
+        for place, reward_gradient in enumerate(REWARD_GRADIENTS)
+        for number, changes in enumerate(OBJECTIVES)
+        for name, marks in [(TORCH, TRITON)[(place + number) % 2]]  # every two of them meet
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients(backend, changes, reward_gradient):
+def test_gradients(reward_gradient, changes, backend):
     """Against the definition in float64, with guidance; micro-batches of inner and of last transitions."""
     golden = shared_step()
     step = step_of(golden, 4, backend, reward_gradient=reward_gradient, **changes)
@@ -93,10 +100,13 @@ def test_the_forward_residual_trains_the_policy_and_the_reverse_one_the_flow(rew
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "micro_batch"), [("torch", 4), ("torch", 1), pytest.param("triton", 4, marks=BACKENDS[1].marks)]
+    ("reward_gradient", "micro_batch", "reuse_passes", "backend"),
+    [
+        pytest.param(reward_gradient, micro_batch, (place + number) % 2 == 1, name, marks=marks)
+        for place, reward_gradient in enumerate(REWARD_GRADIENTS)
+        for number, (micro_batch, (name, marks)) in enumerate(((4, TORCH), (1, TORCH), (4, TRITON)))
+    ],
 )
-@pytest.mark.parametrize("reuse_passes", [False, True], ids=["apart", "reused"])
-@pytest.mark.parametrize("reward_gradient", REWARD_GRADIENTS)
 def test_micro_batches_and_shared_passes_give_the_same_gradients(reward_gradient, micro_batch, reuse_passes, backend):
     golden = shared_step()
     transitions = adjacent(golden)

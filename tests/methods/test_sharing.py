@@ -1,6 +1,7 @@
 """Adjacent transitions that share network passes: the same gradients, fewer passes."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -53,21 +54,24 @@ def gradients(golden: GoldenStep, step: BalanceStep, transitions: Transitions) -
     return {name: gradient.clone() for name, gradient in golden.gradients().items()}
 
 
+OBJECTIVES = (
+    {},
+    {"reverse_weight": 0.0},
+    {"reward_gradient": "lookahead_detached"},
+    {"reward_gradient": "lookahead_detached", "reverse_weight": 0.0},
+    {"reward_gradient": "terminal"},
+    {"prior_weight": 0.7, "weighting": "sigma", "gamma": "sqrt_alpha_bar"},
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "micro_batch"),
-    [("torch", 100), ("torch", 4), ("torch", 1), pytest.param("triton", 4, marks=BACKENDS[1].marks)],
-)
-@pytest.mark.parametrize(
-    "objective",
+    ("objective", "micro_batch", "backend"),
     [
-        {},
-        {"reverse_weight": 0.0},
-        {"reward_gradient": "lookahead_detached"},
-        {"reward_gradient": "lookahead_detached", "reverse_weight": 0.0},
-        {"reward_gradient": "terminal"},
-        {"prior_weight": 0.7, "weighting": "sigma", "gamma": "sqrt_alpha_bar"},
+        *itertools.product(OBJECTIVES, (100, 4, 1), ("torch",)),
+        *(pytest.param(OBJECTIVES[i], 4, "triton", marks=BACKENDS[1].marks) for i in (0, -1)),
     ],
+    ids=str,
 )
 def test_shared_passes_give_the_same_gradients(objective, micro_batch, backend):
     golden = shared_step()

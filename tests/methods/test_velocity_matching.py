@@ -23,9 +23,8 @@ from fastnabla.training.trainer import Trainer
 from fastnabla.transition import TransitionTable
 from tests.checks import BACKENDS, assert_gradients, flow_table
 from tests.exact import Exact, grad
-from tests.families import save_tiny
 from tests.golden import GoldenStep
-from tests.runs import on_testbed, small, train
+from tests.runs import on_testbed, small, smallest, train
 from tests.small_step import small_step
 
 BETA = 300.0
@@ -241,14 +240,9 @@ def test_planned_costs_over_inner_epochs() -> None:
         assert (cost.decodes, cost.flow_passes) == (decodes, 0)
 
 
-@pytest.fixture(scope="module")
-def sd3(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny("sd3", tmp_path_factory.mktemp("models"))
-
-
-def flow_run(model: str, method: MethodName, **changes: object) -> TrainConfig:
+def flow_run(method: MethodName, **changes: object) -> TrainConfig:
     settings = {
-        "model": ModelConfig(name=model, dtype="float32"),
+        "model": ModelConfig(name=smallest("sd3"), dtype="float32"),
         "reward": RewardConfig(terms=("hue=1",)),
         "sampler": SamplerConfig(steps=4, guidance_scale=3.0, scheduler="euler"),
         "evaluation": EvaluationConfig(every=4, samples=2, prompts=2),
@@ -258,10 +252,10 @@ def flow_run(model: str, method: MethodName, **changes: object) -> TrainConfig:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["vgg-flow", "rsm"])
-def test_training_on_the_ode(method: MethodName, sd3: str, tmp_path: Path) -> None:
-    """Four updates, two a rollout, in two inner epochs, of a tiny SD3: at the planned cost."""
+def test_training_on_the_ode(method: MethodName, tmp_path: Path) -> None:
+    """Four updates, two a rollout, in two inner epochs, of the smallest SD3: at the planned cost."""
     rollout = RolloutConfig(trajectories=4, fraction=0.5, updates=1, epochs=2)
-    config = flow_run(sd3, method, rollout=rollout)
+    config = flow_run(method, rollout=rollout)
     folder = train(config, tmp_path / "run")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if record["phase"] == "train"]
@@ -271,9 +265,9 @@ def test_training_on_the_ode(method: MethodName, sd3: str, tmp_path: Path) -> No
     assert all(record["grad_norm_lora"] > 0 and "grad_norm_flow" not in record for record in records)
 
 
-def test_the_ode_of_a_run_is_eulers_method(sd3: str) -> None:
+def test_the_ode_of_a_run_is_eulers_method() -> None:
     """A rollout follows ``x − (t − s) v``; its states are diffusers' own to float32 rounding."""
-    trainer = Trainer.from_config(flow_run(sd3, "rsm"))
+    trainer = Trainer.from_config(flow_run("rsm"))
     table: TransitionTable = trainer.table
     assert table.is_deterministic and table.is_flow_matching
     torch.testing.assert_close(table.b, table.noise_std_next - table.noise_std)

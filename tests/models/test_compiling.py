@@ -1,9 +1,6 @@
 """torch.compile of what is differentiated twice: the same gradients, and nothing compiled anew."""
 
-import dataclasses
 import functools
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from fastnabla.distributed.beacon import BEACON
@@ -33,23 +31,6 @@ def fresh() -> Iterator[None]:
         yield
     torch._dynamo.reset()
     counters.clear()
-
-
-@pytest.mark.slow
-def test_training_step_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In each step the adapter is switched off, on without gradient, and on; none of it makes another graph."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    golden = small_step()
-    transitions = batch(golden)
-    step = golden.step(4, reward_gradient="lookahead")
-    expected = gradients(golden, step, transitions)
-    golden.policy.optimise(compile="whole")
-    assert_gradients(gradients(golden, step, transitions), expected)
-    graphs = counters["stats"]["unique_graphs"]
-    assert graphs > 0
-    for _ in range(2):
-        assert_gradients(gradients(golden, step, transitions), expected)
-    assert counters["stats"]["unique_graphs"] == graphs
 
 
 TINY = {
@@ -84,11 +65,6 @@ def test_no_micro_batch_compiles_anew(
     """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     golden = small_step()
-    conditions = golden.policy.conditions
-    unet = UNet2DConditionModel(**TINY, cross_attention_dim=conditions.width).requires_grad_(False)
-    golden = dataclasses.replace(golden, policy=Policy(unet, conditions, guidance_scale=3.0, rank=2))
-    for parameter in golden.policy.trainable():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
     step = golden.step(100, reward_gradient=reward_gradient, reuse_passes=reuse_passes)
     transitions = batch(golden)
     parts = ((transitions, 100), (transitions[:8], 100), (transitions, 4), (different_cut(golden), 2), (transitions, 1))
@@ -141,18 +117,22 @@ def test_next_states_have_a_size_of_their_own_where_passes_are_shared() -> None:
 
 @pytest.mark.slow
 def test_every_shape_of_a_block_has_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of one class share a limit: Stable Diffusion 1.5 has 15 shapes of a residual block."""
+    """Blocks of one class share a limit, which is above torch's own, 8; the next graph is an error. Stable Diffusion 1.5 has 75."""
+    assert compiling.MAX_GRAPHS > 75
+    monkeypatch.setattr(compiling, "MAX_GRAPHS", 10)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
     class Block(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1
 
-    network = nn.ModuleList(Block() for _ in range(100))
+    network = nn.ModuleList(Block() for _ in range(11))
     compiling.compile_blocks(network, (Block,))
-    for width, block in enumerate(network, 1):
+    for width, block in enumerate(network[:10], 1):
         block(torch.ones(2, width))
-    assert counters["stats"]["unique_graphs"] == 100
+    assert counters["stats"]["unique_graphs"] == 10
+    with pytest.raises(FailOnRecompileLimitHit):
+        network[10](torch.ones(2, 11))
 
 
 def test_compiled_and_not_again() -> None:
@@ -236,25 +216,24 @@ def test_what_should_cancel_does_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> 
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-COMPILES = """
-import torch
-from torch._dynamo.utils import counters
-from fastnabla.models.compiling import compiled
-x = torch.ones(4, requires_grad=True)
-compiled(lambda x: (x.sin() * 2).cos())(x).sum().backward()
-print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
-"""
-
-
 @pytest.mark.slow
-def test_compiled_code_is_kept_between_runs(tmp_path, monkeypatch):
-    """In fastnabla's own folder, unless TORCHINDUCTOR_CACHE_DIR names another one."""
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    hits = [
-        int(subprocess.run([sys.executable, "-c", COMPILES], check=True, capture_output=True).stdout) for _ in range(2)
-    ]
-    assert hits[0] == 0 and hits[1] > 0
+def test_compiled_code_is_kept_between_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fastnabla's own folder, unless TORCHINDUCTOR_CACHE_DIR names another one. Code for a product is Python that calls torch,
+    so no C++ compiler is waited for."""
+
+    def hits(cache: Path) -> int:
+        """Of what torch.compile looks for, forgetful as a new process, in a user's `cache`."""
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        torch._dynamo.reset()
+        counters.clear()
+        x = torch.ones(4, 4, requires_grad=True)
+        compiling.compiled(lambda x: x @ x)(x).sum().backward()
+        return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+
+    assert hits(tmp_path) == 0
     assert any((tmp_path / "fastnabla" / "compiled").iterdir())
+    assert hits(tmp_path) > 0
+    assert hits(tmp_path / "other") == 0
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     assert compiling.compiled_code_folder() == Path("elsewhere")

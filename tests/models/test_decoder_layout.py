@@ -92,7 +92,7 @@ def test_every_convolution_is_channels_last_when_compiled(backend: str, monkeypa
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=aot_autograd(fw_compiler=record)))
     torch._dynamo.reset()
     one_block = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-    vae, latents = build_vae(block_out_channels=(16,), norm_num_groups=2, **one_block), randn(1, 4, 8, 8)
+    vae, latents = build_vae(block_out_channels=(16,), norm_num_groups=2, **one_block), randn(1, 4, 3, 5)
     decoder = Decoder(vae, compile=True, channels_last=True, backend=backend)
     _, gradient = decoder.reward_gradient(latents, PROMPTS[:1], reward)
     assert len(graphs) == 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -128,42 +129,75 @@ def test_guidance_is_an_input_of_flux_and_a_second_row_of_sd3(model: str) -> Non
     assert (own_latents(networks) - own_latents(unguided)).abs().max() > 1e-3
 
 
-LOADED = [(family, trained) for family in FLOW_MODELS for trained in TRAINED if family != "sd3" or trained == "LoRA"]
-"""SD3's kinds of layers are all in SD3.5."""
+class Run(NamedTuple):
+    """A finished run with a LoRA."""
+
+    config: TrainConfig
+    folder: Path
+    trainer: Trainer
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("model", "trained"), LOADED, indirect=["model"])
-def test_trained_weights_load_in_plain_diffusers_and_a_run_resumes(model: str, trained: str, tmp_path: Path) -> None:
-    config = config_of(model, lora=TRAINED[trained])
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    whole.mkdir(), cut.mkdir()
+def trained_run(config: TrainConfig, folder: Path) -> Run:
     trainer = without_pictures(Trainer.from_config(config))
-    trainer.train(whole)
+    trainer.train(folder)
+    return Run(config, folder, trainer)
 
-    pipeline = plain(model)
-    before = table_images(pipeline, config, trainer.components.sample_shape)
-    load_policy(pipeline, whole)
+
+@pytest.fixture(scope="module")
+def run(model: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return trained_run(config_of(model), tmp_path_factory.mktemp("run"))
+
+
+def assert_loads(run: Run) -> None:
+    """In plain diffusers and in a new policy, both of which sample the same."""
+    pipeline, config = plain(run.config.model.name), run.config
+    before = table_images(pipeline, config, run.trainer.components.sample_shape)
+    load_policy(pipeline, run.folder)
     loaded = plain_images(pipeline, config)
     own = networks_of(config)
-    read_policy(own.policy, whole)
+    read_policy(own.policy, run.folder)
     torch.testing.assert_close(own.decoder.decode(own_latents(own)), loaded, rtol=0, atol=2e-5)
     assert (loaded - before).abs().max() > 1e-4
     for name, parameter in own.policy.trained().items():
-        assert torch.equal(parameter, trainer.policy.trained()[name]), name
+        assert torch.equal(parameter, run.trainer.policy.trained()[name]), name
 
-    if trained == "LoRA on all linear layers":  # resumes as a LoRA on others
-        return
+
+def interrupted_and_resumed(config: TrainConfig, folder: Path) -> None:
     interrupted = without_pictures(Trainer.from_config(config))
     interrupt(interrupted, 2)
     with pytest.raises(KeyboardInterrupt):
-        interrupted.train(cut)
-    without_pictures(Trainer.from_config(config)).train(cut, resume=True)
-    if trained == "LoRA":
-        assert_same_result(cut, whole)
-    else:
-        ours, theirs = (load_file(run / "transformer/diffusion_pytorch_model.safetensors") for run in (cut, whole))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        interrupted.train(folder)
+    without_pictures(Trainer.from_config(config)).train(folder, resume=True)
+
+
+@pytest.mark.slow
+def test_a_trained_lora_loads_in_plain_diffusers(run: Run) -> None:
+    assert_loads(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["sd35", "flux"], indirect=True)
+def test_a_lora_on_all_linear_layers_loads_in_plain_diffusers(model: str, tmp_path: Path) -> None:
+    """SD3's kinds of layers are all in SD3.5."""
+    assert_loads(trained_run(config_of(model, lora=TRAINED["LoRA on all linear layers"]), tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["flux"], indirect=True)
+def test_a_run_resumes(run: Run, tmp_path: Path) -> None:
+    interrupted_and_resumed(run.config, tmp_path)
+    assert_same_result(tmp_path, run.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["sd35"], indirect=True)
+def test_all_weights_load_in_plain_diffusers_and_a_run_resumes(model: str, tmp_path: Path) -> None:
+    config, whole, cut = config_of(model, lora=TRAINED["all weights"]), tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir(), cut.mkdir()
+    assert_loads(trained_run(config, whole))
+    interrupted_and_resumed(config, cut)
+    ours, theirs = (load_file(run / "transformer/diffusion_pytorch_model.safetensors") for run in (cut, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.slow
@@ -217,38 +251,34 @@ def test_all_repeated_blocks_are_compiled(model: str) -> None:
 
 @pytest.mark.slow
 def test_a_finished_run_is_sampled_as_the_policy_samples(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the noise and the prompt's tokens of training. Kohya's names are refused."""
-    config, grids = config_of(model), []
-    without_pictures(Trainer.from_config(config)).train(tmp_path)
+    grids = []
     monkeypatch.setattr("fastnabla.run.pictures.save_grid", lambda path, columns, *_, **__: grids.append(columns))
-    sample_run(SampleConfig(run=tmp_path, prompt=tuple(PROMPTS), n=1))
+    sample_run(SampleConfig(run=run.folder, prompt=tuple(PROMPTS), n=1, output=tmp_path / "samples.png"))
 
-    networks = networks_of(config)
-    read_policy(networks.policy, tmp_path)
+    networks = networks_of(run.config)
+    read_policy(networks.policy, run.folder)
     seeds = [seed_of(0, "evaluation", 0, number) for number in range(2)]
     _, finetuned = grids[0].values()
     own = networks.decoder.decode(own_latents(networks, seeds))
     torch.testing.assert_close(finetuned, own, rtol=0, atol=2e-5)
     with pytest.raises(ValueError, match=r"LoRA of a transformer; load pytorch_lora_weights\.safetensors"):
-        save_kohya(tmp_path, tmp_path / "kohya.safetensors")
+        save_kohya(run.folder, tmp_path / "kohya.safetensors")
 
 
 @pytest.mark.slow
-def test_every_evaluation_takes_the_mean_of_the_last_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["sd35"], indirect=True)
+def test_every_evaluation_takes_the_mean_of_the_last_step(run: Run) -> None:
     """In training, of a finished run, and in a study; the last two here of the pretrained model. A rollout has the step's noise,
     σ = 0.02. In batches of other sizes samples differ by rounding."""
-    config = config_of(save_tiny("sd35", tmp_path / "models"))
-    run = tmp_path / "run"
-    run.mkdir()
-    trainer = without_pictures(Trainer.from_config(config))
-    trainer.train(run)
+    config, folder, trainer = run
     options = EvaluationOptions(samples_per_prompt=2, reference_samples=4, ess=0.5)
-    RunEvaluation(run, options).measure()
-    reference = load_file(run / "reference-trained.safetensors")["latents"]
+    RunEvaluation(folder, options).measure()
+    reference = load_file(folder / "reference-trained.safetensors")["latents"]
     studied = _Networks(config, None)
-    part = Part(path=run, scale=1.0, samples=1, seed=0)
+    part = Part(path=folder, scale=1.0, samples=1, seed=0)
     samples = {
         "training": (trainer.components, trainer.evaluator.sample(torch.tensor([0, 2]), 0), [(0, 0), (0, 2)]),
         "evaluate": (studied.components, reference[:, 0], [(1, 0, 0), (1, 1, 0)]),

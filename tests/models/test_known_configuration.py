@@ -291,7 +291,7 @@ POOL: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(drawn=st.lists(st.sampled_from(POOL), min_size=1, max_size=3))
 def test_samples_as_plain_diffusers_or_is_refused(
     family: str, drawn: list[tuple[str, dict[str, Any]]], saved: Path, tmp_path_factory: pytest.TempPathFactory

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from fastnabla.config.model_sections import ModelConfig
@@ -29,10 +28,9 @@ from fastnabla.models.quantised_linear import (
 from fastnabla.models.saved_policy import load_policy, save_policy
 from tests.checks import assert_gradients, randn
 from tests.families import save_tiny
-from tests.golden import GoldenStep, load_step
+from tests.golden import GoldenStep
 from tests.methods.test_sharing import gradients
-from tests.models.test_compiling import TINY
-from tests.small_step import WITH_FLOW
+from tests.small_step import small_step, smallest_unet
 
 KINDS = ("int8", "nf4")
 NF4 = (
@@ -117,7 +115,7 @@ def quantised(golden: GoldenStep, kind: str) -> tuple[GoldenStep, GoldenStep]:
             parameter.data += 0.1 * torch.randn_like(parameter)
         return dataclasses.replace(golden, policy=policy)
 
-    network = type(golden.policy.network).from_pretrained(WITH_FLOW / "unet")
+    network = smallest_unet(attention=True)
     quantise_linear_layers(network, kind)
     dense = plain(network)
     return with_network(network), with_network(dense)
@@ -130,7 +128,7 @@ def quantised(golden: GoldenStep, kind: str) -> tuple[GoldenStep, GoldenStep]:
 )
 def test_a_step_is_that_of_a_plain_network_with_the_dequantised_weights(kind: str, objective: dict) -> None:
     """The products are equal to the bit, so the gradients are within float32 rounding."""
-    ours, theirs = quantised(load_step(WITH_FLOW), kind)
+    ours, theirs = quantised(small_step(), kind)
     found, expected = (gradients(each, each.step(4, **objective), each.transitions) for each in (ours, theirs))
     assert all(gradient.any() for gradient in found.values())
     assert_gradients(found, expected)
@@ -138,34 +136,36 @@ def test_a_step_is_that_of_a_plain_network_with_the_dequantised_weights(kind: st
 
 @pytest.mark.slow
 def test_a_compiled_network_keeps_no_dequantised_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph without breaks; the output, and both gradients, of a plain network. Between forward and backward pass it keeps
-    codes where the plain network keeps weights."""
+    """One graph without breaks; the output, and both gradients, of a plain network that is not compiled. Between forward and
+    backward pass it keeps codes where the plain network keeps weights."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
     torch.manual_seed(0)
-    network, conditions = UNet2DConditionModel(**TINY, cross_attention_dim=16), Conditions(randn(3, 5, 16))
+    network, conditions = smallest_unet(attention=True), Conditions(randn(3, 5, 16))
     quantise_linear_layers(network, "nf4")
-    networks = {"quantised": network, "plain": plain(network)}
-    shapes = {layer.weight.shape for layer in quantised_layers(network)}
+    dense, layers = plain(network), list(quantised_layers(network))
+    shapes, codes = ({getattr(layer, name).shape for layer in layers} for name in ("weight", "codes"))
     results, kept = {}, {}
     torch._dynamo.reset()
     with torch._functorch.config.patch(), torch._dynamo.config.patch():
-        for name, network in networks.items():
+        for compile, each in (("whole", network), ("none", dense)):
             torch.manual_seed(0)
-            policy = Policy(network, conditions, 3.0, rank=2)
+            policy = Policy(each, conditions, 3.0, rank=2)
             for parameter in policy.trainable():
                 parameter.data += 0.1 * torch.randn_like(parameter)
-            policy.optimise(compile="whole")
+            policy.optimise(compile=compile)
             x, saved = randn(1, 4, 8, 8).requires_grad_(), []
             with torch.autograd.graph.saved_tensors_hooks(
                 lambda tensor, to=saved: to.append(tensor) or tensor, lambda t: t
             ):
                 output = policy(x, torch.tensor([901.0]), torch.tensor([0]))
             inputs = [x, *policy.weights()]
-            results[name] = [output, *torch.autograd.grad(output, inputs, torch.ones_like(output))]
-            kept[name] = {tensor.shape for tensor in saved if tensor.is_floating_point()} & shapes
+            results[compile] = [output, *torch.autograd.grad(output, inputs, torch.ones_like(output))]
+            kept[compile] = {(tensor.is_floating_point(), tensor.shape) for tensor in saved}
     torch._dynamo.reset()
-    torch.testing.assert_close(results["quantised"], results["plain"], rtol=1e-4, atol=1e-5)
-    assert kept["plain"] and not kept["quantised"]
+    torch.testing.assert_close(results["whole"], results["none"], rtol=1e-4, atol=1e-5)
+    weights, of_codes = ({(kind, shape) for shape in of} for kind, of in ((True, shapes), (False, codes)))
+    assert kept["none"] & weights and not kept["whole"] & weights
+    assert kept["whole"] & of_codes and not kept["none"] & of_codes
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """The reverse residual's gradient to θ, against double backward in float64."""
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -11,10 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.checks import BACKENDS, assert_gradients
 from tests.exact import Exact, grad
-from tests.golden import STEP_SETS, GoldenStep, load_step
-
-GOLDEN = [folder for folder in STEP_SETS if (folder / "flow").exists()]
-load_once = functools.cache(load_step)
+from tests.golden import GoldenStep
+from tests.small_step import shared_step, small_step
 
 
 def gradients(golden: GoldenStep, step) -> dict[str, Tensor]:
@@ -26,10 +23,9 @@ def gradients(golden: GoldenStep, step) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
-def test_gradients(folder, backend):
+def test_gradients(backend):
     """With a ρ at which the second-order part is most of the gradient; at ρ = 1 the forward residual's buries it."""
-    golden = load_once(folder)
+    golden = shared_step()
     inner = golden.transitions.step_index < len(golden.table) - 1
     golden = dataclasses.replace(golden, transitions=golden.transitions[inner])
     step = golden.step(4, backend, reverse_second_order=True, reverse_weight=1e6, trust_region_weight=0.0)
@@ -47,7 +43,7 @@ def test_gradients(folder, backend):
 
 @pytest.mark.parametrize("settings", [{"compile": "whole"}, {"checkpoint": True}])
 def test_networks_without_second_derivatives_are_refused(settings):
-    golden = load_step(GOLDEN[0])
+    golden = small_step()
     golden.policy.optimise(**settings)
     with pytest.raises(ValueError, match=r"reverse_second_order = True.*--compute\.compile none"):
         golden.step(4, reverse_second_order=True)

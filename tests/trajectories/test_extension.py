@@ -230,20 +230,6 @@ def test_require_cuda(available, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("missing", [False, True])
-def test_require_cuda_of_this_build(missing, tmp_path):
-    """As a script asks for it: the exit status is that of what is registered."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    if missing:
-        environment["FASTNABLA_EXTENSION"] = str(tmp_path / "missing.so")
-    command = [sys.executable, "-c", "from fastnabla.trajectories.buffer_ops import require_cuda; require_cuda()"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if missing:
-        assert re.search(r"RuntimeError: .*not registered: the extension \S+missing\.so cannot be loaded", done.stderr)
-    assert (done.returncode == 0) == (buffer_ops.CUDA_AVAILABLE and not missing), done.stderr
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(not (NVCC and COMPILER), reason="needs nvcc and a C++ compiler")
 def test_cuda_code_compiles_without_warnings_or_spills(tmp_path, monkeypatch):
     """As in setup.py, for one architecture."""
@@ -284,27 +270,33 @@ for block in (None, 64):
         buffer.append(slots, step, x[:, step], x[:, step + 1], x[:, step + 1])
     batch = buffer.gather(buffer.transitions(), torch.float32)
     print(batch.step_index.tolist(), batch.x.sum().item(), batch.model_output.sum().item())
+print("done", flush=True)
+buffer_ops.require_cuda()
 """
 
 
 def use(**environment: str) -> subprocess.CompletedProcess:
-    """What a fresh process without a GPU prints when it uses the buffer."""
+    """What a fresh process without a GPU prints when it uses the buffer. Then it asks for CUDA, as a script would."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run([sys.executable, "-c", USE], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("done\n"), done.stderr
     return done
 
 
 @pytest.mark.slow
 @COMPILED
 def test_with_and_without_the_extension(tmp_path):
-    """The same numbers; and without it one warning, which says why and how to build it."""
+    """The same numbers; and without it one warning, which says why and how to build it. Whoever asks for CUDA is refused where it
+    is not registered."""
     with_it, without = use(), use(FASTNABLA_EXTENSION=str(tmp_path / "missing.so"))
     assert with_it.stdout.startswith("available: True\nregistered: True\n")
     assert without.stdout.startswith("available: False\nregistered: False\n")
     assert with_it.stdout.splitlines()[2:] == without.stdout.splitlines()[2:]
     warnings = [line for line in without.stderr.splitlines() if " fastnabla: " in line]
     assert len(warnings) == 1
+    assert (with_it.returncode == 0) == buffer_ops.CUDA_AVAILABLE, with_it.stderr
+    said = r"RuntimeError: .*not registered: the extension \S+missing\.so cannot be loaded"
+    assert without.returncode != 0 and re.search(said, without.stderr)
     assert re.match(r"WARNING fastnabla: The extension \S+missing\.so cannot be loaded \(.*pip install", warnings[0])
 
 
