@@ -137,10 +137,8 @@ VARIANTS = {
 }
 
 
-def compile_all(
-    architecture: int, cases: Iterable[str] = CASES, variants: Iterable[str] = VARIANTS
-) -> Iterator[MachineCode]:
-    """All kernels of the cases in these variants. A kernel that several of them launch in the same way occurs once."""
+def compile_all(architecture: int, cases: Iterable[str] = CASES) -> Iterator[MachineCode]:
+    """All kernels of the cases. A kernel that several cases launch in the same way occurs once."""
     run, compiled = triton.JITFunction.run, []
 
     def compile_only(kernel, *arguments, grid, warmup, **options):
@@ -155,9 +153,9 @@ def compile_all(
     seen = set()
     try:
         for name in cases:
-            for variant in variants:
+            for variant, (dtype, last) in VARIANTS.items():
                 compiled.clear()
-                CASES[name](*VARIANTS[variant])
+                CASES[name](dtype, last)
                 for kernel in compiled:
                     if kernel.hash not in seen:
                         seen.add(kernel.hash)
