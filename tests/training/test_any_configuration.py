@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 import tempfile
 import typing
 from pathlib import Path
@@ -20,7 +19,7 @@ from fastnabla.training.guards import BoundPassed
 from fastnabla.training.trainer import Trainer
 from tests.config.test_config_fuzz import changed
 from tests.faults import assert_same_result
-from tests.runs import small, smallest, without_pictures
+from tests.runs import copy_after_update_1, small, smallest, without_pictures
 
 VALUES = {int: (1, 2, 3, 0), float: (0.5, 1.0, 0.1, 2.0, 0.0), bool: (False, True), type(None): (None,)}
 """Type of a field → values. Those of a `Literal` are its own; fields of text have none."""
@@ -60,19 +59,6 @@ def trainer_of(config: TrainConfig) -> Trainer:
     return without_pictures(Trainer.from_config(config))
 
 
-def copy_before_update_2(trainer: Trainer, folder: Path, copy: Path) -> None:
-    """Let the training that comes copy `folder` as it is after the first update, with a checkpoint."""
-    update = trainer.update
-
-    def copying(*arguments) -> None:
-        if trainer.done == 1:
-            trainer.save(wait=True)
-            shutil.copytree(folder, copy)
-        update(*arguments)
-
-    trainer.update = copying
-
-
 def train(trainer: Trainer, folder: Path, resume: bool = False) -> None:
     with contextlib.suppress(BoundPassed):  # the second update is the last one
         trainer.train(folder, resume=resume)
@@ -96,7 +82,7 @@ def test_any_settings(family: str, method: str, changes: dict[str, Any]) -> None
     with tempfile.TemporaryDirectory() as above:
         whole, resumed = Path(above) / "whole", Path(above) / "resumed"
         whole.mkdir()
-        copy_before_update_2(trainer, whole, resumed)
+        copy_after_update_1(trainer, whole, resumed)
         train(trainer, whole)
         assert all(parameter.isfinite().all() for parameter in trainer.step.parameters)
         train(trainer_of(config), resumed, resume=True)
