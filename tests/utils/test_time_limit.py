@@ -231,7 +231,7 @@ def test_a_run_whose_reward_hangs_ends_and_can_be_resumed(
 
     command = [*QUICK, "--reward.terms=hanging:reward", "--checkpoint-every=1", "--evaluation.every=0", "--updates=2"]
     command += ["--rollout.updates=1", "--reward.timeout=2"]
-    use(3)
+    use(3)  # the last call of the second update; the first is the check before the run
     assert train.main([*command, "--run=hung"]) == 1
     message = " ".join(capsys.readouterr().err.split())
     assert "reward 'hanging:reward' did not return" in message and "--resume hung" in message
