@@ -72,6 +72,19 @@ def train(config: TrainConfig, folder: Path) -> Path:
     return folder
 
 
+def copy_after_update_1(trainer: Trainer, folder: Path, copy: Path) -> None:
+    """Make the training that comes copy its `folder`, with a checkpoint, as a signal would leave it after the first update."""
+    update = trainer.update
+
+    def copying(*arguments) -> None:
+        if trainer.done == 1:
+            trainer.save(wait=True)
+            shutil.copytree(folder, copy)
+        update(*arguments)
+
+    trainer.update = copying
+
+
 def interrupt(trainer: Trainer, call: int) -> None:
     """Make the training that comes fail in the optimizer's call number `call`, from 1."""
     update, calls = trainer.optimizer.update, []

@@ -16,7 +16,7 @@ from fastnabla.models.architectures import ARCHITECTURES, SD15, SDXL_BASE
 from fastnabla.prompts import PROMPT_SETS, prompts_of
 from fastnabla.rewards import parse_term, published_class
 from tests.checks import NETWORK_DTYPE
-from tests.families import save_tiny
+from tests.runs import smallest
 
 REAL = [name for name in PRESETS if not name.startswith("testbed") and name != "stable-diffusion"]
 DOCUMENTS = [Path(__file__).parents[2] / "docs" / f"{page}.md" for page in ("stable-diffusion", "flow-models")]
@@ -69,22 +69,11 @@ def test_architectures_have_the_published_numbers_of_parameters() -> None:
         assert count(AutoencoderKL(**SD15.vae)) == count(AutoencoderKL(**SDXL_BASE.vae)) == 83_653_863
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny("sd15", tmp_path_factory.mktemp("model"))
-
-
 @pytest.mark.slow
-def test_a_planned_preset_dry_runs(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """With tiny networks, a small flow and a small reward, whose cost is not the preset's."""
-    arguments = [
-        f"--model.name={tiny_model}",
-        "--model.height=64",
-        "--model.width=64",
-        "--reward.terms=hue=1",
-        "--dry-run",
-    ]
-    arguments += ["--memory.micro-batch=2", "--memory.decode-chunk=1", "--flow.kind=conv"]
+def test_a_planned_preset_dry_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the smallest networks, a small flow and a small reward, whose cost is not the preset's."""
+    arguments = [f"--model.name={smallest('sd15')}", "--model.height=8", "--model.width=8", "--reward.terms=hue=1"]
+    arguments += ["--memory.micro-batch=2", "--memory.decode-chunk=1", "--flow.kind=conv", "--dry-run"]
     assert train.main(["sd15-24gb", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "expected time" in printed and "memory plan for 24.0 GB" in printed

@@ -21,6 +21,7 @@ from fastnabla.models.flow import UNetFlow
 from fastnabla.models.lora import add_lora
 from fastnabla.utils.tensor_bytes import LiveBytes, MovedBytes
 from tests.bench.toy import ONE_LEVEL
+from tests.families import one_level
 
 
 def made_up_costs() -> types.SimpleNamespace:
@@ -62,9 +63,10 @@ def test_sums_by_hand() -> None:
 
 @functools.cache
 def small_costs() -> UnitCosts:
+    architecture = one_level("sd15")
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(ONE_LEVEL.unet | {"sample_size": 8}).requires_grad_(False)
-        vae, flow = AutoencoderKL.from_config(ONE_LEVEL.vae), UNetFlow(4, 16, ONE_LEVEL.flow)
+        unet = UNet2DConditionModel.from_config(architecture.network).requires_grad_(False)
+        vae, flow = AutoencoderKL.from_config(architecture.vae), UNetFlow(4, 16, ONE_LEVEL.flow)
         description = Description(family=SD, network=unet.config, vae=vae.config, lengths=SD.text_lengths)
         shapes = Shapes(unet, vae, flow, torch.float32, description, (4, 8, 8))
     add_lora(unet, 2, LORA_TARGETS)

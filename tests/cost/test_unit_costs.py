@@ -7,6 +7,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from fastnabla.config.model_sections import LORA_TARGETS
+from fastnabla.config.train import TrainConfig
+from fastnabla.cost import planner
+from fastnabla.cost.planner import USABLE_FRACTION, plan_memory
 from fastnabla.cost.shapes import Shapes, fake_weights
 from fastnabla.cost.unit_costs import UnitCosts
 from fastnabla.models.description import Description
@@ -47,7 +50,8 @@ def test_arithmetic() -> None:
     """A row of the UNet is 0.80 TFLOP as published (402 G multiply-adds), and a decode with its backward pass 5.06."""
     costs = stable_diffusion()
     assert costs.network_flops == pytest.approx(1.61e12, rel=0.03)
-    assert costs.network_flops == pytest.approx(2 * stable_diffusion(guided=False).network_flops)
+    guided, alone = (stable_diffusion(guided=each, shallow=True) for each in (True, False))
+    assert guided.network_flops == pytest.approx(2 * alone.network_flops)
     assert costs.decode_flops == pytest.approx(5.0e12, rel=0.05)
     assert 0 < costs.flow_flops < 0.05 * costs.network_flops
 
@@ -61,6 +65,16 @@ def test_memory_of_a_pass() -> None:
     # Not 8: the LoRA's weights and gradients are there once.
     assert 7.9 < eight.peak / one.peak < 8
     assert costs.shapes.network.device.type == "meta"
+
+
+def test_24_gigabytes_need_no_checkpointing() -> None:
+    """All blocks of Stable Diffusion 1.5 are counted here."""
+    costs = stable_diffusion()
+    chosen = plan_memory(TrainConfig(vram=24), costs, int(24e9), torch.device("cpu"))
+    assert not chosen.checkpoint_network and not chosen.checkpoint_decoder
+    assert chosen.micro_batch >= 4
+    larger = planner._step(costs, chosen.micro_batch + 1, chosen.decode_chunk, False, False)
+    assert sum(chosen.fixed.values()) + max(larger.values()) > USABLE_FRACTION * 24e9, "one more would fit"
 
 
 def test_recomputing_keeps_less() -> None:

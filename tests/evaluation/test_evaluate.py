@@ -26,7 +26,7 @@ from fastnabla.models.decoder import Decoder
 from fastnabla.models.saved_policy import read_policy
 from fastnabla.run.checkpoint import newest_checkpoint
 from fastnabla.training.trainer import Trainer
-from tests.runs import small, train
+from tests.runs import small, train, without_pictures
 
 QUICK = ["--samples-per-prompt=3", "--reference-samples=12", "--ess=0.25"]
 OPTIONS = EvaluationOptions(samples_per_prompt=3, reference_samples=12, ess=0.25)
@@ -43,10 +43,17 @@ def tiny(**changes) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = train(tiny(), tmp_path_factory.mktemp("runs") / "run")
-    assert evaluate.main([str(folder), *QUICK]) == 0
-    return folder
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """After its training."""
+    trainer = without_pictures(Trainer.from_config(tiny()))
+    trainer.train(tmp_path_factory.mktemp("runs"))
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def run(trained: Trainer) -> Path:
+    assert evaluate.main([str(trained.folder), *QUICK]) == 0
+    return trained.folder
 
 
 def results(folder: Path) -> dict:
@@ -173,14 +180,10 @@ def test_a_policy_that_learned_nothing_is_the_pretrained_one(run: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_the_saved_lora_is_read_exactly(tmp_path: Path) -> None:
-    config = tiny()
-    (tmp_path / "run").mkdir()
-    trainer = Trainer.from_config(config)
-    trainer.train(tmp_path / "run")
-    fresh = Trainer.from_config(config)
-    read_policy(fresh.policy, tmp_path / "run")
-    expected = trainer.policy.trained()
+def test_the_saved_lora_is_read_exactly(trained: Trainer) -> None:
+    fresh = Trainer.from_config(tiny())
+    read_policy(fresh.policy, trained.folder)
+    expected = trained.policy.trained()
     assert all(torch.equal(parameter, expected[name]) for name, parameter in fresh.policy.trained().items())
     assert any(parameter.abs().max() > 0 for name, parameter in expected.items() if "lora_B" in name)
 
@@ -189,7 +192,7 @@ def test_the_saved_lora_is_read_exactly(tmp_path: Path) -> None:
 def test_all_parameters_are_read_exactly_and_evaluated(tmp_path: Path) -> None:
     config = tiny(lora=LoraConfig(rank=0), optimizer=OptimizerConfig(learning_rate=1e-4))
     (tmp_path / "run").mkdir()
-    trainer = Trainer.from_config(config)
+    trainer = without_pictures(Trainer.from_config(config))
     trainer.train(tmp_path / "run")
     evaluation = RunEvaluation(tmp_path / "run", OPTIONS)
     read = evaluation.components.policy.trained()

@@ -170,7 +170,9 @@ def reward(images, prompts):
         BREAK
     return values
 """
-"""Call 1 is the check before the run; each update has three of its own."""
+"""Call 1 is the check before the run; each update has one of its own."""
+LAST_CALL = 3
+"""Of the second update."""
 
 
 @pytest.mark.slow
@@ -195,20 +197,21 @@ def test_a_reward_that_breaks_is_named_and_can_be_mended(
 
     command = [*QUICK, "--reward.terms", "mendable:reward", "--checkpoint-every=1", "--rollout.updates=1"]
     command = [*command, "--updates=2"]
-    use(-1)
-    assert train.main([*command, "--run", "whole"]) == 0
-    calls = sys.modules["mendable"].calls
-    use(calls)  # the last of the second update
+    use(LAST_CALL)
     assert train.main([*command, "--run", "broken"]) == 1
     printed = capsys.readouterr()
     message = " ".join(printed.err.split())
     assert_no_tokens(tmp_path, *printed)
     assert f"reward 'mendable:reward' {found}" in message and "--resume broken" in message
-    assert ("KeyError" in message) == ("KeyError" in break_)
     assert [path.name for path in Path("broken/checkpoints").iterdir()] == ["update-000001"]
-    use(-1)
-    assert train.main(["--resume", "broken"]) == 0
-    assert Path("broken/metrics.jsonl").read_bytes() == Path("whole/metrics.jsonl").read_bytes()
+    assert ("KeyError" in message) == ("KeyError" in break_)
+    if "KeyError" in break_:  # the others leave the same
+        use(-1)
+        assert train.main(["--resume", "broken"]) == 0
+        use(-1)
+        assert train.main([*command, "--run", "whole"]) == 0
+        assert sys.modules["mendable"].calls == LAST_CALL
+        assert Path("broken/metrics.jsonl").read_bytes() == Path("whole/metrics.jsonl").read_bytes()
 
 
 def test_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +303,7 @@ def test_a_plan_is_printed_before_anything_is_loaded(
         raise ValueError("loading starts here")
 
     monkeypatch.setattr("fastnabla.training.build.pipeline_of", load)
-    assert train.main(["testbed", "--vram", "4", "--memory.micro-batch", "8"]) == 2
+    assert train.main([*QUICK, "--vram", "4", "--memory.micro-batch", "2"]) == 2
     printed = capsys.readouterr()
     assert "memory plan for 4.0 GB" in printed.out
     assert "loading starts here" in printed.err

@@ -2,6 +2,7 @@
 
 import glob
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -84,14 +85,17 @@ def test_genuine_kernels_is_found_behind_the_root(genuine, before):
 @pytest.mark.slow
 @without_genuine
 def test_libraries_that_look_for_kernels_import_at_the_root():
-    """transformers imports what is called `kernels` to see its version; these are the imports that make it."""
-    code = (
-        "import bitsandbytes, diffusers.utils, peft, transformers.utils\n"
-        "from transformers import CLIPTextModel\n"
-        "from diffusers import StableDiffusionPipeline\n"
-        "print(transformers.utils.is_kernels_available(), diffusers.utils.is_kernels_available())\n"
-    )
-    assert run(code)[-1] == "False False"
+    """transformers imports what is called `kernels` to see its version; these are the imports that make it. This process has
+    the root in its path, too."""
+    assert importlib.util.find_spec("kernels").origin == str(KERNELS)
+    import bitsandbytes  # noqa: F401
+    import diffusers.utils
+    import peft  # noqa: F401
+    import transformers.utils
+    from diffusers import StableDiffusionPipeline  # noqa: F401
+    from transformers import CLIPTextModel  # noqa: F401
+
+    assert not transformers.utils.is_kernels_available() and not diffusers.utils.is_kernels_available()
 
 
 def test_metadata_packages_and_data():

@@ -19,7 +19,7 @@ from fastnabla.training.trainer import Trainer
 from tests.checks import relative_error
 from tests.integration.test_full_finetuning import full
 from tests.ranks import on_ranks
-from tests.runs import small, smallest
+from tests.runs import small, smallest, without_pictures
 
 FAMILIES = ("sd15", "sd3")
 
@@ -33,7 +33,7 @@ def config(family: str) -> TrainConfig:
 
 
 def train(config: TrainConfig, run: Path, resume: bool, world: World = ALONE) -> bool:
-    trainer = Trainer.from_config(config, world=world)
+    trainer = without_pictures(Trainer.from_config(config, world=world))
     trainer.train(run, resume=resume)
     return trainer.policy.is_sharded
 

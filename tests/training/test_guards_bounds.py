@@ -14,7 +14,7 @@ from tests.faults import assert_same_result
 from tests.integration.test_cli import QUICK
 
 BOTH = EvaluationConfig(probe="testbed", stop_below_diversity=0.5, stop_above_prior=3.0)
-RUN = [*QUICK, "--updates=4", "--evaluation.every=2"]
+RUN = [*QUICK, "--updates=2", "--rollout.updates=1", "--evaluation.every=1"]
 
 
 def records(*values: tuple[float | None, float | None]) -> list[dict]:
@@ -95,10 +95,10 @@ def test_a_run_that_passes_a_bound_ends_and_can_go_on(
     assert train.main([*RUN, "--run=run", option]) == BoundPassed.STATUS == 3
     message = " ".join(capsys.readouterr().err.split())
     field = option.removeprefix("--").partition("=")[0].replace("-", "_")
-    assert f"{field} = " in message and "after update 2" in message and "--resume run" in message
+    assert f"{field} = " in message and "after update 1" in message and "--resume run" in message
     run = Path("run")
-    assert (run / "samples" / "update-0002.png").is_file() and (run / "table.md").is_file()
-    assert (run / "checkpoints" / "update-000002").is_dir()
+    assert (run / "samples" / "update-0001.png").is_file() and (run / "table.md").is_file()
+    assert (run / "checkpoints" / "update-000001").is_dir()
     assert train.main(["--resume", "run"]) == BoundPassed.STATUS  # nothing has changed
     values = json.loads((run / "config.json").read_text())
     values["evaluation"][field.partition(".")[2]] = None
