@@ -20,8 +20,11 @@ import pytest
 
 LONG = ("comparison", "config", "cost", "integration", "models", "study", "training")
 """Folders of tests that train, compile or plan large networks."""
-SET_ONCE = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
-"""Variables that pytest, and the first compiled network of a process, set."""
+SET_ONCE = (
+    *("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"),
+    *("MPLBACKEND", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"),
+)
+"""Variables that pytest, the first compiled network of a process, and the first command set."""
 PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if PROCESSES > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // PROCESSES)))
@@ -109,15 +112,15 @@ def shared_state() -> dict[str, object]:
         "precision of products": torch.get_float32_matmul_precision(),
         "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
         "folder": os.getcwd(),
-        "environment": {name: value for name, value in os.environ.items() if name not in SET_ONCE},
-    }
+    } | {f"${name}": value for name, value in os.environ.items() if name not in SET_ONCE}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def shared_state_is_left_alone() -> Iterator[None]:
     before = shared_state()
     yield
-    changed = [name for name, value in shared_state().items() if value != before[name]]
+    after = shared_state()
+    changed = [name for name in before | after if before.get(name) != after.get(name)]
     assert not changed, f"a test of this file changed: {', '.join(changed)}"
 
 

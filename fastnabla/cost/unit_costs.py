@@ -84,7 +84,7 @@ class UnitCosts:
         """
         counted = self._network_pass(checkpoint)(transitions)
         # The weights that a product dequantises are within an operation, so they are not counted.
-        return PassBytes(counted.kept, counted.peak + max(dequantised_bytes(self.shapes.network), default=0))
+        return PassBytes(counted.kept, counted.peak + max(self._dequantised, default=0))
 
     def flow_bytes(self, rows: int = 1) -> PassBytes:
         """A forward pass of g_φ over `rows` states, with a backward pass to its parameters."""
@@ -98,7 +98,7 @@ class UnitCosts:
     def network_traffic(self, transitions: int) -> PassTraffic:
         """A forward pass of the UNet over `transitions` and a backward pass to its input, without recomputation."""
         counted = self._network_traffic(transitions)
-        dequantised = 2 * sum(dequantised_bytes(self.shapes.network))  # written and read within an operation
+        dequantised = 2 * sum(self._dequantised)  # written and read within an operation
         return PassTraffic(counted.forward + dequantised, counted.backward + dequantised)
 
     def decode_traffic(self, images: int) -> PassTraffic:
@@ -108,6 +108,10 @@ class UnitCosts:
     def flow_traffic(self, rows: int) -> PassTraffic:
         """A forward pass of g_φ over `rows` states and a backward pass to its parameters; 0 without g_φ."""
         return self._flow_traffic(rows) if self.shapes.flow is not None else PassTraffic(0, 0)
+
+    @functools.cached_property
+    def _dequantised(self) -> list[int]:
+        return list(dequantised_bytes(self.shapes.network))
 
     @functools.cache  # noqa: B019 (the instance lives as long as the plan)
     def _network_pass(self, checkpoint: bool) -> Callable[[int], PassBytes]:
@@ -180,7 +184,8 @@ def _pass_bytes(compute: Callable[[], tuple[Tensor, Tensor]], network: nn.Module
         if x.requires_grad:
             torch.autograd.grad(output, x, torch.ones_like(output), retain_graph=True)
         torch.autograd.grad(output, parameters, torch.ones_like(output))
-    return lambda rows: PassBytes(kept(rows), memory.peak_of(rows))
+    peaks = memory.peaks()
+    return lambda rows: PassBytes(kept(rows), max(peak(rows) for peak in peaks))
 
 
 def _traffic(

@@ -1,6 +1,7 @@
 """The runs of a study: ordinary run folders of `python -m fastnabla.train`."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from fastnabla.comparison.plan import PlannedRun
@@ -99,7 +100,7 @@ def run_config(protocol: Protocol, contender: Contender, learning_rate: float) -
     given = [f"{field}={value}" for field, value in protocol.settings.items()]
     own = contender.settings | {RATE: rate}
     given += [f"{method}.{field}={value}" for field, value in own.items()]
-    config = method_config(protocol.preset, method, method_settings(protocol.preset, method, given))
+    config = _parsed(protocol.preset, method, tuple(given))
     require(config.lora.rank > 0, "lora.rank", config.lora.rank, "a study scales the LoRA; set it to at least 1.")
     require(
         config.prompts.held_out == 0,
@@ -111,6 +112,12 @@ def run_config(protocol: Protocol, contender: Contender, learning_rate: float) -
     # The run is evaluated at its beginning and its end only: `fastnabla.study.measuring` measures it.
     evaluation = dataclasses.replace(config.evaluation, every=updates)
     return dataclasses.replace(config, updates=updates, evaluation=evaluation)
+
+
+@functools.cache
+def _parsed(preset: str, method: str, given: tuple[str, ...]) -> TrainConfig:
+    """Parsed once, which takes 50 ms: the runs of all seeds have it, and are asked for it after each run."""
+    return method_config(preset, method, method_settings(preset, method, given))
 
 
 def _run(

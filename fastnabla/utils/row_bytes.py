@@ -34,9 +34,14 @@ class LiveRowBytes(LiveBytes):
         self.live = RowBytes(0, 0)
         self._seen_live = {self.live}
 
-    def peak_of(self, rows: int) -> int:
-        """The maximum in use at any time in a pass of `rows` rows."""
-        return max(live(rows) for live in self._seen_live)
+    def peaks(self) -> list[RowBytes]:
+        """What is in use at the times one of which has the maximum, whatever the number of rows: at no other time are there both
+        more fixed bytes and more for each row."""
+        found: list[RowBytes] = []
+        for live in sorted(self._seen_live, key=lambda live: (live.each, live.fixed), reverse=True):
+            if not found or live.fixed > found[-1].fixed:
+                found.append(live)
+        return found
 
     def _add(self, nbytes: int) -> None:
         self.live = self.live.plus(nbytes)
