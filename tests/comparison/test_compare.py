@@ -235,7 +235,9 @@ def test_a_run_that_diverges_does_not_end_the_comparison(tmp_path: Path, monkeyp
     assert found["remarks"] == ["residual-db-seed-0 ended early; its last evaluation is after 1 updates."]
 
 
-def test_runs_in_processes_are_the_same(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_get_commands_that_train_the_same_runs(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the first process is told to do is done in this one, for speed, while the process itself prints its help. The second
     would do as the first, and copies its run."""
     folder, start, commands = tmp_path / "processes", training._start, []
