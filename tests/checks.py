@@ -101,12 +101,23 @@ def append_all(buffer: TrajectoryBuffer, slots: Tensor, states: Tensor, outputs:
 
 
 @contextlib.contextmanager
+def compiler_settings() -> Iterator[None]:
+    """At its end, what `fastnabla.models.compiling.allow_compiling` sets is put back."""
+    names = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
+    names += ("skip_tensor_guards_with_matching_dict_tags",)
+    dynamo, functorch = torch._dynamo.config, torch._functorch.config
+    before = {name: getattr(dynamo, name) for name in names}
+    with dynamo.patch(before), functorch.patch(donated_buffer=functorch.donated_buffer):
+        yield
+
+
+@contextlib.contextmanager
 def compiling_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A context with nothing compiled before it or left after it. On a CPU, torch.compile stops before it generates code."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
-    with torch._functorch.config.patch(), torch._dynamo.config.patch():
+    with compiler_settings():
         yield
     torch._dynamo.reset()

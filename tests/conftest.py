@@ -22,6 +22,7 @@ LONG = ("comparison", "config", "cost", "integration", "models", "study", "train
 """Folders of tests that train, compile or plan large networks."""
 SET_ONCE = (
     *("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"),
+    *("TRITON_CACHE_DIR", "TRITON_LIBDEVICE_PATH", "TRITON_PTXAS_PATH"),
     *("MPLBACKEND", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"),
 )
 """Variables that pytest, the first compiled network of a process, and the first command set."""
@@ -82,12 +83,13 @@ def pytest_runtest_setup() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """A collection would scan the millions of objects of torch, diffusers and the collected tests each time."""
+    """Garbage collection would scan the millions of objects of torch, diffusers and the tests each time."""
     gc.disable()
-    result = yield
-    gc.freeze()
-    gc.enable()
-    return result
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,7 @@ def copy_after_update_1(trainer: Trainer, folder: Path, copy: Path) -> None:
         if trainer.done == 1:
             trainer.save(wait=True)
             shutil.copytree(folder, copy)
+            assert (copy / "checkpoints" / "update-000001").is_dir()
         update(*arguments)
 
     trainer.update = copying

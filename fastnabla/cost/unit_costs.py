@@ -111,7 +111,7 @@ class UnitCosts:
 
     @functools.cached_property
     def _dequantised(self) -> list[int]:
-        return list(dequantised_bytes(self.shapes.network))
+        return dequantised_bytes(self.shapes.network)
 
     @functools.cache  # noqa: B019 (the instance lives as long as the plan)
     def _network_pass(self, checkpoint: bool) -> Callable[[int], PassBytes]:

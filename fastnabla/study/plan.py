@@ -116,7 +116,7 @@ def run_config(protocol: Protocol, contender: Contender, learning_rate: float) -
 
 @functools.cache
 def _parsed(preset: str, method: str, given: tuple[str, ...]) -> TrainConfig:
-    """Parsed once, which takes 50 ms: the runs of all seeds have it, and are asked for it after each run."""
+    """Parsed once, which takes 50 ms. All runs of a setting share its sections, which nothing changes."""
     return method_config(preset, method, method_settings(preset, method, given))
 
 

@@ -238,7 +238,7 @@ def test_a_run_that_diverges_does_not_end_the_comparison(tmp_path: Path, monkeyp
 def test_processes_get_commands_that_train_the_same_runs(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the first process is told to do is done in this one, for speed, while the process itself prints its help. The second
+    """What the first process is told to do is done in this one, for speed, while the process itself does a dry run. The second
     would do as the first, and copies its run."""
     folder, start, commands = tmp_path / "processes", training._start, []
 
@@ -246,7 +246,7 @@ def test_processes_get_commands_that_train_the_same_runs(
         commands.append(command)
         if len(commands) == 1:
             assert compare.main(command[3:]) == 0
-            return start(run, [*command[:3], "--help"], *others)
+            return start(run, [*command, "--dry-run"], *others)
         return start(run, ["cp", "-r", str(done / run.folder.name), str(run.folder)], *others)
 
     monkeypatch.setattr(training, "_start", started)
@@ -255,7 +255,7 @@ def test_processes_get_commands_that_train_the_same_runs(
     runs = ("draft-seed-0", "draft-seed-1")
     assert commands == [[sys.executable, "-m", "fastnabla.compare", *arguments, "--only", run] for run in runs]
     assert_same_result(folder / runs[0], done / runs[0])
-    assert "usage: python -m fastnabla.compare" in (folder / f"{runs[0]}.log").read_text(encoding="utf-8")
+    assert "U per run" in (folder / f"{runs[0]}.log").read_text(encoding="utf-8")
     assert [run["folder"] for run in values(folder)["runs"]] == list(runs) and values(folder)["remarks"] == []
 
 

@@ -67,7 +67,7 @@ DEEP = {
     "sd35": {"num_layers": 3, "dual_attention_layers": (0,)},
     "flux": {"num_layers": 1, "num_single_layers": 2},
 }
-"""The backward pass of a layer is no large part of the whole. SD3.5's layers are of three kinds: dual, plain and the last."""
+"""A layer of each kind; SD3.5's are dual, plain and the last."""
 
 
 @pytest.mark.slow

@@ -199,7 +199,7 @@ def test_fixed_settings_are_respected() -> None:
 
 @pytest.mark.slow
 def test_second_derivatives_are_planned_without_checkpoints() -> None:
-    """Where a plan without them has checkpoints, the micro-batch is smaller, or nothing fits."""
+    """Where a plan without them has checkpoints, there are none, or nothing fits."""
     first, second = (TrainConfig(objective=Objective(reverse_second_order=on)) for on in (False, True))
     for gigabytes, fits in ((4, False), (5, True)):
         size = int(gigabytes * 1e9)

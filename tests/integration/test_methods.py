@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,8 +86,8 @@ ALIKE = ("db", "rsm", "dag-kl", "draft-lv", "without guidance", "random truncati
     "settings",
     [pytest.param(run, id=name, marks=pytest.mark.slow if name in ALIKE else ()) for name, run in RUNS.items()],
 )
-def test_run(settings: dict, run_of: Callable[..., Path]) -> None:
-    """Complete; and stopped between two updates of a rollout and resumed, bit for bit the same."""
+def test_run(settings: dict, run_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Complete; and resumed from a copy of between two updates of a rollout, bit for bit the same."""
     config = config_of(**settings)
     run = run_of(**settings)
     records = records_of(run)
@@ -109,7 +110,7 @@ def test_run(settings: dict, run_of: Callable[..., Path]) -> None:
             planned = {"inner": 3 + number % 2, "last": 2 + number % 2}
         assert passes == planned
 
-    stopped = run.parent / "stopped"
+    stopped = shutil.copytree(run.parent / "stopped", tmp_path / "stopped")
     assert len(records_of(stopped)) == 1
     without_pictures(Trainer.from_config(config)).train(stopped, resume=True)
     assert_same_result(stopped, run)

@@ -80,19 +80,12 @@ CALLS = {
 }
 
 
-ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-
-
 @pytest.mark.slow
 @on_each_device
-@pytest.mark.parametrize("name", CALLS)
-def test_operations(name, device):
-    """They write to what their schemas say, and their fakes say what they return. On a CPU, each is traced in one of its calls."""
-    operation, arguments = CALLS[name]
-    first = next(label for label, (other, _) in CALLS.items() if other is operation)
-    checks = ALL_CHECKS if device == "cuda" or name == first else ALL_CHECKS[:-1]
-    given = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
-    torch.library.opcheck(operation, given, test_utils=checks)
+@pytest.mark.parametrize(("operation", "arguments"), CALLS.values(), ids=CALLS)
+def test_operations(operation, arguments, device):
+    """They write to what their schemas say, and their fakes say what they return."""
+    torch.library.opcheck(operation, [a.to(device) if isinstance(a, Tensor) else a for a in arguments])
 
 
 @pytest.mark.slow

@@ -200,7 +200,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "compile", "checkpoint"),
-    [("sd35", "whole", True), ("flux", "blocks", True), ("flux", "whole", False)],
+    [("sd35", "blocks", False), ("sd35", "whole", True), ("flux", "blocks", True), ("flux", "whole", False)],
 )
 def test_compiled_transformers_have_the_same_gradients(
     model: str, compile: str, checkpoint: bool, compiler: None

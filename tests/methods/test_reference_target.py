@@ -105,7 +105,11 @@ def test_the_forward_residual_trains_the_policy_and_the_reverse_one_the_flow(rew
         pytest.param(reward_gradient, micro_batch, (place + number) % 2 == 1, name, marks=marks)
         for place, reward_gradient in enumerate(REWARD_GRADIENTS)
         for number, (micro_batch, (name, marks)) in enumerate(((4, TORCH), (1, TORCH), (4, TRITON)))
-    ],
+    ]
+    + [
+        ("lookahead", 4, True, "torch"),
+        ("terminal", 4, True, "torch"),
+    ],  # one transition has no neighbour to share with
 )
 def test_micro_batches_and_shared_passes_give_the_same_gradients(reward_gradient, micro_batch, reuse_passes, backend):
     golden = shared_step()

@@ -69,7 +69,7 @@ OBJECTIVES = (
     ("objective", "micro_batch", "backend"),
     [
         *itertools.product(OBJECTIVES, (100, 4, 1), ("torch",)),
-        *(pytest.param(OBJECTIVES[i], 4, "triton", marks=BACKENDS[1].marks) for i in (0, -1)),
+        *(pytest.param(OBJECTIVES[i], 4, "triton", marks=BACKENDS[1].marks) for i in (0, 3, 4, -1)),
     ],
     ids=str,
 )

@@ -39,10 +39,10 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def build(device: str, dtype: torch.dtype, decoder: str, rank: int = 2) -> GoldenStep:
     """Networks none of whose layers is zero: a new LoRA's B is, and with it the gradient of A. The smallest on a CPU, where
-    tracing takes long; without a LoRA, which is on attention, of residual blocks alone."""
+    tracing takes long."""
     golden = small_step()
     torch.manual_seed(0)
-    unet, flow, vae = smallest_unet(attention=rank > 0), golden.flow, golden.decoder.vae
+    unet, flow, vae = smallest_unet(attention=True), golden.flow, golden.decoder.vae
     conditions = golden.policy.conditions
     if device == "cuda":
         unet, flow = (UNet2DConditionModel(**TINY, cross_attention_dim=conditions.width) for _ in range(2))
@@ -110,18 +110,18 @@ CASES = [
 ]
 TRACED = {
     ("blocks", "lookahead", True),
+    ("blocks", "terminal", False),
     ("whole", "lookahead", False),
     ("whole", "lookahead_detached", True),
 }
 """What of the compiled ones is tested on a CPU, where tracing takes long: no reward gradient makes a graph that look-ahead does
-not, and how activations are kept, the backend and the decoder do not meet in one. The tests below compile blocks that keep
-theirs."""
+not, and how activations are kept, the backend and the decoder do not meet in one."""
 UNCOMPILED = {
     ("none", reward_gradient, checkpoint, "triton" if (place + checkpoint) % 2 else "torch")
     for place, reward_gradient in enumerate(REWARD_GRADIENTS)
     for checkpoint in (False, True)
 }
-"""Every two settings meet."""
+"""Every two of these settings meet."""
 ON_CPU = [case for case in CASES if case[:4] in UNCOMPILED or case[:3] in TRACED]
 ON_GPU = [
     case

@@ -16,7 +16,7 @@ from fastnabla.models import compiling
 from fastnabla.models.conditions import Conditions
 from fastnabla.models.policy import Policy
 from fastnabla.trajectories.transitions import Transitions
-from tests.checks import assert_gradients, randn
+from tests.checks import assert_gradients, compiler_settings, randn
 from tests.golden import GoldenStep
 from tests.methods.test_sharing import batch, gradients, joined, run_of
 from tests.small_step import small_step
@@ -27,7 +27,7 @@ def fresh() -> Iterator[None]:
     """Nothing compiled before, and nothing left."""
     torch._dynamo.reset()
     counters.clear()
-    with torch._functorch.config.patch(), torch._dynamo.config.patch():
+    with compiler_settings():
         yield
     torch._dynamo.reset()
     counters.clear()
@@ -221,9 +221,11 @@ def test_compiled_code_is_kept_between_runs(tmp_path: Path, monkeypatch: pytest.
     """In fastnabla's own folder, unless TORCHINDUCTOR_CACHE_DIR names another one. Code for a product is Python that calls torch,
     so no C++ compiler is waited for."""
 
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that the variable is put back
+
     def hits(cache: Path) -> int:
         """Of what torch.compile looks for, forgetful as a new process, in a user's `cache`."""
-        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         torch._dynamo.reset()
         counters.clear()

@@ -148,7 +148,7 @@ def test_compiled(checkpoint, channels_last, monkeypatch):
     Without comes first, as in a run, whose rollout is decoded before anything is differentiated.
     """
     two_blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = build_vae(block_out_channels=(8, 16), mid_block_add_attention=False, **two_blocks)
+    vae = build_vae(block_out_channels=(8, 16), mid_block_add_attention=channels_last, **two_blocks)
     latents = randn(4, 4, 8, 8)
     rewards, gradient = plain_gradient(vae, latents)
     graphs = CompileCounterWithBackend("aot_eager")

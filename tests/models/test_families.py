@@ -95,8 +95,8 @@ def test_channels_last_is_of_unet_and_decoder(model: str, channels_last: bool) -
     indirect=["model"],
 )
 def test_trained_weights_load_in_plain_diffusers(model: str, trained: str, tmp_path: Path) -> None:
-    """A LoRA on all linear layers has those of the default one; SD 2.1's kinds of layers are all in SD 1.5 or XL, and those of
-    SD 1.5 in XL."""
+    """A LoRA on all linear layers has those of the default one; SD 2.1's kinds of layers are all in SD 1.5 or XL. All weights
+    of SD 1.5 are in `test_sampling_a_run` and `test_ema`."""
     config = config_of(model, lora=TRAINED[trained])
     trainer = without_pictures(Trainer.from_config(config))
     trainer.train(tmp_path)

@@ -130,7 +130,7 @@ def test_guidance_is_an_input_of_flux_and_a_second_row_of_sd3(model: str) -> Non
 
 
 class Run(NamedTuple):
-    """A finished run with a LoRA."""
+    """A finished run."""
 
     config: TrainConfig
     folder: Path
@@ -190,7 +190,7 @@ def test_a_run_resumes(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["sd35"], indirect=True)
+@pytest.mark.parametrize("model", ["sd35", "flux"], indirect=True)
 def test_all_weights_load_in_plain_diffusers_and_a_run_resumes(model: str, tmp_path: Path) -> None:
     config, whole, cut = config_of(model, lora=TRAINED["all weights"]), tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()

@@ -26,7 +26,7 @@ from fastnabla.models.quantised_linear import (
     weight_bytes,
 )
 from fastnabla.models.saved_policy import load_policy, save_policy
-from tests.checks import assert_gradients, randn
+from tests.checks import assert_gradients, compiler_settings, randn
 from tests.families import save_tiny
 from tests.golden import GoldenStep
 from tests.methods.test_sharing import gradients
@@ -146,7 +146,7 @@ def test_a_compiled_network_keeps_no_dequantised_weights(monkeypatch: pytest.Mon
     shapes, codes = ({getattr(layer, name).shape for layer in layers} for name in ("weight", "codes"))
     results, kept = {}, {}
     torch._dynamo.reset()
-    with torch._functorch.config.patch(), torch._dynamo.config.patch():
+    with compiler_settings():
         for compile, each in (("whole", network), ("none", dense)):
             torch.manual_seed(0)
             policy = Policy(each, conditions, 3.0, rank=2)
