@@ -50,7 +50,10 @@ def allow_compiling() -> None:
 
 
 def compiled_code_folder() -> Path:
-    """`TORCHINDUCTOR_CACHE_DIR`, or `fastnabla/compiled` in the user's cache (`XDG_CACHE_HOME`, or ~/.cache).
+    """`TORCHINDUCTOR_CACHE_DIR`, or `fastnabla/compiled/avx512` in the user's cache (`XDG_CACHE_HOME`, or ~/.cache).
+
+    Each CPU instruction set has its folder, because machines may share a home. torch finds kept C++ code by a key without the
+    instruction set: code for vectors of 16 numbers, compiled for vectors of 8, returns what happens to be in memory.
 
     torch sets an unset variable to its own default, so that folder counts as not named.
     """
@@ -58,7 +61,7 @@ def compiled_code_folder() -> Path:
     if named and named != os.path.abspath(default_cache_dir()):
         return Path(named)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "fastnabla" / "compiled"
+    return Path(cache) / "fastnabla" / "compiled" / torch.backends.cpu.get_cpu_capability().lower()
 
 
 def _begin(_: CallbackArgs) -> None:

@@ -218,8 +218,8 @@ def test_what_should_cancel_does_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 def test_compiled_code_is_kept_between_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fastnabla's own folder, unless TORCHINDUCTOR_CACHE_DIR names another one. Code for a product is Python that calls torch,
-    so no C++ compiler is waited for."""
+    """In fastnabla's own folder, one for each instruction set, unless TORCHINDUCTOR_CACHE_DIR names another one. Code for a product
+    is Python that calls torch, so no C++ compiler is waited for."""
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that the variable is put back
 
@@ -237,5 +237,8 @@ def test_compiled_code_is_kept_between_runs(tmp_path: Path, monkeypatch: pytest.
     assert any((tmp_path / "fastnabla" / "compiled").iterdir())
     assert hits(tmp_path) > 0
     assert hits(tmp_path / "other") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
+        assert hits(tmp_path) == 0
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     assert compiling.compiled_code_folder() == Path("elsewhere")
