@@ -35,8 +35,10 @@ class LiveRowBytes(LiveBytes):
         self._seen_live = {self.live}
 
     def peaks(self) -> list[RowBytes]:
-        """What is in use at any time, without the times at which another has at least as many fixed bytes and as many for each row.
-        One of them has the maximum, whatever the number of rows."""
+        """What is in use at the times that can have the maximum; the number of rows decides which one has it.
+
+        A time is left out if another has at least as many fixed bytes and at least as many for each row.
+        """
         found: list[RowBytes] = []
         for live in sorted(self._seen_live, key=lambda live: (live.each, live.fixed), reverse=True):
             if not found or live.fixed > found[-1].fixed:
